@@ -1,0 +1,19 @@
+"""qzo: fine-tune 4-bit neural networks with forward passes only (QZO, arXiv 2505.13430).
+
+The scales of a quantized model are perturbed by noise that the matmul kernels regenerate from a seed; two
+losses give a directional derivative; the codes never change. Importing this package touches no device.
+"""
+from .evaluations import Evaluations
+from .hf import export, from_pretrained, load_tokenizer, save_pretrained
+from .journal import JournalError
+from .kernels.noise import noise
+from .linear import QZOLinear, ScaleArena, evaluating, quantize_, scale_index, scales, train_only
+from .losses import losses, pair
+from .ops import backend
+from .optim import QZO, replay
+from .weights import PackedWeight
+
+__version__ = "0.1.0.dev0"
+__all__ = ["QZO", "Evaluations", "JournalError", "PackedWeight", "QZOLinear", "ScaleArena", "backend", "evaluating",
+           "export", "from_pretrained", "load_tokenizer", "losses", "noise", "pair", "quantize_", "replay",
+           "save_pretrained", "scale_index", "scales", "train_only"]

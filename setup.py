@@ -1,0 +1,27 @@
+"""Packaging. `kernels/` and `bench/` lie at the top level without __init__.py and are imported as qzo.kernels and
+qzo.bench only: Hugging Face has a package called `kernels`, which a regular package of ours would shadow."""
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="qzo",
+    version=next(line.split('"')[1] for line in Path("qzo/__init__.py").read_text().splitlines()
+                 if line.startswith("__version__")),
+    description="Fine-tune 4-bit neural networks with forward passes only: fused Triton kernels for quantized "
+                "zeroth-order optimization",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["qzo", "qzo.formats", "qzo.kernels", "qzo.bench"],   # explicit: two of them have no __init__.py
+    package_dir={"qzo": "qzo", "qzo.kernels": "kernels", "qzo.bench": "bench"},
+    install_requires=["torch>=2.8", "triton>=3.4", "transformers>=5.17", "safetensors", "gguf>=0.17", "numpy", "tqdm",
+                      "pyyaml", "matplotlib"],
+    extras_require={"test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77"],
+                    "dev": ["ruff", "mypy"]},
+    entry_points={"console_scripts": ["qzo = qzo.__main__:main"]},
+    classifiers=["Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3",
+                 "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)
