@@ -1,0 +1,287 @@
+"""y = x . W(evaluation)^T + bias, the weights never leaving their four bits.
+
+    W_e[n, k] = p_e[g(k), n] * (code[n, k] - zero[g(k), n])
+    p_e = s * (1 + c_e * k(seed_e))   (relative)    or    s + c_e * k(seed_e)   (absolute)
+
+x holds E row blocks, block e runs under evaluation e. Codes go from packed words to tensor-core registers, the noise
+comes from its seed, the scale meets the float32 accumulator once per group: neither the noise nor a perturbed weight
+is ever stored. Paper: QZO, arXiv 2505.13430, section 3; the arithmetic is ours, one rounding per written operation.
+
+The CPU twin, in plain torch and fast enough to train with, is qmm_torch.py beside this file.
+
+Shapes: x [E*R, K]; codes int16 planes [T, N, 32] (codes.py); scales float32 [Q, N, 4], a layer's slice of the arena,
+scale (g, n) at [g // 4, n, g % 4]; zeros None (all 8), uint8 [G, N] or float32 [G, N]; bias [N] or None; seeds int64
+[E]; coefs float32 [E] on raw noise (noise.kernel_coefs); base4: number of the layer's first quad in the noise law.
+
+Order of additions, which makes results reproducible: within a dot as the hardware has it, groups in order of k,
+splits in order 0, 1, ... No atomics.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from . import tiles
+from .codes import TILE_K, join_planes2, join_planes4, unpack4
+from .noise import ROUNDS, quad_noise
+
+ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = 0, 1, 2
+WIDE_FROM = 1 << 32          # quad numbers from here on need the second counter word
+
+
+@triton.jit
+def perturb(s, k, coef, RELATIVE: tl.constexpr):
+    """p of the module's docstring. coef * k is exact, so the fused operation rounds where the written one does."""
+    if RELATIVE:
+        return s * tl.fma(k, coef, 1.0)
+    else:
+        return tl.fma(k, coef, s)
+
+
+@triton.jit
+def _rescale(acc, prev, s, ASM: tl.constexpr):
+    """Ratio form: bring the accumulator from units of `prev` to units of s. |s| < 1e-20 counts as 1e-20 here.
+
+    ASM: one reciprocal instruction, within one unit in the last place, in place of a division that guards against
+    denormal and huge divisors: 15 instructions a step less, and no scale is either (< 8e37, where it would be 0).
+    """
+    s = tl.where(tl.abs(s) < 1e-20, 1e-20, s)
+    if ASM:
+        inverse = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [s], dtype=tl.float32, is_pure=True,
+                                            pack=1)
+    else:
+        inverse = 1.0 / s
+    return acc * (prev * inverse)[:, None], s
+
+
+@triton.jit
+def _centred_zero(zeros_ptr, g, N, n, DT: tl.constexpr):
+    """Integer zero point minus 8, exact in DT."""
+    return (tl.load(zeros_ptr + g.to(tl.int64) * N + n).to(tl.int32) - 8).to(DT)[:, None]
+
+
+@triton.jit(do_not_specialize=["base4", "R", "M", "G", "tiles", "tiles_per_split"])
+def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
+                base4: tl.int64, R: tl.int32, M: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
+                tiles: tl.int32, tiles_per_split: tl.int32,
+                BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr, LAW: tl.constexpr,
+                RELATIVE: tl.constexpr, WIDE: tl.constexpr, ZERO: tl.constexpr, RATIO: tl.constexpr,
+                DEEP: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, MASK_K: tl.constexpr,
+                ROUNDS_: tl.constexpr):
+    """grid = (E * cdiv(R, BM), cdiv(N, BN), splits); a tile never mixes evaluations.
+
+    Operands are swapped, y^T = W x^T, so that the codes are the tensor core's register operand and never pass
+    through shared memory once unpacked. Each step of the loop is one tile of 128 k.
+
+    GROUP: 32, 64 or 128. WHOLE_ROW: one scale per output, applied after the loop. SPLIT: y_ptr is float32
+    [splits, M, N]. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-8) x - (zero-8) sum x)
+    needs no per-code subtraction. MASK_K: 128 does not divide K.
+    """
+    DT: tl.constexpr = x_ptr.dtype.element_ty
+    DEPTH: tl.constexpr = GROUP if DEEP else 32     # k of one dot
+    PER_TILE: tl.constexpr = 128 // GROUP           # groups in a tile
+    PERIOD: tl.constexpr = 4 // PER_TILE            # tiles in a quad of groups
+    blocks = tl.cdiv(R, BM)
+    e = tl.program_id(0) // blocks
+    local = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    row = e * R + tl.minimum(local, R - 1)          # surplus rows and columns repeat the last one, and are not stored
+    out_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    n = tl.minimum(out_n, N - 1)
+    seed = tl.load(seeds_ptr + e)
+    coef = tl.load(coefs_ptr + e)
+
+    first = tl.program_id(2) * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tiles)
+    k = tl.arange(0, DEPTH)
+    xp = x_ptr + row[None, :].to(tl.int64) * stride_x + first * 128 + k[:, None]
+    cp = codes_ptr + first.to(tl.int64) * N * 32 + n[:, None] * 32 + tl.arange(0, 32)[None, :]
+    acc = tl.zeros((BN, BM), tl.float32)
+    prev = tl.full((BN,), 1.0, tl.float32)
+    s0 = tl.zeros((BN,), tl.float32)
+    s1 = s0
+    s2 = s0
+    s3 = s0
+    for t in range(first, last):
+        # the scales of this tile's groups in s0, s1, ..: read tile by tile, or a quad at a time and then passed down
+        quad = t // PERIOD
+        sp = scales_ptr + 4 * (quad.to(tl.int64) * N + n)
+        if WHOLE_ROW:
+            pass
+        elif LAW == 0:
+            sp += (t % PERIOD) * PER_TILE
+            s0 = tl.load(sp)
+            if PER_TILE > 1:
+                s1 = tl.load(sp + 1)
+            if PER_TILE > 2:
+                s2 = tl.load(sp + 2)
+                s3 = tl.load(sp + 3)
+        elif t % PERIOD == 0:
+            k0, k1, k2, k3 = quad_noise(seed, base4 + quad.to(tl.int64) * N + n, LAW, WIDE, ROUNDS_)
+            s0 = perturb(tl.load(sp), k0, coef, RELATIVE)
+            s1 = perturb(tl.load(sp + 1), k1, coef, RELATIVE)
+            s2 = perturb(tl.load(sp + 2), k2, coef, RELATIVE)
+            s3 = perturb(tl.load(sp + 3), k3, coef, RELATIVE)
+        else:
+            if PER_TILE == 1:
+                s0 = s1
+                s1 = s2
+                s2 = s3
+            else:
+                s0 = s2
+                s1 = s3
+        scales = (s0, s1, s2, s3)
+
+        w0, w1, w2, w3 = unpack4(tl.load(cp), DT, ASM)
+        if ZERO == 1:
+            g = tl.minimum(t * PER_TILE, G - 1)
+            g1 = tl.minimum(t * PER_TILE + 1, G - 1)
+            if WHOLE_ROW:
+                g = g * 0
+            z0 = _centred_zero(zeros_ptr, g, N, n, DT)
+            z1 = z0
+            z2 = z0
+            z3 = z0
+            if PER_TILE == 2:
+                z2 = _centred_zero(zeros_ptr, g1, N, n, DT)
+                z3 = z2
+            if PER_TILE == 4:
+                z1 = _centred_zero(zeros_ptr, g1, N, n, DT)
+                z2 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 2, G - 1), N, n, DT)
+                z3 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 3, G - 1), N, n, DT)
+            w0 = w0 - z0
+            w1 = w1 - z1
+            w2 = w2 - z2
+            w3 = w3 - z3
+        if DEPTH == 128:
+            planes = (join_planes4(w0, w1, w2, w3, BN),)
+        elif DEPTH == 64:
+            planes = (join_planes2(w0, w1, BN), join_planes2(w2, w3, BN))
+        else:
+            planes = (w0, w1, w2, w3)
+
+        partial = acc
+        for h in tl.static_range(128 // DEPTH):
+            if not WHOLE_ROW and (h * DEPTH) % GROUP == 0:              # a group begins
+                s = scales[h * DEPTH // GROUP]
+                if RATIO:
+                    acc, prev = _rescale(acc, prev, s, ASM)
+                    partial = acc
+                else:
+                    partial = tl.zeros((BN, BM), tl.float32)
+            if MASK_K:
+                xk = tl.load(xp + h * DEPTH, mask=(t * 128 + h * DEPTH + k < K)[:, None], other=0.0)
+            else:
+                xk = tl.load(xp + h * DEPTH)
+            partial = tl.dot(planes[h], xk, partial, input_precision="ieee")
+            if not WHOLE_ROW and ((h + 1) * DEPTH) % GROUP == 0:        # and ends
+                if ZERO == 2:
+                    group = t * PER_TILE + h * DEPTH // GROUP
+                    g = tl.minimum(group, G - 1).to(tl.int64)
+                    # a group past the last has no x, but absolute noise gives even it a scale
+                    shift = tl.where(group < G, 8.0 - tl.load(zeros_ptr + g * N + n), 0.0)
+                    partial = tl.fma(shift[:, None], tl.load(sums_ptr + g * M + row)[None, :], partial)
+                if RATIO:    # noqa: SIM108  a branch at compile time
+                    acc = partial
+                else:
+                    acc = tl.fma(partial, tl.broadcast_to(s[:, None], partial.shape), acc)
+        if WHOLE_ROW:
+            acc = partial
+        xp += 128
+        cp += N * 32
+
+    if WHOLE_ROW:
+        if ZERO == 2:   # noqa: SIM102  known at compile time, the other is not
+            if first == 0:    # once, not once per split
+                shift = 8.0 - tl.load(zeros_ptr + n)
+                acc = tl.fma(shift[:, None], tl.load(sums_ptr + row)[None, :], acc)
+        prev = tl.load(scales_ptr + 4 * n)
+        if LAW != 0:
+            k0, _, _, _ = quad_noise(seed, base4 + n, LAW, WIDE, ROUNDS_)
+            prev = perturb(prev, k0, coef, RELATIVE)
+    if WHOLE_ROW or RATIO:
+        acc = acc * prev[:, None]
+    live = (local < R)[None, :] & (out_n < N)[:, None]
+    to = row[None, :].to(tl.int64) * N + out_n[:, None]
+    if SPLIT:
+        tl.store(y_ptr + tl.program_id(2).to(tl.int64) * M * N + to, acc, mask=live)
+    else:
+        if BIAS:
+            acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+        tl.store(y_ptr + to, acc.to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["size", "splits"])
+def _reduce_kernel(partials_ptr, bias_ptr, y_ptr, size: tl.int64, N: tl.int32, splits: tl.int32, BIAS: tl.constexpr,
+                   BLOCK: tl.constexpr):
+    """y = sum over splits of float32 partials [splits, size], always in order 0, 1, 2, ..., then + bias."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = i < size
+    acc = tl.load(partials_ptr + i, mask=live, other=0.0)
+    for split in range(1, splits):
+        acc += tl.load(partials_ptr + split * size + i, mask=live, other=0.0)
+    if BIAS:
+        acc += tl.load(bias_ptr + i % N, mask=live, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, acc.to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _group_sums_kernel(x_ptr, sums_ptr, M: tl.int32, K: tl.int32, group: tl.int32, stride_x: tl.int32,
+                       BM: tl.constexpr, BK: tl.constexpr):
+    """sums[g, m] = sum of x[m, k] over group g, in float32; grid = (cdiv(M, BM), G)."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    start = tl.program_id(1) * group
+    acc = tl.zeros((BM,), tl.float32)
+    for at in range(0, group, BK):
+        k = at + tl.arange(0, BK)
+        live = (row < M)[:, None] & ((k < group) & (start + k < K))[None, :]
+        block = tl.load(x_ptr + row[:, None].to(tl.int64) * stride_x + start + k[None, :], mask=live, other=0.0)
+        acc += tl.sum(block.to(tl.float32), 1)
+    tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * M + row, acc, mask=row < M)
+
+
+def constants(tile, *, k, group, law, relative, zero, wide, bias, asm):
+    """The kernel's compile-time constants: launch and the ahead-of-time compile test both take them from here."""
+    whole_row = group not in tiles.GROUPS or group == k
+    return dict(BM=tile.rows, BN=tile.outputs, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
+                RELATIVE=bool(relative), WIDE=bool(wide), ZERO=zero, RATIO=tile.ratio and not whole_row,
+                DEEP=tile.deep, ASM=bool(asm), SPLIT=tile.splits > 1, BIAS=bool(bias), MASK_K=k % TILE_K != 0,
+                ROUNDS_=ROUNDS)
+
+
+def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, tile, asm):
+    """Run the kernels on checked arguments; y [E*R, N] is filled. x is contiguous, E*R > 0.
+
+    asm: unpack with inline PTX (NVIDIA, 16-bit x), else with its plain twin.
+    """
+    m, k = x.shape
+    count, n, _ = codes.shape
+    groups = k // group
+    rows = m // seeds.numel()
+    zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
+    period = 1 if group == k else max(1, 4 * group // TILE_K)
+    per_split = -(-count // tile.splits)
+    per_split = -(-per_split // period) * period
+    splits = -(-count // per_split)
+    constexprs = constants(tile, k=k, group=group, law=law, relative=relative, zero=zero,
+                           wide=base4 + scales.shape[0] * n > WIDE_FROM, bias=bias is not None,
+                           asm=asm and x.dtype != torch.float32)
+    out = y
+    if constexprs["SPLIT"]:
+        out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+    sums = scales
+    if zero == ZERO_FLOAT:
+        sums = torch.empty(groups, m, dtype=torch.float32, device=x.device)
+        _group_sums_kernel[(triton.cdiv(m, 32), groups)](
+            x, sums, m, k, group, x.stride(0), BM=32, BK=min(128, triton.next_power_of_2(group)),
+            enable_fp_fusion=False)
+    limit = {"maxnreg": tile.registers} if tile.registers else {}       # an option that AMD's compiler lacks
+    grid = (seeds.numel() * triton.cdiv(rows, tile.rows), triton.cdiv(n, tile.outputs), splits)
+    _qmm_kernel[grid](
+        x, codes, scales, scales if zeros is None else zeros, sums, scales if bias is None else bias, out, seeds, coefs,
+        base4, rows, m, n, k, groups, x.stride(0), count, per_split,
+        **constexprs, **limit, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False)
+    if constexprs["SPLIT"]:
+        _reduce_kernel[(triton.cdiv(m * n, 1024),)](
+            out, y if bias is None else bias, y, m * n, n, splits, BIAS=bias is not None, BLOCK=1024,
+            enable_fp_fusion=False)
+
+

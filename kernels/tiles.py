@@ -1,0 +1,116 @@
+"""Which tile a matmul runs with: a pure function of the rows of ONE evaluation, the layer and the chip.
+
+The number of evaluations never enters: a coef-0 row block must have the bits of a plain forward of the same rows, so
+both have to run the same tile, the same split and the same order of additions.
+"""
+import dataclasses
+
+import torch
+
+# multiprocessors (compute units on gfx942) of the part most users have of each architecture: fixed numbers, so that
+# every card of an architecture splits K alike
+PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
+                "sm_120": 99 << 10, "gfx942": 64 << 10}
+GROUPS = (32, 64, 128)      # group sizes the kernels take, beside the whole row
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """rows x outputs of one program (a power of two each), and how it runs.
+
+    ratio: one accumulator kept in units of the current scale, instead of a second one for each group's partial sum.
+    deep: one dot per group (wgmma) instead of dots of 32 k (mma.sync, tcgen05, mfma).
+    registers: most that a thread may hold; without it (0) ptxas may spill a few to fit another block on the chip.
+    splits: programs that share the K dimension; their float32 partial sums are added in order by a second kernel.
+    """
+
+    rows: int
+    outputs: int
+    warps: int
+    stages: int
+    ratio: bool = False
+    deep: bool = False
+    registers: int = 0
+    splits: int = 1
+
+
+def architecture(device):
+    """"sm_90", "gfx942", ... of a CUDA or ROCm device."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def pick(rows, n, k, group, dtype, arch, float_zeros=False):
+    """The tile for `rows` rows per evaluation, an [n, k] weight in groups of `group` (k: whole row), on `arch`.
+
+    float_zeros: the weight has float32 zero points, whose correction of each group's sum takes registers.
+    Raises ValueError for a group size no kernel has. An architecture that is not listed runs as its nearest elder.
+    """
+    if group not in GROUPS and group != k:
+        raise ValueError(f"group_size={group}: the kernels take groups of {GROUPS} or the whole row ({k} here)")
+    if arch == "interpreter":       # one program costs milliseconds whatever its size
+        return Tile(rows=16 if rows <= 16 else 64, outputs=64, warps=4, stages=1)
+    known = _nearest(arch)
+    if dtype == torch.float32:      # exact float32 products without tensor cores: correct, not fast
+        return Tile(rows=16 if rows <= 16 else 32, outputs=32, warps=8, stages=2)
+    tile = _table(known, rows, group if group in GROUPS else 128, float_zeros and group in GROUPS)
+    return dataclasses.replace(tile, splits=_splits(tile, rows, n, k, group, known))
+
+
+def _nearest(arch):
+    if arch in PROCESSORS:
+        return arch
+    if arch.startswith("gfx"):
+        return "gfx942"
+    number = int(arch.removeprefix("sm_"))
+    elder = [a for a in PROCESSORS if a.startswith("sm_") and int(a[3:]) <= number]
+    if not elder:
+        raise ValueError(f"{arch} has no bf16 tensor cores; the kernels need sm_80 or newer, or backend('torch')")
+    return max(elder, key=lambda a: int(a[3:]))
+
+
+def _table(arch, rows, group, float_zeros):
+    """Tiles that compile without spilling a register, whatever the flags: bench/sass.py tells."""
+    short = group < 128          # a second accumulator beside several groups a step spills in the large tiles
+    registers = 255 if group == 32 else 0
+    if arch == "sm_90":
+        if rows <= 16:
+            return Tile(16, 128, 4, 6, deep=True)
+        if rows <= 32:
+            return Tile(32, 64, 4, 5, deep=True)
+        if rows <= 64:
+            return Tile(64, 64, 4, 4, deep=True, ratio=short)
+        if rows <= 128 or float_zeros:
+            return Tile(64, 128, 8, 3, deep=True, ratio=short)
+        return Tile(128, 128, 8, 3, deep=True, ratio=True)
+    if arch == "sm_100":
+        if rows <= 16:
+            return Tile(16, 128, 4, 4, registers=registers)
+        # never 128 rows: Triton 3.6 compiles dots of 32 k on that tile to a bare trap, without an error
+        return Tile(64, 64 if float_zeros else 128, 8, 4, registers=registers)
+    if arch == "gfx942":
+        if rows <= 16:
+            return Tile(16, 64, 4, 2)
+        return Tile(64, 64, 4, 2) if rows <= 64 or float_zeros else Tile(128, 128, 8, 2)
+    if rows <= 16:
+        return Tile(16, 64, 4, 4, registers=registers)
+    if rows <= 32:
+        return Tile(32, 64, 4, 4, registers=registers)
+    if rows <= 64 or float_zeros:
+        return Tile(64, 64, 4, 4 if arch == "sm_80" else 3, ratio=short and float_zeros, registers=registers)
+    return Tile(64, 128, 4, 3 if arch == "sm_80" else 2, ratio=short, registers=registers)
+
+
+def _splits(tile, rows, n, k, group, arch):
+    """Largest power of two that leaves at most two programs a multiprocessor and a quad of groups each."""
+    if rows > 64:
+        return 1
+    columns = -(-n // tile.outputs) * -(-rows // tile.rows)
+    quads = -(-k // (4 * group)) if group != k else -(-k // 512)
+    splits = 1
+    while 2 * splits * columns <= 2 * PROCESSORS[arch] and 2 * splits <= quads:
+        splits *= 2
+    return splits

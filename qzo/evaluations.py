@@ -1,0 +1,74 @@
+"""Evaluations: which perturbations of the scales one stacked batch runs under."""
+import dataclasses
+import functools
+
+import torch
+
+from .kernels.noise import NONE, kernel_coefs, law_number, signed64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluations:
+    """E evaluations; row block e of the stacked batch runs under scales perturbed by coefs[e] * z(seeds[e]).
+
+    Parameters
+    ----------
+    seeds : int64 [E], tensor or list of ints (taken modulo 2^64)
+    coefs : float32 [E], tensor or list: signed factor on z, which has unit variance; 0 leaves the scales as they are
+    noise : "rademacher", "ih4" or "gaussian" (kernels/noise.py)
+    relative : scale * (1 + coef * z) if true, scale + coef * z if false
+    sharing : "group": one z per scale
+
+    Raises ValueError when seeds and coefs differ in length or are empty, for an unknown law or sharing, or for a
+    coefficient that is not finite.
+    """
+
+    seeds: torch.Tensor
+    coefs: torch.Tensor
+    noise: str = "rademacher"
+    relative: bool = True
+    sharing: str = "group"
+
+    def __post_init__(self):
+        seeds, coefs = self.seeds, self.coefs
+        if not isinstance(seeds, torch.Tensor):
+            seeds = torch.tensor([signed64(s) for s in seeds], dtype=torch.int64)
+        coefs = torch.as_tensor(coefs, dtype=torch.float32, device=seeds.device)
+        if seeds.dim() != 1 or seeds.dtype != torch.int64 or coefs.shape != seeds.shape or len(seeds) == 0:
+            raise ValueError(f"Evaluations need as many seeds as coefs, at least one: got seeds {seeds.dtype} "
+                             f"{list(seeds.shape)} and coefs {list(coefs.shape)}")
+        if self.sharing != "group":
+            raise ValueError(f"sharing={self.sharing!r}: only 'group' (one z per scale) is implemented")
+        if not bool(torch.isfinite(coefs).all()):
+            raise ValueError(f"coefs must be finite, got {coefs.tolist()}")
+        law_number(self.noise)
+        object.__setattr__(self, "seeds", seeds)
+        object.__setattr__(self, "coefs", coefs)
+
+    def __len__(self):
+        return len(self.seeds)
+
+    @property
+    def law(self):
+        return law_number(self.noise)
+
+    @functools.cached_property
+    def kernel_coefs(self):
+        """float32 [E] coefficients on the law's raw values, as the kernels take them."""
+        return kernel_coefs(self.coefs, self.law)
+
+    @functools.cached_property
+    def unperturbed(self):
+        """The same row blocks without perturbation, for layers that do not train."""
+        return _Unperturbed(self.seeds, torch.zeros_like(self.coefs))
+
+    def to(self, device):
+        """The same evaluations on another device."""
+        if self.seeds.device == torch.device(device):
+            return self
+        return dataclasses.replace(self, seeds=self.seeds.to(device), coefs=self.coefs.to(device))
+
+
+class _Unperturbed(Evaluations):
+    law = NONE
+

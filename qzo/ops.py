@@ -1,0 +1,157 @@
+"""The only door to the kernels: arguments are checked once, results allocated, the device chooses the code that runs.
+
+`qmm` and `update_` are torch.library operators, so torch.compile and CUDA graphs see one opaque call whose seeds and
+coefficients are tensors: a new seed never recompiles.
+"""
+import contextlib
+import contextvars
+import functools
+
+import torch
+
+from .kernels import noise, qmm, qmm_torch, tiles, update
+
+_BACKENDS = ("auto", "torch", "triton")
+_backend = contextvars.ContextVar("qzo_backend", default="auto")
+
+
+@contextlib.contextmanager
+def backend(name):
+    """Choose what runs inside the block: "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton".
+
+    "triton" on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 before the first import of qzo.
+    Raises ValueError for another name.
+    """
+    if name not in _BACKENDS:
+        raise ValueError(f"backend({name!r}): the backends are {', '.join(map(repr, _BACKENDS))}")
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def uses_triton(device):
+    """Whether tensors on `device` go to the Triton kernels, under the current `backend`."""
+    name = _backend.get()
+    if name == "auto":
+        return device.type == "cuda"
+    if name == "triton" and device.type == "cpu" and not interpreted():
+        raise RuntimeError("backend('triton') on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 in "
+                           "the environment before qzo is imported, or use backend('torch')")
+    return name == "triton"
+
+
+def interpreted():
+    """Whether the kernels were made for Triton's interpreter (decided when they were imported)."""
+    return not hasattr(qmm._qmm_kernel, "device_caches")
+
+
+@functools.cache
+def _architecture(device):
+    return "interpreter" if device.type == "cpu" or interpreted() else tiles.architecture(device)
+
+
+def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group):
+    """Shapes and dtypes of qmm; returns (rows, outputs). Called by the operator and by its fake."""
+    if x.dim() != 2 or not x.is_floating_point() or x.dtype == torch.float64:
+        raise TypeError(f"x must be float16, bfloat16 or float32 [rows, in_features], got {x.dtype} {list(x.shape)}")
+    m, k = x.shape
+    n = codes.shape[0] if codes.dtype == torch.uint8 else codes.shape[1]
+    evaluations = seeds.numel()
+    if codes.dtype == torch.uint8:
+        fits = list(codes.shape) == [n, (k + 1) // 2 + 4]
+    else:
+        fits = codes.dtype == torch.int16 and list(codes.shape) == [-(-k // 128), n, 32]
+    if not fits:
+        raise ValueError(f"x has {k} columns, which does not fit codes {codes.dtype} {list(codes.shape)}: in_features "
+                         "of the layer and the last dimension of its input must agree")
+    if k % group:
+        raise ValueError(f"group_size {group} does not divide in_features {k}; use one that does, or -1 (whole row)")
+    groups = k // group
+    if scales.dtype != torch.float32 or list(scales.shape) != [-(-groups // 4), n, 4]:
+        raise ValueError(f"scales must be float32 {[-(-groups // 4), n, 4]}, got {scales.dtype} {list(scales.shape)}")
+    if zeros is not None and (zeros.dtype not in (torch.uint8, torch.float32) or list(zeros.shape) != [groups, n]):
+        raise ValueError(f"zeros must be uint8 or float32 {[groups, n]}, got {zeros.dtype} {list(zeros.shape)}")
+    if bias is not None and list(bias.shape) != [n]:
+        raise ValueError(f"bias must have shape {[n]}, got {list(bias.shape)}")
+    if evaluations != coefs.numel() or evaluations == 0:
+        raise ValueError(f"{evaluations} seeds and {coefs.numel()} coefficients: one of each per evaluation is wanted")
+    if m % evaluations:
+        raise ValueError(f"{m} rows do not divide into {evaluations} evaluations: stack the batch {evaluations} times "
+                         "along its first dimension (qzo.pair does it)")
+    for name, t in (("codes", codes), ("scales", scales), ("zeros", zeros), ("bias", bias), ("seeds", seeds),
+                    ("coefs", coefs)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"x is on {x.device} but the layer's {name} on {t.device}: move the whole model with "
+                             "model.to(device)")
+    return m, n
+
+
+@torch.library.custom_op("qzo::qmm", mutates_args=())
+def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
+           bias: torch.Tensor | None, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, group: int, law: int,
+           relative: bool, out_dtype: torch.dtype) -> torch.Tensor:
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group)
+    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    if not uses_triton(x.device):
+        qmm_torch.qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
+                            relative=relative)
+        return y
+    if codes.dtype != torch.int16:
+        raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
+    x = x.contiguous()
+    if x.data_ptr() % 16:            # a view into another tensor: the kernels are compiled for aligned rows
+        x = x.clone()
+    arch = _architecture(x.device)
+    tile = tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
+                      float_zeros=zeros is not None and zeros.dtype == torch.float32)
+    qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
+               tile=tile, asm=arch.startswith("sm_"))
+    return y
+
+
+@qmm_op.register_fake
+def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype):
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group)
+    return x.new_empty(m, n, dtype=out_dtype)
+
+
+@torch.library.custom_op("qzo::update_", mutates_args=("scales",))
+def update_op(scales: torch.Tensor, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, law: int, relative: bool,
+              floor: float) -> None:
+    _check_update(scales, seeds, coefs)
+    if scales.numel() == 0 or seeds.numel() == 0:
+        return
+    run = update.launch if uses_triton(scales.device) else update.update_torch
+    run(scales, seeds, coefs, base4=base4, law=law, relative=relative, floor=floor)
+
+
+@update_op.register_fake
+def _(scales, seeds, coefs, base4, law, relative, floor):
+    _check_update(scales, seeds, coefs)
+
+
+def _check_update(scales, seeds, coefs):
+    if scales.dtype != torch.float32 or not scales.is_contiguous() or scales.numel() % 4:
+        raise ValueError(f"scales must be contiguous float32 in whole quads, got {scales.dtype} {list(scales.shape)}")
+    if seeds.dtype != torch.int64 or coefs.dtype != torch.float32 or seeds.shape != coefs.shape or seeds.dim() != 1:
+        raise ValueError(f"seeds and coefs must be int64 and float32 [J], got {seeds.dtype} {list(seeds.shape)} and "
+                         f"{coefs.dtype} {list(coefs.shape)}")
+
+
+def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None):
+    """y = x . W^T + bias [rows, N] under `evaluations` (None: the scales as they are). Shapes as in kernels/qmm.py."""
+    if evaluations is None:
+        plain = _plain(x.device)
+        return qmm_op(x, codes, scales, zeros, bias, *plain, base4, group, noise.NONE, True, out_dtype or x.dtype)
+    return qmm_op(x, codes, scales, zeros, bias, evaluations.seeds, evaluations.kernel_coefs, base4, group,
+                  evaluations.law, evaluations.relative, out_dtype or x.dtype)
+
+
+@functools.cache
+def _plain(device):
+    """Seeds and coefficients of one unperturbed evaluation."""
+    return torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device)

@@ -1,0 +1,147 @@
+"""One perturbed matmul as a record: its random data, what runs it and the oracle's answer."""
+import dataclasses
+import functools
+import zlib
+
+import torch
+
+from qzo.kernels import noise, qmm, qmm_torch, tiles
+from qzo.kernels.codes import pack_planes, pack_rows
+from tests import oracle
+from tests.close import ULP, assert_close
+
+TILE = tiles.Tile(rows=16, outputs=32, warps=4, stages=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+    """x [E*rows, k] by W [n, k]; coefs are factors on z; law None: no noise; group 0: the whole row."""
+
+    k: int = 256
+    n: int = 33
+    rows: int = 3
+    group: int = 64
+    seeds: tuple = (11, 11, 2**63 - 5)
+    coefs: tuple = (0.1, -0.1, 0.03)
+    law: str | None = "rademacher"
+    relative: bool = True
+    zeros: str | None = None           # None, "uint8" or "float32"
+    bias: bool = False
+    dtype: torch.dtype = torch.float16
+    base4: int = 1000
+
+    @property
+    def width(self):
+        return self.group or self.k
+
+    @property
+    def groups(self):
+        return self.k // self.width
+
+    @functools.cached_property
+    def _random(self):
+        return torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
+
+    @functools.cached_property
+    def x(self):
+        return torch.randn(len(self.seeds) * self.rows, self.k, generator=self._random).to(self.dtype)
+
+    @functools.cached_property
+    def codes(self):
+        return torch.randint(0, 16, (self.n, self.k), generator=self._random).to(torch.uint8)
+
+    @functools.cached_property
+    def scales(self):
+        """[G, N], every one different, both signs, over a factor of 8."""
+        size = 0.005 * 8 ** torch.rand(self.groups, self.n, generator=self._random)
+        return torch.where(torch.rand(self.groups, self.n, generator=self._random) < 0.5, -size, size)
+
+    @functools.cached_property
+    def zero_points(self):
+        if self.zeros == "uint8":
+            return torch.randint(0, 16, (self.groups, self.n), generator=self._random).to(torch.uint8)
+        if self.zeros == "float32":
+            return 20 * torch.rand(self.groups, self.n, generator=self._random) - 2
+        return None
+
+    @functools.cached_property
+    def bias_values(self):
+        return torch.randn(self.n, generator=self._random).to(self.dtype) if self.bias else None
+
+    @functools.cached_property
+    def raw_coefs(self):
+        if self.law is None:
+            return torch.zeros(len(self.seeds))
+        return torch.tensor([oracle.raw_coef(self.law, c) for c in self.coefs])
+
+    @property
+    def quads(self):
+        """The scales as the arena holds them, [ceil(G/4), N, 4], the last quads filled with zeros."""
+        padded = torch.zeros(-(-self.groups // 4) * 4, self.n)
+        padded[:self.groups] = self.scales
+        return torch.stack([padded[i::4] for i in range(4)], 2).contiguous()
+
+    # -------------------------------------------------------------------------------- the two implementations
+
+    def arguments(self, device="cpu"):
+        """What qmm.launch and qmm_torch take after x and codes: tensors in order, then keywords."""
+        tensors = (self.quads, self.zero_points, self.bias_values, torch.tensor(self.seeds), self.raw_coefs)
+        law = noise.NONE if self.law is None else noise.LAWS[self.law]
+        return ([None if t is None else t.to(device) for t in tensors],
+                dict(base4=self.base4, group=self.width, law=law, relative=self.relative))
+
+    def kernel(self, tile=TILE, out_dtype=torch.float32, device="cpu", asm=False):
+        """qmm.launch: in the interpreter, or on a GPU."""
+        y = torch.empty(len(self.x), self.n, dtype=out_dtype, device=device)
+        tensors, numbers = self.arguments(device)
+        planes = pack_planes(self.codes).to(device)
+        qmm.launch(self.x.to(device), planes, *tensors, y, **numbers, tile=tile, asm=asm)
+        return y.cpu()
+
+    def twin(self, form=pack_rows, out_dtype=torch.float32):
+        """qmm_torch, on CPU rows or on planes."""
+        y = torch.empty(len(self.x), self.n, dtype=out_dtype)
+        tensors, numbers = self.arguments()
+        qmm_torch.qmm_torch(self.x, form(self.codes), *tensors, y, **numbers)
+        return y
+
+    # ---------------------------------------------------------------------------------------------- the truth
+
+    @functools.cached_property
+    def raw_noise(self):
+        """float64 [G, N] for each evaluation."""
+        at = oracle.index(self.base4, self.groups, self.n)
+        if self.law is None:
+            return [torch.zeros(self.groups, self.n, dtype=torch.float64) for _ in self.seeds]
+        return [oracle.raw_at(self.law, seed, at) for seed in self.seeds]
+
+    def _each(self, function):
+        """function(rows of x in float64, raw noise, coefficient) of every evaluation, stacked."""
+        blocks = self.x.double().split(self.rows) if self.rows else [self.x.double()] * len(self.seeds)
+        return torch.cat([function(x, k, c) for x, k, c in
+                          zip(blocks, self.raw_noise, self.raw_coefs.tolist(), strict=True)])
+
+    def want(self):
+        """y in float64."""
+        bias = 0.0 if self.bias_values is None else self.bias_values.double()
+
+        def y(x, k, c):
+            p = oracle.perturbed(self.scales, k, c, self.relative)
+            return x @ oracle.weight(self.codes, p, self.zero_points).T + bias
+        return self._each(y)
+
+    def magnitude(self):
+        """Sum of the absolute values that an output adds up: its rounding errors are proportional to it."""
+        bias = 0.0 if self.bias_values is None else self.bias_values.double().abs()
+
+        def size(x, k, c):
+            s = oracle.perturbed(self.scales.abs(), k.abs(), abs(c), self.relative)
+            off = torch.zeros_like(s) if self.zero_points is None else (self.zero_points.double() - 8).abs()
+            w = (oracle.weight(self.codes, s, None).abs() + (s * off).T.repeat_interleave(self.width, 1))
+            return x.abs() @ w.T + bias
+        return self._each(size)
+
+    def assert_true(self, y, largest=6, rms=1.0):
+        """In ULP of the magnitude. A sum of K terms errs by at most K of them; rounding being random, by
+        about sqrt(K) / 4 in the worst of a few hundred sums: at most 4 (largest) and 0.6 (RMS) here."""
+        assert_close(y, self.want(), self.magnitude() * ULP, largest, rms)

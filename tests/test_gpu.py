@@ -1,0 +1,51 @@
+"""What only a GPU can show: compiled kernels, their inline PTX and tiles, against the same oracle."""
+import pytest
+import torch
+
+from qzo.kernels import noise, tiles, update
+from tests import oracle
+from tests.close import assert_same_bits
+from tests.matmuls import Matmul
+from tests.test_update import scales_of
+
+pytestmark = pytest.mark.gpu
+
+
+def picked(matmul):
+    """The tile that the package would run, and whether it unpacks with inline PTX."""
+    arch = tiles.architecture(torch.device("cuda"))
+    tile = tiles.pick(matmul.rows, matmul.n, matmul.k, matmul.width, matmul.dtype, arch)
+    return dict(tile=tile, device="cuda", asm=arch.startswith("sm_"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("group", [32, 64, 128, 0])
+@pytest.mark.parametrize("rows", [1, 24, 60, 100, 150])
+@pytest.mark.parametrize("zeros", [None, "uint8", "float32"])
+def test_compiled_matmul_is_true(dtype, group, rows, zeros):
+    matmul = Matmul(k=640, n=192, rows=rows, group=group, zeros=zeros, dtype=dtype, bias=True, law="ih4")
+    matmul.assert_true(matmul.kernel(**picked(matmul)))
+
+
+@pytest.mark.parametrize("rows", [1, 24, 60, 100, 150])
+def test_zero_coefficient_is_the_plain_forward(rows):
+    matmul = Matmul(k=640, n=192, rows=rows, coefs=(0.1, 0.0, -0.1))
+    plain = Matmul(k=640, n=192, rows=rows, coefs=(0.1, 0.0, -0.1), law=None)
+    for name in ("x", "codes", "scales"):
+        plain.__dict__[name] = getattr(matmul, name)
+    middle = slice(rows, 2 * rows)
+    assert_same_bits(matmul.kernel(**picked(matmul))[middle], plain.kernel(**picked(plain))[middle])
+
+
+@pytest.mark.parametrize("law", ["rademacher", "ih4"])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("base4", [0, 2**32 - 10])
+def test_compiled_update_has_the_oracles_bits(law, relative, base4):
+    scales = scales_of(300)
+    seeds, coefs = (3, -1, 2**63 - 1), [oracle.raw_coef(law, c) for c in (0.05, -0.3, 1e-4)]
+    at = 4 * base4 + torch.arange(len(scales))
+    want = oracle.update(scales, [oracle.raw_at(law, seed, at) for seed in seeds], coefs, relative, 2.0**-24)
+    got = scales.cuda()
+    update.launch(got, torch.tensor(seeds).cuda(), torch.tensor(coefs).cuda(), base4=base4,
+                  law=noise.LAWS[law], relative=relative, floor=2.0**-24)
+    assert_same_bits(got.cpu(), want)

@@ -1,0 +1,107 @@
+"""Faults planted in a copy of the package: a check of a few seconds has to see each of them.
+
+What it proves is that the oracle, the data and the tolerances of the other tests can tell right from wrong.
+"""
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qzo
+
+PACKAGE = Path(qzo.__file__).resolve().parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """In kernels/<file>, `old` (which stands there exactly once) becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+FAULTS = {
+    "kernel: sign of the relative coefficient": Fault(
+        "qmm.py", "tl.fma(k, coef, 1.0)", "tl.fma(k, -coef, 1.0)"),
+    "kernel: sign of the absolute coefficient": Fault("qmm.py", "tl.fma(k, coef, s)", "tl.fma(k, -coef, s)"),
+    "kernel: everyone has the first seed": Fault("qmm.py", "tl.load(seeds_ptr + e)", "tl.load(seeds_ptr)"),
+    "kernel: everyone has the first coefficient": Fault(
+        "qmm.py", "tl.load(coefs_ptr + e)", "tl.load(coefs_ptr)"),
+    "kernel: rows of the first evaluation": Fault("qmm.py", "row = e * R + tl.", "row = 0 * R + tl."),
+    "kernel: group within the quad": Fault("qmm.py", "sp += (t % PERIOD) * PER_TILE", "sp += t % PERIOD"),
+    "kernel: groups passed down": Fault("qmm.py", "                s0 = s2\n", "                s0 = s1\n"),
+    "kernel: next quad of noise": Fault(
+        "qmm.py", "seed, base4 + quad.to(tl.int64) * N", "seed, base4 + quad.to(tl.int64)"),
+    "kernel: integer zero point": Fault("qmm.py", ".to(tl.int32) - 8)", ".to(tl.int32) - 7)"),
+    "kernel: zero points of the next group": Fault(
+        "qmm.py", "t * PER_TILE + 3, G - 1", "t * PER_TILE + 2, G - 1"),
+    "kernel: float zero point": Fault(
+        "qmm.py", "8.0 - tl.load(zeros_ptr + n)", "7.0 - tl.load(zeros_ptr + n)"),
+    "kernel: padding groups": Fault("qmm.py", "tl.where(group < G,", "tl.where(group < G + 9,"),
+    "kernel: float zero point in every split": Fault("qmm.py", "if first == 0:", "if first >= 0:"),
+    "kernel: ratio upside down": Fault("qmm.py", "acc * (prev * inverse)[:, None]", "acc * (inverse / prev)[:, None]"),
+    "kernel: a split lost": Fault("qmm.py", "range(1, splits)", "range(1, splits - 1)"),
+    "kernel: bias": Fault("qmm.py", "bias_ptr + n).to", "bias_ptr + n * 0).to"),
+    "kernel: nibble order": Fault("codes.py", "c = (q >> (4 * j)) & 15", "c = (q >> (12 - 4 * j)) & 15"),
+    "planes: nibble order": Fault("codes.py", "(planes >> 4 * j) & 15", "(planes >> 12 - 4 * j) & 15"),
+    "rows: nibble order": Fault("codes.py", "[body & 15, body >> 4]", "[body >> 4, body & 15]"),
+    "noise: words in another order": Fault(
+        "noise.py", "_raw_integer(w0, LAW), _raw_integer(w1,", "_raw_integer(w1, LAW), _raw_integer(w0,"),
+    "noise: words of the twin in another order": Fault(
+        "noise.py", "enumerate(words)", "enumerate(words[::-1])"),
+    "noise: a round less, in all alike": Fault("noise.py", "ROUNDS = 7 ", "ROUNDS = 6 "),
+    "noise: second counter word": Fault(
+        "noise.py", "(quad >> 32).to(tl.uint32)", "(quad >> 33).to(tl.uint32)"),
+    "noise: sign bit": Fault("noise.py", "w & 0x80000000", "w & 0"),
+    "noise: a byte of ih4": Fault("noise.py", "((w >> 8) & 0x00FF00FF)\n", "((w >> 8) & 0x00FF007F)\n"),
+    "twin: sign of the coefficient": Fault("qmm_torch.py", "k * coef", "k * -coef"),
+    "twin: noise of the evaluation before": Fault("qmm_torch.py", "setdefault(seed, [])", "setdefault(0, [])"),
+    "twin: everyone has the first coefficient": Fault("qmm_torch.py", "coef_list[e]", "coef_list[0]"),
+    "twin: zero points": Fault("qmm_torch.py", "unpacked -= ", "unpacked += "),
+    "twin: base of the layer": Fault("qmm_torch.py", "wanted = base4 + ", "wanted = 0 * base4 + "),
+    "update: sign of the floor": Fault("update.py", "tl.where(negative, -size, size)", "size"),
+    "update: no floor": Fault("update.py", "tl.maximum(tl.where(negative, -new, new), floor)",
+                              "tl.where(negative, -new, new)"),
+    "update: a zero scale moves": Fault("update.py", "tl.where(s == 0.0, s, tl", "tl.where(s == 9.0, s, tl"),
+    "update: words joined in another order": Fault("update.py", "tl.join(k0, k2)", "tl.join(k2, k0)"),
+    "update: quads of the base": Fault("update.py", "base4 + i, LAW", "i, LAW"),
+    "update twin: sign of the floor": Fault("update.py", "torch.where(negative, -size, size)", "size"),
+    "update twin: floor": Fault("update.py", ".clamp_(min=floor)", ".clamp_(min=0)"),
+}
+
+
+def copy_with(fault, to):
+    """A copy of the package under `to`, with one fault or none."""
+    shutil.copytree(PACKAGE, to / "qzo", ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    if fault is not None:
+        path = to / "qzo" / "kernels" / fault.file
+        source = path.read_text()
+        count = source.count(fault.old)
+        assert count == 1, f"{fault.old!r} stands {count} times in {fault.file}"
+        path.write_text(source.replace(fault.old, fault.new))
+    return to
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """Name of each fault, and None for the true package -> what the quick check says."""
+    root = tmp_path_factory.mktemp("mutants")
+    names = [None, *FAULTS]
+    copies = [copy_with(FAULTS.get(name), root / str(i)) for i, name in enumerate(names)]
+    script = Path(__file__).with_name("quick_check.py")
+    done = subprocess.run([sys.executable, str(script), *map(str, copies)], capture_output=True, text=True,
+                          timeout=300, check=True)
+    return dict(zip(names, done.stdout.splitlines(), strict=True))
+
+
+def test_the_true_package_is_green(verdicts):
+    assert verdicts[None] == "green"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_seen(verdicts, name):
+    assert verdicts[name] not in ("green", "CRASH")
