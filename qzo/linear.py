@@ -1,0 +1,353 @@
+"""QZOLinear, a drop-in 4-bit nn.Linear, and ScaleArena, the one flat tensor that holds every scale that trains."""
+import contextlib
+import dataclasses
+
+import torch
+from torch import nn
+
+from . import ops
+from .evaluations import Evaluations
+from .quantize import quantize_weight
+from .weights import PackedWeight, check_group_size, to_planes, to_rows, unpack_codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A layer's place in the arena: quads base4 .. base4 + ceil(groups / 4) * outputs."""
+
+    base4: int
+    groups: int
+    outputs: int
+
+    @property
+    def quads(self):
+        return -(-self.groups // 4) * self.outputs
+
+
+class ScaleArena:
+    """Every trained scale in one flat float32 tensor; layer by layer in the sorted order of names, [ceil(G/4), N, 4].
+
+    Scale (g, n) of a layer has the global index 4 * (base4 + (g // 4) * N + n) + g % 4: what the noise law sees. One
+    launch updates everything, and traversal order, tiles and devices cannot change a scale's noise.
+    """
+
+    def __init__(self, slots, device):
+        self.slots = slots
+        quads = sum(slot.quads for slot in slots.values())
+        self.data = torch.zeros(4 * quads, dtype=torch.float32, device=device)
+
+    @classmethod
+    def of_shapes(cls, shapes, device):
+        """shapes: name -> (groups, outputs)."""
+        slots, base4 = {}, 0
+        for name in sorted(shapes):
+            slots[name] = Slot(base4, *shapes[name])
+            base4 += slots[name].quads
+        return cls(slots, device)
+
+    def quads(self, name):
+        """The layer's scales as the kernels read them: a view, [ceil(G/4), N, 4]."""
+        slot = self.slots[name]
+        return self.data[4 * slot.base4:4 * (slot.base4 + slot.quads)].view(-1, slot.outputs, 4)
+
+    def read(self, name):
+        """A copy of the layer's scales, float32 [G, N]."""
+        slot = self.slots[name]
+        return self.quads(name).permute(0, 2, 1).reshape(-1, slot.outputs)[:slot.groups].clone()
+
+    def write(self, name, scales):
+        """Set the layer's scales from [G, N]."""
+        slot = self.slots[name]
+        padded = torch.zeros(-(-slot.groups // 4) * 4, slot.outputs, dtype=torch.float32, device=self.data.device)
+        padded[:slot.groups] = scales
+        self.quads(name).copy_(padded.view(-1, 4, slot.outputs).permute(0, 2, 1))
+
+    def index(self, name):
+        """Global scale indices, int64 [G, N]."""
+        slot = self.slots[name]
+        g = torch.arange(slot.groups, device=self.data.device)[:, None]
+        n = torch.arange(slot.outputs, device=self.data.device)
+        return 4 * (slot.base4 + (g // 4) * slot.outputs + n) + g % 4
+
+    def move(self, apply):
+        """Follow nn.Module._apply to another device, but never to another dtype: the masters stay float32."""
+        device = apply(torch.empty(0, device=self.data.device)).device
+        if device == self.data.device:
+            return
+        if self.data.is_meta:
+            self.data = torch.empty_like(self.data, device=device)
+        else:
+            self.data = self.data.to(device)
+
+
+class QZOLinear(nn.Module):
+    """A 4-bit linear layer whose forward runs under perturbed scales inside `evaluating`.
+
+    y = x . W^T + bias, W[n, k] = scale[k // group_size, n] * (code[n, k] - zero). Use it wherever an nn.Linear
+    stands; it holds no gradients. Made from random weights like nn.Linear; see also `from_linear`, `from_packed`.
+
+    Parameters
+    ----------
+    in_features, out_features, bias : as in nn.Linear
+    bits : 4
+    group_size : 32, 64, 128 or -1 (whole row); has to divide in_features
+    device : where codes and scales lie
+    dtype : of bias and output; None: the output has the dtype of the input
+
+    Input float16, bfloat16 or float32 [..., in_features]; output [..., out_features]. Raises ValueError for a group
+    size that does not fit, for other bits, or in forward for rows that the number of evaluations does not divide.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, bits=4, group_size=128, device=None, dtype=None):
+        super().__init__()
+        _check_bits(bits)
+        group_size = check_group_size(group_size, in_features)
+        device = torch.device(device or torch.get_default_device())
+        if device.type == "meta":
+            groups = in_features // group_size
+            packed = PackedWeight.__new__(PackedWeight)      # no values to check yet
+            packed.codes = torch.empty(-(-in_features // 128), out_features, 32, dtype=torch.int16, device=device)
+            packed.scales = torch.empty(groups, out_features, device=device)
+            packed.zeros, packed.in_features = None, in_features
+            source_bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        else:
+            linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=torch.float32)
+            packed = quantize_weight(linear.weight.detach(), group_size)
+            source_bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self._take(packed, source_bias, dtype)
+
+    def _take(self, packed, bias, dtype):
+        self.in_features, self.out_features = packed.in_features, packed.scales.shape[1]
+        self.group_size = packed.in_features // packed.scales.shape[0]
+        self.out_dtype = dtype
+        self.trainable = True
+        self.register_buffer("codes", packed.codes, persistent=False)
+        self.register_buffer("zeros", packed.zeros, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._evaluations = None
+        self.arena = ScaleArena.of_shapes({"": tuple(packed.scales.shape)}, packed.scales.device)
+        self.arena_name = ""
+        if not packed.scales.is_meta:
+            self.arena.write("", packed.scales)
+
+    @classmethod
+    def from_packed(cls, packed, bias=None, dtype=None):
+        """A layer around a PackedWeight; bias [out_features] or None."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take(packed, bias, dtype)
+        return layer
+
+    @classmethod
+    def from_linear(cls, linear, bits=4, group_size=128, symmetric=True):
+        """Quantize an nn.Linear: round to nearest with a least-squares refit of the scales (quantize.py)."""
+        _check_bits(bits)
+        group_size = check_group_size(group_size, linear.in_features)
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls.from_packed(quantize_weight(linear.weight.detach(), group_size, symmetric), bias)
+
+    def packed(self):
+        """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
+        return PackedWeight(self.codes, self.read_scales(), self.zeros, self.in_features)
+
+    def dequantize(self):
+        """float32 [out_features, in_features] on the layer's device: a whole matrix, for tests and export only."""
+        return self.packed().dequantize()
+
+    def read_scales(self):
+        """A copy of the scales, float32 [G, N], in the sign of the checkpoint."""
+        return self.arena.read(self.arena_name)
+
+    def forward(self, x):
+        evaluations = self._evaluations
+        if evaluations is not None:
+            if x.shape[0] % len(evaluations):
+                raise ValueError(f"{x.shape[0]} rows do not divide into {len(evaluations)} evaluations: stack the "
+                                 f"batch {len(evaluations)} times along its first dimension (qzo.pair does it)")
+            if not self.trainable:
+                evaluations = evaluations.unperturbed
+        if self.codes.dtype == torch.uint8 and ops.uses_triton(x.device):
+            self.codes = to_planes(self.codes, self.in_features)
+        y = ops.matmul(x.reshape(-1, x.shape[-1]), self.codes, self.arena.quads(self.arena_name), self.zeros, self.bias,
+                       evaluations, base4=self.arena.slots[self.arena_name].base4, group=self.group_size,
+                       out_dtype=self.out_dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self):
+        zeros = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+                f"bits=4, group_size={self.group_size}, {zeros}, {'trained' if self.trainable else 'frozen'}")
+
+    # ------------------------------------------------------------------------------------ moving and saving
+
+    def _apply(self, fn, recurse=True):
+        if self.out_dtype is not None:
+            self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype, device=self.codes.device)).dtype
+        codes, zeros = self.codes, self.zeros
+        if zeros is not None:
+            self.zeros = None                       # float zero points stay float32 whatever the model becomes
+        super()._apply(fn, recurse)
+        if zeros is not None:
+            self.zeros = zeros.to(self.codes.device) if not zeros.is_meta else torch.empty_like(
+                zeros, device=self.codes.device)
+        if codes.device != self.codes.device and not self.codes.is_meta:
+            form = to_rows if self.codes.device.type == "cpu" else to_planes
+            self.codes = form(self.codes, self.in_features)
+        self.arena.move(fn)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "codes"] = to_planes(self.codes, self.in_features)
+        destination[prefix + "scales"] = self.read_scales()
+        if self.zeros is not None:
+            destination[prefix + "zeros"] = self.zeros
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                              error_msgs):
+        own = {name: state_dict.pop(prefix + name, None) for name in ("codes", "scales", "zeros")}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                      error_msgs)
+        missing_keys += [prefix + name for name in ("codes", "scales") if own[name] is None]
+        if own["codes"] is None or own["scales"] is None:
+            return
+        try:
+            loaded = PackedWeight(own["codes"], own["scales"].to(torch.float32), own["zeros"], self.in_features)
+            if (loaded.out_features, loaded.group_size) != (self.out_features, self.group_size):
+                raise ValueError(f"holds {loaded.out_features} outputs in groups of {loaded.group_size}, the layer has "
+                                 f"{self.out_features} in groups of {self.group_size}")
+        except ValueError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+            return
+        device = self.codes.device
+        rows = self.codes.dtype == torch.uint8
+        codes = loaded.codes.to(device)
+        self.codes = to_rows(codes, self.in_features) if rows else to_planes(codes, self.in_features).clone()
+        self.zeros = None if loaded.zeros is None else loaded.zeros.to(device, copy=True)
+        self.arena.write(self.arena_name, loaded.scales)
+
+
+def _check_bits(bits):
+    if bits != 4:
+        raise ValueError(f"bits={bits}: only 4-bit codes are implemented")
+
+
+# ---------------------------------------------------------------------------------------------- a module's layers
+
+def layers(module, trainable=True):
+    """name -> QZOLinear of every layer that trains (trainable=None: of all of them), in the sorted order of names."""
+    found = {name: m for name, m in module.named_modules() if isinstance(m, QZOLinear)}
+    return {name: found[name] for name in sorted(found) if trainable is None or found[name].trainable == trainable}
+
+
+def arena_of(module, exact=False):
+    """The arena of the module's trained layers, made on first use.
+
+    exact: it has to hold these layers and no others, so that one launch over it is a step on this module.
+    Raises ValueError when nothing in the module trains.
+    """
+    found = layers(module)
+    if not found:
+        raise ValueError(f"{type(module).__name__} has no QZOLinear layer that trains; quantize it first "
+                         "(qzo.quantize_(module)) or load a 4-bit checkpoint (qzo.from_pretrained)")
+    arenas = {id(layer.arena) for layer in found.values()}
+    arena = next(iter(found.values())).arena
+    if len(arenas) == 1 and (not exact or len(arena.slots) == len(found)):
+        return arena
+    devices = {layer.codes.device for layer in found.values()}
+    if len(devices) > 1:
+        raise ValueError(f"the layers lie on {sorted(map(str, devices))}: all that train must be on one device")
+    arena = ScaleArena.of_shapes({name: (layer.in_features // layer.group_size, layer.out_features)
+                                  for name, layer in found.items()}, devices.pop())
+    for name, layer in found.items():
+        if not arena.data.is_meta:
+            arena.write(name, layer.read_scales())
+        layer.arena, layer.arena_name = arena, name
+    return arena
+
+
+def train_only(module, wanted):
+    """Freeze every QZOLinear whose name `wanted(name)` refuses; the others share a new arena. Returns their names.
+
+    Frozen layers leave the arena: no memory traffic, no noise, no journal entry. ValueError if none is left.
+    """
+    for name, layer in layers(module, trainable=None).items():
+        layer.trainable = bool(wanted(name))
+        if not layer.trainable and len(layer.arena.slots) > 1:
+            scales = layer.read_scales()
+            layer.arena, layer.arena_name = ScaleArena.of_shapes({"": tuple(scales.shape)}, scales.device), ""
+            layer.arena.write("", scales)
+    arena_of(module, exact=True)
+    return list(layers(module))
+
+
+@contextlib.contextmanager
+def evaluating(module, evaluations):
+    """Run forwards of `module` under `evaluations`: row block e of every QZOLinear's input sees scales perturbed by
+    evaluation e. The batch has to be stacked `len(evaluations)` times along its first dimension (`qzo.pair`).
+
+    Restores the state before on exit, also after an error. TypeError if `evaluations` is no Evaluations.
+    """
+    if not isinstance(evaluations, Evaluations):
+        raise TypeError(f"evaluating() takes qzo.Evaluations(seeds, coefs), got {type(evaluations).__name__}")
+    arena = arena_of(module)
+    evaluations = evaluations.to(arena.data.device)
+    found = list(layers(module, trainable=None).values())
+    before = [layer._evaluations for layer in found]
+    try:
+        for layer in found:
+            layer._evaluations = evaluations
+        yield evaluations
+    finally:
+        for layer, old in zip(found, before, strict=True):
+            layer._evaluations = old
+
+
+def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",)):
+    """Replace every nn.Linear inside `module` by a QZOLinear, in place, and return the module.
+
+    skip: layers whose name ends in one of these (a whole dotted part, or several) stay as they are.
+    Raises ValueError when there is no Linear to replace, or when group_size does not divide a layer's in_features;
+    the module is then unchanged.
+    """
+    _check_bits(bits)
+    linears = {name: m for name, m in module.named_modules(remove_duplicate=False)
+               if isinstance(m, nn.Linear) and not any(("." + name).endswith("." + s) for s in skip)}
+    if isinstance(module, nn.Linear):
+        raise ValueError("quantize_ replaces the Linears inside a module; for a bare one use QZOLinear.from_linear")
+    if not linears and not layers(module, trainable=None):
+        raise ValueError(f"{type(module).__name__} has no nn.Linear to quantize (skip={tuple(skip)})")
+    for name, linear in linears.items():
+        try:
+            check_group_size(group_size, linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    replaced = {}
+    for name, linear in linears.items():
+        parent, _, child = name.rpartition(".")
+        if id(linear) not in replaced:
+            replaced[id(linear)] = QZOLinear.from_linear(linear, bits, group_size, symmetric)
+        setattr(module.get_submodule(parent), child, replaced[id(linear)])
+    arena_of(module, exact=True)
+    return module
+
+
+def scales(model):
+    """dict module name -> float32 [G, N]: a copy of the scales that train, in the sign of the checkpoint."""
+    arena_of(model)
+    return {name: layer.read_scales() for name, layer in layers(model).items()}
+
+
+def scale_index(model):
+    """dict module name -> int64 [G, N]: the global index by which the noise law knows each scale."""
+    arena_of(model)
+    return {name: layer.arena.index(layer.arena_name) for name, layer in layers(model).items()}
+
+
+def digest_parts(model):
+    """Yield (name, what, tensor) of everything quantized in a fixed order: what a journal's digest covers."""
+    for name, layer in layers(model, trainable=None).items():
+        yield name, "codes", unpack_codes(layer.codes, layer.in_features)
+        yield name, "scales", layer.read_scales()
+        if layer.zeros is not None:
+            yield name, "zeros", layer.zeros

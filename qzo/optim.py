@@ -1,0 +1,250 @@
+"""QZO: losses under perturbed scales -> directional derivative -> clip (DDC) -> update of the scale arena.
+
+Two-point SPSA on the quantization scales, arXiv 2505.13430, algorithm 1 and equation 5 (directional derivative
+clipping), with J directions per step over one batch:
+
+    d_j = (L_j+ - L_j-) / (2 eps);   d_j <- clip(d_j, -C, C);   a_j = -(lr / J) d_j
+
+and the scales move along every z(seed_j) by a_j (kernels/update.py).
+"""
+import dataclasses
+import hashlib
+import math
+import platform
+import warnings
+
+import torch
+
+from . import ops
+from .evaluations import Evaluations
+from .journal import Journal, JournalError, Record, check_header, read
+from .kernels.noise import VERSIONS, kernel_coefs, law_number, step_seed
+from .linear import arena_of, digest_parts, evaluating, layers
+
+FLOOR = 2.0**-24             # the smallest float16: a checkpoint can hold it
+LARGEST = torch.finfo(torch.float32).max
+ROUNDOFF = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step saw and did: losses [E] in the order +, - of each direction, derivatives before clipping and
+    coefficients applied to the raw noise, one per direction, and whether the step was skipped."""
+
+    losses: list
+    derivatives: list
+    applied: list
+    skipped: bool
+
+
+class QZO(torch.optim.Optimizer):
+    """Zeroth-order optimizer of a module's quantization scales; forward passes only, no state but the scales.
+
+    Parameters
+    ----------
+    module : nn.Module with QZOLinear layers; those that train share its ScaleArena
+    lr : learning rate; relative to the scales if `relative`
+    eps : perturbation, in units of a scale if `relative` (default 1e-2), else absolute
+    clip : bound C on the directional derivative (DDC); math.inf turns it off
+    noise, relative, sharing : as in `Evaluations`
+    directions : J, directions per step; a step makes 2 J evaluations
+    seed : of the run; the seed of direction j at step t is Philox of (seed, t, j)
+    journal : path of the journal to write, or None
+    resume : continue an existing journal: its steps are replayed onto the module, which must be the untouched base
+    paired : whether closures return all losses at once; `step` can override it
+    floor : smallest magnitude of a scale; a scale keeps its sign, a zero stays zero
+    recipe : JSON-able dict for the journal's header: what else a resumed run has to agree on
+    max_skipped : consecutive steps with a NaN or infinite loss before `step` gives up
+
+    Raises ValueError for values out of range, JournalError (a ValueError) for a journal that exists or does not fit.
+    """
+
+    def __init__(self, module, lr, eps=1e-2, clip=5.0, noise="rademacher", relative=True, sharing="group",
+                 directions=1, seed=0, journal=None, *, resume=False, paired=True, floor=FLOOR, max_skipped=10,
+                 recipe=None):
+        _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
+        _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
+        _check(clip > 0, "clip", clip, "a number > 0 (math.inf: no clipping)")
+        _check(isinstance(directions, int) and 1 <= directions < 1 << 16, "directions", directions, "an int >= 1")
+        _check(isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64, "seed", seed, "a 64-bit int")
+        _check(floor >= 0, "floor", floor, "a number >= 0")
+        _check(sharing == "group", "sharing", sharing, "'group'")
+        law_number(noise)
+        self.module = module
+        self.arena = arena_of(module, exact=True)
+        self.paired, self.max_skipped = paired, max_skipped
+        self.last = None
+        self._skipped_in_a_row = 0
+        super().__init__([self.arena.data], dict(
+            lr=lr, eps=eps, clip=clip, noise=noise, relative=relative, sharing=sharing, directions=directions,
+            seed=seed, floor=floor, step=0))
+        _warn_if_rounded_away(module, self.arena, eps, relative)
+        self.journal = None
+        if journal is not None:
+            header = journal_header(module, self.param_groups[0], recipe)
+            self.journal = Journal.resume(journal, header) if resume else Journal.create(journal, header)
+            for records in self.journal.steps:
+                self._apply(records)
+                self._count_skipped(records[0].skipped)
+            self.param_groups[0]["step"] = len(self.journal.steps)
+
+    def evaluations(self):
+        """The Evaluations of the coming step: +eps and -eps of each direction in turn.
+
+        RuntimeError when the layers have moved to another arena, where this optimizer would not reach them.
+        """
+        if any(layer.arena is not self.arena for layer in layers(self.module).values()):
+            raise RuntimeError("the layers have left this optimizer's arena (train_only, or a QZO of another module "
+                               "that shares them): make a new QZO")
+        group = self.param_groups[0]
+        seeds = [step_seed(group["seed"], group["step"], j) for j in range(group["directions"]) for _ in range(2)]
+        coefs = [sign * group["eps"] for _ in range(group["directions"]) for sign in (1, -1)]
+        return Evaluations(seeds, coefs, group["noise"], group["relative"], group["sharing"]).to(self.arena.data.device)
+
+    @torch.no_grad()
+    def step(self, closure, paired=None):
+        """One step. closure() runs forward only.
+
+        paired (the default): called once, returns the loss of each evaluation, [2 J], of a batch stacked 2 J times.
+        paired=False: called 2 J times, each under one evaluation, returns a scalar.
+
+        Returns the mean loss, a float. A NaN or infinite loss skips the step, which the journal records;
+        FloatingPointError after `max_skipped` of them in a row. ValueError when the losses have another shape.
+        """
+        evaluations = self.evaluations()
+        losses = self._losses(closure, evaluations, self.paired if paired is None else paired)
+        losses = [x if abs(x) <= LARGEST else math.inf * x for x in losses]      # the journal holds float32
+        group = self.param_groups[0]
+        count = group["directions"]
+        seeds = evaluations.seeds.tolist()[::2]
+        skipped = not all(map(math.isfinite, losses))
+        derivatives = [(losses[2 * j] - losses[2 * j + 1]) / (2 * group["eps"]) for j in range(count)]
+        applied = [0.0] * count
+        if not skipped:
+            clipped = [min(max(d, -group["clip"]), group["clip"]) for d in derivatives]
+            steps = [-(group["lr"] / count) * d for d in clipped]
+            applied = kernel_coefs(steps, law_number(group["noise"])).tolist()
+            if not all(map(math.isfinite, applied)):
+                raise FloatingPointError(f"lr={group['lr']:g} times the derivatives {derivatives} leaves float32; "
+                                         "lower lr or clip")
+        records = [Record(group["step"], j, seeds[j], applied[j], losses[2 * j], losses[2 * j + 1], skipped)
+                   for j in range(count)]
+        if self.journal is not None:
+            self.journal.append(records)
+        self._apply(records)
+        group["step"] += 1
+        self.last = StepResult(losses, derivatives, applied, skipped)
+        self._count_skipped(skipped)
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: {losses}); lower lr "
+                f"({group['lr']:g}) or eps ({group['eps']:g}), or check the data")
+        return sum(losses) / len(losses)
+
+    def _losses(self, closure, evaluations, paired):
+        if paired:
+            with evaluating(self.module, evaluations):
+                losses = closure()
+            if not isinstance(losses, torch.Tensor) or losses.shape != (len(evaluations),):
+                got = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+                raise ValueError(
+                    f"the closure must return a tensor [{len(evaluations)}], the loss of each evaluation; got {got}. "
+                    "Stack the batch with qzo.pair and use qzo.losses, or step(closure, paired=False)")
+            return losses.double().tolist()
+        losses = []
+        for e in range(len(evaluations)):
+            one = Evaluations(evaluations.seeds[e:e + 1], evaluations.coefs[e:e + 1], evaluations.noise,
+                              evaluations.relative, evaluations.sharing)
+            with evaluating(self.module, one):
+                losses.append(float(closure()))
+        return losses
+
+    def _apply(self, records):
+        """The update of one step from its records: what a replay does, too."""
+        self.param_groups[0]["params"] = [self.arena.data]        # the arena may have moved to another device
+        if not records[0].skipped:
+            apply_records(self.arena, records, self.param_groups[0])
+
+    def _count_skipped(self, skipped):
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+
+    def close(self):
+        """Flush and close the journal."""
+        if self.journal is not None:
+            self.journal.close()
+
+
+def apply_records(arena, records, recipe):
+    """Update the arena with one step's (seed, coefficient) pairs; recipe names noise, relative and floor."""
+    device = arena.data.device
+    seeds = torch.tensor([r.seed for r in records], dtype=torch.int64, device=device)
+    coefs = torch.tensor([r.applied for r in records], dtype=torch.float32, device=device)
+    ops.update_op(arena.data, seeds, coefs, 0, law_number(recipe["noise"]), recipe["relative"], recipe["floor"])
+
+
+def replay(model, journal_path, until=None):
+    """Apply a journal's steps to the base model it was written on, in place; returns the number of steps applied.
+
+    until: stop before this step. The scales end bit-equal to the run's (integer noise laws). Raises JournalError, a
+    ValueError, when the journal is damaged or belongs to another model; FileNotFoundError when there is none.
+    """
+    found = read(journal_path)
+    if found is None:
+        raise JournalError(f"{journal_path} has no whole header: the run ended before its first step")
+    header, steps, _ = found
+    if VERSIONS.get(header["noise"]) != header["law"]:
+        raise JournalError(f"{journal_path} uses noise law {header['law']!r}, this qzo has "
+                           f"{VERSIONS.get(header['noise'])!r}")
+    arena = arena_of(model, exact=True)
+    check_header(journal_path, header, model_fields(model, arena))
+    steps = steps[:until]
+    for records in steps:
+        if not records[0].skipped:
+            apply_records(arena, records, header)
+    return len(steps)
+
+
+def journal_header(module, group, recipe=None):
+    """What a journal says before its first record."""
+    law = {key: group[key] for key in ("noise", "relative", "sharing", "eps", "clip", "directions", "seed", "floor")}
+    return {**law, "law": VERSIONS[group["noise"]], "recipe": recipe or {},
+            **model_fields(module, arena_of(module, exact=True)),
+            "versions": {"qzo": _version(), "torch": torch.__version__, "python": platform.python_version()}}
+
+
+def model_fields(module, arena):
+    """The fields that tie a journal to a model: the arena map, and a digest of every code, zero point and scale."""
+    digest = hashlib.sha256()
+    for name, what, tensor in digest_parts(module):
+        digest.update(f"{name}.{what} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().cpu().numpy().data)
+    return {"arena": {name: [slot.base4, slot.groups, slot.outputs] for name, slot in arena.slots.items()},
+            "digest": "sha256:" + digest.hexdigest()}
+
+
+def _version():
+    from . import __version__
+    return __version__
+
+
+def _check(good, name, got, wanted):
+    if not good:
+        raise ValueError(f"{name}={got!r}: {wanted} is wanted")
+
+
+def _warn_if_rounded_away(module, arena, eps, relative):
+    """Warn when the activations' rounding drowns L+ - L-.
+
+    The rms error of L+ - L- over its rms size was measured near 1.25 * u / eps_relative, u the roundoff of the
+    activations (4-layer network, eps 1e-3 and 1e-2, float16 and bfloat16).
+    """
+    dtypes = {p.dtype for p in module.parameters() if p.dtype in ROUNDOFF}
+    if not dtypes or arena.data.is_meta:
+        return
+    dtype = max(dtypes, key=ROUNDOFF.get)
+    size = 1.0 if relative else float(arena.data.abs().mean())
+    wanted = 5 * ROUNDOFF[dtype] * size
+    if eps < wanted / 2:
+        warnings.warn(f"eps={eps:g} is too small for {str(dtype).removeprefix('torch.')} activations: their rounding "
+                      f"is larger than the signal; use eps >= {wanted:.1g}, or float32/float16 activations",
+                      stacklevel=3)
