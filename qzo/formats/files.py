@@ -1,0 +1,61 @@
+"""Writing files so that neither a crash nor a full disk leaves half of one."""
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def staged(folder):
+    """Yield an empty folder to write into; its files move to `folder` when the block ends without an error.
+
+    They are synced to disk first and then renamed one by one, config.json last, so every name in `folder`
+    holds a whole file at any time, old or new. Files of other names are left alone. On an error `folder` is
+    as before.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to write the checkpoint into")
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".qzo-", dir=folder))
+    try:
+        yield staging
+        files = [path for path in staging.rglob("*") if path.is_file()]
+        files.sort(key=lambda path: (path.name == "config.json", path))
+        for file in files:
+            _sync(file)
+        for file in files:
+            target = folder / file.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+            _sync(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for path in made:
+            with contextlib.suppress(OSError):       # it holds the result, or was never made
+                path.rmdir()
+
+
+def _sync(path):
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def copy(source, target):
+    """Copy bytes, not permissions: a read-only source gives a writable copy."""
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def patch(path, chunks):
+    """Overwrite (offset, bytes) chunks of an existing file in place."""
+    with open(path, "r+b") as file:
+        for offset, data in chunks:
+            file.seek(offset)
+            file.write(data)

@@ -1,0 +1,372 @@
+"""transformers models with QZOLinear inside: load a checkpoint, save it in the format it came from."""
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .formats import compressed_tensors, files, gguf, gguf_tokenizer
+from .formats.gguf_file import GGUFFile
+from .linear import QZOLinear, arena_of, layers, quantize_
+from .weights import PackedWeight
+
+_FORMATS = ("compressed-tensors", "gguf")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model came from: what `save_pretrained` copies.
+
+    kind: "gguf", "compressed-tensors", or "float" (quantized on the way in, with `options`)
+    path: the GGUF file or the folder
+    sizes: (file name, bytes) of the files that the result is copied from
+    dtype: of dense tensors in a file written anew
+    """
+
+    kind: str
+    path: Path
+    sizes: tuple
+    dtype: torch.dtype
+    options: tuple = ()
+
+    def check(self):
+        """FileNotFoundError or ValueError when the files are not those that were loaded."""
+        for name, size in self.sizes:
+            file = self.path if self.kind == "gguf" else self.path / name
+            if not file.exists():
+                raise FileNotFoundError(f"{file}, which this model was loaded from, is gone; saving copies "
+                                        "it, put it back")
+            if file.stat().st_size != size:
+                raise ValueError(f"{file} had {size} bytes when this model was loaded and has "
+                                 f"{file.stat().st_size} now; saving copies it, put the old file back")
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True,
+                    trust_remote_code=False):
+    """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
+
+    path_or_id : a checkpoint folder, a .gguf file, a folder holding exactly one, or a Hugging Face Hub id
+    device : where to; a GPU if there is one, else the CPU
+    dtype : of dense tensors and activations; float16 on a GPU, float32 on the CPU
+    bits, group_size, symmetric : how float weights are quantized; 4-bit checkpoints load as they are
+    trust_remote_code : as in transformers
+
+    Returns a transformers.PreTrainedModel that needs no gradients. Raises FileNotFoundError for a path that
+    is not there, ValueError for a checkpoint that cannot be read; the message names the format, tensor or
+    key.
+    """
+    if bits != 4:
+        raise ValueError(f"bits={bits}: only 4-bit codes are implemented")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    path = _locate(path_or_id)
+    if path.is_file():
+        model, source = _load_gguf(path, device, dtype)
+    else:
+        config = _config(path, trust_remote_code)
+        if getattr(config, "quantization_config", None) is None:
+            options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+            model, source = _load_float(path, config, trust_remote_code, options)
+        else:
+            model, source = _load_quantized(path, config, trust_remote_code, device, dtype)
+    if not layers(model, trainable=None):
+        raise ValueError(f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit "
+                         "or a float checkpoint")
+    model.to(device=device, dtype=dtype)
+    model.requires_grad_(False).eval()
+    arena_of(model, exact=True)
+    model._qzo_source = source
+    return model
+
+
+def load_tokenizer(path_or_id):
+    """The tokenizer of a folder, GGUF file or Hub id, with its chat template. ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    path = _locate(path_or_id)
+    if path.is_file():
+        return gguf_tokenizer.load(GGUFFile(path))
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _locate(path_or_id):
+    """The GGUF file or checkpoint folder meant."""
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is a file but no .gguf; give a .gguf file or a checkpoint folder")
+        return path.resolve()
+    if not path.exists():
+        return _download(str(path_or_id))
+    weights = any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+    if weights and (path / "config.json").exists():
+        return path.resolve()
+    found = sorted(p.name for p in path.glob("*.gguf"))
+    if len(found) == 1:
+        return (path / found[0]).resolve()
+    if found:
+        raise ValueError(f"{path} holds {len(found)} GGUF files "
+                         f"({', '.join(found[:4])}{', ...' if found[4:] else ''}); give the path of one of "
+                         "them")
+    raise ValueError(f"{path} holds no checkpoint: neither config.json with weights nor a .gguf file")
+
+
+def _download(name):
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    absent = f"no such file or folder: {name}; give a checkpoint folder, a .gguf file, or a Hub id"
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith((".gguf", "/")):
+        raise FileNotFoundError(absent)
+    try:
+        folder = snapshot_download(name, allow_patterns=_DOWNLOADED)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{absent} ({name} could not be fetched: {reason})") from None
+    return Path(folder)
+
+
+def _config(folder, trust_remote_code):
+    from transformers import AutoConfig
+
+    try:
+        json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _auto_class(config):
+    """The transformers class that the checkpoint's architecture asks for."""
+    import transformers
+
+    names = config.architectures or ["ForCausalLM"]
+    if any(part in name for name in names for part in ("ForCausalLM", "LMHeadModel")):
+        return transformers.AutoModelForCausalLM
+    return getattr(transformers, names[0], transformers.AutoModel)
+
+
+def _load_float(folder, config, trust_remote_code, options):
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    cls = _auto_class(config)
+    model = cls.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = [name for name, module in model.named_modules() if module is output and output is not None]
+    quantize_(model, **options, skip=("lm_head", *heads))
+    sizes = (("config.json", (folder / "config.json").stat().st_size),)
+    return model, Source("float", folder, sizes, stored, tuple(sorted(options.items())))
+
+
+def _load_gguf(path, device, dtype):
+    from transformers import LlamaConfig
+
+    file = GGUFFile(path)
+    model = _build(LlamaConfig(**gguf.config(file)), False, dtype)
+    _fill(model, gguf.weights(file, dtype), path, device)
+    return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
+
+
+def _load_quantized(folder, config, trust_remote_code, device, dtype):
+    quantization = dict(config.quantization_config)
+    method = quantization.get("quant_method")
+    if method != compressed_tensors.METHOD:
+        raise ValueError(f"{folder}: quant_method {method!r} cannot be read; supported are "
+                         "compressed-tensors (pack-quantized), GGUF files, and float checkpoints")
+    compressed_tensors.check_config(quantization, folder)
+    del config.quantization_config                # the model in memory is not of that kind
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
+    model = _build(config, trust_remote_code, dtype)
+    _fill(model, compressed_tensors.weights(folder, quantization, dtype), folder, device)
+    used = {file for file, _ in compressed_tensors.tensor_places(folder).values()} | {folder / "config.json"}
+    sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
+    if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, Source("compressed-tensors", folder, sizes, stored)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """torch.empty makes meta tensors: parameters cost nothing, computed buffers (rotary tables) are real."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _build(config, trust_remote_code, dtype):
+    cls = _auto_class(config)
+    with _EmptyOnMeta():
+        if hasattr(cls, "from_config"):
+            return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return cls._from_config(config, dtype=dtype)
+
+
+def _fill(model, entries, path, device):
+    """Put every entry in its place; ValueError for one that the model lacks and for what stays empty."""
+    missing = set(model.state_dict())
+    for name, value, where in entries:
+        if name not in missing:
+            if any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ()):
+                continue
+            raise ValueError(f"{where}: {type(model).__name__} has no tensor {name}; the file is of another "
+                             "architecture")
+        missing.discard(name)
+        put = _put_packed if isinstance(value, PackedWeight) else _put_dense
+        put(model, name, value, where, device)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {min(missing)}; the "
+                         "checkpoint is incomplete")
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise ValueError(f"{path}: nothing fills {empty[0]} of {type(model).__name__}; this architecture "
+                         "cannot be loaded")
+
+
+def _put_packed(model, name, packed, where, device):
+    owner, _, leaf = name.rpartition(".")
+    linear = model.get_submodule(owner)
+    if type(linear) is not nn.Linear or leaf != "weight":
+        raise ValueError(f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only "
+                         "nn.Linear can be replaced")
+    if (packed.out_features, packed.in_features) != (linear.out_features, linear.in_features):
+        raise ValueError(f"{where}: has shape {[packed.out_features, packed.in_features]}, {owner} of this "
+                         f"model needs {[linear.out_features, linear.in_features]}")
+    layer = QZOLinear.from_packed(packed).to(device)
+    layer.bias = linear.bias                      # filled by its own entry, before or after this one
+    parent, _, child = owner.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _put_dense(model, name, tensor, where, device):
+    owner, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner)
+    old = getattr(owner, leaf)
+    if old.shape != tensor.shape:
+        raise ValueError(f"{where}: has shape {list(tensor.shape)}, {name} of this model needs "
+                         f"{list(old.shape)}")
+    tensor = tensor.to(device=device, dtype=old.dtype)
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(owner, leaf, tensor)
+
+
+# ---------------------------------------------------------------------------------------------- saving
+
+def save_pretrained(model, out_dir):
+    """Save in the format the model came from: the source's files with new scales, all else byte for byte.
+
+    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized, 4 bit). Files
+    of other names in out_dir are left alone. Raises ValueError or FileNotFoundError when the model does not
+    come from `qzo.from_pretrained`, its source has changed or is gone, or out_dir is the source.
+    """
+    source = _source(model)
+    if source.kind == "float":
+        return _write_compressed(model, source, Path(out_dir))
+    return _copy_with_scales(model, source, Path(out_dir), source.path.name)
+
+
+def export(model, out, format="compressed-tensors"):
+    """Save as `format`: "compressed-tensors" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf
+    path).
+
+    Raises ValueError naming what is supported for a conversion that cannot be done.
+    """
+    source, out = _source(model), Path(out)
+    if format not in _FORMATS:
+        raise ValueError(f"export to {format!r} is not supported; supported are "
+                         f"{' and '.join(map(repr, _FORMATS))}")
+    if format == "gguf":
+        if source.kind != "gguf":
+            raise ValueError(f"export to 'gguf' needs a model that was loaded from a GGUF file, this one is "
+                             f"{source.kind}; use format='compressed-tensors'")
+        folder, name = (out.parent, out.name) if out.suffix == ".gguf" else (out, source.path.name)
+        return _copy_with_scales(model, source, folder, name)
+    if source.kind == "compressed-tensors":
+        return _copy_with_scales(model, source, out, None)
+    return _write_compressed(model, source, out)
+
+
+def _source(model):
+    source = getattr(model, "_qzo_source", None)
+    if source is None:
+        raise ValueError(f"this {type(model).__name__} was not loaded by qzo.from_pretrained, so there is "
+                         "no source to copy; load it that way, or keep its state_dict()")
+    source.check()
+    return source
+
+
+def _packed(name, layer):
+    if not bool(torch.isfinite(layer.read_scales()).all()):
+        raise ValueError(f"{name}: a scale is NaN or infinite; the run has diverged, nothing was written")
+    return layer.packed()
+
+
+def _copy_with_scales(model, source, folder, name):
+    def find(tensor):
+        name = tensor.removesuffix(".weight")
+        layer = model.get_submodule(name)
+        return _packed(name, layer) if isinstance(layer, QZOLinear) else None
+
+    home = source.path.parent if source.kind == "gguf" else source.path
+    if folder.resolve() == home and name in (None, source.path.name):
+        raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
+                         "give another folder")
+    with files.staged(folder) as staging:
+        if source.kind == "gguf":
+            gguf.save(GGUFFile(source.path), staging / name, find)
+        else:
+            compressed_tensors.save(source.path, staging, find)
+
+
+def _write_compressed(model, source, folder):
+    """A new compressed-tensors folder from any model whose zero points are integers."""
+    if folder.resolve() == source.path:
+        raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
+                         "give another folder")
+    packed = {name: _packed(name, layer) for name, layer in layers(model, trainable=None).items()}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantization = compressed_tensors.quantization_config(packed, linears)
+    symmetric = quantization["config_groups"]["group_0"]["weights"]["symmetric"]
+    with files.staged(folder) as staging:
+        if source.kind == "float":
+            _copy_companions(source.path, staging)
+        elif gguf_tokenizer.present(GGUFFile(source.path)):
+            load_tokenizer(source.path).save_pretrained(staging)
+        dense = _dense(model, source.dtype)
+        compressed_tensors.write(staging / "model.safetensors", packed, dense, symmetric)
+        config = _stored_config(model, source)
+        config |= {"dtype": str(source.dtype).removeprefix("torch."), "quantization_config": quantization}
+        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _stored_config(model, source):
+    if source.kind == "float":
+        return json.loads((source.path / "config.json").read_text())
+    return json.loads(model.config.to_json_string())
+
+
+def _dense(model, dtype):
+    """Everything that is not in a QZOLinear's codes, by name, tied tensors once, floats in `dtype`."""
+    dense = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    own = tuple(f"{name}." for name in layers(model, trainable=None))
+    saved = [name for name in model.state_dict() if name in buffers and not name.startswith(own)]
+    dense |= {name: buffers[name] for name in saved}
+    return {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in dense.items()}
+
+
+def _copy_companions(folder, staging):
+    """Tokenizer, generation settings, licence and the like: every plain file that holds no weights."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_SUFFIXES):
+            files.copy(path, staging / path.name)
