@@ -1,0 +1,219 @@
+"""JSON lines -> examples -> batches.
+
+A line is one of
+
+    {"prompt": "...", "completion": "..."}                  the completion's tokens are learned
+    {"messages": [{"role": ..., "content": ...}, ...]}      the last (assistant) message's tokens are learned
+    {"text": "..."}                                         every token is learned
+    {"prompt": "...", "options": ["...", ...], "label": 0}  the right option among them; label: its number or its text
+"""
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from .kernels.noise import SEED_ROUNDS, philox4x32
+
+IGNORED = -100
+WINDOW = 16                  # batches among which examples are sorted
+SPLITS = ("train", "valid", "test")
+_FORMS = ({"prompt", "options", "label"}, {"prompt", "completion"}, {"messages"}, {"text"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Token ids and what is learned: `labels` per token, or `options` (each a tuple of ids) and the right one."""
+
+    ids: tuple
+    labels: tuple | None = None
+    options: tuple | None = None
+    label: int | None = None
+
+
+def read_jsonl(path):
+    """The records of a JSONL file. ValueError naming the line that is no object or has none of the known shapes."""
+    path = Path(path)
+    records = []
+    with open(path, "rb") as file:          # bytes: a line that is no UTF-8 has its number named
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            problem = _problem(record)
+            if problem:
+                raise ValueError(f"{path}, line {number}: {problem}")
+            records.append(record)
+    if not records:
+        raise ValueError(f"{path} holds no examples")
+    return records
+
+
+def _problem(record):
+    """What is wrong with a record, or None."""
+    if not isinstance(record, dict):
+        return f"a JSON object is wanted, got {type(record).__name__}"
+    form = next((form for form in _FORMS if form <= record.keys()), None)
+    if form is None:
+        return (f"has the keys {sorted(record)}; wanted are prompt+completion, messages, text, or prompt+options+label")
+    for key in form & {"prompt", "completion", "text"}:
+        if not isinstance(record[key], str):
+            return f"{key!r} must be a string, got {type(record[key]).__name__}"
+    if "messages" in form:
+        messages = record["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or not all(
+                isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+            return "'messages' must be a list of {role, content}"
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            return "'messages' must end with the assistant's, which is learned, after at least one other"
+    if "options" in form:
+        options, label = record["options"], record["label"]
+        if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
+            return "'options' must be a list of at least two non-empty strings"
+        if isinstance(label, bool) or not (label in options if isinstance(label, str)
+                                           else isinstance(label, int) and 0 <= label < len(options)):
+            return f"label {label!r} is not among the options {options} (nor the number of one)"
+    return None
+
+
+def read_data(path):
+    """split -> records. path: a JSONL file (train), or a folder with train.jsonl and perhaps valid.jsonl, test.jsonl.
+
+    FileNotFoundError when there is no such file or no train.jsonl in the folder.
+    """
+    path = Path(path)
+    if path.is_file():
+        return {"train": read_jsonl(path)}
+    if not path.is_dir():
+        raise FileNotFoundError(f"no data at {path}: give a JSONL file, or a folder that holds train.jsonl")
+    if not (path / "train.jsonl").is_file():
+        raise FileNotFoundError(f"{path} holds no train.jsonl")
+    return {split: read_jsonl(path / f"{split}.jsonl") for split in SPLITS if (path / f"{split}.jsonl").is_file()}
+
+
+def tokenize(records, tokenizer, max_length=1024):
+    """Records -> Examples. A prompt that is too long loses its beginning, a text its end.
+
+    ValueError for a completion or option longer than max_length, and for an option without tokens.
+    """
+    examples = []
+    for number, record in enumerate(records, 1):
+        try:
+            examples.append(_example(record, tokenizer, max_length))
+        except ValueError as error:
+            raise ValueError(f"example {number}: {error}") from None
+    return examples
+
+
+def _example(record, tokenizer, limit):
+    if "options" in record:
+        options = tuple(tuple(_ids(tokenizer, option, special=False)) for option in record["options"])
+        prompt = _ids(tokenizer, record["prompt"])
+        room = limit - max(map(len, options))
+        label = record["label"]
+        if not prompt:
+            raise ValueError("a prompt with options has no tokens: there is nothing to choose by")
+        if not all(options):
+            raise ValueError(f"the option {record['options'][options.index(())]!r} has no tokens")
+        if room < 1:
+            raise ValueError(f"an option has {max(map(len, options))} tokens, max_length is {limit}")
+        return Example(tuple(prompt[-room:]), options=options,
+                       label=record["options"].index(label) if isinstance(label, str) else label)
+    if "text" in record:
+        ids = _ids(tokenizer, record["text"])[:limit]
+        return Example(tuple(ids), labels=tuple(ids))
+    if "messages" in record:
+        prompt = tokenizer.apply_chat_template(record["messages"][:-1], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        if not whole.startswith(prompt):
+            raise ValueError("the chat template does not continue its own generation prompt: use prompt and completion")
+        prompt, completion = _ids(tokenizer, prompt, False), _ids(tokenizer, whole[len(prompt):], False)
+    else:
+        prompt, completion = _ids(tokenizer, record["prompt"]), _ids(tokenizer, record["completion"], False)
+        if tokenizer.eos_token_id is not None:
+            completion = [*completion, tokenizer.eos_token_id]
+    if not completion or len(completion) >= limit:
+        raise ValueError(f"a completion has {len(completion)} tokens; between 1 and {limit - 1} are wanted "
+                         "(--max-length)")
+    prompt = prompt[-(limit - len(completion)):]
+    return Example(tuple(prompt + completion), labels=tuple([IGNORED] * len(prompt) + completion))
+
+
+def _ids(tokenizer, text, special=True):
+    return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+def check_one_kind(examples):
+    """ValueError unless all examples are of one kind, with one number of options."""
+    kinds = sorted({0 if e.options is None else len(e.options) for e in examples})
+    if len(kinds) > 1:
+        names = ["no options" if count == 0 else f"{count} options" for count in kinds]
+        raise ValueError(f"the data mixes examples with {' and '.join(names)}; give all lines the same shape")
+
+
+def collate(examples, pad_id, device=None):
+    """A batch for `losses`: padded on the right. All examples are of one kind (ValueError otherwise)."""
+    check_one_kind(examples)
+    if examples[0].options is None:
+        return _padded([(e.ids, e.labels) for e in examples], pad_id, device)
+    label = torch.tensor([e.label for e in examples], device=device)
+    if all(len(o) == 1 for e in examples for o in e.options):
+        batch = _padded([(e.ids, None) for e in examples], pad_id, device)
+        option_ids = torch.tensor([[o[0] for o in e.options] for e in examples], device=device)
+        return {**batch, "option_ids": option_ids, "label": label}
+    rows = [(e.ids + o, (IGNORED,) * len(e.ids) + o) for e in examples for o in e.options]
+    return {**_padded(rows, pad_id, device), "options": len(examples[0].options), "label": label}
+
+
+def _padded(rows, pad_id, device):
+    width = max(len(ids) for ids, _ in rows)
+
+    def pad(sequences, value):
+        return torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences], device=device)
+
+    batch = {"input_ids": pad([ids for ids, _ in rows], pad_id),
+             "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0)}
+    if rows[0][1] is not None:
+        batch["labels"] = pad([labels for _, labels in rows], IGNORED)
+    return batch
+
+
+def order(count, epoch, seed):
+    """A permutation of range(count) that depends on (seed, epoch) alone: by Philox, the same everywhere."""
+    zero = torch.zeros((), dtype=torch.int64)
+    key = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    words = philox4x32((torch.arange(count), zero + epoch, zero, zero + 2), key, SEED_ROUNDS)
+    return (words[0] << 30 | words[1] >> 2).argsort(stable=True).tolist()
+
+
+def batch_indices(step, lengths, batch_size, seed, strata=None):
+    """Which examples step `step` sees.
+
+    lengths: tokens of each example; strata: the class of each, or None. Each pass over the data is a fresh permutation.
+    Within every WINDOW batches of it the examples are ordered by their rank of length within their class, so that a
+    batch holds the classes in their proportion (less noise in the losses) and needs little padding; then the batches
+    are shuffled. A pass's incomplete last batch is left out.
+    """
+    count = len(lengths)
+    per_epoch = max(1, count // batch_size)
+    epoch, at = divmod(step, per_epoch)
+    shuffled = order(count, 2 * epoch, seed)
+    window = WINDOW * batch_size
+    mixed = [i for start in range(0, count, window)
+             for i in _by_rank(shuffled[start:start + window], lengths, strata)]
+    at = order(per_epoch, 2 * epoch + 1, seed)[at]
+    return mixed[at * batch_size:(at + 1) * batch_size]
+
+
+def _by_rank(indices, lengths, strata):
+    classes = {}
+    for i in indices:
+        classes.setdefault(None if strata is None else strata[i], []).append(i)
+    rank = {}
+    for members in classes.values():
+        for place, i in enumerate(sorted(members, key=lambda i: lengths[i])):
+            rank[i] = (place + 0.5) / len(members)
+    return sorted(indices, key=rank.__getitem__)
