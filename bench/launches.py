@@ -1,0 +1,275 @@
+"""What the launchers ask Triton to compile, recorded without a GPU.
+
+The launchers run unchanged, on meta tensors, under a driver that has no device and a hook that keeps each
+request instead of compiling it: types, specializations and constants are therefore those of a real launch.
+`every`, `plain` and `pairwise` list matmuls of the benchmark; most of them share a compiled kernel.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ..kernels import noise, qmm, tiles, update
+
+ARCHES = tuple(tiles.PROCESSORS)
+KERNELS = {
+    "qmm": qmm._qmm_kernel,
+    "reduce": qmm._reduce_kernel,
+    "group_sums": qmm._group_sums_kernel,
+    "update": update._update_kernel,
+}
+
+LAYERS = {  # in_features, out_features of the linears of each model
+    "llama-2-7b": ((4096, 4096), (4096, 11008), (11008, 4096)),
+    "llama-2-13b": ((5120, 5120), (5120, 13824), (13824, 5120)),
+    "llama-3.1-8b": ((4096, 1024), (4096, 14336), (14336, 4096)),
+    "opt-6.7b": ((4096, 16384), (16384, 4096)),
+    "sd3.5-large": ((2432, 2432), (2432, 9728), (9728, 2432), (2432, 14592)),
+    "smollm2-135m": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
+}
+ROWS = (1, 4, 16, 32, 64, 128, 512, 2048, 8192)
+WHOLE_ROW = -1
+GROUPS = (*tiles.GROUPS, WHOLE_ROW)
+ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One matmul: `rows` of each evaluation, its layer, and every flag that reaches the compiler.
+
+    tile: instead of the one that tiles.pick returns.
+    """
+
+    arch: str
+    rows: int = 512
+    k: int = 4096
+    n: int = 4096
+    group: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    law: str = "rademacher"
+    zeros: str = "none"
+    relative: bool = True
+    bias: bool = False
+    wide: bool = False
+    tile: tiles.Tile | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One request to the compiler, as plain data: it crosses process borders and its equals compile once."""
+
+    kernel: str  # a name of KERNELS
+    arch: str
+    signature: tuple  # (argument, type) each
+    constants: tuple  # (argument number, value) each
+    attributes: tuple  # (argument number, ((name, value), ..)) each: divisible by 16, ..
+    warps: int
+    stages: int
+    registers: int | None  # most that a thread may hold; None: the compiler's choice
+
+    def constant(self, name):
+        return dict(self.constants)[[n for n, _ in self.signature].index(name)]
+
+    def __str__(self):
+        names = [name for name, _ in self.signature]
+        held = {names[i]: value for i, value in self.constants}
+        held.pop("ROUNDS_", None)
+        if self.kernel != "qmm":
+            return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
+        law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
+        group = "row" if held["WHOLE_ROW"] else held["GROUP"]
+        flags = [f for f in ("DEEP", "RATIO", "RELATIVE", "WIDE", "SPLIT", "BIAS", "MASK_K") if held[f]]
+        zeros = {qmm.ZERO_INTEGER: ["ZERO_INTEGER"], qmm.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
+        types = dict(self.signature)
+        return (
+            f"{self.arch} qmm {held['BM']}x{held['BN']} w{self.warps} s{self.stages} {types['x_ptr'][1:]} "
+            f"g{group} {law} {' '.join(flags + zeros).lower()}"
+        )
+
+
+class _NoDevice:
+    """The part of a Triton driver that a launch needs to reach the compiler; one device an architecture."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_device(self):
+        return ARCHES.index(self.arch)
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return target(self.arch)
+
+
+def target(arch):
+    """Triton's name for an architecture."""
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+@contextlib.contextmanager
+def recorded(arch):
+    """Record every launch inside the block; yields the list they go to. Nothing is compiled or run."""
+    if not all(hasattr(kernel, "device_caches") for kernel in KERNELS.values()):
+        raise RuntimeError(
+            "the kernels were imported for Triton's interpreter: unset TRITON_INTERPRET to compile them"
+        )
+    names = {kernel._fn_name: name for name, kernel in KERNELS.items()}
+    launches = []
+
+    def keep(*, fn, compile, **_):
+        launches.append(
+            Launch(
+                names[fn.jit_function._fn_name],
+                arch,
+                tuple(compile["signature"].items()),
+                tuple((path[0], value) for path, value in compile["constants"].items()),
+                tuple(
+                    (path[0], tuple(map(tuple, pairs)))
+                    for path, pairs in compile["configs"][0].items()
+                    if pairs
+                ),
+                compile["num_warps"],
+                compile["num_stages"],
+                json.loads(compile["specialization_data"])["options"].get("maxnreg"),
+            )
+        )
+        return True  # tells Triton to compile nothing
+
+    held, driver._active = driver._active, _NoDevice(arch)
+    triton.knobs.runtime.jit_cache_hook = keep
+    try:
+        yield launches
+    finally:
+        driver._active = held
+        triton.knobs.runtime.jit_cache_hook = None
+
+
+def _meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def matmul(case):
+    """The launches of one matmul with two evaluations, as qzo.ops makes them."""
+    group = case.k if case.group == WHOLE_ROW else case.group
+    groups = case.k // group
+    x = _meta(2 * case.rows, case.k, dtype=case.dtype)
+    zeros = None if case.zeros == "none" else _meta(groups, case.n, dtype=ZEROS[case.zeros])
+    tile = case.tile or tiles.pick(
+        case.rows, case.n, case.k, group, case.dtype, case.arch, float_zeros=case.zeros == "float"
+    )
+    with recorded(case.arch) as launches:
+        qmm.launch(
+            x,
+            _meta(-(-case.k // 128), case.n, 32, dtype=torch.int16),
+            _meta(-(-groups // 4), case.n, 4),
+            zeros,
+            _meta(case.n, dtype=case.dtype) if case.bias else None,
+            _meta(2, dtype=torch.int64),
+            _meta(2),
+            _meta(2 * case.rows, case.n, dtype=case.dtype),
+            base4=qmm.WIDE_FROM if case.wide else 0,
+            group=group,
+            law=noise.LAWS[case.law],
+            relative=case.relative,
+            tile=tile,
+            asm=case.arch.startswith("sm_"),
+        )
+    return launches
+
+
+def updates(arch, laws=tuple(noise.VERSIONS)):
+    """The launches of the update kernel: each law, relative and absolute, both widths of the quad number."""
+    with recorded(arch) as launches:
+        for law, relative, wide in itertools.product(laws, (True, False), (False, True)):
+            update.launch(
+                _meta(1, 4096, 4),
+                _meta(2, dtype=torch.int64),
+                _meta(2),
+                base4=qmm.WIDE_FROM if wide else 0,
+                law=noise.LAWS[law],
+                relative=relative,
+                floor=0.0,
+            )
+    return launches
+
+
+def _fits(case):
+    return case.group == WHOLE_ROW or case.k % case.group == 0
+
+
+def shapes():
+    """Every (in, out) of the models, once."""
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(LAYERS.values())))
+
+
+def every(arch):
+    """Every matmul of the benchmark on `arch`: the product of shapes, rows and flags."""
+    flags = itertools.product(
+        shapes(),
+        ROWS,
+        GROUPS,
+        (torch.bfloat16, torch.float16),
+        noise.LAWS,
+        ZEROS,
+        (True, False),
+        (False, True),
+    )
+    for (k, n), rows, group, dtype, law, zeros, relative, bias in flags:
+        case = Case(arch, rows, k, n, group, dtype, law, zeros, relative or law == "none", bias)
+        if _fits(case):
+            yield case
+
+
+def plain(arch):
+    """Every shape and row count with the usual flags, and one float32 matmul: every tile, few flags."""
+    for (k, n), rows in itertools.product(shapes(), ROWS):
+        case = Case(arch, rows, k, n)
+        if _fits(case):
+            yield case
+    yield Case(arch, 64, dtype=torch.float32)
+
+
+AXES = {
+    "rows": (16, 32, 64, 128, 512),
+    "k": (4096, 576),
+    "group": GROUPS,
+    "dtype": (torch.bfloat16, torch.float16),
+    "law": tuple(noise.LAWS),
+    "zeros": tuple(ZEROS),
+    "relative": (True, False),
+    "bias": (False, True),
+    "wide": (False, True),
+}
+
+
+def pairwise(arch):
+    """Cases in which every two values of different AXES that fit together meet at least once.
+
+    Greedy: of the whole product, in its fixed order, always the case that holds most pairs not yet met.
+    """
+    product = [
+        Case(arch, **dict(zip(AXES, values, strict=True))) for values in itertools.product(*AXES.values())
+    ]
+    product = [case for case in product if _fits(case)]
+    pairs = [
+        frozenset(itertools.combinations([(axis, getattr(case, axis)) for axis in AXES], 2))
+        for case in product
+    ]
+    missing = set().union(*pairs)
+    while missing:
+        best = max(range(len(product)), key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        yield product[best]
+
+
+def distinct(launches):
+    """Without repetitions, in order."""
+    return list(dict.fromkeys(launches))

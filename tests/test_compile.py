@@ -1,0 +1,189 @@
+"""The kernels' machine code for every supported chip, made and read without a GPU.
+
+The compiler has a process of its own: under Triton's interpreter, where other tests live, nothing compiles.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from qzo.bench import sass
+from qzo.kernels import tiles
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ARCHES = tuple(tiles.PROCESSORS)
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """(records by printed launch, broken budgets) of the quick set; about three minutes on two cores."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "qzo.bench.sass", "--set", "quick", "--json"],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *records, last = [json.loads(line) for line in done.stdout.splitlines()]
+    return {record["launch"]: record for record in records}, last["over_budget"]
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_is_sound(compiled, arch):
+    """No spill, no trap, shared memory that fits, tensor cores fed from registers."""
+    records = {launch: record for launch, record in compiled[0].items() if launch.startswith(arch + " ")}
+    assert len(records) >= 15
+    assert {launch: record["faults"] for launch, record in records.items() if record["faults"]} == {}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_is_compiled(compiled, arch):
+    """All four kernels, and a tile for each bucket of rows of tiles.pick."""
+    names = [launch.split()[1:3] for launch in compiled[0] if launch.startswith(arch + " ")]
+    # float zero points, which the group sums are for, come with the pairs of flags
+    paired = {"group_sums"} if arch in sass.PAIRED else set()
+    assert {kernel for kernel, _ in names} == {"qmm", "reduce", "update"} | paired
+    wanted = {
+        tiles.pick(rows, 4096, 4096, 128, sass.launches.torch.bfloat16, arch)
+        for rows in (1, 16, 32, 64, 128, 512, 8192)
+    }
+    assert {f"{tile.rows}x{tile.outputs}" for tile in wanted} <= {
+        tile for kernel, tile in names if kernel == "qmm"
+    }
+
+
+def test_instruction_budgets(compiled):
+    assert compiled[1] == []
+
+
+# -------------------------------------------------------------------------------- the reader itself
+
+LOOP = [  # a loop of seven with two tensor-core instructions, then one of two with none
+    ("LDG.E", "R1, [R2]"),
+    ("ISETP", "P0"),
+    ("BRA", "0x50"),
+    ("IMAD", "R3"),
+    ("LOP3.LUT", "R4"),
+    ("HMMA.16816", "R5"),
+    ("HMMA.16816", "R6"),
+    ("BRA", "0x10"),
+    ("FADD", "R7"),
+    ("BRA", "0x80"),
+    ("EXIT", ""),
+]
+
+
+@pytest.fixture
+def code():
+    return [sass.Instruction(16 * at, *instruction) for at, instruction in enumerate(LOOP)]
+
+
+def test_main_loop_is_the_one_with_the_tensor_cores(code):
+    assert [i.at // 16 for i in sass.main_loop(code, "HMMA")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_without_a_loop_the_whole_code_counts(code):
+    straight = [i for i in code if not i.jump]
+    assert sass.main_loop(straight, "HMMA") == straight
+
+
+def test_skip_is_the_block_under_a_forward_branch(code):
+    assert sass._skip(sass.main_loop(code, "HMMA")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("STS", 4),
+        ("STS.U16", 2),
+        ("STS.U8", 1),
+        ("STS.64", 8),
+        ("STS.128", 16),
+        ("STSM.16.M88.4", 16),
+        ("LDS.128", 0),
+    ],
+)
+def test_stored_bytes(name, stored):
+    assert sass._stored_bytes([sass.Instruction(0, name, "[R1], R2")]) == stored
+
+
+def launch(arch="sm_90"):
+    signature = (("x_ptr", "*bf16"), ("BN", "constexpr"))
+    return sass.launches.Launch("qmm", arch, signature, ((1, 128),), (), warps=8, stages=3, registers=None)
+
+
+SOUND = {
+    "spill": 0,
+    "local": 0,
+    "shared": 1 << 16,
+    "tensor": 8,
+    "trap": 0,
+    "stored_bytes": 16,
+    "wgmma": 8,
+    "wgmma_registers": 8,
+}
+
+
+def test_a_sound_kernel_has_no_faults():
+    assert sass.faults(launch(), SOUND) + sass.form_faults(launch(), SOUND) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"spill": 8}, "spills: 8 bytes"),
+        ({"local": 2}, "2 accesses in the main loop"),
+        ({"shared": 232449}, "232449 > 232448 bytes of sm_90"),
+        ({"tensor": 0}, "no tensor-core instruction"),
+        ({"trap": 1}, "1 traps"),
+        ({"wgmma_registers": 6}, "2 of 8 wgmma"),
+        ({"stored_bytes": 128}, "the weights are 128"),
+    ],
+)
+def test_each_fault_is_named(wrong, text):
+    (fault,) = sass.faults(launch(), SOUND | wrong) + sass.form_faults(launch(), SOUND | wrong)
+    assert text in fault
+
+
+def test_a_bare_trap_is_a_fault_where_traps_are_usual():
+    (fault,) = sass.faults(launch("sm_100"), SOUND | {"tensor": 0, "trap": 2})
+    assert fault == "no tensor-core instruction in the main loop, 2 traps"
+
+
+def steps_under(monkeypatch, steps):
+    """over_budget, with `steps` instructions for each (two accumulators or ratio, law)."""
+    monkeypatch.setattr(sass.launches, "matmul", lambda case: [case])
+    return sass.over_budget(lambda case: {"step": steps["ratio" if case.tile.ratio else "two", case.law]})
+
+
+KEPT = {
+    ("two", "none"): 330,
+    ("two", "rademacher"): 330,
+    ("two", "ih4"): 330,
+    ("ratio", "none"): 350,
+    ("ratio", "rademacher"): 350,
+    ("ratio", "ih4"): 350,
+}
+
+
+def test_budgets_that_are_kept(monkeypatch):
+    assert steps_under(monkeypatch, KEPT) == []
+
+
+def test_a_step_too_long(monkeypatch):
+    over = steps_under(monkeypatch, KEPT | {("ratio", "none"): 351})
+    assert over == ["sm_90 ratio none: 351 instructions a step, at most 350 wanted"]
+
+
+def test_noise_too_dear(monkeypatch):
+    over = steps_under(monkeypatch, KEPT | {("two", "none"): 304})
+    assert over == [
+        f"{arch} two accumulators rademacher: the noise adds 26 instructions a step, at most 25 wanted"
+        for arch in ("sm_90", "sm_80")
+    ]
