@@ -245,7 +245,7 @@ def _budget(name, arch, law, most, **form):
 NOISE_ADDS = {
     "rademacher": 25,
     "ih4": 40,
-}  # to a step; the ratio form holds its whole budget with noise instead
+}  # instructions, to a step
 BUDGETS = (
     *(_budget("sm_90 two accumulators", "sm_90", law, 330, deep=True) for law in ("none", *NOISE_ADDS)),
     *(_budget("sm_90 ratio", "sm_90", law, 350, deep=True, ratio=True) for law in ("none", *NOISE_ADDS)),
@@ -261,7 +261,7 @@ def over_budget(figures_of):
         if step > budget.most:
             bad.append(f"{budget.name}: {step} instructions a step, at most {budget.most} wanted")
         law, form = budget.case.law, dataclasses.replace(budget.case, law="none")
-        if law in NOISE_ADDS and not form.tile.ratio:
+        if law in NOISE_ADDS:
             added = step - next(s for b, s in steps.items() if b.case == form)
             if added > NOISE_ADDS[law]:
                 bad.append(

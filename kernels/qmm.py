@@ -9,9 +9,10 @@ is ever stored. Paper: QZO, arXiv 2505.13430, section 3; the arithmetic is ours,
 
 The CPU twin, in plain torch and fast enough to train with, is qmm_torch.py beside this file.
 
-Shapes: x [E*R, K]; codes int16 planes [T, N, 32] (codes.py); scales float32 [Q, N, 4], a layer's slice of the arena,
-scale (g, n) at [g // 4, n, g % 4]; zeros None (all 8), uint8 [G, N] or float32 [G, N]; bias [N] or None; seeds int64
-[E]; coefs float32 [E] on raw noise (noise.kernel_coefs); base4: number of the layer's first quad in the noise law.
+Shapes: x [E*R, K]; codes int16 planes [T, N, 32] (codes.py); scales float32 [Q, N, 4], a layer's slice of the arena
+and so on 16 bytes, scale (g, n) at [g // 4, n, g % 4]; zeros None (all 8), uint8 [G, N] or float32 [G, N]; bias [N] or
+None; seeds int64 [E]; coefs float32 [E] on raw noise (noise.kernel_coefs); base4: number of the layer's first quad in
+the noise law.
 
 Order of additions, which makes results reproducible: within a dot as the hardware has it, groups in order of k,
 splits in order 0, 1, ... No atomics.
@@ -35,6 +36,13 @@ def perturb(s, k, coef, RELATIVE: tl.constexpr):
         return s * tl.fma(k, coef, 1.0)
     else:
         return tl.fma(k, coef, s)
+
+
+@triton.jit
+def _load_pair(sp):
+    """The float32 at sp and the one after it, by one 8-byte load; sp is 8-byte aligned."""
+    both = tl.load(sp.to(tl.pointer_type(tl.uint64), bitcast=True))
+    return both.to(tl.uint32).to(tl.float32, bitcast=True), (both >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -108,18 +116,20 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
             pass
         elif LAW == 0:
             sp += (t % PERIOD) * PER_TILE
-            s0 = tl.load(sp)
-            if PER_TILE > 1:
-                s1 = tl.load(sp + 1)
-            if PER_TILE > 2:
-                s2 = tl.load(sp + 2)
-                s3 = tl.load(sp + 3)
+            if PER_TILE == 1:
+                s0 = tl.load(sp)
+            else:
+                s0, s1 = _load_pair(sp)
+            if PER_TILE == 4:
+                s2, s3 = _load_pair(sp + 2)
         elif t % PERIOD == 0:
             k0, k1, k2, k3 = quad_noise(seed, base4 + quad.to(tl.int64) * N + n, LAW, WIDE, ROUNDS_)
-            s0 = perturb(tl.load(sp), k0, coef, RELATIVE)
-            s1 = perturb(tl.load(sp + 1), k1, coef, RELATIVE)
-            s2 = perturb(tl.load(sp + 2), k2, coef, RELATIVE)
-            s3 = perturb(tl.load(sp + 3), k3, coef, RELATIVE)
+            s0, s1 = _load_pair(sp)
+            s2, s3 = _load_pair(sp + 2)
+            s0 = perturb(s0, k0, coef, RELATIVE)
+            s1 = perturb(s1, k1, coef, RELATIVE)
+            s2 = perturb(s2, k2, coef, RELATIVE)
+            s3 = perturb(s3, k3, coef, RELATIVE)
         else:
             if PER_TILE == 1:
                 s0 = s1

@@ -181,9 +181,14 @@ def test_a_step_too_long(monkeypatch):
     assert over == ["sm_90 ratio none: 351 instructions a step, at most 350 wanted"]
 
 
-def test_noise_too_dear(monkeypatch):
-    over = steps_under(monkeypatch, KEPT | {("two", "none"): 304})
+@pytest.mark.parametrize(
+    ("form", "name", "arches"),
+    [("two", "two accumulators", ("sm_90", "sm_80")), ("ratio", "ratio", ("sm_90",))],
+)
+def test_noise_too_dear(monkeypatch, form, name, arches):
+    noisy = KEPT[form, "rademacher"]
+    assert steps_under(monkeypatch, KEPT | {(form, "none"): noisy - 25}) == []
+    over = steps_under(monkeypatch, KEPT | {(form, "none"): noisy - 26})
     assert over == [
-        f"{arch} two accumulators rademacher: the noise adds 26 instructions a step, at most 25 wanted"
-        for arch in ("sm_90", "sm_80")
+        f"{arch} {name} rademacher: the noise adds 26 instructions a step, at most 25 wanted" for arch in arches
     ]
