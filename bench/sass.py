@@ -7,7 +7,7 @@
 Triton itself checks neither spills nor the shared memory a chip has, and has compiled a kernel to a bare trap
 without an error. Counts are static and per warp: `loop` is the main loop, one tile of 128 k; the noise of a quad
 of scales sits in a block that is jumped over in all but one of `period` rounds, so a `step` is
-loop - skip * (1 - 1 / period). Nothing here tells speed or that results are right. Needs torch and triton only.
+loop - skip * (1 - 1 / period). Nothing here tells speed or that results are right.
 """
 
 import argparse
