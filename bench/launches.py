@@ -57,6 +57,8 @@ class Case:
     relative: bool = True
     bias: bool = False
     wide: bool = False
+    pair: bool = True
+    shared: bool = False
     tile: tiles.Tile | None = None
 
 
@@ -84,7 +86,7 @@ class Launch:
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
         group = "row" if held["WHOLE_ROW"] else held["GROUP"]
-        flags = [f for f in ("DEEP", "RATIO", "RELATIVE", "WIDE", "SPLIT", "BIAS", "MASK_K") if held[f]]
+        flags = [f for f in ("DEEP", "RATIO", "PAIR", "SHARED", "RELATIVE", "WIDE", "SPLIT", "BIAS", "MASK_K") if held[f]]
         zeros = {qmm.ZERO_INTEGER: ["ZERO_INTEGER"], qmm.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
         return (
@@ -180,6 +182,8 @@ def matmul(case):
             law=noise.LAWS[case.law],
             relative=case.relative,
             tile=tile,
+            shared=case.shared,
+            pair=case.pair,
             asm=case.arch.startswith("sm_"),
         )
     return launches
@@ -202,6 +206,8 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
 
 
 def _fits(case):
+    if case.shared and not (case.relative and case.law != "none"):
+        return False
     return case.group == WHOLE_ROW or case.k % case.group == 0
 
 
@@ -247,6 +253,8 @@ AXES = {
     "relative": (True, False),
     "bias": (False, True),
     "wide": (False, True),
+    "pair": (True, False),
+    "shared": (False, True),
 }
 
 

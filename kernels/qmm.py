@@ -7,6 +7,9 @@ x holds E row blocks, block e runs under evaluation e. Codes go from packed word
 comes from its seed, the scale meets the float32 accumulator once per group: neither the noise nor a perturbed weight
 is ever stored. Paper: QZO, arXiv 2505.13430, section 3; the arithmetic is ours, one rounding per written operation.
 
+With one z per output row (row-shared noise) the perturbation leaves the sum, y = (x . W^T) * (1 + c_e * k[n]) + bias,
+with k[n] that of the row's first scale.
+
 The CPU twin, in plain torch and fast enough to train with, is qmm_torch.py beside this file.
 
 Shapes: x [E*R, K]; codes int16 planes [T, N, 32] (codes.py); scales float32 [Q, N, 4], a layer's slice of the arena
@@ -23,17 +26,24 @@ import triton.language as tl
 
 from . import tiles
 from .codes import TILE_K, join_planes2, join_planes4, unpack4
-from .noise import ROUNDS, quad_noise
+from .noise import NONE, ROUNDS, quad_noise
 
 ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = 0, 1, 2
 WIDE_FROM = 1 << 32          # quad numbers from here on need the second counter word
+PAIRED_UP_TO = 32            # rows per evaluation: above it, products limit the speed and not what is read
+
+
+@triton.jit
+def _factor(k, coef):
+    """1 + coef * k. The product is exact, so the fused operation rounds where the written one does."""
+    return tl.fma(k, coef, 1.0)
 
 
 @triton.jit
 def perturb(s, k, coef, RELATIVE: tl.constexpr):
-    """p of the module's docstring. coef * k is exact, so the fused operation rounds where the written one does."""
+    """p of the module's docstring."""
     if RELATIVE:
-        return s * tl.fma(k, coef, 1.0)
+        return s * _factor(k, coef)
     else:
         return tl.fma(k, coef, s)
 
@@ -67,20 +77,34 @@ def _centred_zero(zeros_ptr, g, N, n, DT: tl.constexpr):
     return (tl.load(zeros_ptr + g.to(tl.int64) * N + n).to(tl.int32) - 8).to(DT)[:, None]
 
 
+@triton.jit
+def _choose(minus, s, r, PAIR: tl.constexpr):
+    """[BN, BM] factors: s of every column, or r where the column belongs to the pair's second evaluation."""
+    if PAIR:
+        return tl.where(minus[None, :], r[:, None], s[:, None])
+    else:
+        return s[:, None]
+
+
 @triton.jit(do_not_specialize=["base4", "R", "M", "G", "tiles", "tiles_per_split"])
 def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
                 base4: tl.int64, R: tl.int32, M: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
                 tiles: tl.int32, tiles_per_split: tl.int32,
                 BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr, LAW: tl.constexpr,
-                RELATIVE: tl.constexpr, WIDE: tl.constexpr, ZERO: tl.constexpr, RATIO: tl.constexpr,
-                DEEP: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, MASK_K: tl.constexpr,
-                ROUNDS_: tl.constexpr):
-    """grid = (E * cdiv(R, BM), cdiv(N, BN), splits); a tile never mixes evaluations.
+                RELATIVE: tl.constexpr, SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
+                ZERO: tl.constexpr, RATIO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr,
+                BIAS: tl.constexpr, MASK_K: tl.constexpr, ROUNDS_: tl.constexpr):
+    """grid = (cdiv(N, BN), row blocks, splits); a tile holds rows of one evaluation, or of a pair.
+
+    All outputs of a row block run side by side: x is then read from memory once, and the codes, a quarter of its
+    bytes per element, stay in the L2 cache from one row block to the next.
 
     Operands are swapped, y^T = W x^T, so that the codes are the tensor core's register operand and never pass
     through shared memory once unpacked. Each step of the loop is one tile of 128 k.
 
-    GROUP: 32, 64 or 128. WHOLE_ROW: one scale per output, applied after the loop. SPLIT: y_ptr is float32
+    GROUP: 32, 64 or 128. WHOLE_ROW: one scale per output, applied after the loop. SHARED: one z per output, applied
+    last. PAIR: evaluations 2e and 2e + 1 have one seed; their rows alternate in the tile, so that which coefficient a
+    column has is known from the accumulator's register and costs no instruction. SPLIT: y_ptr is float32
     [splits, M, N]. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-8) x - (zero-8) sum x)
     needs no per-code subtraction. MASK_K: 128 does not divide K.
     """
@@ -88,14 +112,21 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
     DEPTH: tl.constexpr = GROUP if DEEP else 32     # k of one dot
     PER_TILE: tl.constexpr = 128 // GROUP           # groups in a tile
     PERIOD: tl.constexpr = 4 // PER_TILE            # tiles in a quad of groups
-    blocks = tl.cdiv(R, BM)
-    e = tl.program_id(0) // blocks
-    local = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    EACH: tl.constexpr = 2 if PAIR else 1           # evaluations in a tile
+    NOISE: tl.constexpr = 0 if SHARED else LAW      # law of the noise inside the loop
+    blocks = tl.cdiv(R * EACH, BM)
+    e = tl.program_id(1) // blocks * EACH
+    column = (tl.program_id(1) % blocks) * BM + tl.arange(0, BM)
+    local = column // EACH
+    minus = column % 2 == 1
     row = e * R + tl.minimum(local, R - 1)          # surplus rows and columns repeat the last one, and are not stored
-    out_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    if PAIR:
+        row += tl.where(minus, R, 0)
+    out_n = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(out_n, N - 1)
     seed = tl.load(seeds_ptr + e)
     coef = tl.load(coefs_ptr + e)
+    coef1 = tl.load(coefs_ptr + e + EACH - 1)
 
     first = tl.program_id(2) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tiles)
@@ -108,13 +139,17 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
     s1 = s0
     s2 = s0
     s3 = s0
+    r0 = s0      # the scales of the pair's second evaluation
+    r1 = s0
+    r2 = s0
+    r3 = s0
     for t in range(first, last):
         # the scales of this tile's groups in s0, s1, ..: read tile by tile, or a quad at a time and then passed down
         quad = t // PERIOD
         sp = scales_ptr + 4 * (quad.to(tl.int64) * N + n)
         if WHOLE_ROW:
             pass
-        elif LAW == 0:
+        elif NOISE == 0:
             sp += (t % PERIOD) * PER_TILE
             if PER_TILE == 1:
                 s0 = tl.load(sp)
@@ -126,6 +161,11 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
             k0, k1, k2, k3 = quad_noise(seed, base4 + quad.to(tl.int64) * N + n, LAW, WIDE, ROUNDS_)
             s0, s1 = _load_pair(sp)
             s2, s3 = _load_pair(sp + 2)
+            if PAIR:
+                r0 = perturb(s0, k0, coef1, RELATIVE)
+                r1 = perturb(s1, k1, coef1, RELATIVE)
+                r2 = perturb(s2, k2, coef1, RELATIVE)
+                r3 = perturb(s3, k3, coef1, RELATIVE)
             s0 = perturb(s0, k0, coef, RELATIVE)
             s1 = perturb(s1, k1, coef, RELATIVE)
             s2 = perturb(s2, k2, coef, RELATIVE)
@@ -135,10 +175,16 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
                 s0 = s1
                 s1 = s2
                 s2 = s3
+                r0 = r1
+                r1 = r2
+                r2 = r3
             else:
                 s0 = s2
                 s1 = s3
+                r0 = r2
+                r1 = r3
         scales = (s0, s1, s2, s3)
+        others = (r0, r1, r2, r3)
 
         w0, w1, w2, w3 = unpack4(tl.load(cp), DT, ASM)
         if ZERO == 1:
@@ -192,7 +238,8 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
                 if RATIO:    # noqa: SIM108  a branch at compile time
                     acc = partial
                 else:
-                    acc = tl.fma(partial, tl.broadcast_to(s[:, None], partial.shape), acc)
+                    factor = _choose(minus, s, others[h * DEPTH // GROUP], PAIR and NOISE != 0)
+                    acc = tl.fma(partial, tl.broadcast_to(factor, partial.shape), acc)
         if WHOLE_ROW:
             acc = partial
         xp += 128
@@ -204,11 +251,15 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
                 shift = 8.0 - tl.load(zeros_ptr + n)
                 acc = tl.fma(shift[:, None], tl.load(sums_ptr + row)[None, :], acc)
         prev = tl.load(scales_ptr + 4 * n)
-        if LAW != 0:
-            k0, _, _, _ = quad_noise(seed, base4 + n, LAW, WIDE, ROUNDS_)
-            prev = perturb(prev, k0, coef, RELATIVE)
     if WHOLE_ROW or RATIO:
-        acc = acc * prev[:, None]
+        if not WHOLE_ROW or NOISE == 0:
+            acc = acc * prev[:, None]
+        else:
+            k0, _, _, _ = quad_noise(seed, base4 + n, LAW, WIDE, ROUNDS_)
+            acc = acc * _choose(minus, perturb(prev, k0, coef, RELATIVE), perturb(prev, k0, coef1, RELATIVE), PAIR)
+    if SHARED and LAW != 0:
+        k0, _, _, _ = quad_noise(seed, base4 + n, LAW, WIDE, ROUNDS_)
+        acc = acc * _choose(minus, _factor(k0, coef), _factor(k0, coef1), PAIR)
     live = (local < R)[None, :] & (out_n < N)[:, None]
     to = row[None, :].to(tl.int64) * N + out_n[:, None]
     if SPLIT:
@@ -248,30 +299,39 @@ def _group_sums_kernel(x_ptr, sums_ptr, M: tl.int32, K: tl.int32, group: tl.int3
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * M + row, acc, mask=row < M)
 
 
-def constants(tile, *, k, group, law, relative, zero, wide, bias, asm):
-    """The kernel's compile-time constants: launch and the ahead-of-time compile test both take them from here."""
+def constants(tile, *, rows, k, group, law, relative, shared, pair, zero, wide, bias, asm):
+    """The kernel's compile-time constants: launch and the ahead-of-time compile test both take them from here.
+
+    A pair that one tile cannot hold takes two tiles' rows: the product of one row has the same bits in either.
+    """
     whole_row = group not in tiles.GROUPS or group == k
-    return dict(BM=tile.rows, BN=tile.outputs, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
-                RELATIVE=bool(relative), WIDE=bool(wide), ZERO=zero, RATIO=tile.ratio and not whole_row,
+    ratio = tile.ratio and not whole_row
+    pair = pair and law != NONE and rows <= PAIRED_UP_TO and not ratio
+    return dict(BM=2 * tile.rows if pair and 2 * rows > tile.rows else tile.rows, BN=tile.outputs,
+                GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
+                RELATIVE=bool(relative), SHARED=bool(shared), PAIR=bool(pair), WIDE=bool(wide), ZERO=zero, RATIO=ratio,
                 DEEP=tile.deep, ASM=bool(asm), SPLIT=tile.splits > 1, BIAS=bool(bias), MASK_K=k % TILE_K != 0,
                 ROUNDS_=ROUNDS)
 
 
-def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, tile, asm):
+def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, tile, asm, shared=False,
+           pair=False):
     """Run the kernels on checked arguments; y [E*R, N] is filled. x is contiguous, E*R > 0.
 
-    asm: unpack with inline PTX (NVIDIA, 16-bit x), else with its plain twin.
+    asm: unpack with inline PTX (NVIDIA, 16-bit x), else with its plain twin. shared: one z per output row.
+    pair: seeds[2e] == seeds[2e + 1] for every e, so that one reading of the codes may serve both.
     """
     m, k = x.shape
     count, n, _ = codes.shape
     groups = k // group
-    rows = m // seeds.numel()
+    rows = m if law == NONE else m // seeds.numel()       # without noise all rows are one block
     zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
     period = 1 if group == k else max(1, 4 * group // TILE_K)
     per_split = -(-count // tile.splits)
     per_split = -(-per_split // period) * period
     splits = -(-count // per_split)
-    constexprs = constants(tile, k=k, group=group, law=law, relative=relative, zero=zero,
+    constexprs = constants(tile, rows=rows, k=k, group=group, law=law, relative=relative, shared=shared, pair=pair,
+                           zero=zero,
                            wide=base4 + scales.shape[0] * n > WIDE_FROM, bias=bias is not None,
                            asm=asm and x.dtype != torch.float32)
     out = y
@@ -284,7 +344,8 @@ def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
             x, sums, m, k, group, x.stride(0), BM=32, BK=min(128, triton.next_power_of_2(group)),
             enable_fp_fusion=False)
     limit = {"maxnreg": tile.registers} if tile.registers else {}       # an option that AMD's compiler lacks
-    grid = (seeds.numel() * triton.cdiv(rows, tile.rows), triton.cdiv(n, tile.outputs), splits)
+    each = rows * (2 if constexprs["PAIR"] else 1)
+    grid = (triton.cdiv(n, tile.outputs), m // each * triton.cdiv(each, constexprs["BM"]), splits)
     _qmm_kernel[grid](
         x, codes, scales, scales if zeros is None else zeros, sums, scales if bias is None else bias, out, seeds, coefs,
         base4, rows, m, n, k, groups, x.stride(0), count, per_split,

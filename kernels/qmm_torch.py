@@ -54,7 +54,12 @@ def perturb_torch(s, k, coef, relative):
     return p.add_(1.0).mul_(s) if relative else p.add_(s)
 
 
-def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative):
+def _by_group(p, w):
+    """Scales in quads [quads, rows of W, 4] -> [rows of W, groups, 1], to multiply w [rows of W, groups, group]."""
+    return p.permute(1, 0, 2).reshape(w.shape[0], -1, 1)[:, :w.shape[1]]
+
+
+def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared=False):
     """Fill y [E*R, N]; arguments as qmm.launch takes them, codes in planes or rows. Sums in float32."""
     m, k = x.shape
     n = y.shape[1]
@@ -66,7 +71,8 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
     step = chunk_rows(n, k)
     # noise is made for several chunks at once, but never for more than a quarter of the arena
     limit = max(1, min(BLOCK_QUADS, scales.untyped_storage().nbytes() // 64))
-    per_block = max(1, limit // (len(scales) * len(turns) * step))
+    quads = 1 if shared else len(scales)                                # of noise, for an output row
+    per_block = max(1, limit // (quads * len(turns) * step))
     direct = y.dtype == torch.float32 and rows * n % 16 == 0       # every block of y starts on a 64-byte boundary
 
     def run(first, last):
@@ -79,21 +85,24 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
             if law != NONE and number % per_block == 0:
                 origin = start
                 end = min(start + per_block * step, last)
-                raws = _raw_block(law, distinct, base4, len(scales), n, start, end, limit)
+                raws = _raw_block(law, distinct, base4, quads, n, start, end, limit)
             unpacked = centred_codes(codes, k, start, stop).view(stop - start, -1, group)
             if zeros is not None:
                 unpacked -= (zeros[:, start:stop].to(torch.float32) - ZERO).T.unsqueeze(2)
             s = scales[:, start:stop]                                                  # [quads, rows of W, 4]
             w = weight[:stop - start].view(unpacked.shape)
+            if shared or law == NONE:
+                torch.mul(unpacked, _by_group(s, w), out=w)             # one weight serves every evaluation
             for turn, raw in zip(turns, raws, strict=True):
                 here = None if raw is None else raw[:, start - origin:stop - origin]
                 for e in turn:
-                    p = s if here is None else perturb_torch(s, here, coef_list[e], relative)
-                    p = p.permute(1, 0, 2).reshape(stop - start, -1, 1)[:, :w.shape[1]]    # [rows of W, groups, 1]
-                    torch.mul(unpacked, p, out=w)
+                    if here is not None and not shared:
+                        torch.mul(unpacked, _by_group(perturb_torch(s, here, coef_list[e], relative), w), out=w)
                     target = y[e * rows:(e + 1) * rows, start:stop]
                     out = target if direct else part[:, :stop - start]
                     torch.mm(blocks[e], weight[:stop - start].T, out=out)
+                    if here is not None and shared:
+                        out *= perturb_torch(1.0, here[0, :, 0], coef_list[e], True)
                     if bias is not None:
                         out += bias[start:stop]
                     if not direct:

@@ -29,6 +29,8 @@ class Matmul:
     bias: bool = False
     dtype: torch.dtype = torch.float16
     base4: int = 1000
+    shared: bool = False
+    pair: bool = False                 # let the kernel read the codes once for two evaluations
 
     @property
     def width(self):
@@ -88,14 +90,14 @@ class Matmul:
         tensors = (self.quads, self.zero_points, self.bias_values, torch.tensor(self.seeds), self.raw_coefs)
         law = noise.NONE if self.law is None else noise.LAWS[self.law]
         return ([None if t is None else t.to(device) for t in tensors],
-                dict(base4=self.base4, group=self.width, law=law, relative=self.relative))
+                dict(base4=self.base4, group=self.width, law=law, relative=self.relative, shared=self.shared))
 
     def kernel(self, tile=TILE, out_dtype=torch.float32, device="cpu", asm=False):
         """qmm.launch: in the interpreter, or on a GPU."""
         y = torch.empty(len(self.x), self.n, dtype=out_dtype, device=device)
         tensors, numbers = self.arguments(device)
         planes = pack_planes(self.codes).to(device)
-        qmm.launch(self.x.to(device), planes, *tensors, y, **numbers, tile=tile, asm=asm)
+        qmm.launch(self.x.to(device), planes, *tensors, y, **numbers, tile=tile, asm=asm, pair=self.pair)
         return y.cpu()
 
     def twin(self, form=pack_rows, out_dtype=torch.float32):
@@ -113,6 +115,8 @@ class Matmul:
         at = oracle.index(self.base4, self.groups, self.n)
         if self.law is None:
             return [torch.zeros(self.groups, self.n, dtype=torch.float64) for _ in self.seeds]
+        if self.shared:                # the noise of a row's first scale is that of all
+            return [oracle.raw_at(self.law, seed, at[:1]).expand(self.groups, -1) for seed in self.seeds]
         return [oracle.raw_at(self.law, seed, at) for seed in self.seeds]
 
     def _each(self, function):
