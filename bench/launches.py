@@ -18,11 +18,13 @@ from triton.runtime import driver
 from ..kernels import noise, qmm, tiles, update
 
 ARCHES = tuple(tiles.PROCESSORS)
+FLAGS = ("DEEP", "RATIO", "PAIR", "SHARED", "RELATIVE", "WIDE", "SPLIT", "BIAS", "MASK_K")
 KERNELS = {
     "qmm": qmm._qmm_kernel,
     "reduce": qmm._reduce_kernel,
     "group_sums": qmm._group_sums_kernel,
     "update": update._update_kernel,
+    "update_rows": update._update_rows_kernel,
 }
 
 LAYERS = {  # in_features, out_features of the linears of each model
@@ -86,7 +88,7 @@ class Launch:
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
         group = "row" if held["WHOLE_ROW"] else held["GROUP"]
-        flags = [f for f in ("DEEP", "RATIO", "PAIR", "SHARED", "RELATIVE", "WIDE", "SPLIT", "BIAS", "MASK_K") if held[f]]
+        flags = [f for f in FLAGS if held[f]]
         zeros = {qmm.ZERO_INTEGER: ["ZERO_INTEGER"], qmm.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
         return (
@@ -201,6 +203,17 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
                 law=noise.LAWS[law],
                 relative=relative,
                 floor=0.0,
+            )
+        for law in laws:
+            update.launch(
+                _meta(1, 4096, 4),
+                _meta(2, dtype=torch.int64),
+                _meta(2),
+                base4=0,
+                law=noise.LAWS[law],
+                relative=True,
+                floor=0.0,
+                layers=_meta(3, 3, dtype=torch.int64),
             )
     return launches
 

@@ -26,6 +26,7 @@ import triton.language as tl
 NONE, RADEMACHER, IH4, GAUSSIAN = 0, 1, 2, 3
 LAWS = {"none": NONE, "rademacher": RADEMACHER, "ih4": IH4, "gaussian": GAUSSIAN}
 VERSIONS = {"rademacher": "rademacher/1", "ih4": "ih4/1", "gaussian": "gaussian/1"}   # frozen: a journal names one
+SHARINGS = ("group", "row")   # one z per scale; one z per output row, that of the row's first scale
 ROUNDS = 7            # of the noise
 SEED_ROUNDS = 10      # of the step seeds
 UNITS = {NONE: 1.0, RADEMACHER: 1.0, IH4: 1.0 / math.sqrt((256**2 - 1) / 3), GAUSSIAN: 1.0}
@@ -42,6 +43,21 @@ def law_number(noise):
     if noise not in VERSIONS:
         raise ValueError(f"noise={noise!r} is not a noise law; the laws are {', '.join(map(repr, VERSIONS))}")
     return LAWS[noise]
+
+
+def law_version(noise, sharing="group"):
+    """What a journal calls the law: "rademacher/1", or "rademacher-row/1" where a row's scales share their noise."""
+    version = VERSIONS[noise]
+    return version if sharing == "group" else version.replace("/", f"-{sharing}/")
+
+
+def check_sharing(sharing, relative):
+    """ValueError for a sharing there is not, or one that does not go with absolute noise."""
+    if sharing not in SHARINGS:
+        raise ValueError(f"sharing={sharing!r}: 'group' (one z per scale) and 'row' (one per output row) are there")
+    if sharing == "row" and not relative:
+        raise ValueError("sharing='row' scales a whole output row, so it is relative: use relative=True, or "
+                         "sharing='group'")
 
 
 # ------------------------------------------------------------------------------------------------ torch twin

@@ -235,7 +235,7 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
                     # a group past the last has no x, but absolute noise gives even it a scale
                     shift = tl.where(group < G, 8.0 - tl.load(zeros_ptr + g * N + n), 0.0)
                     partial = tl.fma(shift[:, None], tl.load(sums_ptr + g * M + row)[None, :], partial)
-                if RATIO:    # noqa: SIM108  a branch at compile time
+                if RATIO:
                     acc = partial
                 else:
                     factor = _choose(minus, s, others[h * DEPTH // GROUP], PAIR and NOISE != 0)

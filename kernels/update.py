@@ -7,6 +7,10 @@
 with (seed_j, a_j) the applied directions, a_j = -(lr / J) d_j on raw noise (noise.kernel_coefs). Paper: QZO, arXiv
 2505.13430, algorithm 1, whose max(s, 0) would destroy a model with negative scales: the sign a scale was loaded with
 is kept. The sign bit survives a floor of 0 as -0.0.
+
+Noise shared by rows (relative): every scale of an output row has the k of the row's first scale, so that a row's
+scales move by one factor. `layers`, int64 [L, 3], then tells where each layer's quads begin and end and how many
+outputs it has.
 """
 import torch
 import triton
@@ -15,6 +19,14 @@ import triton.language as tl
 from .noise import BLOCK_QUADS, ROUNDS, quad_noise, raw_noise
 
 BLOCK = 256          # quads of a program: one 16-byte access per thread and quad
+
+
+@triton.jit
+def _project(s, new, floor):
+    """new, with the sign of s and at least `floor` in size; a zero scale as it was."""
+    negative = s.to(tl.uint32, bitcast=True) >> 31 != 0
+    size = tl.maximum(tl.where(negative, -new, new), floor)
+    return tl.where(s == 0.0, s, tl.where(negative, -size, size))
 
 
 @triton.jit(do_not_specialize=["pairs", "base4", "quads"])
@@ -32,24 +44,52 @@ def _update_kernel(scales_ptr, seeds_ptr, coefs_ptr, floor: tl.float32, pairs: t
         k0, k1, k2, k3 = quad_noise(tl.load(seeds_ptr + j), base4 + i, LAW, WIDE, ROUNDS_)
         k = tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), (BLOCK_, 4))
         total = tl.fma(k, tl.load(coefs_ptr + j), total)
-    new = s * total if RELATIVE else total
-    negative = s.to(tl.uint32, bitcast=True) >> 31 != 0
-    size = tl.maximum(tl.where(negative, -new, new), floor)
-    new = tl.where(s == 0.0, s, tl.where(negative, -size, size))
-    tl.store(at, new, mask=live)
+    tl.store(at, _project(s, s * total if RELATIVE else total, floor), mask=live)
 
 
-def launch(scales, seeds, coefs, *, base4, law, relative, floor):
-    """Update `scales` (float32, contiguous, whole quads from quad base4 on) in place with every (seed, coef)."""
+@triton.jit(do_not_specialize=["pairs"])
+def _update_rows_kernel(scales_ptr, layers_ptr, seeds_ptr, coefs_ptr, floor: tl.float32, pairs: tl.int32,
+                        LAW: tl.constexpr, WIDE: tl.constexpr, ROUNDS_: tl.constexpr, BLOCK_: tl.constexpr):
+    """grid = (programs of a layer, layers), each with blocks a stride apart; in place, noise shared by rows."""
+    first = tl.load(layers_ptr + 3 * tl.program_id(1))
+    quads = (tl.load(layers_ptr + 3 * tl.program_id(1) + 1) - first).to(tl.int32)
+    outputs = tl.load(layers_ptr + 3 * tl.program_id(1) + 2).to(tl.int32)
+    for start in range(tl.program_id(0) * BLOCK_, quads, tl.num_programs(0) * BLOCK_):
+        i = start + tl.arange(0, BLOCK_)
+        at = scales_ptr + 4 * (first + i)[:, None] + tl.arange(0, 4)[None, :]
+        live = (i < quads)[:, None]
+        s = tl.load(at, mask=live, other=0.0)
+        total = tl.full((BLOCK_,), 1.0, tl.float32)
+        for j in range(pairs):
+            k, _, _, _ = quad_noise(tl.load(seeds_ptr + j), first + i % outputs, LAW, WIDE, ROUNDS_)
+            total = tl.fma(k, tl.load(coefs_ptr + j), total)
+        tl.store(at, _project(s, s * total[:, None], floor), mask=live)
+
+
+def launch(scales, seeds, coefs, *, base4, law, relative, floor, layers=None):
+    """Update `scales` (float32, contiguous, whole quads from quad base4 on) in place with every (seed, coef).
+
+    layers: for noise shared by rows; base4 is then 0, and `scales` the whole arena.
+    """
     quads = scales.numel() // 4
+    if layers is not None:
+        # twice the blocks of a layer of mean size: a larger one makes several turns, nothing waits for `layers`
+        _update_rows_kernel[(triton.cdiv(2 * triton.cdiv(quads, BLOCK), len(layers)), len(layers))](
+            scales, layers, seeds, coefs, floor, seeds.numel(), LAW=law, WIDE=quads > 1 << 32, ROUNDS_=ROUNDS,
+            BLOCK_=BLOCK, num_warps=4, enable_fp_fusion=False)
+        return
     _update_kernel[(triton.cdiv(quads, BLOCK),)](
         scales, seeds, coefs, floor, seeds.numel(), base4, quads, LAW=law, RELATIVE=bool(relative),
         WIDE=base4 + quads > 1 << 32, ROUNDS_=ROUNDS, BLOCK_=BLOCK, num_warps=4, enable_fp_fusion=False)
 
 
-def update_torch(scales, seeds, coefs, *, base4, law, relative, floor):
+def update_torch(scales, seeds, coefs, *, base4, law, relative, floor, layers=None):
     """The same in torch, bit for bit for the integer laws; in blocks of at most 64 k scales and a quarter arena."""
     flat = scales.view(-1, 4)
+    if layers is not None:
+        for first, end, outputs in layers.tolist():
+            _update_rows_torch(flat[first:end].view(-1, outputs, 4), first, seeds, coefs, law, floor)
+        return
     block = min(BLOCK_QUADS, max(1, len(flat) // 4))
     for start in range(0, len(flat), block):
         s = flat[start:start + block]
@@ -57,7 +97,23 @@ def update_torch(scales, seeds, coefs, *, base4, law, relative, floor):
         total = torch.ones_like(s) if relative else s.clone()
         for seed, coef in zip(seeds, coefs, strict=True):
             total += raw_noise(law, seed, quads).mul_(coef)
-        new = total.mul_(s) if relative else total
-        negative = torch.signbit(s)
-        size = torch.where(negative, -new, new).clamp_(min=floor)
-        s.copy_(torch.where(s == 0, s, torch.where(negative, -size, size)))
+        s.copy_(_project_torch(s, total.mul_(s) if relative else total, floor))
+
+
+def _update_rows_torch(scales, first, seeds, coefs, law, floor):
+    """One layer, [quads of an output, N, 4]: a factor for each output."""
+    outputs = scales.shape[1]
+    for start in range(0, outputs, BLOCK_QUADS):
+        quads = torch.arange(first + start, first + min(start + BLOCK_QUADS, outputs), device=scales.device)
+        total = torch.ones(len(quads), device=scales.device)
+        for seed, coef in zip(seeds, coefs, strict=True):
+            total += raw_noise(law, seed, quads)[:, 0].mul_(coef)
+        for s in scales[:, start:start + BLOCK_QUADS]:
+            s.copy_(_project_torch(s, s * total[:, None], floor))
+
+
+def _project_torch(s, new, floor):
+    """Twin of _project."""
+    negative = torch.signbit(s)
+    size = torch.where(negative, -new, new).clamp_(min=floor)
+    return torch.where(s == 0, s, torch.where(negative, -size, size))

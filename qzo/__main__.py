@@ -14,11 +14,12 @@ from pathlib import Path
 
 from . import __version__, train
 from .data import read_data
-from .kernels.noise import VERSIONS
+from .kernels.noise import SHARINGS, VERSIONS
 from .train import LEARNING_RATE_PER_DIRECTION, PAPER, Settings
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-CHOICES = {"noise": tuple(VERSIONS), "recipe": ("paper",), "dtype": ("float32", "float16", "bfloat16")}
+CHOICES = {"noise": tuple(VERSIONS), "sharing": SHARINGS, "recipe": ("paper",),
+           "dtype": ("float32", "float16", "bfloat16")}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,6 +113,8 @@ def _add_train_options(parser):
     run.add_argument("--directions", type=int,
                      help=f"directions a step, two evaluations each (default {Settings.directions})")
     run.add_argument("--noise", choices=CHOICES["noise"], help="noise law (default rademacher)")
+    run.add_argument("--sharing", choices=SHARINGS,
+                     help="one z per scale (group, the default) or one per output row (row)")
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument("--train-layers", type=int, metavar="K", help="train the top K blocks only; the blocks below run "
                      "once per example and their output is kept (default: the whole model trains)")

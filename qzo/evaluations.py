@@ -1,10 +1,11 @@
 """Evaluations: which perturbations of the scales one stacked batch runs under."""
+import copy
 import dataclasses
 import functools
 
 import torch
 
-from .kernels.noise import NONE, kernel_coefs, law_number, signed64
+from .kernels.noise import check_sharing, kernel_coefs, law_number, signed64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,10 +18,11 @@ class Evaluations:
     coefs : float32 [E], tensor or list: signed factor on z, which has unit variance; 0 leaves the scales as they are
     noise : "rademacher", "ih4" or "gaussian" (kernels/noise.py)
     relative : scale * (1 + coef * z) if true, scale + coef * z if false
-    sharing : "group": one z per scale
+    sharing : "group", one z per scale, or "row", one z per output row (relative only): y = (x . W^T) * (1 + coef * z),
+        with z[n] = noise(law, seed, scale_index[0, n]), that of the row's first scale
 
-    Raises ValueError when seeds and coefs differ in length or are empty, for an unknown law or sharing, or for a
-    coefficient that is not finite.
+    Raises ValueError when seeds and coefs differ in length or are empty, for an unknown law or sharing, for
+    sharing="row" with absolute noise, or for a coefficient that is not finite.
     """
 
     seeds: torch.Tensor
@@ -37,8 +39,7 @@ class Evaluations:
         if seeds.dim() != 1 or seeds.dtype != torch.int64 or coefs.shape != seeds.shape or len(seeds) == 0:
             raise ValueError(f"Evaluations need as many seeds as coefs, at least one: got seeds {seeds.dtype} "
                              f"{list(seeds.shape)} and coefs {list(coefs.shape)}")
-        if self.sharing != "group":
-            raise ValueError(f"sharing={self.sharing!r}: only 'group' (one z per scale) is implemented")
+        check_sharing(self.sharing, self.relative)
         if not bool(torch.isfinite(coefs).all()):
             raise ValueError(f"coefs must be finite, got {coefs.tolist()}")
         law_number(self.noise)
@@ -58,17 +59,16 @@ class Evaluations:
         return kernel_coefs(self.coefs, self.law)
 
     @functools.cached_property
-    def unperturbed(self):
-        """The same row blocks without perturbation, for layers that do not train."""
-        return _Unperturbed(self.seeds, torch.zeros_like(self.coefs))
+    def pairs(self):
+        """Whether evaluations 2j and 2j + 1 share a seed for every j: a kernel then reads the codes once for both."""
+        return len(self) % 2 == 0 and torch.equal(self.seeds[0::2], self.seeds[1::2])
 
     def to(self, device):
-        """The same evaluations on another device."""
+        """The same evaluations on another device. What is derived from them goes along: nothing waits for a GPU."""
         if self.seeds.device == torch.device(device):
             return self
-        return dataclasses.replace(self, seeds=self.seeds.to(device), coefs=self.coefs.to(device))
-
-
-class _Unperturbed(Evaluations):
-    law = NONE
+        moved = copy.copy(self)
+        derived = {"pairs": self.pairs, "kernel_coefs": self.kernel_coefs.to(device)}
+        vars(moved).update(seeds=self.seeds.to(device), coefs=self.coefs.to(device), **derived)
+        return moved
 

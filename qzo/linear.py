@@ -35,6 +35,7 @@ class ScaleArena:
         self.slots = slots
         quads = sum(slot.quads for slot in slots.values())
         self.data = torch.zeros(4 * quads, dtype=torch.float32, device=device)
+        self._layers = None
 
     @classmethod
     def of_shapes(cls, shapes, device):
@@ -68,6 +69,13 @@ class ScaleArena:
         g = torch.arange(slot.groups, device=self.data.device)[:, None]
         n = torch.arange(slot.outputs, device=self.data.device)
         return 4 * (slot.base4 + (g // 4) * slot.outputs + n) + g % 4
+
+    def layers(self):
+        """int64 [L, 3] on the arena's device: first quad, end and outputs of each layer, for noise shared by rows."""
+        if self._layers is None or self._layers.device != self.data.device:
+            rows = [(slot.base4, slot.base4 + slot.quads, slot.outputs) for slot in self.slots.values()]
+            self._layers = torch.tensor(rows, dtype=torch.int64, device=self.data.device)
+        return self._layers
 
     def move(self, apply):
         """Follow nn.Module._apply to another device, but never to another dtype: the masters stay float32."""
@@ -160,17 +168,14 @@ class QZOLinear(nn.Module):
 
     def forward(self, x):
         evaluations = self._evaluations
-        if evaluations is not None:
-            if x.shape[0] % len(evaluations):
-                raise ValueError(f"{x.shape[0]} rows do not divide into {len(evaluations)} evaluations: stack the "
-                                 f"batch {len(evaluations)} times along its first dimension (qzo.pair does it)")
-            if not self.trainable:
-                evaluations = evaluations.unperturbed
+        if evaluations is not None and x.shape[0] % len(evaluations):
+            raise ValueError(f"{x.shape[0]} rows do not divide into {len(evaluations)} evaluations: stack the batch "
+                             f"{len(evaluations)} times along its first dimension (qzo.pair does it)")
         if self.codes.dtype == torch.uint8 and ops.uses_triton(x.device):
             self.codes = to_planes(self.codes, self.in_features)
         y = ops.matmul(x.reshape(-1, x.shape[-1]), self.codes, self.arena.quads(self.arena_name), self.zeros, self.bias,
                        evaluations, base4=self.arena.slots[self.arena_name].base4, group=self.group_size,
-                       out_dtype=self.out_dtype)
+                       out_dtype=self.out_dtype, trains=self.trainable)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):

@@ -91,14 +91,14 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group):
 @torch.library.custom_op("qzo::qmm", mutates_args=())
 def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
            bias: torch.Tensor | None, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, group: int, law: int,
-           relative: bool, out_dtype: torch.dtype) -> torch.Tensor:
+           relative: bool, out_dtype: torch.dtype, shared: bool = False, pair: bool = False) -> torch.Tensor:
     m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group)
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
     if not uses_triton(x.device):
         qmm_torch.qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
-                            relative=relative)
+                            relative=relative, shared=shared)
         return y
     if codes.dtype != torch.int16:
         raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
@@ -109,28 +109,28 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
     tile = tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
                       float_zeros=zeros is not None and zeros.dtype == torch.float32)
     qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
-               tile=tile, asm=arch.startswith("sm_"))
+               tile=tile, asm=arch.startswith("sm_"), shared=shared, pair=pair)
     return y
 
 
 @qmm_op.register_fake
-def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype):
+def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype, shared=False, pair=False):
     m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group)
     return x.new_empty(m, n, dtype=out_dtype)
 
 
 @torch.library.custom_op("qzo::update_", mutates_args=("scales",))
 def update_op(scales: torch.Tensor, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, law: int, relative: bool,
-              floor: float) -> None:
+              floor: float, layers: torch.Tensor | None = None) -> None:
     _check_update(scales, seeds, coefs)
     if scales.numel() == 0 or seeds.numel() == 0:
         return
     run = update.launch if uses_triton(scales.device) else update.update_torch
-    run(scales, seeds, coefs, base4=base4, law=law, relative=relative, floor=floor)
+    run(scales, seeds, coefs, base4=base4, law=law, relative=relative, floor=floor, layers=layers)
 
 
 @update_op.register_fake
-def _(scales, seeds, coefs, base4, law, relative, floor):
+def _(scales, seeds, coefs, base4, law, relative, floor, layers=None):
     _check_update(scales, seeds, coefs)
 
 
@@ -142,13 +142,17 @@ def _check_update(scales, seeds, coefs):
                          f"{coefs.dtype} {list(coefs.shape)}")
 
 
-def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None):
-    """y = x . W^T + bias [rows, N] under `evaluations` (None: the scales as they are). Shapes as in kernels/qmm.py."""
+def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None, trains=True):
+    """y = x . W^T + bias [rows, N] under `evaluations` (None: the scales as they are). Shapes as in kernels/qmm.py.
+
+    trains=False: the scales as they are for every evaluation, whose number still fixes what rows belong together.
+    """
     if evaluations is None:
         plain = _plain(x.device)
         return qmm_op(x, codes, scales, zeros, bias, *plain, base4, group, noise.NONE, True, out_dtype or x.dtype)
     return qmm_op(x, codes, scales, zeros, bias, evaluations.seeds, evaluations.kernel_coefs, base4, group,
-                  evaluations.law, evaluations.relative, out_dtype or x.dtype)
+                  evaluations.law if trains else noise.NONE, evaluations.relative, out_dtype or x.dtype,
+                  trains and evaluations.sharing == "row", evaluations.pairs)
 
 
 @functools.cache

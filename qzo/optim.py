@@ -18,7 +18,7 @@ import torch
 from . import ops
 from .evaluations import Evaluations
 from .journal import Journal, JournalError, Record, check_header, read
-from .kernels.noise import VERSIONS, kernel_coefs, law_number, step_seed
+from .kernels.noise import VERSIONS, check_sharing, kernel_coefs, law_number, law_version, step_seed
 from .linear import arena_of, digest_parts, evaluating, layers
 
 FLOOR = 2.0**-24             # the smallest float16: a checkpoint can hold it
@@ -68,8 +68,8 @@ class QZO(torch.optim.Optimizer):
         _check(isinstance(directions, int) and 1 <= directions < 1 << 16, "directions", directions, "an int >= 1")
         _check(isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64, "seed", seed, "a 64-bit int")
         _check(floor >= 0, "floor", floor, "a number >= 0")
-        _check(sharing == "group", "sharing", sharing, "'group'")
         law_number(noise)
+        check_sharing(sharing, relative)
         self.module = module
         self.arena = arena_of(module, exact=True)
         self.paired, self.max_skipped = paired, max_skipped
@@ -175,11 +175,12 @@ class QZO(torch.optim.Optimizer):
 
 
 def apply_records(arena, records, recipe):
-    """Update the arena with one step's (seed, coefficient) pairs; recipe names noise, relative and floor."""
+    """Update the arena with one step's (seed, coefficient) pairs; recipe names noise, relative, sharing and floor."""
     device = arena.data.device
     seeds = torch.tensor([r.seed for r in records], dtype=torch.int64, device=device)
     coefs = torch.tensor([r.applied for r in records], dtype=torch.float32, device=device)
-    ops.update_op(arena.data, seeds, coefs, 0, law_number(recipe["noise"]), recipe["relative"], recipe["floor"])
+    ops.update_op(arena.data, seeds, coefs, 0, law_number(recipe["noise"]), recipe["relative"], recipe["floor"],
+                  arena.layers() if recipe["sharing"] == "row" else None)
 
 
 def replay(model, journal_path, until=None):
@@ -192,9 +193,9 @@ def replay(model, journal_path, until=None):
     if found is None:
         raise JournalError(f"{journal_path} has no whole header: the run ended before its first step")
     header, steps, _ = found
-    if VERSIONS.get(header["noise"]) != header["law"]:
-        raise JournalError(f"{journal_path} uses noise law {header['law']!r}, this qzo has "
-                           f"{VERSIONS.get(header['noise'])!r}")
+    known = law_version(header["noise"], header["sharing"]) if header["noise"] in VERSIONS else None
+    if known != header["law"]:
+        raise JournalError(f"{journal_path} uses noise law {header['law']!r}, this qzo has {known!r}")
     arena = arena_of(model, exact=True)
     check_header(journal_path, header, model_fields(model, arena))
     steps = steps[:until]
@@ -207,7 +208,7 @@ def replay(model, journal_path, until=None):
 def journal_header(module, group, recipe=None):
     """What a journal says before its first record."""
     law = {key: group[key] for key in ("noise", "relative", "sharing", "eps", "clip", "directions", "seed", "floor")}
-    return {**law, "law": VERSIONS[group["noise"]], "recipe": recipe or {},
+    return {**law, "law": law_version(group["noise"], group["sharing"]), "recipe": recipe or {},
             **model_fields(module, arena_of(module, exact=True)),
             "versions": {"qzo": _version(), "torch": torch.__version__, "python": platform.python_version()}}
 

@@ -38,6 +38,7 @@ class Settings:
     directions: int = 4
     noise: str = "rademacher"
     relative: bool = True
+    sharing: str = "group"
     floor: float = FLOOR
     decay: float = DECAY
     seed: int = 0
@@ -104,7 +105,7 @@ def fit(task, settings, out, resume=False, show=None):
         batch = data.collate(task.examples[:2], task.pad_id, task.device)
         task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
     optimizer = QZO(task.model, settings.learning_rate, settings.eps, settings.clip, settings.noise, settings.relative,
-                    directions=settings.directions, seed=settings.seed, journal=out / "journal.qzo", resume=resume,
+                    settings.sharing, settings.directions, settings.seed, journal=out / "journal.qzo", resume=resume,
                     floor=settings.floor, recipe=recipe(task, settings))
     start = optimizer.param_groups[0]["step"]
     count = 2 * settings.directions

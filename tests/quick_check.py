@@ -32,6 +32,8 @@ def check(directory):
                          (Matmul(k=320, group=64, zeros="float32", base4=2**32 - 2, **common), RATIO),
                          (Matmul(k=96, group=32, zeros="float32", relative=False, **common), TILE),
                          (Matmul(k=192, group=64, law=None, **common), TILE),
+                         (Matmul(k=256, group=64, n=3, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), TILE),
+                         (Matmul(k=128, shared=True, **common), TILE),
                          (Matmul(k=200, group=0, zeros="float32", **common), SPLIT)):
         for y in (matmul.kernel(tile), matmul.twin(pack_rows), matmul.twin(pack_planes)):
             matmul.assert_true(y)
@@ -41,6 +43,7 @@ def check(directory):
             for coefs in ((0.3, 1e-4), (3.0, 1.0)):
                 scales = test_update.scales_of(20)
                 assert_same_bits(*test_update.run_both(run, scales, (1, 2), coefs, "ih4", relative, base4=7))
+        assert_same_bits(*test_update.rows_run(run))
         test_update.test_a_zero_scale_stays_zero_and_keeps_its_bit(run, False)
 
 

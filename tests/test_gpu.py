@@ -6,7 +6,8 @@ from qzo.kernels import noise, tiles, update
 from tests import oracle
 from tests.close import assert_same_bits
 from tests.matmuls import Matmul
-from tests.test_update import scales_of
+from tests.test_qmm import changed
+from tests.test_update import rows_run, scales_of
 
 pytestmark = pytest.mark.gpu
 
@@ -25,6 +26,18 @@ def picked(matmul):
 def test_compiled_matmul_is_true(dtype, group, rows, zeros):
     matmul = Matmul(k=640, n=192, rows=rows, group=group, zeros=zeros, dtype=dtype, bias=True, law="ih4")
     matmul.assert_true(matmul.kernel(**picked(matmul)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [32, 64, 128, 0])
+@pytest.mark.parametrize("rows", [1, 8, 16, 24, 32])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_pair_has_the_bits_of_single_evaluations(dtype, group, rows, shared):
+    matmul = Matmul(k=640, n=192, rows=rows, group=group, dtype=dtype, law="ih4", shared=shared, pair=True,
+                    seeds=(5, 5, 9, 9), coefs=(0.1, -0.1, 0.05, 0.0))
+    together = matmul.kernel(**picked(matmul))
+    matmul.assert_true(together)
+    assert_same_bits(together, changed(matmul, pair=False).kernel(**picked(matmul)))
 
 
 @pytest.mark.parametrize("rows", [1, 24, 60, 100, 150])
@@ -49,3 +62,8 @@ def test_compiled_update_has_the_oracles_bits(law, relative, base4):
     update.launch(got, torch.tensor(seeds).cuda(), torch.tensor(coefs).cuda(), base4=base4,
                   law=noise.LAWS[law], relative=relative, floor=2.0**-24)
     assert_same_bits(got.cpu(), want)
+
+
+@pytest.mark.parametrize("law", ["rademacher", "ih4"])
+def test_compiled_update_of_rows_has_the_oracles_bits(law):
+    assert_same_bits(*rows_run("kernel", law, device="cuda"))

@@ -372,10 +372,31 @@ def test_evaluating_takes_evaluations():
 @pytest.mark.parametrize(("arguments", "message"), [
     (([1], [0.1, 0.2]), "as many seeds as coefs"), (([], []), "at least one"),
     (([1], [float("nan")]), "finite"), (([1], [0.1], "uniform"), "not a noise law"),
-    (([1], [0.1], "ih4", True, "column"), "sharing='column'")])
+    (([1], [0.1], "ih4", True, "column"), "sharing='column'"),
+    (([1], [0.1], "ih4", False, "row"), "sharing='row' scales a whole output row, so it is relative")])
 def test_bad_evaluations(arguments, message):
     with pytest.raises(ValueError, match=message):
         qzo.Evaluations(*arguments)
+
+
+def test_pairs_are_known_and_travel_with_the_evaluations():
+    assert qzo.Evaluations([1, 1, 2**64 - 1, -1], [0.1] * 4).pairs
+    assert not qzo.Evaluations([1, 1, 2], [0.1] * 3).pairs
+    assert not qzo.Evaluations([1, 2, 2, 1], [0.1] * 4).pairs
+    moved = qzo.Evaluations([1, 1], [0.1, -0.1], "ih4").to("meta")         # where nothing can be compared
+    assert moved.pairs
+    assert (moved.seeds.device.type, moved.coefs.device.type, moved.kernel_coefs.device.type) == ("meta",) * 3
+
+
+def test_row_shared_noise_is_an_epilogue_whose_noise_is_that_of_the_first_scale():
+    model = block()
+    name, layer = next(iter(qzo.linear.layers(model).items()))
+    x = torch.randn(4, layer.in_features)
+    z = qzo.noise("ih4", 7, qzo.scale_index(model)[name][0])
+    bias = 0 if layer.bias is None else layer.bias
+    want = (layer(x) - bias) * (1 + 0.1 * z) + bias
+    with qzo.evaluating(model, qzo.Evaluations([7], [0.1], "ih4", sharing="row")):
+        assert_close(layer(x), want, want.abs() + 1, 64 * ULP + 2.0**-15)
 
 
 def test_backends_agree_and_the_choice_ends_with_the_block():

@@ -31,6 +31,14 @@ FAULTS = {
     "kernel: everyone has the first seed": Fault("qmm.py", "tl.load(seeds_ptr + e)", "tl.load(seeds_ptr)"),
     "kernel: everyone has the first coefficient": Fault(
         "qmm.py", "tl.load(coefs_ptr + e)", "tl.load(coefs_ptr)"),
+    "kernel: a pair has one coefficient": Fault("qmm.py", "coefs_ptr + e + EACH - 1", "coefs_ptr + e"),
+    "kernel: a pair's rows change places": Fault("qmm.py", "tl.where(minus, R, 0)", "tl.where(minus, 0, R)"),
+    "kernel: a pair's groups passed down": Fault("qmm.py", "                r1 = r3\n", "                r1 = r2\n"),
+    "kernel: factor of a row": Fault(
+        "qmm.py", "_choose(minus, _factor(k0, coef),", "_choose(minus, _factor(k0, -coef),"),
+    "twin: factor of a row": Fault("qmm_torch.py", "here[0, :, 0]", "here[0, :, 1]"),
+    "update: noise of a row": Fault("update.py", "first + i % outputs", "first + i"),
+    "update twin: noise of a row": Fault("update.py", "quads)[:, 0]", "quads)[:, 1]"),
     "kernel: rows of the first evaluation": Fault("qmm.py", "row = e * R + tl.", "row = 0 * R + tl."),
     "kernel: group within the quad": Fault("qmm.py", "sp += (t % PERIOD) * PER_TILE", "sp += t % PERIOD"),
     "kernel: groups passed down": Fault("qmm.py", "                s0 = s2\n", "                s0 = s1\n"),
@@ -60,7 +68,7 @@ FAULTS = {
     "noise: a byte of ih4": Fault("noise.py", "((w >> 8) & 0x00FF00FF)\n", "((w >> 8) & 0x00FF007F)\n"),
     "twin: sign of the coefficient": Fault("qmm_torch.py", "k * coef", "k * -coef"),
     "twin: noise of the evaluation before": Fault("qmm_torch.py", "setdefault(seed, [])", "setdefault(0, [])"),
-    "twin: everyone has the first coefficient": Fault("qmm_torch.py", "coef_list[e]", "coef_list[0]"),
+    "twin: everyone has the first coefficient": Fault("qmm_torch.py", "here, coef_list[e]", "here, coef_list[0]"),
     "twin: zero points": Fault("qmm_torch.py", "unpacked -= ", "unpacked += "),
     "twin: base of the layer": Fault("qmm_torch.py", "wanted = base4 + ", "wanted = 0 * base4 + "),
     "update: sign of the floor": Fault("update.py", "tl.where(negative, -size, size)", "size"),

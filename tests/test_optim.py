@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import qzo
+from qzo.journal import read
 from qzo.linear import arena_of
 from tests import oracle
 
@@ -26,13 +27,14 @@ LOSSES = [[1.0, 0.75, 2.0, 2.125], [0.5, 0.625, 1.0, 1.0], [0.1, 0.7, 0.3, 0.2]]
 
 
 @pytest.mark.parametrize("noise", ["rademacher", "ih4"])
-@pytest.mark.parametrize("relative", [True, False])
-def test_three_steps_through_triton_have_the_bits_of_torch(noise, relative):
+@pytest.mark.parametrize(("relative", "sharing"), [(True, "group"), (False, "group"), (True, "row")])
+def test_three_steps_through_triton_have_the_bits_of_torch(noise, relative, sharing):
     """Whole steps: the perturbed forward runs in both, the update follows from given losses."""
     arenas = []
     for backend in ("triton", "torch"):
         model = two_layers()
-        optimizer = qzo.QZO(model, lr=3e-2 if relative else 1e-4, noise=noise, relative=relative, directions=2, seed=7)
+        optimizer = qzo.QZO(model, lr=3e-2 if relative else 1e-4, noise=noise, relative=relative, sharing=sharing,
+                            directions=2, seed=7)
         turns = iter(LOSSES)
 
         def closure(model=model, turns=turns):
@@ -120,10 +122,30 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
     assert torch.equal(arena_of(again).data, before)
 
 
-def test_resume_and_replay_end_in_the_same_bits(tmp_path):
+def test_with_row_sharing_a_rows_scales_move_by_one_factor():
+    model = two_layers()
+    before, index = qzo.scales(model), qzo.scale_index(model)
+    optimizer = qzo.QZO(model, lr=0.05, sharing="row", seed=3)
+    seed = optimizer.evaluations().seeds[0].item()
+    optimizer.step(given([[1.0, 0.9]]))
+    for name, scales in qzo.scales(model).items():
+        factor = 1 + optimizer.last.applied[0] * qzo.noise("rademacher", seed, index[name][0])
+        assert torch.equal(scales, before[name] * factor)
+    assert len(factor.unique()) == 2
+
+
+def test_row_sharing_is_relative_and_known():
+    with pytest.raises(ValueError, match="sharing='row' scales a whole output row, so it is relative"):
+        qzo.QZO(two_layers(), lr=0.1, sharing="row", relative=False)
+    with pytest.raises(ValueError, match="sharing='rows': 'group'"):
+        qzo.QZO(two_layers(), lr=0.1, sharing="rows")
+
+
+@pytest.mark.parametrize(("sharing", "law"), [("group", "rademacher/1"), ("row", "rademacher-row/1")])
+def test_resume_and_replay_end_in_the_same_bits(tmp_path, sharing, law):
     def run(journal, steps, resume=False):
         model = two_layers()
-        optimizer = qzo.QZO(model, lr=0.05, directions=2, journal=journal, resume=resume)
+        optimizer = qzo.QZO(model, lr=0.05, directions=2, journal=journal, resume=resume, sharing=sharing)
         start = optimizer.param_groups[0]["step"]
         for t in range(start, steps):
             optimizer.step(given([[1.0 + 0.1 * t, 1.0, 0.3, 0.2 * t]]))
@@ -136,6 +158,7 @@ def test_resume_and_replay_end_in_the_same_bits(tmp_path):
     model = two_layers()
     assert qzo.replay(model, tmp_path / "a") == 6
     assert torch.equal(arena_of(model).data, whole)
+    assert read(tmp_path / "a")[0]["law"] == law
     early = two_layers()
     assert qzo.replay(early, tmp_path / "a", until=2) == 2
     assert not torch.equal(arena_of(early).data, whole)

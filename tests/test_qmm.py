@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from qzo.kernels import qmm_torch, tiles
+from qzo.kernels import qmm, qmm_torch, tiles
 from qzo.kernels.codes import pack_planes, pack_rows
 from tests import oracle
 from tests.close import assert_close, assert_same_bits
@@ -21,6 +21,7 @@ TILES = {"plain": TILE, "ratio": RATIO, "deep": DEEP, "split": SPLIT,
          "all": dataclasses.replace(TILE, ratio=True, deep=True, splits=4),
          "large": tiles.Tile(rows=32, outputs=64, warps=4, stages=1)}
 EVALUATIONS = [((5,), (0.1,)), ((5, 5), (0.1, -0.1)), ((-1, 2**63 - 1, -1), (0.1, 0.0, -0.1)),
+               ((5, 5, 2**63 - 1, 2**63 - 1), (0.1, -0.1, 0.0, 0.05)),
                ((1, 2, 3, 4, 5), (0.1, -0.2, 0.3, 0.0, 1e-3))]
 
 
@@ -36,12 +37,14 @@ def matmuls(draw, largest_k, rows):
     k = width if group == 0 else width * draw(st.integers(1, largest_k // width))
     seeds, coefs = draw(st.sampled_from(EVALUATIONS))
     relative = draw(st.booleans())
+    pair = len(seeds) % 2 == 0 and seeds[0::2] == seeds[1::2] and draw(st.booleans())
     return Matmul(k=k, n=draw(st.sampled_from([1, 16, 33, 48])), rows=draw(rows), group=group, seeds=seeds,
                   coefs=coefs if relative else tuple(c / 10 for c in coefs),
                   law=draw(st.sampled_from([None, "rademacher", "ih4", "gaussian"])), relative=relative,
                   zeros=draw(st.sampled_from([None, "uint8", "float32"])), bias=draw(st.booleans()),
                   dtype=draw(st.sampled_from([torch.float16, torch.float32])),
-                  base4=draw(st.sampled_from([0, 1000, 2**32 - 20, 2**33 + 1])))
+                  base4=draw(st.sampled_from([0, 1000, 2**32 - 20, 2**33 + 1])), pair=pair,
+                  shared=relative and draw(st.booleans()))
 
 
 # ----------------------------------------------------------------------------------------- against the oracle
@@ -156,6 +159,41 @@ def test_derivative_of_the_kernel(tile, eps, allowed):
 def test_derivative_absolute(run):
     """Scales of about 0.015: an absolute eps of 1.5e-3 is a relative 1e-1."""
     assert_derivative(False, 1.5e-3, run, 1e-5, law="ih4")
+
+
+# ------------------------------------------------------------------------------------------- pairs of evaluations
+
+def changed(matmul, **fields):
+    """The same matmul, random values included, with other fields."""
+    other = dataclasses.replace(matmul, **fields)
+    for name in ("codes", "scales", "zero_points", "bias_values", "x"):
+        other.__dict__[name] = getattr(matmul, name)
+    return other
+
+
+@pytest.mark.parametrize("tile", ["plain", "deep", "split"])
+@pytest.mark.parametrize("rows", [1, 8, 9, 20])
+@pytest.mark.parametrize(("group", "shared", "zeros"), [(32, False, "uint8"), (128, False, "float32"),
+                                                        (0, False, None), (64, True, None)])
+def test_a_pair_in_one_tile_has_the_bits_of_two_tiles(tile, rows, group, shared, zeros):
+    """Rows of +eps and -eps in one tile, in a tile of twice the rows, and over several of them."""
+    matmul = Matmul(k=192 if group != 128 else 384, n=33, rows=rows, group=group, zeros=zeros, shared=shared, bias=True,
+                    law="ih4", seeds=(5, 5, -9, -9), coefs=(0.1, -0.1, 0.05, 0.0), pair=True)
+    together = matmul.kernel(TILES[tile])
+    matmul.assert_true(together)
+    assert_same_bits(together, changed(matmul, pair=False).kernel(TILES[tile]))
+
+
+def test_a_pair_is_one_program(monkeypatch):
+    grids = []
+
+    def record(grid):
+        grids.append(grid)
+        return lambda *_, **__: None
+    monkeypatch.setattr(qmm, "_qmm_kernel", type("Kernel", (), {"__getitem__": staticmethod(record)})())
+    for rows, pair in ((8, True), (16, True), (17, True), (qmm.PAIRED_UP_TO + 1, True), (8, False)):
+        Matmul(n=32, rows=rows, pair=pair, seeds=(5, 5, 9, 9), coefs=(0.1,) * 4).kernel()
+    assert grids == [(1, 2, 1), (1, 2, 1), (1, 4, 1), (1, 12, 1), (1, 4, 1)]
 
 
 # ------------------------------------------------------------------------------------------- coefficient zero

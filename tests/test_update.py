@@ -106,6 +106,40 @@ def test_an_arena_is_updated_as_its_slices_are(run):
     assert_same_bits(parts, whole)
 
 
+LAYERS = [(5, 32), (1, 700), (33, 32)]               # groups, outputs
+
+
+def rows_run(run, law="ih4", floor=FLOOR, device="cpu"):
+    """As run_both, noise shared by the rows of LAYERS."""
+    slots, base4 = [], 0
+    for groups, outputs in LAYERS:
+        quads = -(-groups // 4) * outputs
+        slots.append((base4, base4 + quads, outputs))
+        base4 += quads
+    scales, seeds = scales_of(base4), (3, -1, 2**63 - 1)
+    raw = [oracle.raw_coef(law, c) for c in (0.05, -0.3, 1e-4)]
+    first = torch.cat([torch.tensor([4 * (begin + (quad - begin) % outputs) for quad in range(begin, end)])
+                       for begin, end, outputs in slots]).repeat_interleave(4)
+    want = oracle.update(scales, [oracle.raw_at(law, seed, first) for seed in seeds], raw, True, floor)
+    got = scales.to(device, copy=True)
+    RUNS[run](got, torch.tensor(seeds).to(device), torch.tensor(raw).to(device), base4=0, law=noise.LAWS[law],
+              relative=True, floor=floor, layers=torch.tensor(slots).to(device))
+    return got.cpu(), want
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("law", ["rademacher", "ih4"])
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_noise_shared_by_rows_has_the_oracles_bits(run, law, floor):
+    """Layers of one, two and nine quads an output; the second has more blocks than programs."""
+    assert_same_bits(*rows_run(run, law, floor))
+
+
+def test_the_twins_blocks_of_rows_do_not_show(monkeypatch):
+    monkeypatch.setattr(update, "BLOCK_QUADS", 100)
+    assert_same_bits(*rows_run("twin"))
+
+
 def test_the_twins_blocks_do_not_show(monkeypatch):
     whole, _ = run_both("twin", scales_of(300), (5, 6), (0.1, 0.2), "ih4")
     monkeypatch.setattr(update, "BLOCK_QUADS", 7)
