@@ -167,7 +167,7 @@ def matmul(case):
     x = _meta(2 * case.rows, case.k, dtype=case.dtype)
     zeros = None if case.zeros == "none" else _meta(groups, case.n, dtype=ZEROS[case.zeros])
     tile = case.tile or tiles.pick(
-        case.rows, case.n, case.k, group, case.dtype, case.arch, float_zeros=case.zeros == "float"
+        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros]
     )
     with recorded(case.arch) as launches:
         qmm.launch(
@@ -257,7 +257,7 @@ def plain(arch):
 
 
 AXES = {
-    "rows": (16, 32, 64, 128, 512),
+    "rows": (16, 32, 64, 128, 256, 512),
     "k": (4096, 576),
     "group": GROUPS,
     "dtype": (torch.bfloat16, torch.float16),

@@ -306,7 +306,8 @@ def constants(tile, *, rows, k, group, law, relative, shared, pair, zero, wide, 
     """
     whole_row = group not in tiles.GROUPS or group == k
     ratio = tile.ratio and not whole_row
-    pair = pair and law != NONE and rows <= PAIRED_UP_TO and not ratio
+    most = PAIRED_UP_TO // 2 if group == 32 else PAIRED_UP_TO       # registers: two scales of four groups a step
+    pair = pair and law != NONE and rows <= most and not ratio
     return dict(BM=2 * tile.rows if pair and 2 * rows > tile.rows else tile.rows, BN=tile.outputs,
                 GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
                 RELATIVE=bool(relative), SHARED=bool(shared), PAIR=bool(pair), WIDE=bool(wide), ZERO=zero, RATIO=ratio,

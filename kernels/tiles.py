@@ -43,10 +43,10 @@ def architecture(device):
     return f"sm_{properties.major}{properties.minor}"
 
 
-def pick(rows, n, k, group, dtype, arch, float_zeros=False):
+def pick(rows, n, k, group, dtype, arch, zeros=None):
     """The tile for `rows` rows per evaluation, an [n, k] weight in groups of `group` (k: whole row), on `arch`.
 
-    float_zeros: the weight has float32 zero points, whose correction of each group's sum takes registers.
+    zeros: dtype of the zero points, None where all are 8; torch.uint8 and torch.float32 ones take registers.
     Raises ValueError for a group size no kernel has. An architecture that is not listed runs as its nearest elder.
     """
     if group not in GROUPS and group != k:
@@ -56,7 +56,7 @@ def pick(rows, n, k, group, dtype, arch, float_zeros=False):
     known = _nearest(arch)
     if dtype == torch.float32:      # exact float32 products without tensor cores: correct, not fast
         return Tile(rows=16 if rows <= 16 else 32, outputs=32, warps=8, stages=2)
-    tile = _table(known, rows, group if group in GROUPS else 128, float_zeros and group in GROUPS)
+    tile = _table(known, rows, n, group if group in GROUPS else 128, zeros if group in GROUPS else None)
     return dataclasses.replace(tile, splits=_splits(tile, rows, n, k, group, known))
 
 
@@ -72,9 +72,15 @@ def _nearest(arch):
     return max(elder, key=lambda a: int(a[3:]))
 
 
-def _table(arch, rows, group, float_zeros):
+def _fills(arch, rows, n, tile):
+    """Whether a pair of evaluations makes programs for three quarters of the chip."""
+    return 8 * -(-rows // tile.rows) * -(-n // tile.outputs) >= 3 * PROCESSORS[arch]
+
+
+def _table(arch, rows, n, group, zeros):
     """Tiles that compile without spilling a register, whatever the flags: bench/sass.py tells."""
     short = group < 128          # a second accumulator beside several groups a step spills in the large tiles
+    float_zeros = zeros == torch.float32
     registers = 255 if group == 32 else 0
     if arch == "sm_90":
         if rows <= 16:
@@ -83,9 +89,14 @@ def _table(arch, rows, group, float_zeros):
             return Tile(32, 64, 4, 5, deep=True)
         if rows <= 64:
             return Tile(64, 64, 4, 4, deep=True, ratio=short)
-        if rows <= 128 or float_zeros:
-            return Tile(64, 128, 8, 3, deep=True, ratio=short)
-        return Tile(128, 128, 8, 3, deep=True, ratio=True)
+        # a step's instructions per product fall with the rows: 262, 323, 427 for 64, 128, 256
+        large = Tile(256, 128, 8, 3, deep=True, ratio=True)
+        medium = Tile(128, 128, 8, 3, deep=True, ratio=True)
+        if rows > 256 and (zeros is None or (short and not float_zeros)) and _fills(arch, rows, n, large):
+            return large
+        if rows > 128 and not float_zeros and _fills(arch, rows, n, medium):
+            return medium
+        return Tile(64, 128, 8, 3, deep=True, ratio=short)
     if arch == "sm_100":
         if rows <= 16:
             return Tile(16, 128, 4, 4, registers=registers)
@@ -100,8 +111,9 @@ def _table(arch, rows, group, float_zeros):
     if rows <= 32:
         return Tile(32, 64, 4, 4, registers=registers)
     if rows <= 64 or float_zeros:
-        return Tile(64, 64, 4, 4 if arch == "sm_80" else 3, ratio=short and float_zeros, registers=registers)
-    return Tile(64, 128, 4, 3 if arch == "sm_80" else 2, ratio=short, registers=registers)
+        ratio = group == 32 or (short and float_zeros)
+        return Tile(64, 64, 4, 4 if arch == "sm_80" else 3, ratio=ratio, registers=registers)
+    return Tile(64, 128, 8 if short else 4, 3 if arch == "sm_80" else 2, ratio=short, registers=registers)
 
 
 def _splits(tile, rows, n, k, group, arch):

@@ -107,7 +107,7 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
         x = x.clone()
     arch = _architecture(x.device)
     tile = tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
-                      float_zeros=zeros is not None and zeros.dtype == torch.float32)
+                      None if zeros is None else zeros.dtype)
     qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
                tile=tile, asm=arch.startswith("sm_"), shared=shared, pair=pair)
     return y

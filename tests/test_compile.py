@@ -157,9 +157,14 @@ def test_a_bare_trap_is_a_fault_where_traps_are_usual():
 
 
 def steps_under(monkeypatch, steps):
-    """over_budget, with `steps` instructions for each (two accumulators or ratio, law)."""
+    """over_budget, with `steps` instructions for each (two accumulators or ratio, law), 200 for picked tiles."""
     monkeypatch.setattr(sass.launches, "matmul", lambda case: [case])
-    return sass.over_budget(lambda case: {"step": steps["ratio" if case.tile.ratio else "two", case.law]})
+
+    def figures(case):
+        form = case.rows if case.tile is None else "ratio" if case.tile.ratio else "two"
+        return {"step": steps.get((form, case.law), 200)}
+
+    return sass.over_budget(figures)
 
 
 KEPT = {
@@ -177,8 +182,11 @@ def test_budgets_that_are_kept(monkeypatch):
 
 
 def test_a_step_too_long(monkeypatch):
-    over = steps_under(monkeypatch, KEPT | {("ratio", "none"): 351})
-    assert over == ["sm_90 ratio none: 351 instructions a step, at most 350 wanted"]
+    over = steps_under(monkeypatch, KEPT | {("ratio", "none"): 351, (128, "rademacher"): 276})
+    assert over == [
+        "sm_90 ratio none: 351 instructions a step, at most 350 wanted",
+        "sm_90 128 rows: 276 instructions a step, at most 275 wanted",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ SHAPES = ((4096, 4096, 128), (192, 576, 64), (14336, 4096, 32), (4096, 14336, 14
 
 
 def every_pick():
-    for arch, rows, (n, k, group), zeros in itertools.product(ARCHES, ROWS, SHAPES, (False, True)):
-        yield arch, rows, n, k, group, tiles.pick(rows, n, k, group, torch.float16, arch, float_zeros=zeros)
+    for arch, rows, (n, k, group), zeros in itertools.product(
+        ARCHES, ROWS, SHAPES, (None, torch.uint8, torch.float32)
+    ):
+        yield arch, rows, n, k, group, tiles.pick(rows, n, k, group, torch.float16, arch, zeros)
 
 
 def test_the_number_of_evaluations_is_no_argument():
@@ -26,7 +28,7 @@ def test_the_number_of_evaluations_is_no_argument():
         "group",
         "dtype",
         "arch",
-        "float_zeros",
+        "zeros",
     }
 
 
@@ -58,6 +60,23 @@ def test_splits_fill_at_most_two_programs_a_multiprocessor():
         programs = -(-n // tile.outputs) * -(-rows // tile.rows)
         if tile.splits > 1:
             assert tile.splits * programs <= 2 * tiles.PROCESSORS[arch]
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "zeros", "wanted"),
+    [
+        (8192, 4096, None, 256),
+        (512, 4096, None, 256),
+        (512, 4096, torch.uint8, 128),  # 256 rows would spill
+        (512, 4096, torch.float32, 64),
+        (256, 4096, None, 128),
+        (128, 4096, None, 64),
+        (512, 1024, None, 64),  # 32 or 64 programs would leave most of the chip idle
+        (8192, 1024, None, 256),
+    ],
+)
+def test_many_rows_take_the_largest_tile_that_fills_the_chip(rows, n, zeros, wanted):
+    assert tiles.pick(rows, n, 4096, 128, torch.bfloat16, "sm_90", zeros).rows == wanted
 
 
 def test_a_single_row_of_a_narrow_layer_splits_k():
