@@ -8,6 +8,9 @@ with (seed_j, a_j) the applied directions, a_j = -(lr / J) d_j on raw noise (noi
 2505.13430, algorithm 1, whose max(s, 0) would destroy a model with negative scales: the sign a scale was loaded with
 is kept. The sign bit survives a floor of 0 as -0.0.
 
+A coefficient that is NaN leaves every scale as it is: how a step that runs on a device without a look from the host
+skips a loss that is not finite.
+
 Noise shared by rows (relative): every scale of an output row has the k of the row's first scale, so that a row's
 scales move by one factor. `layers`, int64 [L, 3], then tells where each layer's quads begin and end and how many
 outputs it has.
@@ -23,10 +26,10 @@ BLOCK = 256          # quads of a program: one 16-byte access per thread and qua
 
 @triton.jit
 def _project(s, new, floor):
-    """new, with the sign of s and at least `floor` in size; a zero scale as it was."""
+    """new, with the sign of s and at least `floor` in size; a zero scale as it was, every scale where new is NaN."""
     negative = s.to(tl.uint32, bitcast=True) >> 31 != 0
     size = tl.maximum(tl.where(negative, -new, new), floor)
-    return tl.where(s == 0.0, s, tl.where(negative, -size, size))
+    return tl.where((s == 0.0) | (new != new), s, tl.where(negative, -size, size))
 
 
 @triton.jit(do_not_specialize=["pairs", "base4", "quads"])
@@ -116,4 +119,4 @@ def _project_torch(s, new, floor):
     """Twin of _project."""
     negative = torch.signbit(s)
     size = torch.where(negative, -new, new).clamp_(min=floor)
-    return torch.where(s == 0, s, torch.where(negative, -size, size))
+    return torch.where((s == 0) | new.isnan(), s, torch.where(negative, -size, size))

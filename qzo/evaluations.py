@@ -49,6 +49,10 @@ class Evaluations:
     def __len__(self):
         return len(self.seeds)
 
+    def __getitem__(self, some):
+        """The evaluations of a slice."""
+        return dataclasses.replace(self, seeds=self.seeds[some], coefs=self.coefs[some])
+
     @property
     def law(self):
         return law_number(self.noise)

@@ -55,13 +55,16 @@ class QZO(torch.optim.Optimizer):
     floor : smallest magnitude of a scale; a scale keeps its sign, a zero stays zero
     recipe : JSON-able dict for the journal's header: what else a resumed run has to agree on
     max_skipped : consecutive steps with a NaN or infinite loss before `step` gives up
+    cuda_graph : capture the whole step, update included, in one CUDA graph and replay it (qzo/graph.py). For shapes
+        that stay: every step takes the same closure, which finds each batch in the same tensors. Where it cannot be,
+        a warning says why and the steps run without.
 
     Raises ValueError for values out of range, JournalError (a ValueError) for a journal that exists or does not fit.
     """
 
     def __init__(self, module, lr, eps=1e-2, clip=5.0, noise="rademacher", relative=True, sharing="group",
                  directions=1, seed=0, journal=None, *, resume=False, paired=True, floor=FLOOR, max_skipped=10,
-                 recipe=None):
+                 recipe=None, cuda_graph=False):
         _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
         _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
         _check(clip > 0, "clip", clip, "a number > 0 (math.inf: no clipping)")
@@ -73,6 +76,7 @@ class QZO(torch.optim.Optimizer):
         self.module = module
         self.arena = arena_of(module, exact=True)
         self.paired, self.max_skipped = paired, max_skipped
+        self.cuda_graph, self.graph = cuda_graph, None
         self.last = None
         self._skipped_in_a_row = 0
         super().__init__([self.arena.data], dict(
@@ -111,27 +115,39 @@ class QZO(torch.optim.Optimizer):
         Returns the mean loss, a float. A NaN or infinite loss skips the step, which the journal records;
         FloatingPointError after `max_skipped` of them in a row. ValueError when the losses have another shape.
         """
-        evaluations = self.evaluations()
-        losses = self._losses(closure, evaluations, self.paired if paired is None else paired)
-        losses = [x if abs(x) <= LARGEST else math.inf * x for x in losses]      # the journal holds float32
+        paired = self.paired if paired is None else paired
+        if self.cuda_graph and paired:
+            from .graph import captured
+            graph = captured(self, closure)
+            if graph is not None:
+                return self._finish(*graph.run(), updated=True)
+        losses = self._losses(closure, self.evaluations(), paired).double().cpu()
+        derivatives, applied = project(losses, self.rates(), law_number(self.param_groups[0]["noise"]))
+        return self._finish(losses.tolist(), derivatives.tolist(), applied.tolist())
+
+    def rates(self):
+        """(lr / J, 2 eps, clip) of the coming step, what `project` takes."""
+        group = self.param_groups[0]
+        return group["lr"] / group["directions"], 2 * group["eps"], group["clip"]
+
+    def _finish(self, losses, derivatives, applied, updated=False):
+        """Journal, update (unless a graph has done it) and count one step; returns the mean loss."""
         group = self.param_groups[0]
         count = group["directions"]
-        seeds = evaluations.seeds.tolist()[::2]
-        skipped = not all(map(math.isfinite, losses))
-        derivatives = [(losses[2 * j] - losses[2 * j + 1]) / (2 * group["eps"]) for j in range(count)]
-        applied = [0.0] * count
-        if not skipped:
-            clipped = [min(max(d, -group["clip"]), group["clip"]) for d in derivatives]
-            steps = [-(group["lr"] / count) * d for d in clipped]
-            applied = kernel_coefs(steps, law_number(group["noise"])).tolist()
-            if not all(map(math.isfinite, applied)):
-                raise FloatingPointError(f"lr={group['lr']:g} times the derivatives {derivatives} leaves float32; "
-                                         "lower lr or clip")
+        skipped = not all(abs(x) <= LARGEST for x in losses)
+        if skipped:
+            losses = [x if abs(x) <= LARGEST else math.inf * x for x in losses]      # the journal holds float32
+            applied = [0.0] * count
+        elif not all(map(math.isfinite, applied)):
+            raise FloatingPointError(f"lr={group['lr']:g} times the derivatives {derivatives} leaves float32; "
+                                     "lower lr or clip")
+        seeds = [step_seed(group["seed"], group["step"], j) for j in range(count)]
         records = [Record(group["step"], j, seeds[j], applied[j], losses[2 * j], losses[2 * j + 1], skipped)
                    for j in range(count)]
         if self.journal is not None:
             self.journal.append(records)
-        self._apply(records)
+        if not updated:
+            self._apply(records)
         group["step"] += 1
         self.last = StepResult(losses, derivatives, applied, skipped)
         self._count_skipped(skipped)
@@ -142,6 +158,7 @@ class QZO(torch.optim.Optimizer):
         return sum(losses) / len(losses)
 
     def _losses(self, closure, evaluations, paired):
+        """[2 J] of the evaluations, where the closure left them."""
         if paired:
             with evaluating(self.module, evaluations):
                 losses = closure()
@@ -150,14 +167,12 @@ class QZO(torch.optim.Optimizer):
                 raise ValueError(
                     f"the closure must return a tensor [{len(evaluations)}], the loss of each evaluation; got {got}. "
                     "Stack the batch with qzo.pair and use qzo.losses, or step(closure, paired=False)")
-            return losses.double().tolist()
+            return losses
         losses = []
         for e in range(len(evaluations)):
-            one = Evaluations(evaluations.seeds[e:e + 1], evaluations.coefs[e:e + 1], evaluations.noise,
-                              evaluations.relative, evaluations.sharing)
-            with evaluating(self.module, one):
+            with evaluating(self.module, evaluations[e:e + 1]):
                 losses.append(float(closure()))
-        return losses
+        return torch.tensor(losses, dtype=torch.float64)
 
     def _apply(self, records):
         """The update of one step from its records: what a replay does, too."""
@@ -174,13 +189,31 @@ class QZO(torch.optim.Optimizer):
             self.journal.close()
 
 
+def project(losses, rates, law):
+    """Losses of a step -> derivatives, and what is applied along the raw noise; on any device, the same bits on all.
+
+    losses float64 [2 J] in the order +, -; rates: lr / J, 2 eps, clip (numbers, or a float64 tensor [3] for a graph,
+    which is captured once and has to see new ones). Returns derivatives before clipping, float64 [J], and applied,
+    float32 [J], all NaN when a loss or one of them is not finite in float32: an update by NaN moves nothing.
+    """
+    rate, two_eps, clip = torch.as_tensor(rates, dtype=torch.float64)
+    derivatives = (losses[0::2] - losses[1::2]) / two_eps
+    applied = kernel_coefs(-rate * derivatives.clamp(-clip, clip), law)
+    return derivatives, torch.where((losses.abs() <= LARGEST).all() & applied.isfinite().all(), applied, math.nan)
+
+
+def update(arena, seeds, coefs, recipe):
+    """Update the arena in place with (seed, coefficient) pairs; recipe names noise, relative, sharing and floor."""
+    ops.update_op(arena.data, seeds, coefs, 0, law_number(recipe["noise"]), recipe["relative"], recipe["floor"],
+                  arena.layers() if recipe["sharing"] == "row" else None)
+
+
 def apply_records(arena, records, recipe):
-    """Update the arena with one step's (seed, coefficient) pairs; recipe names noise, relative, sharing and floor."""
+    """Update the arena with one step's records: what a step and a replay do."""
     device = arena.data.device
     seeds = torch.tensor([r.seed for r in records], dtype=torch.int64, device=device)
     coefs = torch.tensor([r.applied for r in records], dtype=torch.float32, device=device)
-    ops.update_op(arena.data, seeds, coefs, 0, law_number(recipe["noise"]), recipe["relative"], recipe["floor"],
-                  arena.layers() if recipe["sharing"] == "row" else None)
+    update(arena, seeds, coefs, recipe)
 
 
 def replay(model, journal_path, until=None):

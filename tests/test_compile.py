@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from qzo.bench import sass
+from qzo.bench import budgets, sass
 from qzo.kernels import tiles
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -158,13 +158,13 @@ def test_a_bare_trap_is_a_fault_where_traps_are_usual():
 
 def steps_under(monkeypatch, steps):
     """over_budget, with `steps` instructions for each (two accumulators or ratio, law), 200 for picked tiles."""
-    monkeypatch.setattr(sass.launches, "matmul", lambda case: [case])
+    monkeypatch.setattr(budgets.launches, "matmul", lambda case: [case])
 
     def figures(case):
         form = case.rows if case.tile is None else "ratio" if case.tile.ratio else "two"
         return {"step": steps.get((form, case.law), 200)}
 
-    return sass.over_budget(figures)
+    return budgets.over_budget(figures)
 
 
 KEPT = {

@@ -74,7 +74,7 @@ FAULTS = {
     "update: sign of the floor": Fault("update.py", "tl.where(negative, -size, size)", "size"),
     "update: no floor": Fault("update.py", "tl.maximum(tl.where(negative, -new, new), floor)",
                               "tl.where(negative, -new, new)"),
-    "update: a zero scale moves": Fault("update.py", "tl.where(s == 0.0, s, tl", "tl.where(s == 9.0, s, tl"),
+    "update: a zero scale moves": Fault("update.py", "(s == 0.0) |", "(s == 9.0) |"),
     "update: words joined in another order": Fault("update.py", "tl.join(k0, k2)", "tl.join(k2, k0)"),
     "update: quads of the base": Fault("update.py", "base4 + i, LAW", "i, LAW"),
     "update twin: sign of the floor": Fault("update.py", "torch.where(negative, -size, size)", "size"),

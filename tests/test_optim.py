@@ -1,5 +1,6 @@
 """A step of QZO: losses in, scales out; the same bits through Triton, torch and the oracle, and again by replay."""
 import copy
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,9 @@ from torch import nn
 
 import qzo
 from qzo.journal import read
+from qzo.kernels.noise import LAWS
 from qzo.linear import arena_of
+from qzo.optim import project, update
 from tests import oracle
 
 
@@ -210,3 +213,91 @@ def test_an_eps_that_rounding_drowns_is_warned_of():
     model = two_layers().to(torch.bfloat16)
     with pytest.warns(UserWarning, match=r"eps=0.001 is too small for bfloat16 activations.*use eps >= 0.01"):
         qzo.QZO(model, lr=0.1, eps=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- a step on a device
+
+@pytest.mark.parametrize("law", ["rademacher", "ih4"])
+@pytest.mark.parametrize("clip", [5.0, 0.3, math.inf])
+def test_projection_is_the_formula_in_double_precision(law, clip):
+    losses, lr, eps = [1.0, 0.75, 2.0, 2.125, 0.1, 0.7], 0.07, 1e-2
+    derivatives, applied = project(torch.tensor(losses, dtype=torch.float64), (lr / 3, 2 * eps, clip), LAWS[law])
+    want = [(losses[2 * j] - losses[2 * j + 1]) / (2 * eps) for j in range(3)]
+    assert derivatives.tolist() == want
+    assert applied.tolist() == [oracle.raw_coef(law, -(lr / 3) * min(max(d, -clip), clip)) for d in want]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e39])
+def test_a_loss_that_float32_cannot_hold_is_applied_as_nan_and_moves_nothing(bad):
+    losses = torch.tensor([1.0, 0.5, bad, 0.5], dtype=torch.float64)
+    _, applied = project(losses, torch.tensor([0.1, 0.02, 5.0], dtype=torch.float64), LAWS["rademacher"])
+    assert applied.isnan().all()
+    for name, sharing in itertools.product(("torch", "triton"), ("group", "row")):
+        arena = arena_of(two_layers())
+        before = arena.data.clone()
+        with qzo.backend(name):
+            update(arena, torch.tensor([1, 2]), applied,
+                   {"noise": "rademacher", "relative": True, "floor": 1.0, "sharing": sharing})
+        assert torch.equal(arena.data, before)
+
+
+def test_a_derivative_that_leaves_float32_is_an_error_and_moves_nothing():
+    model = two_layers()
+    before = arena_of(model).data.clone()
+    with pytest.raises(FloatingPointError, match="leaves float32; lower lr or clip"):
+        qzo.QZO(model, lr=1e30, clip=math.inf).step(given([[1e30, 0.0]]))
+    assert torch.equal(arena_of(model).data, before)
+
+
+def test_without_a_gpu_a_graph_is_refused_with_a_reason_and_the_steps_run():
+    plain, model = two_layers(), two_layers()
+    qzo.QZO(plain, lr=0.1).step(given([[1.0, 0.5]]))
+    with pytest.warns(UserWarning, match="cuda_graph=True: the scales are on 'cpu'.*run without a graph"):
+        qzo.QZO(model, lr=0.1, cuda_graph=True).step(given([[1.0, 0.5]]))
+    assert torch.equal(arena_of(model).data, arena_of(plain).data)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sharing", ["group", "row"])
+def test_a_captured_step_has_the_bits_of_a_plain_one(tmp_path, sharing):
+    """Losses of a forward, new batches in the same tensors, another rate each step, one loss that is not finite."""
+    def run(graph):
+        model = two_layers().cuda().half()
+        x = torch.empty(4, 96, dtype=torch.float16, device="cuda")
+        journal = tmp_path / f"{graph}"
+        optimizer = qzo.QZO(model, lr=0.1, directions=2, sharing=sharing, journal=journal, cuda_graph=graph)
+
+        def closure():
+            return model(x).float().square().mean(1)
+
+        for t in range(5):
+            torch.manual_seed(t)
+            x.copy_(torch.randn(1, 96).expand(4, 96) if t != 2 else torch.full((4, 96), math.nan))
+            optimizer.param_groups[0]["lr"] = 0.1 / (t + 1)
+            optimizer.step(closure)
+        optimizer.close()
+        assert (optimizer.graph is not None) == graph
+        return arena_of(model).data.cpu(), journal.read_bytes()
+
+    (plain, records), (graph, captured) = run(False), run(True)
+    assert torch.equal(plain, graph)
+    assert records == captured
+
+
+@pytest.mark.gpu
+def test_a_graph_takes_the_closure_it_was_captured_with():
+    model = two_layers().cuda().half()
+    x = torch.ones(2, 96, dtype=torch.float16, device="cuda")
+    optimizer = qzo.QZO(model, lr=0.1, cuda_graph=True)
+    optimizer.step(lambda: model(x).float().mean(1))
+    with pytest.raises(ValueError, match="replays the closure of the first step"):
+        optimizer.step(lambda: model(x).float().mean(1))
+
+
+@pytest.mark.gpu
+def test_a_closure_that_waits_for_the_host_runs_without_a_graph():
+    model = two_layers().cuda().half()
+    x = torch.ones(2, 96, dtype=torch.float16, device="cuda")
+    optimizer = qzo.QZO(model, lr=0.1, cuda_graph=True)
+    with pytest.warns(UserWarning, match="this closure cannot be captured"):
+        optimizer.step(lambda: model(x).float().mean(1) + float(x.sum()))

@@ -15,8 +15,8 @@ PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.gl
                   *ROOT.glob("qzo/formats/*.py")])
 LAYERS = [   # a module may import its own layer's elders and everything above it
     {"kernels.noise", "kernels.codes", "kernels.tiles"}, {"kernels.qmm", "kernels.qmm_torch", "kernels.update"},
-    {"weights", "evaluations", "journal", "ops", "formats"}, {"quantize"}, {"linear"}, {"optim", "losses", "hf"},
-    {"data", "prefix"}, {"task"}, {"train"}, {"demo"}, {"__main__", "bench"}]
+    {"weights", "evaluations", "journal", "ops", "formats"}, {"quantize"}, {"linear"},
+    {"optim", "losses", "hf", "graph"}, {"data", "prefix"}, {"task"}, {"train"}, {"demo"}, {"__main__", "bench"}]
 
 
 def name_of(path):
