@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ..kernels import noise, qmm, tiles, update
+from . import cases
 
 ARCHES = tuple(tiles.PROCESSORS)
 FLAGS = ("DEEP", "RATIO", "PAIR", "SHARED", "RELATIVE", "WIDE", "SPLIT", "BIAS", "MASK_K")
@@ -27,15 +28,7 @@ KERNELS = {
     "update_rows": update._update_rows_kernel,
 }
 
-LAYERS = {  # in_features, out_features of the linears of each model
-    "llama-2-7b": ((4096, 4096), (4096, 11008), (11008, 4096)),
-    "llama-2-13b": ((5120, 5120), (5120, 13824), (13824, 5120)),
-    "llama-3.1-8b": ((4096, 1024), (4096, 14336), (14336, 4096)),
-    "opt-6.7b": ((4096, 16384), (16384, 4096)),
-    "sd3.5-large": ((2432, 2432), (2432, 9728), (9728, 2432), (2432, 14592)),
-    "smollm2-135m": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
-}
-ROWS = (1, 4, 16, 32, 64, 128, 512, 2048, 8192)
+ROWS = tuple(sorted({*cases.ROWS, 32}))
 WHOLE_ROW = -1
 GROUPS = (*tiles.GROUPS, WHOLE_ROW)
 ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
@@ -226,7 +219,7 @@ def _fits(case):
 
 def shapes():
     """Every (in, out) of the models, once."""
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(LAYERS.values())))
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(cases.LAYERS.values())))
 
 
 def every(arch):

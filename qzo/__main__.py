@@ -83,7 +83,21 @@ def build_parser():
     replay.add_argument("--output-dir", required=True, help="where the tuned checkpoint goes")
     replay.add_argument("--until", type=int, help="stop before this step (default: all)")
     _add_model_options(replay)
+
+    bench = commands.add_parser("bench", help="time qzo beside its rivals", description="Time qzo beside its rivals.",
+                                epilog="example: qzo bench run --filter 4096x11008 --rows 1 16 --out results.jsonl")
+    bench.set_defaults(run=run_bench)
+    _bench_command().add_commands(bench)
     return parser
+
+
+def _bench_command():
+    from .bench import __main__ as command
+    return command
+
+
+def run_bench(options):
+    return _bench_command().execute(options)
 
 
 def _command(commands, name, run, text, example):

@@ -1,0 +1,116 @@
+"""`qzo bench`, or `python -m qzo.bench`: time qzo beside its rivals, with the roof of the machine next to it."""
+import argparse
+import json
+import sys
+
+EXAMPLE = "example: qzo bench run --filter 4096x11008 --rows 1 16 --out results.jsonl"
+
+
+def add_commands(parser):
+    """`run`, `compare`, `table` and `plot` under an argparse parser."""
+    from .cases import KINDS
+    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    run = commands.add_parser("run", help="measure", epilog=EXAMPLE, description=(
+        "Time products, whole steps, updates, noise and the journal: kinds " + ", ".join(KINDS) + ". A provider is "
+        "timed only after its output agreed with float64. On a CPU, without --filter, a set that ends in minutes."))
+    run.add_argument("--filter", metavar="SUBSTRING", help="cases with this in their name, in any case")
+    run.add_argument("--rows", type=int, nargs="+", help="only cases with these rows per evaluation")
+    run.add_argument("--providers", metavar="A,B", help="only these, separated by commas")
+    run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    run.add_argument("--out", metavar="FILE", help="also write the rows there, as JSON lines")
+    run.add_argument("--json", action="store_true", help="JSON lines on standard output instead of a table")
+    run.add_argument("--list", action="store_true", help="name the cases and stop")
+    both = commands.add_parser("compare", help="two results files; exit status 1 if something got slower",
+                               epilog="example: qzo bench compare old.jsonl new.jsonl --threshold 0.05")
+    both.add_argument("old")
+    both.add_argument("new")
+    both.add_argument("--threshold", type=float, default=0.05, help="slower by more than this part (default 0.05)")
+    both.add_argument("--json", action="store_true")
+    shown = commands.add_parser("table", help="a results file as markdown", epilog="example: qzo bench table a.jsonl")
+    shown.add_argument("file")
+    drawn = commands.add_parser("plot", help="roofline and ratios as a PNG",
+                                epilog="example: qzo bench plot a.jsonl --out a.png")
+    drawn.add_argument("file")
+    drawn.add_argument("--out", required=True)
+
+
+def execute(options):
+    """Run the chosen action; exit status. ValueError and OSError for bad input."""
+    from . import results
+    if options.action == "run":
+        return _run(options)
+    if options.action == "compare":
+        both, slower = results.compare(results.read(options.old), results.read(options.new), options.threshold)
+        for case, provider, old, new, ratio in both:
+            if options.json:
+                print(json.dumps({"case": case, "provider": provider, "old_ms": old, "new_ms": new, "ratio": ratio}))
+            else:
+                mark = "SLOWER" if (case, provider, old, new, ratio) in slower else ""
+                print(f"{case}, {provider}: {old:.4g} -> {new:.4g} ms, {ratio:.3f}x {mark}".rstrip())
+        return 1 if slower else 0
+    if options.action == "table":
+        print(results.table(results.read(options.file)))
+        return 0
+    results.plot(results.read(options.file), options.out)
+    return 0
+
+
+def _run(options):
+    import torch
+    from tqdm import tqdm
+
+    from . import cases, results
+    from .run import check_providers, measure
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
+    names = options.providers.split(",") if options.providers else None
+    check_providers(names)
+    chosen = cases.choose(device, options.filter)
+    if options.rows:
+        known = sorted({c.rows for c in chosen})
+        chosen = tuple(c for c in chosen if c.rows in options.rows)
+        if not chosen:
+            raise ValueError(f"--rows {' '.join(map(str, options.rows))}: the chosen cases have "
+                             f"{', '.join(map(str, known))} rows per evaluation")
+    if options.list:
+        print("\n".join(c.name for c in chosen))
+        return 0
+    if device == "cpu":
+        torch.set_num_threads(1)
+    left_out = len(cases.every(device)) - len(chosen)
+    print(f"{len(chosen)} cases on {device}, {left_out} left out (qzo bench run --list names them)", file=sys.stderr)
+    rows = []
+    out = open(options.out, "w", encoding="utf-8") if options.out else None       # noqa: SIM115  closed below
+    try:
+        for case in tqdm(chosen, unit="case", disable=None):
+            for row in measure(case, device, names):
+                rows.append(row)
+                line = json.dumps(row)
+                if out:
+                    print(line, file=out, flush=True)
+                if options.json:
+                    print(line, flush=True)
+                if row["note"] and not options.json:
+                    print(f"{row['case']}, {row['provider']}: {row['note']}", file=sys.stderr)
+    finally:
+        if out:
+            out.close()
+    if not options.json:
+        print(results.table(rows))
+    return 0
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m qzo.bench", description=__doc__, epilog=EXAMPLE)
+    add_commands(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return execute(options)
+    except (ValueError, OSError) as error:
+        print(f"qzo bench: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

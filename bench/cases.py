@@ -1,0 +1,142 @@
+"""What is measured: one registry of cases, with the bytes and the products that each cannot do without.
+
+A product is that of a pair of evaluations, +eps and -eps, of `rows` rows each, by one linear layer of a model. Bytes
+count every operand once, as a device without a cache would move them: 4-bit codes, float32 scales, x and y.
+"""
+import dataclasses
+import functools
+
+import torch
+
+LAYERS = {  # in_features, out_features of the linears of each model
+    "llama-2-7b": ((4096, 4096), (4096, 11008), (11008, 4096)),
+    "llama-2-13b": ((5120, 5120), (5120, 13824), (13824, 5120)),
+    "llama-3.1-8b": ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
+    "opt-6.7b": ((4096, 4096), (4096, 16384), (16384, 4096)),
+    "sd3.5-large": ((2432, 2432), (2432, 9728), (9728, 2432), (2432, 14592)),
+    "smollm2-135m": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
+}
+BLOCKS = {  # the linears of one block, in order, and how many blocks the model has
+    "llama-2-7b": ([(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)], 32),
+    "llama-2-13b": ([(5120, 5120)] * 4 + [(5120, 13824)] * 2 + [(13824, 5120)], 40),
+    "smollm2-135m": ([(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)], 30),
+}
+ROWS = (1, 4, 16, 64, 128, 512, 2048, 8192)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LAWS = ("rademacher", "ih4", "gaussian")
+KINDS = ("linear", "step", "update", "noise", "journal")
+ARENA = 1 << 23              # scales of the update and noise cases: 32 MB
+CPU_ROWS = (1, 16, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """kind "linear": the product. "step": all linears of `blocks` blocks under a pair, their losses and the update.
+    "update", "noise", "journal": one update of `n` scales, n noise values, one journal record; rows and k are 0."""
+
+    kind: str
+    model: str
+    k: int
+    n: int
+    rows: int
+    group: int = 128
+    dtype: str = "bfloat16"
+    noise: str = "rademacher"
+    blocks: int = 0
+
+    @property
+    def name(self):
+        if self.kind == "linear":
+            return f"linear {self.model} {self.k}x{self.n} rows {self.rows} g{self.group} {self.dtype} {self.noise}"
+        if self.kind == "step":
+            return f"step {self.model} {self.blocks} blocks rows {self.rows} g{self.group} {self.dtype} {self.noise}"
+        return f"{self.kind} {self.noise} {self.n}" if self.kind != "journal" else "journal append"
+
+    @property
+    def shapes(self):
+        """(in, out) of every layer that runs."""
+        if self.kind == "linear":
+            return ((self.k, self.n),)
+        return tuple(BLOCKS[self.model][0] * self.blocks) if self.kind == "step" else ()
+
+    @property
+    def bytes(self):
+        """Bytes that have to be moved: codes and scales once, x and y of both evaluations; the update's read and
+        write of every scale."""
+        if self.kind == "update":
+            return 8 * self.n
+        if self.kind == "noise":
+            return 4 * self.n
+        if self.kind == "journal":
+            return 32
+        item = DTYPES[self.dtype].itemsize
+        return sum(k * n // 2 + 4 * (k // self.group) * n + 2 * self.rows * (k + n) * item for k, n in self.shapes) + (
+            sum(8 * (k // self.group) * n for k, n in self.shapes) if self.kind == "step" else 0)
+
+    @property
+    def flops(self):
+        """Two per multiply-add, both evaluations."""
+        return sum(4 * self.rows * k * n for k, n in self.shapes)
+
+
+def group_of(model):
+    """The largest group size that divides every in_features of a model."""
+    return next(g for g in (128, 64, 32) if all(k % g == 0 for k, _ in LAYERS[model]))
+
+
+def linears(models, rows, dtypes, laws=("rademacher",), groups=None):
+    """Every linear of `models`; groups: None for the model's own."""
+    for model in models:
+        for k, n in LAYERS[model]:
+            for group in groups or (group_of(model),):
+                for dtype in dtypes:
+                    for r in rows:
+                        for law in laws:
+                            if k % group == 0:
+                                yield Case("linear", model, k, n, r, group, dtype, law)
+
+
+def _small(device):
+    """The cases without a layer."""
+    for law in LAWS:
+        yield Case("update", "", 0, ARENA if device == "cuda" else ARENA // 8, 0, noise=law)
+        yield Case("noise", "", 0, ARENA if device == "cuda" else ARENA // 8, 0, noise=law)
+    yield Case("journal", "", 0, 0, 0)
+
+
+@functools.cache
+def every(device):
+    """All cases of a device, in order: what --filter chooses from."""
+    dtypes = ("float32",) if device == "cpu" else ("float16", "bfloat16")
+    found = list(linears(LAYERS, ROWS if device == "cuda" else (*CPU_ROWS, 1024), dtypes))
+    small = ("llama-2-7b",) if device == "cuda" else ("smollm2-135m",)
+    found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, LAWS[1:])            # the other laws
+    found += [c for c in linears(small, (16, 512) if device == "cuda" else (16,), dtypes, groups=(32, 64, 128))
+              if c not in found]
+    for model, (_, blocks) in BLOCKS.items():
+        for rows in (1, 16, 128, 512, 2048) if device == "cuda" else CPU_ROWS:
+            run = blocks if device == "cuda" else min(blocks, 6 if model == "smollm2-135m" else 1)
+            found.append(Case("step", model, 0, 0, rows, group_of(model), dtypes[0], "rademacher", run))
+    return (*found, *_small(device))
+
+
+def default(device):
+    """What `run` measures when it is not told: all on a GPU; on a CPU what ends in minutes."""
+    if device == "cuda":
+        return every(device)
+    return tuple(c for c in every(device) if c.rows <= 256 and (c.kind in ("update", "noise", "journal")
+                 or c.model == "smollm2-135m" or (c.kind == "linear" and c.n == 4096 == c.k and c.rows <= 16
+                                                  and c.model == "llama-2-7b")))
+
+
+def choose(device, text=None):
+    """The cases whose name holds `text`, in any case; ValueError, with names that there are, if none does."""
+    if text is None:
+        return default(device)
+    found = tuple(c for c in every(device) if text.lower() in c.name.lower())
+    if not found:
+        names = [c.name for c in every(device)]
+        shown = ", ".join(names[:: max(1, len(names) // 8)])
+        raise ValueError(f"no case of {device} has {text!r} in its name; there are {len(names)}, such as: {shown} "
+                         "(qzo bench run --list names all)")
+    return found

@@ -1,0 +1,353 @@
+"""Who is timed: qzo, what it is made to beat, and every peer that is installed.
+
+A provider builds its own weights for a Problem, enough of them that no cache holds all, and gives a run that passes
+over them once, together with an output and the float64 truth it has to agree with. A peer that quantizes by itself is
+compared with the dense weight within what four bits cost; one that is not installed says so.
+
+The official QZO loop perturbs float16 scales in place with noise that is materialized by torch.normal: +eps, forward,
+-2 eps, forward, +eps, update (arXiv 2505.13430 and its published trainer). MeZO (arXiv 2305.17333) does the same to
+dense weights. Both are written here from their description.
+"""
+import dataclasses
+import functools
+import importlib
+
+import torch
+from torch.nn.functional import linear as dense_linear
+
+from .. import ops
+from ..evaluations import Evaluations
+from ..kernels.codes import centred_codes
+from ..kernels.noise import kernel_coefs, law_number, noise
+from ..linear import QZOLinear, arena_of, evaluating
+from ..weights import PackedWeight, unpack_codes
+from .cases import DTYPES
+
+EPS, LR, SEED = 1e-2, 1e-6, 7
+SAMPLE = 64                       # rows of each sign, and outputs, that are compared with the truth
+# relative RMS error allowed: products of exact operands in each type; and what rounding a weight to 4 bits costs
+EXACT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+REQUANTIZED = 0.2
+
+
+@dataclasses.dataclass
+class Built:
+    """run(): one pass over all layers; passes: how many times the case's work that is. output(): y [2 rows, N] of the
+    first layer, to be near `want` (float64, for the sampled rows and outputs) within `allowed`."""
+
+    run: object
+    passes: int = 1
+    output: object = None
+    want: torch.Tensor | None = None
+    allowed: float = 0.0
+
+
+class Problem:
+    """The random 4-bit layers and inputs of a case. Weights are random: what is timed does not depend on them."""
+
+    def __init__(self, case, device, least_bytes):
+        self.case, self.device, self.least_bytes = case, device, least_bytes
+        self.dtype = DTYPES[case.dtype]
+        generator = torch.Generator(device).manual_seed(SEED)
+        self.x = {k: torch.randn(2 * case.rows, k, generator=generator, device=device).to(self.dtype)
+                  for k, _ in case.shapes}
+        self.generator = generator
+
+    def copies(self, bytes_of_one):
+        """How many sets of weights exceed the cache; a whole step is large enough, or the model is small."""
+        return max(2, -(-self.least_bytes // bytes_of_one)) if self.case.kind == "linear" else 1
+
+    def shapes(self, bytes_per_weight):
+        """(in, out) of every layer a provider builds that keeps this many bytes for a weight, and the passes."""
+        one = sum(k * n for k, n in self.case.shapes) * bytes_per_weight
+        copies = self.copies(max(1, int(one)))
+        return self.case.shapes * copies, copies
+
+    def packed(self, k, n):
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=self.generator, device=self.device)
+        scales = torch.rand(k // self.case.group, n, generator=self.generator, device=self.device) * 0.02 + 0.01
+        scales = scales.half().float()                       # the same number in every format that is compared
+        return PackedWeight.from_codes(codes, scales)
+
+    def model(self, bytes_per_weight=0.5):
+        """(ModuleList of QZOLinear with one arena, passes)."""
+        shapes, passes = self.shapes(bytes_per_weight)
+        model = torch.nn.ModuleList(QZOLinear.from_packed(self.packed(k, n), dtype=self.dtype) for k, n in shapes)
+        arena_of(model, exact=True)
+        return model, passes
+
+    def dense(self):
+        """(dense weights [N, K], passes)."""
+        shapes, passes = self.shapes(self.dtype.itemsize)
+        return [self.packed(k, n).dequantize().to(self.dtype) for k, n in shapes], passes
+
+    def sample(self, y):
+        """The rows of either sign and the outputs that are compared."""
+        some = min(SAMPLE, self.case.rows)
+        return torch.cat([y[:some], y[self.case.rows:self.case.rows + some]])[:, :SAMPLE].double()
+
+    def truth(self, codes, plus, minus):
+        """float64 products of the sampled rows by codes [N, K] under the scales [G, N] of either sign."""
+        some = min(SAMPLE, self.case.rows)
+        x = self.x[codes.shape[1]].double()
+        signs = []
+        for rows, scales in ((x[:some], plus), (x[self.case.rows:self.case.rows + some], minus)):
+            spread = scales[:, :SAMPLE].double().repeat_interleave(self.case.group, 0)
+            signs.append(rows @ ((codes[:SAMPLE].double() - 8).T * spread))
+        return torch.cat(signs)
+
+
+def error_of(built, problem):
+    """Relative RMS error of an output, or inf where it has another shape or is not finite."""
+    y = problem.sample(built.output())
+    if y.shape != built.want.shape or not bool(torch.isfinite(y).all()):
+        return float("inf")
+    return float((y - built.want).square().mean().sqrt() / built.want.square().mean().sqrt())
+
+
+# ------------------------------------------------------------------------------------------------ ours
+
+def _qzo(problem, sharing="group", perturbed=True):
+    case = problem.case
+    model, passes = problem.model()
+    evaluations = Evaluations([SEED, SEED], [EPS, -EPS], case.noise, sharing=sharing).to(problem.device)
+    arena, first = arena_of(model), model[0]
+    applied = kernel_coefs([LR], law_number(case.noise)).to(problem.device)
+
+    def forward():
+        return [layer(problem.x[layer.in_features]) for layer in model]
+
+    @torch.no_grad()
+    def run():
+        if not perturbed:
+            return forward()
+        with evaluating(model, evaluations):
+            outputs = forward()
+        if case.kind == "step":
+            torch.stack([y.float().square().mean() for y in outputs[-1].chunk(2)])
+            ops.update_op(arena.data, evaluations.seeds[:1], applied, 0, law_number(case.noise), True, 2.0**-24,
+                          arena.layers() if sharing == "row" else None)
+        return outputs
+
+    def output():
+        if not perturbed:
+            return first(problem.x[first.in_features])
+        with evaluating(model, evaluations):
+            return first(problem.x[first.in_features])
+
+    scales, swing = first.read_scales(), 0.0
+    if perturbed:
+        index = arena.index(first.arena_name)
+        z = noise(case.noise, SEED, index if sharing == "group" else index[:1].expand_as(index))
+        swing = EPS * z.double() * scales.double()
+    want = problem.truth(unpack_codes(first.codes, first.in_features), scales + swing, scales - swing)
+    return Built(run, passes, output, want, EXACT[case.dtype])
+
+
+# ------------------------------------------------------------------------------------------------ the baselines
+
+def _dense(problem):
+    weights, passes = problem.dense()
+    first = weights[0]
+
+    def run():
+        return [dense_linear(problem.x[w.shape[1]], w) for w in weights]
+    want = problem.sample(problem.x[first.shape[1]].double() @ first[:SAMPLE].double().T)
+    return Built(run, passes, lambda: dense_linear(problem.x[first.shape[1]], first), want, EXACT[problem.case.dtype])
+
+
+def _codes_and_scales(problem):
+    """[(codes as the device keeps them, float16 scales [G, N], in_features)], passes."""
+    shapes, passes = problem.shapes(0.5)
+    packed = [(problem.packed(k, n), k) for k, n in shapes]
+    return [(p.codes, p.scales.half(), k) for p, k in packed], passes
+
+
+def _dequantized_product(x, codes, scales, k):
+    w = centred_codes(codes, k, 0, scales.shape[1]).to(x.dtype).view(scales.shape[1], scales.shape[0], -1)
+    return dense_linear(x, w.mul_(scales.to(x.dtype).T.unsqueeze(2)).view(scales.shape[1], k))
+
+
+def _dequantize(problem):
+    layers, passes = _codes_and_scales(problem)
+    codes, scales, k = layers[0]
+
+    def run():
+        return [_dequantized_product(problem.x[k], codes, scales, k) for codes, scales, k in layers]
+    allowed = 4 * EXACT[problem.case.dtype]                  # the scaled weight is rounded once more
+    want = problem.truth(unpack_codes(codes, k), scales, scales)
+    return Built(run, passes, lambda: _dequantized_product(problem.x[k], codes, scales, k), want, allowed)
+
+
+def _sweep(parameters, factor, seed):
+    """parameters += factor * z, z materialized tensor by tensor from a seed."""
+    device = parameters[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    for p in parameters:
+        z = torch.normal(0.0, 1.0, p.shape, generator=generator, device=device, dtype=p.dtype)
+        p.add_(z, alpha=factor)
+
+
+def in_place_pair(parameters, forward, rows, step):
+    """Outputs under +eps and -eps by perturbing `parameters` in place; the fourth sweep, an update, if `step`."""
+    eps = EPS * 0.02                                          # absolute; the scales are around 0.02
+    outputs = []
+    for factor, some in ((eps, slice(0, rows)), (-2 * eps, slice(rows, 2 * rows))):
+        _sweep(parameters, factor, SEED)
+        outputs.append(forward(some))
+    _sweep(parameters, eps, SEED)
+    if step:
+        _sweep(parameters, -LR, SEED)
+    return [torch.cat(pair) for pair in zip(*outputs, strict=True)]
+
+
+def _official(problem):
+    layers, passes = _codes_and_scales(problem)
+    codes, scales, k = layers[0]
+    case = problem.case
+    everything = [s for _, s, _ in layers]
+
+    def forward(some, layers=layers):
+        return [_dequantized_product(problem.x[k][some], codes, scales, k) for codes, scales, k in layers]
+
+    def run():
+        return in_place_pair(everything, forward, case.rows, case.kind == "step")
+
+    probe = scales.clone()
+    plus = probe.clone()
+    _sweep([plus], EPS * 0.02, SEED)
+    minus = plus.clone()
+    _sweep([minus], -2 * EPS * 0.02, SEED)
+    want = problem.truth(unpack_codes(codes, k), plus, minus)
+
+    def output():
+        return in_place_pair([probe], lambda some: forward(some, [(codes, probe, k)]), case.rows, False)[0]
+    return Built(run, passes, output, want, 4 * EXACT[case.dtype])
+
+
+def _mezo(problem):
+    weights, passes = problem.dense()
+    case, first = problem.case, weights[0].clone()
+
+    def forward(some, weights=weights):
+        return [dense_linear(problem.x[w.shape[1]][some], w) for w in weights]
+
+    def run():
+        return in_place_pair(weights, forward, case.rows, case.kind == "step")
+    plus = first.clone()
+    _sweep([plus], EPS * 0.02, SEED)
+    minus = plus.clone()
+    _sweep([minus], -2 * EPS * 0.02, SEED)
+    x = problem.x[first.shape[1]].double()
+    signs = (x[:case.rows] @ plus[:SAMPLE].double().T, x[case.rows:] @ minus[:SAMPLE].double().T)
+
+    def output():
+        return in_place_pair([first], lambda some: forward(some, [first]), case.rows, False)[0]
+    return Built(run, passes, output, problem.sample(torch.cat(signs)), EXACT[case.dtype])
+
+
+# ------------------------------------------------------------------------------------------------ peers
+
+def _peer(problem, make, allowed, bytes_per_weight=0.5):
+    """make(problem, packed, k, n) -> function of x. Unperturbed, both signs' rows in one call."""
+    shapes, passes = problem.shapes(bytes_per_weight)
+    packed = [(problem.packed(k, n), k, n) for k, n in shapes]
+    forwards = [(make(problem, p, k, n), k) for p, k, n in packed]
+    first, k, _ = packed[0]
+    want = problem.truth(unpack_codes(first.codes, k), first.scales, first.scales)
+
+    def run():
+        return [forward(problem.x[k]) for forward, k in forwards]
+    return Built(run, passes, lambda: forwards[0][0](problem.x[k]), want, allowed)
+
+
+def _gemlite(problem, packed, k, n):
+    core = importlib.import_module("gemlite.core")
+    kind = core.TORCH_TO_DTYPE[problem.dtype]
+    layer = core.GemLiteLinearTriton(4, group_size=problem.case.group, in_features=k, out_features=n,
+                                     input_dtype=kind, output_dtype=kind)
+    scales = packed.scales.T.reshape(-1, 1).to(problem.dtype)
+    layer.pack(unpack_codes(packed.codes, k), scales, torch.full_like(scales, 8), None)
+    return layer
+
+
+def _float_linear(problem, packed, k, n):
+    layer = torch.nn.Linear(k, n, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(packed.dequantize().to(problem.dtype), requires_grad=False)
+    return layer
+
+
+def _torchao(problem, packed, k, n):
+    quantization = importlib.import_module("torchao.quantization")
+    layer = torch.nn.Sequential(_float_linear(problem, packed, k, n))
+    quantization.quantize_(layer, quantization.Int4WeightOnlyConfig(group_size=problem.case.group))
+    return layer
+
+
+def _bitsandbytes(problem, packed, k, n):
+    bnb = importlib.import_module("bitsandbytes")
+    weight, state = bnb.functional.quantize_4bit(packed.dequantize().to(problem.dtype), blocksize=64, quant_type="nf4")
+    return lambda x: bnb.matmul_4bit(x, weight.t(), quant_state=state)
+
+
+def _hqq(problem, packed, k, n):
+    quantize = importlib.import_module("hqq.core.quantize")
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=problem.case.group, axis=1)
+    return quantize.HQQLinear(_float_linear(problem, packed, k, n), quant_config=config, compute_dtype=problem.dtype,
+                              device=problem.device)
+
+
+def _gptqmodel(problem, packed, k, n, kernel, kind):
+    module = importlib.import_module(f"gptqmodel.nn_modules.qlinear.{kernel}")
+    layer = getattr(module, kind)(bits=4, group_size=problem.case.group, desc_act=False, sym=True, in_features=k,
+                                  out_features=n, bias=False, pack_dtype=torch.int32).to(problem.device)
+    codes = unpack_codes(packed.codes, k).to(torch.int32).T.reshape(k // 8, 8, n)         # eight along k a word
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=problem.device)
+    layer.qweight.data = (codes << shifts[None, :, None]).sum(1, dtype=torch.int32)
+    layer.scales.data = packed.scales.to(problem.dtype)
+    if getattr(layer, "qzeros", None) is not None:
+        layer.qzeros.data.fill_(-2004318072)                                              # 0x88888888
+    layer.post_init()
+    return layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """build(problem) -> Built. package: what has to be installed; kinds: the cases it can run."""
+
+    name: str
+    build: object
+    package: str = ""
+    kinds: tuple = ("linear", "step")
+    cuda_only: bool = False
+
+    def missing(self, device):
+        """Why it cannot run here, or None."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.cuda_only and device != "cuda":
+            return f"{self.name} needs a CUDA device"
+        return None
+
+
+def _peer_provider(name, make, package, allowed=REQUANTIZED):
+    return Provider(name, lambda problem: _peer(problem, make, allowed), package, ("linear",), cuda_only=True)
+
+
+LAYER_PROVIDERS = (
+    Provider("qzo", _qzo),
+    Provider("qzo-row", functools.partial(_qzo, sharing="row")),
+    Provider("qzo-unperturbed", functools.partial(_qzo, perturbed=False)),
+    Provider("dense", _dense),
+    Provider("dequantize", _dequantize),
+    Provider("official", _official),
+    Provider("mezo", _mezo),
+    _peer_provider("gemlite", _gemlite, "gemlite", 4 * EXACT["bfloat16"]),
+    _peer_provider("torchao", _torchao, "torchao"),
+    _peer_provider("bitsandbytes", _bitsandbytes, "bitsandbytes"),
+    _peer_provider("gptqmodel-marlin", functools.partial(_gptqmodel, kernel="marlin", kind="MarlinQuantLinear"),
+                   "gptqmodel", 4 * EXACT["bfloat16"]),
+    _peer_provider("gptqmodel-triton", functools.partial(_gptqmodel, kernel="tritonv2", kind="TritonV2QuantLinear"),
+                   "gptqmodel", 4 * EXACT["bfloat16"]),
+    _peer_provider("hqq", _hqq, "hqq"),
+)
