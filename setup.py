@@ -17,9 +17,12 @@ setup(
     python_requires=">=3.10",
     packages=["qzo", "qzo.formats", "qzo.kernels", "qzo.bench"],   # explicit: two of them have no __init__.py
     package_dir={"qzo": "qzo", "qzo.kernels": "kernels", "qzo.bench": "bench"},
+    package_data={"qzo.bench": ["configs/*.json"]},
     install_requires=["torch>=2.8", "triton>=3.4", "transformers>=5.17", "safetensors", "gguf>=0.17", "numpy", "tqdm",
                       "pyyaml", "matplotlib"],
-    extras_require={"test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77"],
+    extras_require={"test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77",
+                             "diffusers"],
+                    "diffusion": ["diffusers"],
                     "dev": ["ruff", "mypy"]},
     entry_points={"console_scripts": ["qzo = qzo.__main__:main"]},
     classifiers=["Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3",

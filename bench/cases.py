@@ -124,9 +124,14 @@ def default(device):
     """What `run` measures when it is not told: all on a GPU; on a CPU what ends in minutes."""
     if device == "cuda":
         return every(device)
-    return tuple(c for c in every(device) if c.rows <= 256 and (c.kind in ("update", "noise", "journal")
-                 or c.model == "smollm2-135m" or (c.kind == "linear" and c.n == 4096 == c.k and c.rows <= 16
-                                                  and c.model == "llama-2-7b")))
+    return tuple(c for c in every(device) if c.kind in ("update", "noise", "journal") or (c.rows <= 256 and (
+        (c.model == "smollm2-135m" and (c.kind == "step" or c.n == 1536 or _usual(c)))
+        or (c.model == "llama-2-7b" and c.n == c.k == 4096 and _usual(c)))))
+
+
+def _usual(case):
+    """Few rows, the default law and group: what every shape is measured with."""
+    return case.rows <= 16 and case.noise == "rademacher" and case.group == group_of(case.model)
 
 
 def choose(device, text=None):

@@ -25,7 +25,7 @@ def check_providers(names):
         raise ValueError(f"no provider {', '.join(unknown)}; there are {', '.join(NAMES)}")
 
 
-def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seconds=timing.SECONDS):
+def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seconds=None):
     """Result rows of one case: a provider each, also of those that are missing, wrong or failed."""
     problem_of = Problem if case.shapes else Arena
     problem = problem_of(case, device, timing.cache_bytes(device) if least_bytes is None else least_bytes)

@@ -12,7 +12,7 @@ import torch
 
 WARM_UP = 1
 LEAST, MOST = 5, 40          # turns
-SECONDS = 2.0                # of one run's turns together, once LEAST are done
+SECONDS = {"cpu": 0.5, "cuda": 2.0}      # of one run's turns together, once LEAST are done
 
 
 def percentiles(times):
@@ -22,8 +22,9 @@ def percentiles(times):
     return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
 
 
-def interleaved(runs, device, least=LEAST, seconds=SECONDS):
+def interleaved(runs, device, least=LEAST, seconds=None):
     """Milliseconds of each of `runs` (name -> function without arguments): name -> (median, p20, p80)."""
+    seconds = SECONDS[device] if seconds is None else seconds
     clocks = {name: (_Graph(run) if device == "cuda" else _Process(run)) for name, run in runs.items()}
     times = {name: [] for name in runs}
     for _ in range(WARM_UP):

@@ -31,6 +31,7 @@ ROUNDS = 7            # of the noise
 SEED_ROUNDS = 10      # of the step seeds
 UNITS = {NONE: 1.0, RADEMACHER: 1.0, IH4: 1.0 / math.sqrt((256**2 - 1) / 3), GAUSSIAN: 1.0}
 RAW_BITS = {RADEMACHER: 1, IH4: 9}   # bits of the largest |k|
+RAW_BYTES = 72                       # raw_noise holds of a quad while it works: its values and seven int64 temporaries
 BLOCK_QUADS = 16384                  # the torch twin never holds the noise of more than 4 * this many scales
 
 MASK = 0xFFFFFFFF

@@ -315,6 +315,21 @@ def constants(tile, *, rows, k, group, law, relative, shared, pair, zero, wide, 
                 ROUNDS_=ROUNDS)
 
 
+def _splits(tile, k, group):
+    """(programs that share K, steps of 128 k each of them makes): whole quads of groups to each."""
+    count = -(-k // TILE_K)
+    period = 1 if group == k else max(1, 4 * group // TILE_K)
+    per_split = -(-count // tile.splits)
+    per_split = -(-per_split // period) * period
+    return -(-count // per_split), per_split
+
+
+def scratch_bytes(m, n, k, group, tile, zeros):
+    """Bytes that a launch holds for a while beside x [m, k] and y [m, n]; zeros: dtype of the zero points or None."""
+    partial = 4 * _splits(tile, k, group)[0] * m * n if tile.splits > 1 else 0
+    return partial + (4 * (k // group) * m if zeros == torch.float32 else 0)
+
+
 def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, tile, asm, shared=False,
            pair=False):
     """Run the kernels on checked arguments; y [E*R, N] is filled. x is contiguous, E*R > 0.
@@ -327,10 +342,7 @@ def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
     groups = k // group
     rows = m if law == NONE else m // seeds.numel()       # without noise all rows are one block
     zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
-    period = 1 if group == k else max(1, 4 * group // TILE_K)
-    per_split = -(-count // tile.splits)
-    per_split = -(-per_split // period) * period
-    splits = -(-count // per_split)
+    splits, per_split = _splits(tile, k, group)
     constexprs = constants(tile, rows=rows, k=k, group=group, law=law, relative=relative, shared=shared, pair=pair,
                            zero=zero,
                            wide=base4 + scales.shape[0] * n > WIDE_FROM, bias=bias is not None,

@@ -15,7 +15,7 @@ import time
 import torch
 
 from .codes import ZERO, centred_codes
-from .noise import BLOCK_QUADS, NONE, raw_noise
+from .noise import BLOCK_QUADS, NONE, RAW_BYTES, raw_noise
 
 CHUNK_BYTES = 1 << 20
 THREADED_FROM = 1 << 22       # multiply-adds below which handing chunks to threads costs more than it saves
@@ -48,6 +48,28 @@ def _raw_block(law, seeds, base4, quads, n, start, stop, limit):
     return [torch.cat([raw_noise(law, seed, part) for part in wanted.split(rows)]) for seed in seeds]
 
 
+def _noise_limit(arena_bytes):
+    """Most quads whose noise is made at once: a quarter of the arena at the most."""
+    return max(1, min(BLOCK_QUADS, arena_bytes // 64))
+
+
+def scratch_bytes(m, n, k, group, evaluations, dtype, law, shared, arena_bytes, threads):
+    """Bytes that qmm_torch holds for a while beside x [m, k] and y [m, n] in `dtype`, on `threads` threads.
+
+    Each thread: a chunk of the weight, unpacked and scaled; its part of y where that is not written in place; the raw
+    noise of one seed per pair of evaluations, and what it is made through.
+    """
+    rows, step = m // evaluations, chunk_rows(n, k)
+    workers = 1 if m * n * k < THREADED_FROM else min(threads, -(-n // step))
+    direct = dtype == torch.float32 and rows * n % 16 == 0
+    noise = 0
+    if law != NONE:
+        quads, seeds, limit = 1 if shared else -(-k // (4 * group)), -(-evaluations // 2), _noise_limit(arena_bytes)
+        noise = 16 * max(min(limit, seeds * quads * n), seeds * quads * step) + RAW_BYTES * min(limit, quads * n)
+    copies = 0 if dtype == torch.float32 and rows * k % 16 == 0 else 4 * m * k
+    return copies + workers * (8 * step * k + (0 if direct else 4 * rows * step) + noise)
+
+
 def perturb_torch(s, k, coef, relative):
     """Twin of qmm.perturb: one rounding per written operation."""
     p = k * coef
@@ -70,7 +92,7 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
     coef_list = coefs.tolist()
     step = chunk_rows(n, k)
     # noise is made for several chunks at once, but never for more than a quarter of the arena
-    limit = max(1, min(BLOCK_QUADS, scales.untyped_storage().nbytes() // 64))
+    limit = _noise_limit(scales.untyped_storage().nbytes())
     quads = 1 if shared else len(scales)                                # of noise, for an output row
     per_block = max(1, limit // (quads * len(turns) * step))
     direct = y.dtype == torch.float32 and rows * n % 16 == 0       # every block of y starts on a 64-byte boundary
@@ -107,6 +129,7 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
                         out += bias[start:stop]
                     if not direct:
                         target.copy_(out)
+            del unpacked                                       # before the next chunk is: one at a time
 
     threads = torch.get_num_threads()
     if threads == 1 or x.device.type != "cpu" or m * n * k < THREADED_FROM:

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .noise import BLOCK_QUADS, ROUNDS, quad_noise, raw_noise
+from .noise import BLOCK_QUADS, RAW_BYTES, ROUNDS, quad_noise, raw_noise
 
 BLOCK = 256          # quads of a program: one 16-byte access per thread and quad
 
@@ -84,6 +84,11 @@ def launch(scales, seeds, coefs, *, base4, law, relative, floor, layers=None):
     _update_kernel[(triton.cdiv(quads, BLOCK),)](
         scales, seeds, coefs, floor, seeds.numel(), base4, quads, LAW=law, RELATIVE=bool(relative),
         WIDE=base4 + quads > 1 << 32, ROUNDS_=ROUNDS, BLOCK_=BLOCK, num_warps=4, enable_fp_fusion=False)
+
+
+def scratch_bytes(quads):
+    """Bytes that update_torch holds for a while: a block's sum, its quad numbers and the noise that is added."""
+    return min(BLOCK_QUADS, max(1, quads // 4)) * (16 + 8 + RAW_BYTES)
 
 
 def update_torch(scales, seeds, coefs, *, base4, law, relative, floor, layers=None):

@@ -47,7 +47,7 @@ def main(arguments=None):
     except BAD_INPUT as error:
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, MemoryError) as error:
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
         return 1
 
@@ -88,6 +88,10 @@ def build_parser():
                                 epilog="example: qzo bench run --filter 4096x11008 --rows 1 16 --out results.jsonl")
     bench.set_defaults(run=run_bench)
     _bench_command().add_commands(bench)
+
+    memory = _command(commands, "memory", run_memory, "what a fine-tune holds in memory, foretold or measured",
+                      "qzo memory --config llama-2-13b --batch-size 16 --seq-len 512")
+    _memory_command().add_options(memory)
     return parser
 
 
@@ -98,6 +102,15 @@ def _bench_command():
 
 def run_bench(options):
     return _bench_command().execute(options)
+
+
+def _memory_command():
+    from .bench import memory
+    return memory
+
+
+def run_memory(options):
+    return _memory_command().execute(options)
 
 
 def _command(commands, name, run, text, example):

@@ -168,7 +168,7 @@ def _load_gguf(path, device, dtype):
     from transformers import LlamaConfig
 
     file = GGUFFile(path)
-    model = _build(LlamaConfig(**gguf.config(file)), False, dtype)
+    model = build_empty(LlamaConfig(**gguf.config(file)), dtype)
     _fill(model, gguf.weights(file, dtype), path, device)
     return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
 
@@ -182,7 +182,7 @@ def _load_quantized(folder, config, trust_remote_code, device, dtype):
     compressed_tensors.check_config(quantization, folder)
     del config.quantization_config                # the model in memory is not of that kind
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
-    model = _build(config, trust_remote_code, dtype)
+    model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
     _fill(model, compressed_tensors.weights(folder, quantization, dtype), folder, device)
     used = {file for file, _ in compressed_tensors.tensor_places(folder).values()} | {folder / "config.json"}
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
@@ -202,9 +202,12 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _build(config, trust_remote_code, dtype):
-    cls = _auto_class(config)
+def build_empty(config, dtype, cls=None, trust_remote_code=False):
+    """The model of a config, its parameters on the meta device. cls: None for the transformers class it names."""
     with _EmptyOnMeta():
+        if cls is not None:                       # a diffusers class, whose from_config takes no dtype
+            return nn.Module.to(cls.from_config(config), dtype)
+        cls = _auto_class(config)
         if hasattr(cls, "from_config"):
             return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls._from_config(config, dtype=dtype)

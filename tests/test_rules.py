@@ -126,7 +126,7 @@ def test_the_wheel_is_the_tree_under_one_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         points = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))
-    tree = {str(path.relative_to(ROOT)) for path in PRODUCT}
+    tree = {str(path.relative_to(ROOT)) for path in [*PRODUCT, *ROOT.glob("bench/configs/*.json")]}
     want = {name if name.startswith("qzo/") else f"qzo/{name}" for name in tree}
     assert files == want
     assert "qzo = qzo.__main__:main" in points

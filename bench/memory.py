@@ -1,0 +1,347 @@
+"""`qzo memory`: what a fine-tune holds in memory, foretold from the config alone and measured on a run.
+
+Codes, scales, zero points and dense parameters are what a model holds between steps; activations, logits and workspace
+are what a step adds at its highest moment, so that the parts add up to the total. GB is 1e9 bytes.
+"""
+import dataclasses
+import gc
+import json
+
+import torch
+
+from ..evaluations import Evaluations
+from ..kernels.noise import step_seed
+from ..kernels.update import scratch_bytes
+from ..linear import arena_of, evaluating, layers
+from ..optim import QZO
+from . import models
+from .footprint import (
+    DeviceMeter,
+    Ledger,
+    ResidentMeter,
+    Spans,
+    check_chip,
+    library_bytes,
+    parts_of,
+    weights_bytes,
+)
+
+PARTS = ("codes", "scales", "zeros", "dense", "activations", "logits", "workspace")
+# capacity counted at 1e9 bytes per GB: the rest of a card's binary gigabytes is left to the driver and its context
+CARDS = {"8 GB (RTX 4060)": 8, "12 GB (RTX 3060)": 12, "16 GB (RTX 4080)": 16, "24 GB (RTX 3090, RTX 4090, L4)": 24,
+         "32 GB (RTX 5090)": 32, "40 GB (A100)": 40, "48 GB (L40S)": 48, "80 GB (A100, H100)": 80, "141 GB (H200)": 141}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The step that is foretold or measured: `rows` rows of `tokens` tokens, `labels` of them labelled, under
+    2 * directions evaluations at once, or one after another if `sequential`."""
+
+    rows: int = 1
+    tokens: int = 64
+    labels: int = 1
+    directions: int = 1
+    sequential: bool = False
+
+    @property
+    def evaluations(self):
+        """How many run at once."""
+        return 1 if self.sequential else 2 * self.directions
+
+
+# ---------------------------------------------------------------------------------------------- foretold
+
+def predict(model, run, device, chip):
+    """{part: bytes, "total", "phases"} of a model on the meta device, without a weight."""
+    model.to("meta")
+    labelled = run.rows * run.labels * run.evaluations
+    ledger = Ledger(device, chip, labelled, padded=run.rows > 1, threads=torch.get_num_threads())
+    weights = weights_bytes(model, device)
+    ledger.know(t for layer in layers(model, None).values() for t in (layer.codes, layer.zeros) if t is not None)
+    ledger.know((*model.parameters(), *model.buffers(), *(layer.arena.data for layer in layers(model, None).values())))
+    ledger.hold(sum(weights.values()) + library_bytes(device, chip))
+    spans = Spans(model, models.body_of(model), ledger)
+    with torch.no_grad(), ledger:
+        batch = models.example_batch(model, run.rows, run.tokens, run.labels, "meta")
+        resident = ledger.current()
+        with spans.watching():
+            for evaluations in _evaluations(run):
+                with evaluating(model, evaluations.to("meta")):
+                    models.batch_losses(model, batch, len(evaluations))
+            spans.enter("update")
+            if device == "cpu":
+                ledger.brush(scratch_bytes(arena_of(model).data.numel() // 4))
+    return _composed(weights, resident, spans)
+
+
+def _evaluations(run):
+    seeds = [step_seed(0, 0, j) for j in range(run.directions) for _ in range(2)]
+    stacked = Evaluations(seeds, [1e-2, -1e-2] * run.directions)
+    return [stacked[e:e + 1] for e in range(len(stacked))] if run.sequential else [stacked]
+
+
+def _composed(weights, resident, spans):
+    """The report's numbers: what a step's highest moment consists of."""
+    top = max(spans.found, key=lambda span: span.peak)
+    parts = {**weights, **parts_of(top, resident)}
+    parts["workspace"] += resident - sum(weights.values())          # libraries' own, and the batch
+    highest = {}
+    for span in spans.found:
+        if span.phase not in highest or span.peak > highest[span.phase].peak:
+            highest[span.phase] = span
+    phases = {phase: {"total": span.peak, "layer": span.layer} for phase, span in highest.items()}
+    return {**parts, "total": top.peak, "phases": phases}
+
+
+# ---------------------------------------------------------------------------------------------- measured
+
+def measure(load, run, device, snapshot=None):
+    """The same numbers read off a device in the second step of a run. load() -> model on `device`.
+
+    On a GPU from torch's allocator. On a CPU from the resident set, less what is resident before `load` in a process
+    that has run such a step once: what the libraries then keep for themselves does not grow with the model.
+    Also "slack", which no tensor uses: on a GPU what the allocator keeps beyond the peak, on a CPU the libraries' own.
+    snapshot: file for the CUDA allocator's history. Raises MemoryError where the device's memory does not suffice.
+    """
+    if device == "cpu":
+        meter = ResidentMeter()
+        _step(load, run, device, meter)
+        libraries, meter = meter.settled(), ResidentMeter()
+        return {**_composed(*_step(load, run, device, meter)), "slack": libraries}
+    meter = DeviceMeter(device)
+    if snapshot:
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    try:
+        measured = _composed(*_step(load, run, device, meter))
+    except torch.OutOfMemoryError as error:
+        free = torch.cuda.mem_get_info(device)[0] / 1e9
+        raise MemoryError(f"{str(error).split('. GPU')[0]} ({free:.1f} GB are free now); --sequential halves a pair's "
+                          "activations, a smaller --batch-size or --seq-len lowers them") from None
+    finally:
+        if snapshot:
+            torch.cuda.memory._dump_snapshot(snapshot)
+            torch.cuda.memory._record_memory_history(enabled=None)
+    return {**measured, "slack": torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device)}
+
+
+def _step(load, run, device, meter):
+    """Two steps, the second cut in spans: (what the weights held, resident before the step, spans)."""
+    model = load()
+    batch = models.example_batch(model, run.rows, run.tokens, run.labels, device)
+    optimizer = QZO(model, lr=1e-6, directions=run.directions, paired=not run.sequential)
+    spans = Spans(model, models.body_of(model), meter)
+
+    def closure():
+        losses = models.batch_losses(model, batch, run.evaluations)
+        return losses[0] if run.sequential else losses
+
+    def watched():
+        losses = closure()
+        spans.enter("update")
+        return losses
+
+    optimizer.step(closure)
+    resident = meter.settled()
+    with spans.watching():
+        optimizer.step(watched)
+    return _released(model, meter), resident, spans
+
+
+def _released(model, meter):
+    """{"codes", ...}: what each leaves free when it is let go. The model is of no use afterwards."""
+    found = list(layers(model, trainable=None).values())
+    freed, before = {}, meter.settled()
+
+    def done(part):
+        nonlocal before
+        now = meter.settled()
+        freed[part], before = before - now, now
+
+    for layer in found:
+        layer.codes = None
+    done("codes")
+    for layer in found:
+        layer.zeros = None
+    done("zeros")
+    for layer in found:
+        layer.arena.data.untyped_storage().resize_(0)
+    done("scales")
+    for module in model.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+    done("dense")
+    return {part: freed[part] for part in ("codes", "scales", "zeros", "dense")}
+
+
+# ---------------------------------------------------------------------------------------------- rivals
+
+def rivals(model, run, predicted):
+    """name -> bytes that other ways to train the same model need, by their published formulas.
+
+    MeZO (arXiv 2305.17333): 16-bit weights and the forward of one evaluation. QLoRA (arXiv 2305.14314): 4.127 bits per
+    weight of the linears, rank-16 adapters in bfloat16 with their gradients and two float32 moments, activations under
+    full recomputation. AdamW: 16 bytes per parameter (ZeRO, arXiv 1910.02054, mixed precision) and all activations.
+    Activations by arXiv 2205.05198: a layer keeps 34 tokens x hidden bytes with fused attention, 2 under full
+    recomputation (and once 34), float32 logits 4 tokens x vocabulary.
+    """
+    linear = {name: (m.in_features, m.out_features) for name, m in layers(model, trainable=None).items()}
+    weights = sum(k * n for k, n in linear.values())
+    rest = sum({id(p): p.numel() for p in model.parameters()}.values())
+    hidden, depth, vocabulary, tokens = models.dimensions(model, run.tokens)
+    layer = run.rows * tokens * hidden
+    logits = 4 * run.rows * tokens * vocabulary
+    adapters = 16 * sum(k + n for k, n in linear.values())
+    forward = (predicted["activations"] + predicted["logits"]) // run.evaluations
+    return {"MeZO, 16 bit": 2 * (weights + rest) + forward,
+            "QLoRA, NF4, rank 16": (round(weights * 4.127 / 8) + 2 * rest + 12 * adapters
+                                    + (2 * depth + 34) * layer + logits),
+            "AdamW, all parameters": 16 * (weights + rest) + 34 * depth * layer + logits}
+
+
+def fits(nbytes):
+    """The cards whose memory holds so much."""
+    return [card for card, size in CARDS.items() if nbytes <= size * 1e9]
+
+
+# ---------------------------------------------------------------------------------------------- shown
+
+def table(report):
+    """The report as text: predicted beside measured, then the phases, the rivals and the cards."""
+    predicted, measured = report["predicted"], report["measured"]
+    lines = [f"{'':12}{'predicted':>12}" + (f"{'measured':>12}" if measured else "")]
+    for part in (*PARTS, "total"):
+        line = f"{part:12}{_gb(predicted[part]):>12}"
+        lines.append(line + (f"{_gb(measured[part]):>12}" if measured else ""))
+    if measured:
+        lines += [f"{'slack':24}{_gb(measured['slack']):>12}",
+                  f"measured is {measured['total'] / predicted['total']:.3f} of predicted"]
+    lines += ["", "highest in each phase:"]
+    for phase, at in predicted["phases"].items():
+        where = f" in {at['layer']}" if at["layer"] else ""
+        lines.append(f"  {phase:10}{_gb(at['total']):>12}{where}")
+    lines += ["", "beside it, by their published formulas:"]
+    for name, size in report["rivals"].items():
+        lines.append(f"  {name:24}{_gb(size):>12}  {size / predicted['total']:.1f}x")
+    lines += ["", "fits: " + ("; ".join(report["fits"]) or "no card that is listed")]
+    return "\n".join(lines)
+
+
+def _gb(nbytes):
+    return f"{max(nbytes, 0) / 1e9:.3f} GB"
+
+
+def plot(report, path):
+    """Stacked bars of what is predicted and measured beside the rivals, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    bars = [(name, report[name]) for name in ("predicted", "measured") if report[name]]
+    bottoms = [0.0] * len(bars)
+    for part in PARTS:
+        heights = [max(0, numbers[part]) / 1e9 for _, numbers in bars]
+        axes.bar([name for name, _ in bars], heights, bottom=bottoms, label=part, width=0.6)
+        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
+    axes.bar(list(report["rivals"]), [size / 1e9 for size in report["rivals"].values()], color="0.8", width=0.6)
+    axes.set(ylabel="GB (1e9 bytes)", title=report["subject"])
+    axes.tick_params(axis="x", labelsize=7)
+    axes.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+def add_options(parser):
+    what = parser.add_argument_group("the model")
+    what.add_argument("--config", help="a config.json, or one that comes with qzo: " + ", ".join(models.shipped()))
+    what.add_argument("--model", help="a checkpoint: it is loaded and measured as well")
+    what.add_argument("--group-size", type=int, help="(default: the largest of 128, 64, 32 that fits)")
+    what.add_argument("--zeros", choices=models.ZEROS, default="none",
+                      help="zero points that are stored (default none: symmetric)")
+    what.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                      help="of dense tensors and activations (default: float32 on a CPU, float16 on a GPU)")
+    run = parser.add_argument_group("the step")
+    run.add_argument("--batch-size", type=int, default=Run.rows, help=f"rows a step (default {Run.rows})")
+    run.add_argument("--seq-len", type=int, help=f"tokens a row (default {Run.tokens}; text tokens of an image model: "
+                     f"{models.TEXT_TOKENS})")
+    run.add_argument("--labels", type=int, default=Run.labels,
+                     help=f"labelled positions a row (default {Run.labels}: a classification task)")
+    run.add_argument("--directions", type=int, default=Run.directions, help="directions a step (default 1)")
+    run.add_argument("--sequential", action="store_true",
+                     help="evaluations one after another: half a pair's activations")
+    where = parser.add_argument_group("where")
+    where.add_argument("--device", choices=("cpu", "cuda"), help="whose memory (default: cuda; cpu where a run is "
+                       "measured and there is no GPU)")
+    where.add_argument("--chip", help="whose tiles (default: this GPU's, else sm_90)")
+    where.add_argument("--measure", action="store_true", help="run the config with random weights and measure that")
+    where.add_argument("--plot", metavar="FILE.png", help="stacked bars")
+    where.add_argument("--snapshot", metavar="FILE", help="the CUDA allocator's history, for pytorch.org/memory_viz")
+
+
+def execute(options):
+    """Foretell, measure if asked, and show; exit status. ValueError for bad input."""
+    report = make_report(options)
+    if options.plot:
+        plot(report, options.plot)
+    print(json.dumps(report) if options.json else f"{report['subject']}\n{table(report)}")
+    return 0
+
+
+def make_report(options):
+    """The dict that --json prints."""
+    if bool(options.config) == bool(options.model):
+        raise ValueError("give either --config (nothing is loaded) or --model (a checkpoint, loaded and measured)")
+    measuring = options.measure or bool(options.model)
+    device = options.device or ("cuda" if torch.cuda.is_available() or not measuring else "cpu")
+    if measuring and device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device here to measure on; use --device cpu")
+    if options.snapshot and not (measuring and device == "cuda"):
+        raise ValueError("--snapshot needs a run that is measured on a CUDA device")
+    chip = check_chip(options.chip or _chip())
+    dtype = getattr(torch, options.dtype or ("float16" if device == "cuda" else "float32"))
+    for name in ("batch_size", "labels", "directions"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is wanted")
+    load, model = (_checkpoint if options.model else _random)(options, device, dtype)
+    run = Run(options.batch_size, options.seq_len or models.usual_tokens(model), options.labels, options.directions,
+              options.sequential)
+    predicted = predict(model, run, device, chip)
+    measured = measure(load, run, device, snapshot=options.snapshot) if measuring else None
+    subject = (f"{options.config or options.model}: {run.rows} x {run.tokens} tokens, {2 * run.directions} evaluations "
+               f"{'one after another' if run.sequential else 'at once'}, {device}, {str(dtype).removeprefix('torch.')}"
+               + (", random weights" if measuring and options.config else ""))
+    return {"predicted": predicted, "measured": measured, "rivals": rivals(model, run, predicted),
+            "fits": fits(max(predicted["total"], measured["total"] if measured else 0)), "subject": subject}
+
+
+def _chip():
+    if torch.cuda.is_available():
+        from ..kernels.tiles import architecture
+        return architecture("cuda")
+    return "sm_90"
+
+
+def _random(options, device, dtype):
+    """(load() -> the config's model with random weights, the same on the meta device)."""
+    config = models.read_config(options.config)
+
+    def empty():
+        model = models.empty_model(config, dtype)
+        group = models.group_for(model, options.group_size)
+        wanted = dict.fromkeys(models.quantizable(model), (group, models.ZEROS[options.zeros]))
+        return models.quantize_empty(model, wanted, cpu=device == "cpu")
+    return lambda: models.fill_random(empty(), device), empty()
+
+
+def _checkpoint(options, device, dtype):
+    """(load() -> the checkpoint's model, the same on the meta device)."""
+    from ..hf import from_pretrained
+    given = {"group_size": options.group_size} if options.group_size else {}
+    model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
+    wanted = {name: (layer.group_size, None if layer.zeros is None else layer.zeros.dtype)
+              for name, layer in layers(model, trainable=None).items()}
+    config = model.config
+    del model
+    gc.collect()
+    empty = models.quantize_empty(models.build_empty(config, dtype).eval(), wanted, cpu=device == "cpu")
+    return lambda: from_pretrained(options.model, device=device, dtype=dtype, **given), empty

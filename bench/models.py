@@ -1,0 +1,209 @@
+"""A model from its config alone: on the meta device to predict its memory, or with random weights to run it.
+
+Configs are those of Hugging Face: a transformers config.json, or that of a diffusers SD3 transformer. configs/ holds
+those of the models in the README.
+"""
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..hf import build_empty
+from ..linear import QZOLinear, arena_of, layers
+from ..losses import losses, pair
+from ..weights import PackedWeight, check_group_size
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
+DIFFUSION = "SD3Transformer2DModel"
+TEXT_TOKENS = 333             # of a Stable Diffusion 3 prompt: 77 of CLIP and 256 of T5
+
+
+def shipped():
+    """Names of the configs that come with qzo."""
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def read_config(name):
+    """The JSON of a config file, of a folder's config.json, or of a shipped config by (part of) its name.
+
+    Raises ValueError naming the shipped ones when `name` is neither, or is no config.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path /= "config.json"
+    if not path.is_file():
+        part = path.name.removesuffix(".json").lower()
+        found = [known for known in shipped() if part and part in known]
+        if len(found) != 1:
+            raise ValueError(f"{name} is no file, and {'no' if not found else 'more than one'} config of that name "
+                             f"comes with qzo; there are {', '.join(shipped())}")
+        path = CONFIGS / f"{found[0]}.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict) or not ("model_type" in config or config.get("_class_name") == DIFFUSION):
+        raise ValueError(f"{path} is no config: a model_type of transformers, or _class_name {DIFFUSION}, is wanted")
+    return config
+
+
+def is_diffusion(model):
+    return type(model).__name__ == DIFFUSION
+
+
+def body_of(model):
+    """The module whose forward ends before the loss begins."""
+    return model if is_diffusion(model) else model.base_model
+
+
+def usual_tokens(model):
+    """Tokens a row, where none are given: an SST-2 prompt's at the most, or the text of an image."""
+    return TEXT_TOKENS if is_diffusion(model) else 64
+
+
+def dimensions(model, tokens):
+    """(hidden size, blocks, vocabulary, tokens a row runs through the blocks)."""
+    if is_diffusion(model):
+        c = model.config
+        return (c.num_attention_heads * c.attention_head_dim, c.num_layers, 0,
+                tokens + (c.sample_size // c.patch_size)**2)
+    c = model.config.get_text_config()
+    return c.hidden_size, c.num_hidden_layers, c.vocab_size, tokens
+
+
+def empty_model(config, dtype):
+    """The model of a config: parameters on the meta device, computed buffers real, nothing quantized.
+
+    Raises ValueError for a model_type that the installed transformers lacks, or where diffusers is missing.
+    """
+    if "model_type" in config:
+        from transformers import AutoConfig
+        kind = config["model_type"]
+        try:
+            known = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
+        except ValueError:
+            raise ValueError(f"model_type {kind!r} is not known to the installed transformers") from None
+        return build_empty(known, dtype).eval()
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError(f"a {DIFFUSION} needs diffusers: pip install diffusers") from None
+    return build_empty(config, dtype, getattr(diffusers, DIFFUSION)).eval()
+
+
+def group_for(model, group_size=None):
+    """The group size given, or the largest of 128, 64, 32 that divides the in_features of every Linear to quantize."""
+    linears = quantizable(model)
+    if group_size is None:
+        group_size = next((g for g in (128, 64, 32) if all(m.in_features % g == 0 for m in linears.values())), 32)
+    for name, linear in linears.items():
+        try:
+            check_group_size(group_size, linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return group_size
+
+
+def quantizable(model):
+    """name -> nn.Linear of all that from_pretrained would quantize: every Linear but the output head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {name: m for name, m in model.named_modules()
+            if type(m) is nn.Linear and m is not head and name.rpartition(".")[2] != "lm_head"}
+
+
+def quantize_empty(model, wanted, cpu=False):
+    """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> (group_size, dtype of the zeros).
+
+    cpu: codes as the CPU keeps them, else as the GPU does.
+    """
+    for name, (group, zeros) in wanted.items():
+        linear = model.get_submodule(name)
+        k, n = linear.in_features, linear.out_features
+        group = check_group_size(group, k)
+        packed = PackedWeight.__new__(PackedWeight)            # on meta there are no values to check
+        packed.codes = (torch.empty(n, (k + 1) // 2 + 4, dtype=torch.uint8, device="meta") if cpu else
+                        torch.empty(-(-k // 128), n, 32, dtype=torch.int16, device="meta"))
+        packed.scales = torch.empty(k // group, n, device="meta")
+        packed.zeros = None if zeros is None else torch.empty(k // group, n, dtype=zeros, device="meta")
+        packed.in_features = k
+        owner, _, child = name.rpartition(".")
+        setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))
+    arena_of(model, exact=True)
+    return model.requires_grad_(False)
+
+
+def fill_random(model, device, seed=0):
+    """Random weights for everything on meta, in place, on `device`; in the order of names, a layer at a time.
+
+    Scales are such that outputs keep the size of inputs.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    arena = arena_of(model, exact=True)
+    arena.data = torch.zeros_like(arena.data, device=device)
+    for name, layer in layers(model).items():
+        k, n = layer.in_features, layer.out_features
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator, device=device)
+        size = k**-0.5 / 4.6                                # 4.6: standard deviation of a uniform code
+        scales = torch.empty(k // layer.group_size, n, device=device).uniform_(0.9 * size, 1.1 * size,
+                                                                               generator=generator)
+        layer.codes = PackedWeight.from_codes(codes, scales).codes
+        arena.write(name, scales)
+        if layer.zeros is not None:
+            layer.zeros = torch.full(layer.zeros.shape, 8, dtype=layer.zeros.dtype, device=device)
+    for owner in model.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                filled = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                if parameter.dim() == 1:
+                    filled.fill_(0.0 if name == "bias" else 1.0)
+                else:
+                    filled.normal_(0.0, 0.02, generator=generator)
+                setattr(owner, name, nn.Parameter(filled, requires_grad=False))
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model.to(device)
+
+
+def example_batch(model, rows, tokens, labels, device):
+    """A batch of `rows` rows: token ids with `labels` labelled positions a row, the first row half padding where there
+    are several; or, for a diffusion transformer, latents of the config's size and `tokens` tokens of text.
+
+    ValueError when there are more labels than tokens to predict.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if is_diffusion(model):
+        c = model.config
+        size = (rows, c.in_channels, c.sample_size, c.sample_size)
+        return {"hidden_states": torch.randn(size, generator=generator).to(device, model.dtype),
+                "encoder_hidden_states": torch.randn(rows, tokens, c.joint_attention_dim,
+                                                     generator=generator).to(device, model.dtype),
+                "pooled_projections": torch.randn(rows, c.pooled_projection_dim,
+                                                  generator=generator).to(device, model.dtype),
+                "timestep": torch.full((rows,), 500.0).to(device),
+                "target": torch.randn(size, generator=generator).to(device)}
+    if not 1 <= labels < tokens:
+        raise ValueError(f"{labels} labelled positions in rows of {tokens} tokens: between 1 and {tokens - 1} can be "
+                         "predicted")
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[0, tokens // 2:] = 0
+    target = torch.full_like(ids, -100)
+    target[:, -labels:] = ids[:, -labels:]
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": target.to(device)}
+
+
+def batch_losses(model, batch, count):
+    """float32 [count]: next-token cross entropy, or the mean squared error of what a diffusion transformer predicts."""
+    if not is_diffusion(model):
+        return losses(model, batch, count)
+    stacked = pair(batch, count)
+    target = stacked.pop("target")
+    with torch.no_grad():
+        predicted = model(**stacked, return_dict=False)[0].float()
+        each = functional.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)
+    return each.view(count, -1).mean(1)
