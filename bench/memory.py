@@ -22,6 +22,7 @@ from .footprint import (
     Spans,
     check_chip,
     library_bytes,
+    map_large_blocks,
     parts_of,
     weights_bytes,
 )
@@ -297,6 +298,8 @@ def make_report(options):
         raise ValueError("--device cuda: there is no CUDA device here to measure on; use --device cpu")
     if options.snapshot and not (measuring and device == "cuda"):
         raise ValueError("--snapshot needs a run that is measured on a CUDA device")
+    if measuring and device == "cpu":
+        map_large_blocks()
     chip = check_chip(options.chip or _chip())
     dtype = getattr(torch, options.dtype or ("float16" if device == "cuda" else "float32"))
     for name in ("batch_size", "labels", "directions"):
