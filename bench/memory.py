@@ -300,12 +300,15 @@ def make_report(options):
         raise ValueError("--snapshot needs a run that is measured on a CUDA device")
     if measuring and device == "cpu":
         map_large_blocks()
-    chip = check_chip(options.chip or _chip())
+    chip = check_chip(options.chip or this_chip())
     dtype = getattr(torch, options.dtype or ("float16" if device == "cuda" else "float32"))
     for name in ("batch_size", "labels", "directions"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is wanted")
-    load, model = (_checkpoint if options.model else _random)(options, device, dtype)
+    if options.model:
+        load, model = _checkpoint(options, device, dtype)
+    else:
+        load, model = random_model(options.config, options.group_size, options.zeros, device, dtype)
     run = Run(options.batch_size, options.seq_len or models.usual_tokens(model), options.labels, options.directions,
               options.sequential)
     predicted = predict(model, run, device, chip)
@@ -317,21 +320,22 @@ def make_report(options):
             "fits": fits(max(predicted["total"], measured["total"] if measured else 0)), "subject": subject}
 
 
-def _chip():
+def this_chip():
+    """Of this machine's GPU; sm_90 where there is none."""
     if torch.cuda.is_available():
         from ..kernels.tiles import architecture
         return architecture("cuda")
     return "sm_90"
 
 
-def _random(options, device, dtype):
-    """(load() -> the config's model with random weights, the same on the meta device)."""
-    config = models.read_config(options.config)
+def random_model(config, group_size, zeros, device, dtype):
+    """(load() -> the config's model with random weights on `device`, the same on the meta device)."""
+    config = models.read_config(config)
 
     def empty():
         model = models.empty_model(config, dtype)
-        group = models.group_for(model, options.group_size)
-        wanted = dict.fromkeys(models.quantizable(model), (group, models.ZEROS[options.zeros]))
+        group = models.group_for(model, group_size)
+        wanted = dict.fromkeys(models.quantizable(model), (group, models.ZEROS[zeros]))
         return models.quantize_empty(model, wanted, cpu=device == "cpu")
     return lambda: models.fill_random(empty(), device), empty()
 

@@ -48,8 +48,8 @@ def table(rows):
         if r["ms"] is None:
             continue
         cells = [r["case"], r["provider"], f"{_number(r['ms'])} ({_number(r['p20'])}-{_number(r['p80'])})",
-                 _number(r["gbps"]), f"{100 * r['bandwidth_fraction']:.0f} %", _number(r["tflops"]),
-                 f"{100 * r['matmul_fraction']:.0f} %", "" if r["ratio"] is None else f"{r['ratio']:.2f}",
+                 _number(r["gbps"]), _percent(r["bandwidth_fraction"]), _number(r["tflops"]),
+                 _percent(r["matmul_fraction"]), "" if r["ratio"] is None else f"{r['ratio']:.2f}",
                  "" if r["error"] is None else f"{r['error']:.1e}"]
         lines.append("| " + " | ".join(cells) + " |")
     notes = dict.fromkeys((r["provider"], r["note"]) for r in rows if r.get("note"))
@@ -60,7 +60,11 @@ def table(rows):
 
 
 def _number(value):
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _percent(fraction):
+    return "" if fraction is None else f"{100 * fraction:.0f} %"
 
 
 def plot(rows, path):
