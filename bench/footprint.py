@@ -2,8 +2,8 @@
 
 The ledger is a dispatch mode. The same forward that trains is run on the meta device, where tensors have shapes and
 no bytes; each new storage adds its bytes, each one freed takes them off. What an operator allocates inside itself is
-not seen from there and is added by the formulas that stand beside the code: `scratch_bytes` of kernels/qmm.py and
-kernels/qmm_torch.py, and the attention's here.
+not seen from there and is added by the formulas that stand beside the code: `scratch_bytes` in kernels/, and the
+attention's here.
 """
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..kernels import qmm, qmm_torch, tiles
+from ..kernels import dequantize, qmm, qmm_torch, tiles
 from ..linear import QZOLinear, layers
 
 aten = torch.ops.aten
@@ -199,12 +199,14 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
     def _qmm_scratch(self, x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype,
-                     shared=False, pair=False):
+                     shared=False, pair=False, blas=False):
         m, k = x.shape
         n = scales.shape[1]
         if self.device == "cpu":
             return qmm_torch.scratch_bytes(m, n, k, group, seeds.numel(), x.dtype, law, shared,
                                            scales.untyped_storage().nbytes(), self.threads)
+        if blas and m // seeds.numel() >= tiles.BLAS_FROM:
+            return dequantize.scratch_bytes(n, k, x.dtype)
         tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, None if zeros is None else zeros.dtype)
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
         return copy + qmm.scratch_bytes(m, n, k, group, tile, None if zeros is None else zeros.dtype)

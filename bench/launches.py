@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import noise, qmm, tiles, update
+from ..kernels import dequantize, noise, qmm, tiles, update
 from . import cases
 
 ARCHES = tuple(tiles.PROCESSORS)
@@ -24,6 +24,7 @@ KERNELS = {
     "qmm": qmm._qmm_kernel,
     "reduce": qmm._reduce_kernel,
     "group_sums": qmm._group_sums_kernel,
+    "dequantize": dequantize._dequantize_kernel,
     "update": update._update_kernel,
     "update_rows": update._update_rows_kernel,
 }
@@ -182,6 +183,33 @@ def matmul(case):
             asm=case.arch.startswith("sm_"),
         )
     return launches
+
+
+def chunks(arch, laws=tuple(noise.LAWS), dtypes=(torch.bfloat16, torch.float16), relative=(True, False)):
+    """The launches that large_rows="blas" makes: every group and kind of zero points."""
+    found = []
+    for law, group, dtype, zeros, relative_ in itertools.product(laws, GROUPS, dtypes, ZEROS, relative):
+        k, n = 4096, 4096
+        groups = 1 if group == WHOLE_ROW else k // group
+        with recorded(arch) as launches:
+            dequantize.launch(
+                _meta(k // 128, n, 32, dtype=torch.int16),
+                _meta(-(-groups // 4), n, 4),
+                None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
+                _meta(2, dtype=torch.int64),
+                _meta(2),
+                _meta(128, k, dtype=dtype),
+                e=1,
+                start=128,
+                base4=0,
+                group=k // groups,
+                law=noise.LAWS[law],
+                relative=relative_,
+                shared=False,
+                asm=arch.startswith("sm_"),
+            )
+        found += launches
+    return found
 
 
 def updates(arch, laws=tuple(noise.VERSIONS)):

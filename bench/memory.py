@@ -13,6 +13,7 @@ from ..evaluations import Evaluations
 from ..kernels.noise import step_seed
 from ..kernels.update import scratch_bytes
 from ..linear import arena_of, evaluating, layers
+from ..ops import LARGE_ROWS, backend
 from ..optim import QZO
 from . import models
 from .footprint import (
@@ -36,13 +37,14 @@ CARDS = {"8 GB (RTX 4060)": 8, "12 GB (RTX 3060)": 12, "16 GB (RTX 4080)": 16, "
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The step that is foretold or measured: `rows` rows of `tokens` tokens, `labels` of them labelled, under
-    2 * directions evaluations at once, or one after another if `sequential`."""
+    2 * directions evaluations at once, or one after another if `sequential`. large_rows: as in QZO."""
 
     rows: int = 1
     tokens: int = 64
     labels: int = 1
     directions: int = 1
     sequential: bool = False
+    large_rows: str = "fused"
 
     @property
     def evaluations(self):
@@ -62,7 +64,7 @@ def predict(model, run, device, chip):
     ledger.know((*model.parameters(), *model.buffers(), *(layer.arena.data for layer in layers(model, None).values())))
     ledger.hold(sum(weights.values()) + library_bytes(device, chip))
     spans = Spans(model, models.body_of(model), ledger)
-    with torch.no_grad(), ledger:
+    with torch.no_grad(), backend(large_rows=run.large_rows), ledger:
         batch = models.example_batch(model, run.rows, run.tokens, run.labels, "meta")
         resident = ledger.current()
         with spans.watching():
@@ -129,7 +131,8 @@ def _step(load, run, device, meter):
     """Two steps, the second cut in spans: (what the weights held, resident before the step, spans)."""
     model = load()
     batch = models.example_batch(model, run.rows, run.tokens, run.labels, device)
-    optimizer = QZO(model, lr=1e-6, directions=run.directions, paired=not run.sequential)
+    optimizer = QZO(model, lr=1e-6, directions=run.directions, paired=not run.sequential,
+                    large_rows=run.large_rows)
     spans = Spans(model, models.body_of(model), meter)
 
     def closure():
@@ -270,6 +273,7 @@ def add_options(parser):
     run.add_argument("--directions", type=int, default=Run.directions, help="directions a step (default 1)")
     run.add_argument("--sequential", action="store_true",
                      help="evaluations one after another: half a pair's activations")
+    run.add_argument("--large-rows", choices=LARGE_ROWS, default=LARGE_ROWS[0], help="as in qzo train (default fused)")
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=("cpu", "cuda"), help="whose memory (default: cuda; cpu where a run is "
                        "measured and there is no GPU)")
@@ -310,7 +314,7 @@ def make_report(options):
     else:
         load, model = random_model(options.config, options.group_size, options.zeros, device, dtype)
     run = Run(options.batch_size, options.seq_len or models.usual_tokens(model), options.labels, options.directions,
-              options.sequential)
+              options.sequential, options.large_rows)
     predicted = predict(model, run, device, chip)
     measured = measure(load, run, device, snapshot=options.snapshot) if measuring else None
     subject = (f"{options.config or options.model}: {run.rows} x {run.tokens} tokens, {2 * run.directions} evaluations "

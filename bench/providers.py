@@ -107,7 +107,7 @@ def error_of(built, problem):
 
 # ------------------------------------------------------------------------------------------------ ours
 
-def _qzo(problem, sharing="group", perturbed=True):
+def _qzo(problem, sharing="group", perturbed=True, large_rows="fused"):
     case = problem.case
     model, passes = problem.model()
     evaluations = Evaluations([SEED, SEED], [EPS, -EPS], case.noise, sharing=sharing).to(problem.device)
@@ -121,7 +121,7 @@ def _qzo(problem, sharing="group", perturbed=True):
     def run():
         if not perturbed:
             return forward()
-        with evaluating(model, evaluations):
+        with ops.backend(large_rows=large_rows), evaluating(model, evaluations):
             outputs = forward()
         if case.kind == "step":
             torch.stack([y.float().square().mean() for y in outputs[-1].chunk(2)])
@@ -132,7 +132,7 @@ def _qzo(problem, sharing="group", perturbed=True):
     def output():
         if not perturbed:
             return first(problem.x[first.in_features])
-        with evaluating(model, evaluations):
+        with ops.backend(large_rows=large_rows), evaluating(model, evaluations):
             return first(problem.x[first.in_features])
 
     scales, swing = first.read_scales(), 0.0
@@ -141,7 +141,7 @@ def _qzo(problem, sharing="group", perturbed=True):
         z = noise(case.noise, SEED, index if sharing == "group" else index[:1].expand_as(index))
         swing = EPS * z.double() * scales.double()
     want = problem.truth(unpack_codes(first.codes, first.in_features), scales + swing, scales - swing)
-    return Built(run, passes, output, want, EXACT[case.dtype])
+    return Built(run, passes, output, want, EXACT[case.dtype] * (1 if large_rows == "fused" else 4))
 
 
 # ------------------------------------------------------------------------------------------------ the baselines
@@ -223,6 +223,30 @@ def _official(problem):
     def output():
         return in_place_pair([probe], lambda some: forward(some, [(codes, probe, k)]), case.rows, False)[0]
     return Built(run, passes, output, want, 4 * EXACT[case.dtype])
+
+
+def _official_fused(problem):
+    """The official loop over qzo's own kernel without noise: what fusing the perturbation is worth."""
+    model, passes = problem.model()
+    case, arena, first = problem.case, arena_of(model), model[0]
+
+    def forward(some, layers=model):
+        return [layer(problem.x[layer.in_features][some]) for layer in layers]
+
+    def run():
+        return in_place_pair([arena.data], forward, case.rows, case.kind == "step")
+
+    kept = arena.data.clone()
+    signs = []
+    for factor in (EPS * 0.02, -2 * EPS * 0.02):
+        _sweep([arena.data], factor, SEED)
+        signs.append(first.read_scales())
+    want = problem.truth(unpack_codes(first.codes, first.in_features), *signs)
+
+    def output():
+        arena.data.copy_(kept)
+        return in_place_pair([arena.data], lambda some: forward(some, [first]), case.rows, False)[0]
+    return Built(run, passes, output, want, EXACT[case.dtype])
 
 
 def _mezo(problem):
@@ -337,10 +361,12 @@ def _peer_provider(name, make, package, allowed=REQUANTIZED):
 LAYER_PROVIDERS = (
     Provider("qzo", _qzo),
     Provider("qzo-row", functools.partial(_qzo, sharing="row")),
+    Provider("qzo-blas", functools.partial(_qzo, large_rows="blas"), cuda_only=True),
     Provider("qzo-unperturbed", functools.partial(_qzo, perturbed=False)),
     Provider("dense", _dense),
     Provider("dequantize", _dequantize),
     Provider("official", _official),
+    Provider("official-fused", _official_fused),
     Provider("mezo", _mezo),
     _peer_provider("gemlite", _gemlite, "gemlite", 4 * EXACT["bfloat16"]),
     _peer_provider("torchao", _torchao, "torchao"),

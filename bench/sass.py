@@ -250,8 +250,9 @@ def launch_set(name, archs):
             cases += launches.every(arch)
         if name == "quick":
             found += launches.updates(arch, tuple(noise.VERSIONS) if arch in PAIRED else ("rademacher",))
+            found += launches.chunks(arch, ("rademacher",), (launches.torch.bfloat16,), (True,))
         if name == "every":
-            found += launches.updates(arch)
+            found += launches.updates(arch) + launches.chunks(arch)
         found += [launch for case in cases for launch in launches.matmul(case)]
     return launches.distinct(found)
 

@@ -13,6 +13,7 @@ PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 1
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
                 "sm_120": 99 << 10, "gfx942": 64 << 10}
 GROUPS = (32, 64, 128)      # group sizes the kernels take, beside the whole row
+BLAS_FROM = 512             # rows per evaluation from which large_rows="blas", where asked for, is what runs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ from pathlib import Path
 from . import __version__, train
 from .data import read_data
 from .kernels.noise import SHARINGS, VERSIONS
+from .ops import LARGE_ROWS
 from .train import LEARNING_RATE_PER_DIRECTION, PAPER, Settings
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-CHOICES = {"noise": tuple(VERSIONS), "sharing": SHARINGS, "recipe": ("paper",),
+CHOICES = {"noise": tuple(VERSIONS), "sharing": SHARINGS, "large_rows": LARGE_ROWS, "recipe": ("paper",),
            "dtype": ("float32", "float16", "bfloat16")}
 
 
@@ -142,6 +143,8 @@ def _add_train_options(parser):
     run.add_argument("--noise", choices=CHOICES["noise"], help="noise law (default rademacher)")
     run.add_argument("--sharing", choices=SHARINGS,
                      help="one z per scale (group, the default) or one per output row (row)")
+    run.add_argument("--large-rows", choices=LARGE_ROWS, help="on a GPU, from 512 tokens per evaluation on: the fused "
+                     "kernel (default), or chunks of 16-bit weights for the library's matmul (blas)")
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument("--train-layers", type=int, metavar="K", help="train the top K blocks only; the blocks below run "
                      "once per example and their output is kept (default: the whole model trains)")

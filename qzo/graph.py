@@ -9,7 +9,6 @@ import warnings
 import torch
 
 from .kernels.noise import law_number
-from .linear import evaluating
 from .optim import project, update
 
 
@@ -35,7 +34,7 @@ class GraphStep:
     def _step(self, rates):
         """float64 [4 J]: losses, derivatives, applied."""
         group = self.optimizer.param_groups[0]
-        with evaluating(self.optimizer.module, self.evaluations):
+        with self.optimizer.perturbed(self.evaluations):
             losses = self.closure().double()
         derivatives, applied = project(losses, rates, law_number(group["noise"]))
         update(self.optimizer.arena, self.evaluations.seeds[0::2].contiguous(), applied, group)

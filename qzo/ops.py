@@ -9,26 +9,41 @@ import functools
 
 import torch
 
-from .kernels import noise, qmm, qmm_torch, tiles, update
+from .kernels import dequantize, noise, qmm, qmm_torch, tiles, update
 
 _BACKENDS = ("auto", "torch", "triton")
+LARGE_ROWS = ("fused", "blas")
 _backend = contextvars.ContextVar("qzo_backend", default="auto")
+_large_rows = contextvars.ContextVar("qzo_large_rows", default="fused")
 
 
 @contextlib.contextmanager
-def backend(name):
-    """Choose what runs inside the block: "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton".
+def backend(name=None, *, large_rows=None):
+    """Choose what runs inside the block; None leaves a choice as it is.
 
-    "triton" on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 before the first import of qzo.
-    Raises ValueError for another name.
+    name : "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton". "triton" on CPU tensors needs Triton's
+        interpreter: set TRITON_INTERPRET=1 before the first import of qzo.
+    large_rows : what the Triton backend does from 512 rows per evaluation on. "fused" (the default) never stores a
+        perturbed weight. "blas" writes a chunk of at most 32 MB of them for the library's matmul: faster where the
+        tensor cores are the limit, but each weight is rounded to 16 bits. The torch backend works by chunks anyway.
+
+    Raises ValueError for another value.
     """
-    if name not in _BACKENDS:
+    if name not in (None, *_BACKENDS):
         raise ValueError(f"backend({name!r}): the backends are {', '.join(map(repr, _BACKENDS))}")
-    token = _backend.set(name)
+    check_large_rows(large_rows or LARGE_ROWS[0])
+    before = _backend.set(name or _backend.get()), _large_rows.set(large_rows or _large_rows.get())
     try:
         yield
     finally:
-        _backend.reset(token)
+        _backend.reset(before[0])
+        _large_rows.reset(before[1])
+
+
+def check_large_rows(value):
+    """ValueError unless it is one of LARGE_ROWS."""
+    if value not in LARGE_ROWS:
+        raise ValueError(f"large_rows={value!r}: {' or '.join(map(repr, LARGE_ROWS))} is wanted")
 
 
 def uses_triton(device):
@@ -91,7 +106,8 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group):
 @torch.library.custom_op("qzo::qmm", mutates_args=())
 def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
            bias: torch.Tensor | None, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, group: int, law: int,
-           relative: bool, out_dtype: torch.dtype, shared: bool = False, pair: bool = False) -> torch.Tensor:
+           relative: bool, out_dtype: torch.dtype, shared: bool = False, pair: bool = False,
+           blas: bool = False) -> torch.Tensor:
     m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group)
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
@@ -106,15 +122,21 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
     if x.data_ptr() % 16:            # a view into another tensor: the kernels are compiled for aligned rows
         x = x.clone()
     arch = _architecture(x.device)
+    asm = arch.startswith("sm_")
+    if blas and m // seeds.numel() >= tiles.BLAS_FROM:
+        dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
+                          relative=relative, shared=shared, asm=asm)
+        return y
     tile = tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
                       None if zeros is None else zeros.dtype)
     qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
-               tile=tile, asm=arch.startswith("sm_"), shared=shared, pair=pair)
+               tile=tile, asm=asm, shared=shared, pair=pair)
     return y
 
 
 @qmm_op.register_fake
-def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype, shared=False, pair=False):
+def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype, shared=False, pair=False,
+      blas=False):
     m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group)
     return x.new_empty(m, n, dtype=out_dtype)
 
@@ -147,12 +169,14 @@ def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtyp
 
     trains=False: the scales as they are for every evaluation, whose number still fixes what rows belong together.
     """
+    blas = _large_rows.get() == "blas"
     if evaluations is None:
         plain = _plain(x.device)
-        return qmm_op(x, codes, scales, zeros, bias, *plain, base4, group, noise.NONE, True, out_dtype or x.dtype)
+        return qmm_op(x, codes, scales, zeros, bias, *plain, base4, group, noise.NONE, True, out_dtype or x.dtype,
+                      blas=blas)
     return qmm_op(x, codes, scales, zeros, bias, evaluations.seeds, evaluations.kernel_coefs, base4, group,
                   evaluations.law if trains else noise.NONE, evaluations.relative, out_dtype or x.dtype,
-                  trains and evaluations.sharing == "row", evaluations.pairs)
+                  trains and evaluations.sharing == "row", evaluations.pairs, blas)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ clipping), with J directions per step over one batch:
 
 and the scales move along every z(seed_j) by a_j (kernels/update.py).
 """
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -55,6 +56,7 @@ class QZO(torch.optim.Optimizer):
     floor : smallest magnitude of a scale; a scale keeps its sign, a zero stays zero
     recipe : JSON-able dict for the journal's header: what else a resumed run has to agree on
     max_skipped : consecutive steps with a NaN or infinite loss before `step` gives up
+    large_rows : "fused", or "blas" for what `qzo.backend` describes, during the steps
     cuda_graph : capture the whole step, update included, in one CUDA graph and replay it (qzo/graph.py). For shapes
         that stay: every step takes the same closure, which finds each batch in the same tensors. Where it cannot be,
         a warning says why and the steps run without.
@@ -64,7 +66,7 @@ class QZO(torch.optim.Optimizer):
 
     def __init__(self, module, lr, eps=1e-2, clip=5.0, noise="rademacher", relative=True, sharing="group",
                  directions=1, seed=0, journal=None, *, resume=False, paired=True, floor=FLOOR, max_skipped=10,
-                 recipe=None, cuda_graph=False):
+                 recipe=None, large_rows="fused", cuda_graph=False):
         _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
         _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
         _check(clip > 0, "clip", clip, "a number > 0 (math.inf: no clipping)")
@@ -73,7 +75,8 @@ class QZO(torch.optim.Optimizer):
         _check(floor >= 0, "floor", floor, "a number >= 0")
         law_number(noise)
         check_sharing(sharing, relative)
-        self.module = module
+        ops.check_large_rows(large_rows)
+        self.module, self.large_rows = module, large_rows
         self.arena = arena_of(module, exact=True)
         self.paired, self.max_skipped = paired, max_skipped
         self.cuda_graph, self.graph = cuda_graph, None
@@ -157,10 +160,16 @@ class QZO(torch.optim.Optimizer):
                 f"({group['lr']:g}) or eps ({group['eps']:g}), or check the data")
         return sum(losses) / len(losses)
 
+    @contextlib.contextmanager
+    def perturbed(self, evaluations):
+        """What a closure runs in."""
+        with ops.backend(large_rows=self.large_rows), evaluating(self.module, evaluations):
+            yield
+
     def _losses(self, closure, evaluations, paired):
         """[2 J] of the evaluations, where the closure left them."""
         if paired:
-            with evaluating(self.module, evaluations):
+            with self.perturbed(evaluations):
                 losses = closure()
             if not isinstance(losses, torch.Tensor) or losses.shape != (len(evaluations),):
                 got = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
@@ -170,7 +179,7 @@ class QZO(torch.optim.Optimizer):
             return losses
         losses = []
         for e in range(len(evaluations)):
-            with evaluating(self.module, evaluations[e:e + 1]):
+            with self.perturbed(evaluations[e:e + 1]):
                 losses.append(float(closure()))
         return torch.tensor(losses, dtype=torch.float64)
 

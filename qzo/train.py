@@ -39,6 +39,7 @@ class Settings:
     noise: str = "rademacher"
     relative: bool = True
     sharing: str = "group"
+    large_rows: str = "fused"
     floor: float = FLOOR
     decay: float = DECAY
     seed: int = 0
@@ -106,7 +107,7 @@ def fit(task, settings, out, resume=False, show=None):
         task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
     optimizer = QZO(task.model, settings.learning_rate, settings.eps, settings.clip, settings.noise, settings.relative,
                     settings.sharing, settings.directions, settings.seed, journal=out / "journal.qzo", resume=resume,
-                    floor=settings.floor, recipe=recipe(task, settings))
+                    floor=settings.floor, recipe=recipe(task, settings), large_rows=settings.large_rows)
     start = optimizer.param_groups[0]["step"]
     count = 2 * settings.directions
     lengths = [len(example.ids) for example in task.examples]

@@ -5,7 +5,7 @@ import zlib
 
 import torch
 
-from qzo.kernels import noise, qmm, qmm_torch, tiles
+from qzo.kernels import dequantize, noise, qmm, qmm_torch, tiles
 from qzo.kernels.codes import pack_planes, pack_rows
 from tests import oracle
 from tests.close import ULP, assert_close
@@ -106,6 +106,13 @@ class Matmul:
         tensors, numbers = self.arguments()
         qmm_torch.qmm_torch(self.x, form(self.codes), *tensors, y, **numbers)
         return y
+
+    def chunked(self, device="cpu", asm=False):
+        """dequantize.matmul: what large_rows="blas" runs; y has x's type."""
+        y = torch.empty(len(self.x), self.n, dtype=self.dtype, device=device)
+        tensors, numbers = self.arguments(device)
+        dequantize.matmul(self.x.to(device), pack_planes(self.codes).to(device), *tensors, y, **numbers, asm=asm)
+        return y.cpu()
 
     # ---------------------------------------------------------------------------------------------- the truth
 

@@ -58,7 +58,7 @@ def test_every_field_of_a_row_and_every_provider(capsys):
             assert row["gbps"] == pytest.approx(1e-6 * CASE.bytes / row["ms"])
             assert row["bandwidth_fraction"] == pytest.approx(row["gbps"] / 10)
     timed = {r["provider"] for r in rows if r["ms"]}
-    assert timed == {"qzo", "qzo-row", "qzo-unperturbed", "dense", "dequantize", "official", "mezo"}
+    assert timed == {"qzo", "qzo-row", "qzo-unperturbed", "dense", "dequantize", "official", "official-fused", "mezo"}
     assert next(r["ratio"] for r in rows if r["provider"] == "qzo") == 1.0
 
 
@@ -103,7 +103,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch):
     assert "fewer --rows" in note
 
 
-@pytest.mark.parametrize("name", ["qzo", "dense", "dequantize", "official", "mezo"])
+@pytest.mark.parametrize("name", ["qzo", "dense", "dequantize", "official", "official-fused", "mezo"])
 def test_weights_are_larger_than_the_cache(name):
     """As many outputs a pass as there are sets of weights, and these together exceed the cache."""
     provider = next(p for p in run.LAYER_PROVIDERS if p.name == name)

@@ -48,7 +48,7 @@ def test_every_kernel_is_compiled(compiled, arch):
     names = [launch.split()[1:3] for launch in compiled[0] if launch.startswith(arch + " ")]
     # float zero points, which the group sums are for, come with the pairs of flags
     paired = {"group_sums"} if arch in sass.PAIRED else set()
-    assert {kernel for kernel, _ in names} == {"qmm", "reduce", "update", "update_rows"} | paired
+    assert {kernel for kernel, _ in names} == {"qmm", "reduce", "dequantize", "update", "update_rows"} | paired
     wanted = {
         tiles.pick(rows, 4096, 4096, 128, sass.launches.torch.bfloat16, arch)
         for rows in (1, 16, 32, 64, 128, 512, 8192)

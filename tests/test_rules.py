@@ -15,6 +15,7 @@ PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.gl
                   *ROOT.glob("qzo/formats/*.py")])
 LAYERS = [   # a module may import its own layer's elders and everything above it
     {"kernels.noise", "kernels.codes", "kernels.tiles"}, {"kernels.qmm", "kernels.qmm_torch", "kernels.update"},
+    {"kernels.dequantize"},
     {"weights", "evaluations", "journal", "ops", "formats"}, {"quantize"}, {"linear"},
     {"optim", "losses", "hf", "graph"}, {"data", "prefix"}, {"task"}, {"train"}, {"demo"}, {"__main__", "bench"}]
 
