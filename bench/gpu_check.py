@@ -34,6 +34,14 @@ CASES = ("4096x11008 rows 16 g128 float16 rademacher", "4096x11008 rows 1 g128 f
 TILES = tuple(f"llama-2-7b 4096x11008 rows {rows} g128 float16 rademacher" for rows in (16, 128, 512, 2048))
 
 
+def failures():
+    """What a part or a tile may break with on a machine that nobody has tried."""
+    from triton.errors import TritonError
+
+    from .run import FAILURES
+    return (*FAILURES, TritonError, OSError, MemoryError, subprocess.SubprocessError, StopIteration)
+
+
 class Check:
     """The rows so far, the file they go to, and the time that is left."""
 
@@ -211,7 +219,7 @@ def _tiles_of(check, case):
                 continue
             row["error"] = error
             took = timing.interleaved({"": lambda tile=tile: run(tile)}, check.device, seconds=0.2)[""]
-        except Exception as error:    # a tile that the compiler refuses, in whatever way
+        except failures() as error:        # a tile that the compiler or the chip refuses
             check.note("tile", **row, note=f"{type(error).__name__}: {' '.join(str(error).split())[:150]}")
             continue
         ms, p20, p80 = (t / passes for t in took)
@@ -264,7 +272,7 @@ def run(check, parts):
             found = PARTS[name](check)
             if found:
                 check.out.with_suffix(f".{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        except Exception as error:    # the other parts go on; the row says what broke
+        except failures() as error:        # the other parts go on; the row says what broke
             check.note(name, name, note=f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         print(f"{name}: took {time.monotonic() - begun:.0f} s", flush=True)
 
