@@ -1,0 +1,67 @@
+"""The README's tables, made from results files: `python -m qzo.bench.readme` rewrites what lies between the lines
+
+    <!-- table of bench/results/NAME.jsonl -->
+    <!-- end -->
+
+A file of `qzo bench run` gives the times of qzo and what the others take of them; one of `qzo memory --json` gives
+bytes. Edit the text around, never a table.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+from . import results
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTION = re.compile(r"(<!-- table of (\S+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def with_tables(text, root=ROOT):
+    """The text with every table made anew. ValueError or FileNotFoundError for a results file that cannot be read."""
+    return SECTION.sub(lambda found: found[1] + table(root / found[2]) + "\n" + found[3], text)
+
+
+def table(path):
+    """Markdown of a results file of either kind."""
+    first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    return memory_table(path) if "predicted" in first else ratio_table(results.read(path))
+
+
+def ratio_table(rows):
+    """A line for each case: the milliseconds of qzo, and each other provider's time over them."""
+    timed = [r for r in rows if r["ms"] and r["kind"] in ("linear", "step", "update", "noise")]
+    others = [name for name in dict.fromkeys(r["provider"] for r in timed) if name != "qzo"]
+    lines = [f"| case | qzo, ms | {' | '.join(others)} |", "|---|---|" + "---|" * len(others)]
+    for case in dict.fromkeys(r["case"] for r in timed):
+        by_name = {r["provider"]: r for r in timed if r["case"] == case}
+        cells = [f"{by_name[name]['ratio']:.2f}x" if name in by_name else "" for name in others]
+        lines.append(f"| {case} | {by_name['qzo']['ms']:.3g} | {' | '.join(cells)} |")
+    missing = [r["provider"] for r in rows if r["note"].startswith("missing")]
+    said = f"Not there and so not timed: {', '.join(dict.fromkeys(missing))}. " if missing else ""
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    return "\n".join([*lines, "", f"{said}{rows[0]['device']}; {versions}; {rows[0]['date']}."])
+
+
+def memory_table(path):
+    """A line for each report: foretold, measured where it was, and the rivals."""
+    reports = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rivals = list(reports[0]["rivals"])
+    lines = [f"| step | qzo, foretold | measured | {' | '.join(rivals)} |", "|---|---|---|" + "---|" * len(rivals)]
+    for report in reports:
+        measured = report["measured"]
+        told = report["predicted"]["total"]
+        cells = [f"{told / 1e9:.2f} GB", f"{measured['total'] / told:.3f}x of it" if measured else "",
+                 *(f"{report['rivals'][name] / 1e9:.1f} GB" for name in rivals)]
+        lines.append(f"| {report['subject']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
