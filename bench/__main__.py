@@ -61,6 +61,7 @@ def _run(options):
 
     from . import cases, results
     from .run import check_providers, measure
+    from .timing import keep_memory
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
@@ -78,6 +79,7 @@ def _run(options):
         return 0
     if device == "cpu":
         torch.set_num_threads(1)
+        keep_memory()
     left_out = len(cases.every(device)) - len(chosen)
     print(f"{len(chosen)} cases on {device}, {left_out} left out (qzo bench run --list names them)", file=sys.stderr)
     rows = []

@@ -3,6 +3,7 @@
 What is compared is run in turn, so that a change of clock or load meets all alike; the median is reported with the
 20th and 80th percentile. The caller sees to it that no cache holds the weights.
 """
+import ctypes
 import functools
 import statistics
 import subprocess
@@ -83,6 +84,14 @@ def roof(device, dtype):
     x, w = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times = interleaved({"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(x, w)}, device)
     return 8e-6 * size / times["copy"][0], 2e-9 * side**3 / times["matmul"][0]
+
+
+def keep_memory():
+    """Let the CPU's allocator keep what is freed: whether fresh pages are faulted in is then not left to chance, and a
+    provider that makes temporary matrices is not charged for them."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 32 << 20)           # M_MMAP_THRESHOLD, the most there can be
+    libc.mallopt(-1, 1 << 30)            # M_TRIM_THRESHOLD
 
 
 def cache_bytes(device):

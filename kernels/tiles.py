@@ -35,6 +35,15 @@ class Tile:
     registers: int = 0
     splits: int = 1
 
+    def check(self):
+        """ValueError naming the first number that no kernel can have."""
+        for name, least, most in (("rows", 16, 256), ("outputs", 16, 256), ("warps", 1, 16), ("splits", 1, 1 << 10)):
+            value = getattr(self, name)
+            if not least <= value <= most or value & (value - 1):
+                raise ValueError(f"{self}: {name} must be a power of two from {least} to {most}")
+        if not 1 <= self.stages <= 16:
+            raise ValueError(f"{self}: stages must be from 1 to 16")
+
 
 def architecture(device):
     """"sm_90", "gfx942", ... of a CUDA or ROCm device."""

@@ -15,10 +15,11 @@ _BACKENDS = ("auto", "torch", "triton")
 LARGE_ROWS = ("fused", "blas")
 _backend = contextvars.ContextVar("qzo_backend", default="auto")
 _large_rows = contextvars.ContextVar("qzo_large_rows", default="fused")
+_tile = contextvars.ContextVar("qzo_tile", default=None)
 
 
 @contextlib.contextmanager
-def backend(name=None, *, large_rows=None):
+def backend(name=None, *, large_rows=None, tile=None):
     """Choose what runs inside the block; None leaves a choice as it is.
 
     name : "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton". "triton" on CPU tensors needs Triton's
@@ -26,18 +27,22 @@ def backend(name=None, *, large_rows=None):
     large_rows : what the Triton backend does from 512 rows per evaluation on. "fused" (the default) never stores a
         perturbed weight. "blas" writes a chunk of at most 32 MB of them for the library's matmul: faster where the
         tensor cores are the limit, but each weight is rounded to 16 bits. The torch backend works by chunks anyway.
+    tile : a kernels.tiles.Tile that every matmul is to run with, in place of the one that tiles.pick chooses
 
-    Raises ValueError for another value.
+    Raises ValueError for another value; for a tile that cannot be, and where a matmul inside would run without it.
     """
     if name not in (None, *_BACKENDS):
         raise ValueError(f"backend({name!r}): the backends are {', '.join(map(repr, _BACKENDS))}")
     check_large_rows(large_rows or LARGE_ROWS[0])
-    before = _backend.set(name or _backend.get()), _large_rows.set(large_rows or _large_rows.get())
+    if tile is not None:
+        tile.check()
+    chosen = {_backend: name, _large_rows: large_rows, _tile: tile}
+    before = {variable: variable.set(value or variable.get()) for variable, value in chosen.items()}
     try:
         yield
     finally:
-        _backend.reset(before[0])
-        _large_rows.reset(before[1])
+        for variable, token in before.items():
+            variable.reset(token)
 
 
 def check_large_rows(value):
@@ -112,6 +117,10 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
+    asked = _tile.get()
+    if asked and (blas or not uses_triton(x.device)):
+        why = "large_rows='blas'" if blas else f"the torch backend, which is what runs on {x.device},"
+        raise ValueError(f"backend(tile={asked}): {why} has no tiles; ask for one of the two")
     if not uses_triton(x.device):
         qmm_torch.qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
                             relative=relative, shared=shared)
@@ -127,8 +136,8 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
         dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
                           relative=relative, shared=shared, asm=asm)
         return y
-    tile = tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
-                      None if zeros is None else zeros.dtype)
+    tile = asked or tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
+                               None if zeros is None else zeros.dtype)
     qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
                tile=tile, asm=asm, shared=shared, pair=pair)
     return y

@@ -1,9 +1,14 @@
 """The torch.library operators: registration, fakes and checks."""
+import dataclasses
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import qzo
+from qzo import ops
 from qzo.kernels import noise
+from qzo.kernels.tiles import Tile
 from tests.test_linear import asymmetric
 
 
@@ -45,3 +50,31 @@ def test_operators_refuse_what_does_not_fit():
         torch.ops.qzo.update_(torch.ones(5), seeds, coefs, 0, noise.IH4, True, 0.0)
     with pytest.raises(ValueError, match="int64 and float32"):
         torch.ops.qzo.update_(torch.ones(8), seeds, coefs.double(), 0, noise.IH4, True, 0.0)
+
+
+def test_a_tile_that_is_asked_for_is_the_one_that_runs(monkeypatch):
+    ran, layer = [], asymmetric()
+    launch = ops.qmm.launch
+    monkeypatch.setattr(ops.qmm, "launch", lambda *a, tile, **k: (ran.append(tile), launch(*a, tile=tile, **k)))
+    x, tile = torch.randn(4, layer.in_features), Tile(16, 16, 4, 1)
+    with qzo.backend("triton"):
+        plain = layer(x)
+        with qzo.backend(tile=tile), qzo.backend("triton"):
+            other = layer(x)
+        layer(x)
+    assert ran[1] == tile != ran[0] == ran[2]
+    assert torch.allclose(plain, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tile_is_never_ignored():
+    layer, tile = asymmetric(), Tile(16, 16, 4, 1)
+    x = torch.randn(4, layer.in_features)
+    with qzo.backend("torch", tile=tile), pytest.raises(ValueError, match="has no tiles; ask for one of the two"):
+        layer(x)
+    with qzo.backend("triton", tile=tile, large_rows="blas"), pytest.raises(ValueError, match="'blas' has no tiles"):
+        layer(x)
+    for wrong in ({"rows": 24}, {"outputs": 8}, {"warps": 0}, {"splits": 3}, {"stages": 0}):
+        name = next(iter(wrong))
+        with pytest.raises(ValueError, match=f"{name} must be"), \
+                qzo.backend(tile=dataclasses.replace(tile, **wrong)):
+            pass
