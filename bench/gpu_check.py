@@ -92,6 +92,9 @@ def tests(check):
 
 def memory(check):
     """Measured over foretold, and the time of a whole step with and without a graph."""
+    import torch
+
+    from ..oom import explain
     from . import memory as reports
     for config, rows, tokens in MEMORY:
         if check.left() < 15:
@@ -102,8 +105,8 @@ def memory(check):
         predicted = reports.predict(empty, run, check.device, reports.this_chip())
         try:
             measured = reports.measure(load, run, check.device)
-        except MemoryError as error:
-            check.note("memory", f"{config} {rows} x {tokens}", note=str(error))
+        except torch.OutOfMemoryError as error:
+            check.note("memory", f"{config} {rows} x {tokens}", note=explain(error, "the next one is tried"))
             continue
         ratio = measured["total"] / predicted["total"]
         check.note("memory", f"{config} {rows} x {tokens}", predicted=predicted, measured=measured,

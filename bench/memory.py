@@ -104,7 +104,7 @@ def measure(load, run, device, snapshot=None):
     On a GPU from torch's allocator. On a CPU from the resident set, less what is resident before `load` in a process
     that has run such a step once: what the libraries then keep for themselves does not grow with the model.
     Also "slack", which no tensor uses: on a GPU what the allocator keeps beyond the peak, on a CPU the libraries' own.
-    snapshot: file for the CUDA allocator's history. Raises MemoryError where the device's memory does not suffice.
+    snapshot: file for the CUDA allocator's history, written also where memory does not suffice.
     """
     if device == "cpu":
         meter = ResidentMeter()
@@ -116,10 +116,6 @@ def measure(load, run, device, snapshot=None):
         torch.cuda.memory._record_memory_history(max_entries=1_000_000)
     try:
         measured = _composed(*_step(load, run, device, meter))
-    except torch.OutOfMemoryError as error:
-        free = torch.cuda.mem_get_info(device)[0] / 1e9
-        raise MemoryError(f"{str(error).split('. GPU')[0]} ({free:.1f} GB are free now); --sequential halves a pair's "
-                          "activations, a smaller --batch-size or --seq-len lowers them") from None
     finally:
         if snapshot:
             torch.cuda.memory._dump_snapshot(snapshot)

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from ..oom import explain, is_out_of_memory
 from . import timing
 from .providers import LAYER_PROVIDERS, Problem, error_of
 from .results import SCHEMA
@@ -13,6 +14,7 @@ from .small import Arena
 
 PROVIDERS = LAYER_PROVIDERS + SMALL_PROVIDERS
 NAMES = tuple(dict.fromkeys(p.name for p in PROVIDERS))
+ADVICE = "fewer --rows or a smaller model in --filter asks for less"
 # what a peer of another version may raise; each is reported in its row
 FAILURES = (ImportError, AttributeError, TypeError, ValueError, KeyError, RuntimeError, NotImplementedError,
             AssertionError)
@@ -39,10 +41,10 @@ def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seco
         try:
             made = provider.build(problem)
             errors[provider.name] = error_of(made, problem)
-        except torch.OutOfMemoryError as error:
-            notes[provider.name] = _out_of_memory(error, device)
-            continue
         except FAILURES as error:
+            if is_out_of_memory(error):
+                notes[provider.name] = explain(error, ADVICE)
+                continue
             if not provider.package:
                 raise                                        # ours: a fault, not another library's version
             notes[provider.name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -57,7 +59,7 @@ def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seco
     try:
         times = timing.interleaved({name: b.run for name, b in built.items()}, device, least, seconds)
     except torch.OutOfMemoryError as error:
-        times, notes = {}, notes | {name: _out_of_memory(error, device) for name in built}
+        times, notes = {}, notes | {name: explain(error, ADVICE) for name in built}
     rows = [_row(case, p.name, device, times.get(p.name), built.get(p.name), errors.get(p.name), notes.get(p.name))
             for p in wanted]
     _add_ratios(rows)
@@ -88,9 +90,3 @@ def _add_ratios(rows):
     for row in rows:
         if ours and row["ms"]:
             row["ratio"] = row["ms"] / ours
-
-
-def _out_of_memory(error, device):
-    asked = next((line for line in str(error).split(". ") if "Tried" in line or "allocate" in line), str(error))
-    free = f"{torch.cuda.mem_get_info()[0] / 1e9:.1f} GB free" if device == "cuda" else "see free -g"
-    return f"out of memory: {asked.strip()[:120]}; {free}; fewer --rows or a smaller model in --filter asks for less"

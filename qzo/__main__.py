@@ -15,10 +15,13 @@ from pathlib import Path
 from . import __version__, train
 from .data import read_data
 from .kernels.noise import SHARINGS, VERSIONS
+from .oom import explain, is_out_of_memory
 from .ops import LARGE_ROWS
 from .train import LEARNING_RATE_PER_DIRECTION, PAPER, Settings
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+LESS_MEMORY = ("--sequential holds one evaluation's activations at a time, a smaller --batch-size, --directions, "
+               "--max-length or --seq-len less of them; qzo memory tells what is needed")
 CHOICES = {"noise": tuple(VERSIONS), "sharing": SHARINGS, "large_rows": LARGE_ROWS, "recipe": ("paper",),
            "dtype": ("float32", "float16", "bfloat16")}
 
@@ -48,8 +51,13 @@ def main(arguments=None):
     except BAD_INPUT as error:
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError, MemoryError) as error:
+    except (FloatingPointError, OSError) as error:
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"qzo {options.command}: {explain(error, LESS_MEMORY)}", file=sys.stderr)
         return 1
 
 
@@ -145,6 +153,8 @@ def _add_train_options(parser):
                      help="one z per scale (group, the default) or one per output row (row)")
     run.add_argument("--large-rows", choices=LARGE_ROWS, help="on a GPU, from 512 tokens per evaluation on: the fused "
                      "kernel (default), or chunks of 16-bit weights for the library's matmul (blas)")
+    run.add_argument("--sequential", action="store_true", default=None, help="run the evaluations of a step one after "
+                     "another instead of stacked: activations of one, not of all 2 x directions")
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument("--train-layers", type=int, metavar="K", help="train the top K blocks only; the blocks below run "
                      "once per example and their output is kept (default: the whole model trains)")

@@ -40,6 +40,7 @@ class Settings:
     relative: bool = True
     sharing: str = "group"
     large_rows: str = "fused"
+    sequential: bool = False
     floor: float = FLOOR
     decay: float = DECAY
     seed: int = 0
@@ -60,8 +61,9 @@ class Settings:
                 setattr(self, name, float(getattr(self, name)))      # YAML reads 1e-2 as a text
             except (TypeError, ValueError):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a number is wanted") from None
-        if not isinstance(self.relative, bool):
-            raise ValueError(f"relative={self.relative!r}: true or false is wanted")
+        for name in ("relative", "sequential"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: true or false is wanted")
 
     def rate(self, step):
         """Learning rate of a step: linear from learning_rate to decay * learning_rate."""
@@ -107,9 +109,10 @@ def fit(task, settings, out, resume=False, show=None):
         task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
     optimizer = QZO(task.model, settings.learning_rate, settings.eps, settings.clip, settings.noise, settings.relative,
                     settings.sharing, settings.directions, settings.seed, journal=out / "journal.qzo", resume=resume,
-                    floor=settings.floor, recipe=recipe(task, settings), large_rows=settings.large_rows)
+                    floor=settings.floor, recipe=recipe(task, settings), large_rows=settings.large_rows,
+                    paired=not settings.sequential)
     start = optimizer.param_groups[0]["step"]
-    count = 2 * settings.directions
+    at_once = 1 if settings.sequential else 2 * settings.directions
     lengths = [len(example.ids) for example in task.examples]
     strata = [example.label for example in task.examples]
     try:
@@ -119,7 +122,7 @@ def fit(task, settings, out, resume=False, show=None):
                 indices = data.batch_indices(step, lengths, settings.batch_size, settings.seed,
                                              strata)
                 rate = optimizer.param_groups[0]["lr"] = settings.rate(step)
-                loss = optimizer.step(task.closure(indices, count))
+                loss = optimizer.step(task.closure(indices, at_once))
                 line = {"step": step, "loss": loss, "derivative": max(map(abs, optimizer.last.derivatives)), "lr": rate,
                         "skipped": optimizer.last.skipped, "seconds": round(time.perf_counter() - begun, 4)}
                 metrics.write(json.dumps(_finite(line)) + "\n")
@@ -135,7 +138,8 @@ def fit(task, settings, out, resume=False, show=None):
 def recipe(task, settings):
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
     digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
-    kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length")
+    kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length", "large_rows",
+            "sequential")
     return {**{name: getattr(settings, name) for name in kept}, "data": "sha256:" + digest}
 
 

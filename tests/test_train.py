@@ -49,6 +49,19 @@ def files(folder):
 
 # ------------------------------------------------------------------------------------------------ the command line
 
+def test_sequential_evaluations_learn_the_same(base, corpus, tmp_path, capsys):
+    losses = {}
+    for way in ([], ["--sequential"]):
+        out = tmp_path / f"out{len(way)}"
+        assert main(arguments(base, corpus, out, "--learning-rate", "0.02", "--train-layers", "1", *way)) == 0
+        losses[len(way)] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1][0] != losses[1][-1]
+    capsys.readouterr()
+    assert main(arguments(base, corpus, out, "--learning-rate", "0.02", "--train-layers", "1", "--resume")) == 2
+    assert "sequential" in capsys.readouterr().err
+
+
 def test_train_writes_the_whole_folder_and_replay_rebuilds_it(base, corpus, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(base, corpus, out, "--json", "--learning-rate", "0.02")) == 0
