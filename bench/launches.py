@@ -185,10 +185,18 @@ def matmul(case):
     return launches
 
 
-def chunks(arch, laws=tuple(noise.LAWS), dtypes=(torch.bfloat16, torch.float16), relative=(True, False)):
-    """The launches that large_rows="blas" makes: every group and kind of zero points."""
+def chunks(
+    arch,
+    laws=tuple(noise.LAWS),
+    dtypes=(torch.bfloat16, torch.float16),
+    relative=(True, False),
+    zero_points=tuple(ZEROS),
+):
+    """The launches that large_rows="blas" makes, for every group size."""
     found = []
-    for law, group, dtype, zeros, relative_ in itertools.product(laws, GROUPS, dtypes, ZEROS, relative):
+    for law, group, dtype, zeros, relative_ in itertools.product(
+        laws, GROUPS, dtypes, zero_points, relative
+    ):
         k, n = 4096, 4096
         groups = 1 if group == WHOLE_ROW else k // group
         with recorded(arch) as launches:

@@ -231,21 +231,27 @@ def _gb(nbytes):
 
 
 def plot(report, path):
-    """Stacked bars of what is predicted and measured beside the rivals, as a PNG."""
+    """Stacked bars of what is predicted and measured; beside them the totals of the rivals, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    parts, totals = figure.subplots(1, 2, width_ratios=(1, 1.3))
     bars = [(name, report[name]) for name in ("predicted", "measured") if report[name]]
     bottoms = [0.0] * len(bars)
     for part in PARTS:
         heights = [max(0, numbers[part]) / 1e9 for _, numbers in bars]
-        axes.bar([name for name, _ in bars], heights, bottom=bottoms, label=part, width=0.6)
+        if any(heights):
+            parts.bar([name for name, _ in bars], heights, bottom=bottoms, label=part, width=0.6)
         bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
-    axes.bar(list(report["rivals"]), [size / 1e9 for size in report["rivals"].values()], color="0.8", width=0.6)
-    axes.set(ylabel="GB (1e9 bytes)", title=report["subject"])
-    axes.tick_params(axis="x", labelsize=7)
-    axes.legend(frameon=False, fontsize=7)
+    parts.set(ylabel="GB (1e9 bytes)", xlim=(-0.6, len(bars) + 0.2))
+    parts.legend(frameon=False, fontsize=8, reverse=True)
+    sizes = {"qzo": report["predicted"]["total"] / 1e9, **{k: v / 1e9 for k, v in report["rivals"].items()}}
+    drawn = totals.barh(list(sizes), list(sizes.values()), color=["C0", *["0.8"] * (len(sizes) - 1)])
+    totals.bar_label(drawn, fmt="%.3g", padding=3)
+    totals.set(xscale="log", xlabel="GB, logarithmic; rivals by their published formulas")
+    totals.invert_yaxis()
+    totals.margins(x=0.15)
+    figure.suptitle(report["subject"], fontsize=10)
     figure.savefig(path, dpi=150)
 
 

@@ -1,5 +1,6 @@
 """Result files, JSON lines with a schema number: read, compare, table, plot."""
 import json
+import statistics
 from pathlib import Path
 
 SCHEMA = 1
@@ -68,7 +69,7 @@ def _percent(fraction):
 
 
 def plot(rows, path):
-    """Roofline (TFLOP/s over operations per byte) and times over qzo's by rows, as a PNG. ValueError with no linear."""
+    """Roofline (TFLOP/s over operations per byte) and times over qzo's by rows, as a PNG; ValueError without any."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -78,21 +79,30 @@ def plot(rows, path):
         raise ValueError("nothing to plot: no product or step was timed")
     figure, (roof, ratio) = pyplot.subplots(1, 2, figsize=(12, 5))
     intensities = []
-    for name in dict.fromkeys(r["provider"] for r in timed):
+    for number, name in enumerate(dict.fromkeys(r["provider"] for r in timed)):
         mine = [r for r in timed if r["provider"] == name]
         intensity = [1e3 * r["tflops"] / r["gbps"] for r in mine]
         intensities += intensity
-        roof.loglog(intensity, [r["tflops"] for r in mine], "o", markersize=4, label=name)
-        by_rows = sorted((r["rows"], r["ratio"]) for r in mine if r["ratio"])
-        if name != "qzo" and by_rows:
-            ratio.semilogx([x for x, _ in by_rows], [y for _, y in by_rows], "o", markersize=4, label=name)
+        look = {"color": f"C{number}", "label": name}
+        roof.loglog(intensity, [r["tflops"] for r in mine], "o", markersize=4, **look)
+        by_rows = {}
+        for r in mine:
+            if r["ratio"] and name != "qzo":
+                by_rows.setdefault(r["rows"], []).append(r["ratio"])
+        if by_rows:
+            rows_seen = sorted(by_rows)
+            ratio.semilogx([x for x in rows_seen for _ in by_rows[x]], [y for x in rows_seen for y in by_rows[x]], "o",
+                           markersize=3, alpha=0.4, color=look["color"])
+            ratio.semilogx(rows_seen, [statistics.median(by_rows[x]) for x in rows_seen], "-", **look)
     copy, dense = timed[0].get("copy_gbps"), timed[0].get("dense_tflops")
     if copy and dense:
-        ends = sorted({min(intensities), 1e3 * dense / copy, max(intensities)})
+        knee = 1e3 * dense / copy
+        ends = sorted({min(*intensities, knee / 4), knee, max(*intensities, 4 * knee)})
         roof.loglog(ends, [min(1e-3 * copy * x, dense) for x in ends], "k-", linewidth=1, label="measured roof")
     roof.set(xlabel="operations per byte", ylabel="TFLOP/s", title=timed[0]["device"])
     ratio.axhline(1, color="k", linewidth=1)
-    ratio.set(xlabel="rows per evaluation", ylabel="time over qzo's", title="above 1: qzo is faster", yscale="log")
+    ratio.set(xlabel="rows per evaluation", ylabel="time over qzo's (line: median of the cases)",
+              title="above 1: qzo is faster", yscale="log")
     for axes in (roof, ratio):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)

@@ -244,13 +244,14 @@ def launch_set(name, archs):
         cases = []
         if name in ("tiles", "quick"):
             cases += launches.plain(arch)
+            points = ("none",) if name == "tiles" else tuple(launches.ZEROS)
+            found += launches.chunks(arch, ("rademacher",), (launches.torch.bfloat16,), (True,), points)
         if name == "quick" and arch in PAIRED:
             cases += launches.pairwise(arch)
         if name == "every":
             cases += launches.every(arch)
         if name == "quick":
             found += launches.updates(arch, tuple(noise.VERSIONS) if arch in PAIRED else ("rademacher",))
-            found += launches.chunks(arch, ("rademacher",), (launches.torch.bfloat16,), (True,))
         if name == "every":
             found += launches.updates(arch) + launches.chunks(arch)
         found += [launch for case in cases for launch in launches.matmul(case)]
