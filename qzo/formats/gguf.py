@@ -7,15 +7,17 @@ On save d is rounded to float16 first, then m = -d * zero; a block whose scale d
 The rows of q and k lie interleaved for the rotary embedding there, in halves in transformers: both ways
 permute them.
 """
+import collections
 import warnings
 
 import torch
 
 from ..weights import PackedWeight
 from . import files
-from .gguf_file import Q4_0, Q4_1, Q6_K, codes4, dequantize, halves
+from .gguf_blocks import NAMES, Q4_0, Q4_1, codes4, dequantize, halves
 from .rounding import stored_scales
 
+TRAINED = (Q4_0, Q4_1)
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
           "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -104,19 +106,42 @@ def _row_order(file, info):
 
 
 def weights(file, dtype):
-    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
+    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor.
+
+    Warns once of the layers that stay frozen, by count and type. ValueError if nothing in the file trains.
+    """
+    _report_frozen(file)
     for info in file.tensors.values():
         name, where = hf_name(file, info.name), f"{info.name} in {file.path.name}"
-        embedding = info.name == "token_embd.weight"
-        if info.type == Q6_K and not embedding and info.name != "output.weight":
-            raise ValueError(f"{file.path}: tensor {info.name} is Q6_K, which is read for embeddings and "
-                             "output only; the layers must be Q4_0, Q4_1 or Q8_0")
         raw = file.raw(info)
         order = _row_order(file, info)
         if order is not None:
             raw = raw.view(info.shape[0], -1)[order].flatten()
-        packed = _packed(raw, info, where) if info.type in (Q4_0, Q4_1) and not embedding else None
-        yield name, dequantize(raw, info, dtype) if packed is None else packed, where
+        try:
+            value = _packed(raw, info, where) if _trains(info) else None
+            value = dequantize(raw, info, dtype) if value is None else value
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        yield name, value, where
+
+
+def _trains(info):
+    return info.type in TRAINED and info.name != "token_embd.weight"
+
+
+def _report_frozen(file):
+    """Warn of layers whose type does not train. ValueError if no tensor's does."""
+    layers = [info for info in file.tensors.values() if len(info.shape) > 1 and info.name.startswith("blk.")]
+    frozen = collections.Counter(info.type_name for info in layers if not _trains(info))
+    named = ", ".join(f"{count} {kind}" for kind, count in frozen.most_common())
+    trained = " and ".join(NAMES[kind] for kind in TRAINED)
+    if not any(_trains(info) for info in file.tensors.values()):
+        raise ValueError(f"{file.path}: no tensor can be trained: the layers are {named}, and only {trained} "
+                         "train; make such a file (llama-quantize MODEL OUT Q4_0), or give the float "
+                         "checkpoint")
+    if frozen:
+        warnings.warn(f"{file.path}: {frozen.total()} of {len(layers)} layers stay frozen ({named}); only "
+                      f"{trained} train", stacklevel=2)
 
 
 def _packed(raw, info, where):
@@ -127,17 +152,14 @@ def _packed(raw, info, where):
     if info.type == Q4_1:
         minimum = halves(blocks, 2).float()
         if not bool(torch.isfinite(minimum).all()):
-            raise ValueError(f"{where}: a minimum is NaN or infinite: the file is damaged")
+            raise ValueError("a minimum is NaN or infinite: the file is damaged")
         constant = scales == 0
         if bool((constant & (minimum != 0)).any()):
             warnings.warn(f"{where}: a block has scale 0 and a minimum; the whole layer stays dense and "
                           "frozen", stacklevel=2)
             return None
         zeros = torch.where(constant, 8.0, -minimum / scales).T
-    try:
-        return PackedWeight.from_codes(codes4(blocks, info), scales.T, zeros)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    return PackedWeight.from_codes(codes4(blocks, info), scales.T, zeros)
 
 
 def save(file, target, find):
@@ -145,7 +167,7 @@ def save(file, target, find):
     gives."""
     files.copy(file.path, target)
     for info in file.tensors.values():
-        packed = find(hf_name(file, info.name)) if info.type in (Q4_0, Q4_1) else None
+        packed = find(hf_name(file, info.name)) if _trains(info) else None
         if packed is not None:
             raw = file.raw(info)
             if _patch(info.blocks(raw), info, packed, _row_order(file, info)):
