@@ -165,10 +165,10 @@ def _load_float(folder, config, trust_remote_code, options):
 
 
 def _load_gguf(path, device, dtype):
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     file = GGUFFile(path)
-    model = build_empty(LlamaConfig(**gguf.config(file)), dtype)
+    model = build_empty(AutoConfig.for_model(**gguf.config(file)), dtype)
     _fill(model, gguf.weights(file, dtype), path, device)
     return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
 

@@ -13,6 +13,8 @@ HF_NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v"
             "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
             "ffn_down": "mlp.down_proj"}
 TYPES = gguf.GGMLQuantizationType
+HALVES = {TYPES.Q4_1: (0, 2), TYPES.Q5_1: (0, 2), TYPES.Q4_K: (0, 2), TYPES.Q5_K: (0, 2),
+          TYPES.Q2_K: (80, 82), TYPES.Q3_K: (108,), TYPES.Q6_K: (208,)}    # float16 fields, if not (0,)
 
 
 def blocks(shape, kind, rng):
