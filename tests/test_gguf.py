@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qzo
 from qzo.formats import gguf_blocks
-from qzo.formats.gguf_file import GGUFFile, TensorInfo
+from qzo.formats.gguf_file import GGUFFile
 from tests.checkpoints import (
     FFN,
     HALVES,
@@ -44,7 +44,7 @@ def load(path):
     return qzo.from_pretrained(path, device="cpu")
 
 
-@pytest.fixture(params=[TYPES.Q4_0, TYPES.Q4_1], ids=["q4_0", "q4_1"])
+@pytest.fixture(params=[TYPES.Q4_0, TYPES.Q4_1, TYPES.Q8_0], ids=lambda kind: kind.name.lower())
 def tiny(request, tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, request.param)
@@ -77,7 +77,7 @@ def test_header_strings_and_arrays(tmp_path):
     assert file.metadata["flag"] is True
     assert file.metadata["wide"] == 0.1
     info = file.tensors["x"]
-    assert gguf_blocks.dequantize(file.raw(info), info, torch.float32).tolist() == [0, 1, 2, 3, 4]
+    assert file.dense(info, torch.float32).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_fixture_logits():
@@ -132,14 +132,14 @@ def test_saved_scales_and_nothing_else(tiny, tmp_path):
 
 
 def assert_only_scales_differ(before, after):
-    """Every byte outside d and m of the 4-bit blocks is the same, and m only moves where d does."""
+    """Every byte outside d and m of the blocks that train is the same, and m only moves where d does."""
     old, new = np.fromfile(before, np.uint8), np.fromfile(after, np.uint8)
     assert len(old) == len(new)
     allowed = np.zeros(len(old), bool)
     for tensor in gguf.GGUFReader(before).tensors:
-        size = {TYPES.Q4_0: 18, TYPES.Q4_1: 20}.get(tensor.tensor_type)
-        if size:
-            head = size - 16
+        size, head = {TYPES.Q4_0: (18, 2), TYPES.Q4_1: (20, 4), TYPES.Q8_0: (34, 2)}.get(tensor.tensor_type,
+                                                                                         (0, 0))
+        if size and tensor.name.startswith("blk"):
             at = slice(tensor.data_offset, tensor.data_offset + int(tensor.n_bytes))
             moved = (old[at].reshape(-1, size)[:, :2] != new[at].reshape(-1, size)[:, :2]).any(1)
             assert 0 < moved.sum() < len(moved), tensor.name
@@ -162,19 +162,21 @@ def test_minimum_follows_the_rounded_scale(tmp_path):
 
 def test_other_types_stay_dense_and_frozen(tmp_path):
     rng = np.random.default_rng(1)
-    shapes = {"token_embd": (VOCAB, HIDDEN)} | SHAPES
-    frozen = [("blk.0.", "attn_q", TYPES.Q8_0), ("blk.0.", "ffn_down", TYPES.Q5_1),
-              ("blk.1.", "ffn_gate", TYPES.Q5_1), ("blk.1.", "ffn_up", TYPES.F16), ("", "token_embd", TYPES.Q8_0)]
+    shapes = {"token_embd": (VOCAB, HIDDEN), "output": (VOCAB, HIDDEN)} | SHAPES
+    frozen = [("blk.0.", "attn_q", TYPES.Q5_0), ("blk.0.", "ffn_down", TYPES.Q5_1),
+              ("blk.1.", "ffn_gate", TYPES.Q5_1), ("blk.1.", "ffn_up", TYPES.F16), ("", "output", TYPES.Q8_0),
+              ("", "token_embd", TYPES.Q8_0)]
     path = tmp_path / "mixed.gguf"
     write_gguf(path, tied=False, change={
-        f"{prefix}{name}.weight": (gguf.quantize(rng.normal(size=shapes[name]).astype(np.float32), kind), kind)
+        prefix + name + ".weight": (gguf.quantize(rng.normal(size=shapes[name]).astype("f4"), kind), kind)
         for prefix, name, kind in frozen})
     with pytest.warns(UserWarning, match="stay frozen") as warned:
         model = load(path)
     assert len(warned) == 1
-    assert ("mixed.gguf: 4 of 14 layers stay frozen (2 Q5_1, 1 Q8_0, 1 F16); only Q4_0 and Q4_1 train"
+    assert ("mixed.gguf: 4 of 14 layers stay frozen (2 Q5_1, 1 Q5_0, 1 F16); only Q4_0, Q4_1, Q8_0 train"
             in str(warned[0].message))
     expected = decode_gguf(path)
+    assert type(model.lm_head) is torch.nn.Linear
     for name in ("0.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.gate_proj", "1.mlp.up_proj"):
         layer = model.get_submodule("model.layers." + name)
         assert type(layer) is torch.nn.Linear
@@ -203,11 +205,10 @@ def test_four_bit_output_is_a_layer_and_four_bit_embedding_dense(tmp_path):
 def test_dequantize(kind):
     weights, size = gguf.GGML_QUANT_SIZES[kind]
     assert gguf_blocks.BLOCKS[kind] == (weights, size)
-    raw = np.random.default_rng(3).integers(0, 256, (5, 4096 // weights * size), dtype=np.uint8)
+    raw = np.random.default_rng(3).integers(0, 256, (9, 4096 // weights * size), dtype=np.uint8)
     for at in HALVES.get(kind, (0,)):               # both signs, all exponents but the largest half
         raw.reshape(-1, size)[:, at + 1 + 2 * (kind == TYPES.F32)] &= 0xBF
-    info = TensorInfo("x", int(kind), (5, 4096), 0, raw.nbytes)
-    ours = gguf_blocks.dequantize(torch.from_numpy(raw.flatten()), info, torch.float32)
+    ours = gguf_blocks.values(torch.from_numpy(raw), int(kind)).float()
     assert_same_bits(ours, torch.from_numpy(gguf.dequantize(raw, kind).astype(np.float32)))
 
 
@@ -305,7 +306,7 @@ SMALL = (blocks((FFN, 32), TYPES.Q4_0, np.random.default_rng(7)), TYPES.Q4_0)
      r"output_norm\..*shape \[5\].*\[96\]"),
     ({"change": {f"blk.{layer}.{name}.weight": (np.ones(shape, np.float32), None)
                  for layer in range(LAYERS) for name, shape in SHAPES.items()}},
-     r"no tensor can be trained: the layers are 14 F32, and only Q4_0 and Q4_1 train; make such a file"),
+     r"no tensor can be trained: the layers are 14 F32, and only Q4_0, Q4_1, Q8_0 train; make"),
 ])
 def test_refused(tmp_path, arguments, message):
     write_gguf(tmp_path / "bad.gguf", **arguments)

@@ -1,4 +1,4 @@
-"""Architectures of GGUF files: tiny random models, written by llama.cpp's rules, names by the gguf package."""
+"""GGUF's architectures: tiny random models, written by llama.cpp's rules; names by the gguf package."""
 import dataclasses
 import itertools
 import math
@@ -62,6 +62,13 @@ CASES = {
                                                        "sliding_attention": rope(theta=10000.0)},
                                    "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
                    {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0} | HEAD_32 | WINDOW, layers=7),
+    "gemma3-q8": Case("gemma3_text", {"rope_parameters": {"full_attention": rope(),
+                                                          "sliding_attention": rope(theta=500.0)},
+                                      "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16,
+                                      "layer_types": ["full_attention", "sliding_attention"],
+                                      "final_logit_softcapping": 3.0},
+                      {"attention.sliding_window_pattern": [False, True], "rope.freq_base_swa": 500.0,
+                       "final_logit_softcapping": 3.0} | WINDOW, kinds=(TYPES.Q8_0,)),
     "phi3": Case("phi3", {"rope_parameters": rope(), "sliding_window": 16, "tie_word_embeddings": False},
                  WINDOW),
     "phi3-long": Case("phi3", {"rope_parameters": rope("longrope", **LONG), "tie_word_embeddings": False,
@@ -70,6 +77,7 @@ CASES = {
                        "rope.scaling.original_context_length": 32,
                        "rope.scaling.attn_factor": math.sqrt(1 + math.log(32768 / 32) / math.log(32))}),
 }
+HEADS = {TYPES.Q4_0: 2, TYPES.Q4_1: 4, TYPES.Q8_0: 2}      # bytes of d, or d and m, before the codes
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 
 
@@ -103,7 +111,8 @@ def write(path, case, model):
         writer.add_rope_dimension_count(head_dim(config))
         writer.add_key_length(head_dim(config))
     for key, value in case.metadata.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+               list: writer.add_array}[type(value)]
         add(f"{arch}.{key}", value)
     for name, factors in rope_tensors(config).items():
         writer.add_tensor(name, np.array(factors, np.float32))
@@ -182,9 +191,9 @@ def made(request, tmp_path_factory):
 def test_logits(made):
     path, model, types = made
     ours = load(path)
-    trained = {name for name, kind in types.items() if kind in (TYPES.Q4_0, TYPES.Q4_1)}
+    trained = {name for name, kind in types.items() if kind in HEADS and name.startswith("model.layers")}
     assert {name + ".weight" for name in quantized(ours)} == trained
-    for length in (16, 48):                 # within windows and beyond; Phi-3's short factors and the long ones
+    for length in (16, 48):              # within windows and beyond; Phi-3's short factors and the long ones
         assert relative_error(logits(ours, length), logits(model, length)) < LOGITS_FP32, length
 
 
@@ -221,12 +230,12 @@ def test_a_step_moves_scales_only(made, tmp_path):
     old, new = np.fromfile(path, np.uint8), np.fromfile(tmp_path / "moved" / "m.gguf", np.uint8)
     assert len(old) == len(new)
     for tensor in gguf.GGUFReader(path).tensors:
-        head = {TYPES.Q4_0: 2, TYPES.Q4_1: 4}.get(tensor.tensor_type)       # d, or d and m
-        if head:
+        if tensor.tensor_type in HEADS and tensor.name.startswith("blk"):
+            size, head = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1], HEADS[tensor.tensor_type]
             at = slice(tensor.data_offset, tensor.data_offset + int(tensor.n_bytes))
-            differ = (old[at] != new[at]).reshape(-1, head + 16)
-            assert differ[:, :head].any(1).mean() > 0.9, tensor.name
-            old[at].reshape(-1, head + 16)[:, :head] = new[at].reshape(-1, head + 16)[:, :head]
+            before, after = old[at].reshape(-1, size)[:, :head], new[at].reshape(-1, size)[:, :head]
+            assert (before != after).any(1).mean() > 0.9, tensor.name
+            before[:] = after
     assert (old == new).all()
     # d and m are rounded to float16
     assert relative_error(logits(load(tmp_path / "moved")), logits(model)) < 1e-2

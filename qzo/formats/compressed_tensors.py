@@ -177,7 +177,14 @@ def quantization_config(packed, ignore):
 
 
 def write(path, packed, dense, symmetric):
-    """A new safetensors file of layers {name: PackedWeight} and tensors {name: tensor}; scales in float16."""
+    """A new safetensors file of layers {name: PackedWeight} and tensors {name: tensor}; scales in float16.
+
+    ValueError for codes that do not have 4 bits.
+    """
+    for name, weight in packed.items():
+        if weight.bits != 4:
+            raise ValueError(f"{name} has codes of {weight.bits} bits (GGUF Q8_0), only those of 4 can be "
+                             "written; save it in its own format (qzo.save_pretrained)")
     entries = [(name, value.dtype, value.shape, lambda value=value: value) for name, value in dense.items()]
     for name, weight in packed.items():
         entries += _entries(name, weight, symmetric)

@@ -2,6 +2,7 @@
 
     Q4_0:  w = d (c - 8)      scale d, no zero points
     Q4_1:  w = d c + m        scale d, float32 zero point -m / d
+    Q8_0:  w = d (c - 128)    scale d, no zero points, codes of 8 bits; embedding and output stay dense
 
 On save d is rounded to float16 first, then m = -d * zero; a block whose scale did not change keeps its bytes.
 Tensors of other types are dense here and stay as they are. Llama's rows of q and k lie interleaved for the
@@ -14,13 +15,13 @@ import torch
 
 from ..weights import PackedWeight
 from . import files
-from .gguf_blocks import NAMES, Q4_0, Q4_1, codes4, dequantize, halves
+from .gguf_blocks import NAMES, Q4_0, Q4_1, Q8_0, codes4, codes8, halves
 from .gguf_config import config, family, heads, kv_heads
 from .gguf_models import ROPE_TENSORS, TOP
 from .rounding import stored_scales
 
 __all__ = ["TRAINED", "config", "hf_name", "save", "weights"]
-TRAINED = (Q4_0, Q4_1)
+TRAINED = (Q4_0, Q4_1, Q8_0)
 _HEADS = {"attn_q": heads, "attn_k": kv_heads}
 
 
@@ -44,6 +45,9 @@ def _row_order(file, info):
     count = _HEADS.get(info.name.split(".")[-2])
     if count is None or not family(file).interleaved:
         return None
+    if info.shape[0] % (2 * count(file)):
+        raise ValueError(f"{file.path}: tensor {info.name} has {info.shape[0]} rows, which {count(file)} heads "
+                         "do not divide into pairs")
     return torch.arange(info.shape[0]).view(count(file), -1, 2).transpose(1, 2).flatten()
 
 
@@ -56,29 +60,24 @@ def weights(file, dtype):
     offset = family(file).norm_offset
     for info in file.tensors.values():
         name, where = hf_name(file, info.name), f"{info.name} in {file.path.name}"
-        if name is None:
-            continue
-        raw = file.raw(info)
-        order = _row_order(file, info)
-        if order is not None:
-            raw = raw.view(info.shape[0], -1)[order].flatten()
-        try:
-            value = _packed(raw, info, where) if _trains(info) else None
-            if value is None:
-                value = _dense(raw, info, dtype, offset if info.name.endswith("norm.weight") else 0.0)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        yield name, value, where
-
-
-def _dense(raw, info, dtype, offset):
-    if not offset:
-        return dequantize(raw, info, dtype)
-    return (dequantize(raw, info, torch.float32) - offset).to(dtype)
+        if name is not None:
+            if len(info.shape) > 2 or (len(info.shape) == 1 and info.quantized):
+                raise ValueError(f"{where}: {info.type_name} of shape {list(info.shape)}; only matrices and "
+                                 "plain vectors can be read")
+            order = _row_order(file, info)
+            try:
+                value = _packed(file, info, order, where) if _trains(info) else None
+                if value is None:
+                    minus = offset if info.name.endswith("norm.weight") else 0.0
+                    value = file.dense(info, dtype, order, minus)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            yield name, value, where
 
 
 def _trains(info):
-    return info.type in TRAINED and info.name != "token_embd.weight"
+    dense = ("token_embd.weight", "output.weight") if info.type == Q8_0 else ("token_embd.weight",)
+    return info.type in TRAINED and info.name not in dense
 
 
 def _report_frozen(file):
@@ -86,7 +85,7 @@ def _report_frozen(file):
     layers = [info for info in file.tensors.values() if len(info.shape) > 1 and info.name.startswith("blk.")]
     frozen = collections.Counter(info.type_name for info in layers if not _trains(info))
     named = ", ".join(f"{count} {kind}" for kind, count in frozen.most_common())
-    trained = " and ".join(NAMES[kind] for kind in TRAINED)
+    trained = ", ".join(NAMES[kind] for kind in TRAINED)
     if not any(_trains(info) for info in file.tensors.values()):
         raise ValueError(f"{file.path}: no tensor can be trained: the layers are {named}, and only {trained} "
                          "train; make such a file (llama-quantize MODEL OUT Q4_0), or give the float "
@@ -96,10 +95,11 @@ def _report_frozen(file):
                       f"{trained} train", stacklevel=2)
 
 
-def _packed(raw, info, where):
-    """PackedWeight of Q4_0 or Q4_1 blocks; None where a block is a constant, which no zero point can
+def _packed(file, info, order, where):
+    """PackedWeight of blocks of a type that trains; None where a block is a constant, which no zero point can
     express."""
-    blocks = info.blocks(raw)
+    blocks = info.blocks(file.raw(info))
+    blocks = blocks if order is None else blocks[order]
     scales, zeros = halves(blocks, 0).float(), None
     if info.type == Q4_1:
         minimum = halves(blocks, 2).float()
@@ -111,6 +111,8 @@ def _packed(raw, info, where):
                           "frozen", stacklevel=2)
             return None
         zeros = torch.where(constant, 8.0, -minimum / scales).T
+    if info.type == Q8_0:
+        return PackedWeight.from_codes(codes8(blocks), scales.T, bits=8)
     return PackedWeight.from_codes(codes4(blocks, info), scales.T, zeros)
 
 

@@ -38,20 +38,22 @@ def codes4(blocks, info):
     return _fields(blocks[..., 2 if info.type == Q4_0 else 4:], 16, 4).flatten(1)
 
 
-def dequantize(raw, info, dtype):
-    """The tensor as `dtype`, in row blocks so that float32 temporaries stay small. ValueError for a quantized
-    one that holds NaN or infinity."""
-    if info.type in _FLOATS:
-        return raw.view(_FLOATS[info.type]).view(info.shape).to(dtype)
-    blocks = info.blocks(raw)
-    out = torch.empty(blocks.shape[0], info.shape[-1], dtype=dtype)
-    rows = max(1, (1 << 20) // info.shape[-1])
-    for part, target in zip(blocks.split(rows), out.split(rows), strict=True):
-        values = _VALUES[info.type](part)
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError("a block holds NaN or infinity: the file is damaged")
-        target.copy_(values.flatten(1))
-    return out.view(info.shape)
+def codes8(blocks):
+    """uint8 [N, K] of Q8_0 blocks: the int8 codes plus 128, which is their top bit turned."""
+    return blocks[..., 2:].bitwise_xor(128).flatten(1)
+
+
+def values(data, kind):
+    """float32 (or the type's own floats) [rows, K] of rows' bytes, uint8 [rows, bytes of a row].
+
+    ValueError for a quantized type's NaN or infinity.
+    """
+    if kind in _FLOATS:
+        return data.view(_FLOATS[kind])
+    found = _VALUES[kind](data.unflatten(1, (-1, BLOCKS[kind][1]))).flatten(1)
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError("a block holds NaN or infinity: the file is damaged")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- type by type

@@ -7,7 +7,6 @@ import math
 
 import torch
 
-from .gguf_blocks import dequantize
 from .gguf_models import FAMILIES, NEEDED, ROPE_TENSORS
 
 
@@ -29,13 +28,14 @@ def config(file):
     if meta.get("split.count", 1) > 1:
         raise ValueError(f"{file.path} is one of {meta['split.count']} parts; merge them first "
                          "(llama-gguf-split --merge)")
-    if _get(file, "expert_count", 0) > 0:
-        raise ValueError(f"{file.path}: a mixture of {_get(file, 'expert_count')} experts; only dense models "
+    experts = _number(file, "expert_count", 0)
+    if experts > 0:
+        raise ValueError(f"{file.path}: a mixture of {experts} experts; only dense models "
                          "can be read")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path}: no tensor token_embd.weight, which every model has")
     found = {argument: _need(file, key) for key, argument in NEEDED.items()}
-    found |= {argument: _get(file, key) or default for key, (argument, default) in kind.options.items()}
+    found |= {argument: _number(file, key) or default for key, (argument, default) in kind.options.items()}
     found |= {argument: tensor in file.tensors for argument, tensor in kind.biases.items()}
     head_dim = _head_dim(file, found)
     if kind.wide_depth:
@@ -65,27 +65,39 @@ def heads(file):
 def kv_heads(file):
     """The number of key and value heads: as many as query heads where the file has none of its own."""
     key = "attention.head_count_kv"
-    return heads(file) if _get(file, key) is None else _need(file, key)
+    return heads(file) if _number(file, key) is None else _need(file, key)
 
 
 def _get(file, key, default=None):
-    return file.metadata.get(f"{file.metadata['general.architecture']}.{key}", default)
+    return file.metadata.get(_name(file, key), default)
+
+
+def _name(file, key):
+    return f"{file.metadata['general.architecture']}.{key}"
+
+
+def _number(file, key, default=None):
+    value = _get(file, key, default)
+    if isinstance(value, list):
+        raise ValueError(f"{file.path}: {_name(file, key)} differs from layer to layer; only uniform models can "
+                         "be read")
+    if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+        raise ValueError(f"{file.path}: {_name(file, key)} is {value!r:.40}; it has to be a number from 0 on")
+    return value
 
 
 def _need(file, key):
-    value = _get(file, key)
-    name = f"{file.metadata['general.architecture']}.{key}"
-    if value is None:
-        raise ValueError(f"{file.path}: no metadata {name}, which every model needs")
-    if isinstance(value, list):
-        raise ValueError(f"{file.path}: {name} differs from layer to layer; only uniform models can be read")
+    """A number above 0."""
+    value = _number(file, key)
+    if not value:
+        raise ValueError(f"{file.path}: no metadata {_name(file, key)}, or 0; every model needs it")
     return value
 
 
 def _head_dim(file, found):
-    size = _get(file, "attention.key_length", found["hidden_size"] // found["num_attention_heads"])
-    values = _get(file, "attention.value_length", size)
-    if size != values:
+    size = _number(file, "attention.key_length", found["hidden_size"] // found["num_attention_heads"])
+    values = _number(file, "attention.value_length", size)
+    if size != values or size == 0:
         raise ValueError(f"{file.path}: heads of {size} for keys and of {values} for values; only equal ones "
                          "can be read")
     return size
@@ -107,7 +119,7 @@ def _layer_types(file, kind, count):
 
 def _rope(file, kind, head_dim):
     """{"rope_parameters": ...} and what stands beside it."""
-    theta, rotated = _get(file, "rope.freq_base", 10000.0), _get(file, "rope.dimension_count", head_dim)
+    theta, rotated = _number(file, "rope.freq_base", 10000.0), _number(file, "rope.dimension_count", head_dim)
     if rotated != head_dim and not kind.partial_rotary:
         raise ValueError(f"{file.path}: rotary embedding of {rotated} of {head_dim} head dimensions; only "
                          f"whole heads can be read for {kind.cls}")
@@ -116,7 +128,7 @@ def _rope(file, kind, head_dim):
     if kind.partial_rotary:
         rope["partial_rotary_factor"] = rotated / head_dim
     if kind.local_theta:
-        local = _get(file, "rope.freq_base_swa", kind.local_theta)
+        local = _number(file, "rope.freq_base_swa", kind.local_theta)
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
     return {"rope_parameters": rope} | more
 
@@ -124,7 +136,7 @@ def _rope(file, kind, head_dim):
 def _scaling(file, kind, theta, rotated):
     """(rope parameters, further arguments) of the file's rotary scaling."""
     name = _get(file, "rope.scaling.type", "linear")
-    factor = _get(file, "rope.scaling.factor", _get(file, "rope.scale_linear", 0.0)) or 1.0
+    factor = _number(file, "rope.scaling.factor", _number(file, "rope.scale_linear", 0.0)) or 1.0
     if name in ("none", "longrope") or (name == "linear" and factor == 1.0):
         name = "default"
     for scaling, tensors in ROPE_TENSORS.items():
@@ -145,13 +157,14 @@ def _factors(file, tensor, rotated):
     info = file.tensors.get(tensor)
     if info is None or info.shape != (rotated // 2,):
         found = "missing" if info is None else list(info.shape)
-        raise ValueError(f"{file.path}: tensor {tensor} is {found}, the rotary embedding needs {[rotated // 2]}")
-    return dequantize(file.raw(info), info, torch.float32).tolist()
+        raise ValueError(f"{file.path}: tensor {tensor} is {found}, the rotary embedding needs "
+                         f"{[rotated // 2]}")
+    return file.dense(info, torch.float32).tolist()
 
 
 def _longrope(file, short, long):
     scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long,
-               "attention_factor": _get(file, "rope.scaling.attn_factor", 1.0)}
+               "attention_factor": _number(file, "rope.scaling.attn_factor", 1.0)}
     original = _need(file, "rope.scaling.original_context_length")
     return scaling, {"original_max_position_embeddings": original}
 

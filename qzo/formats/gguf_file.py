@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .gguf_blocks import BLOCKS, NAMES
+from .gguf_blocks import BLOCKS, NAMES, values
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -30,6 +30,10 @@ class TensorInfo:
     @property
     def type_name(self):
         return NAMES.get(self.type, f"type {self.type}")
+
+    @property
+    def quantized(self):
+        return BLOCKS[self.type][0] > 1
 
     def blocks(self, raw):
         """Its bytes as uint8 [rows, blocks of a row, bytes of a block]."""
@@ -86,6 +90,22 @@ class GGUFFile:
     def raw(self, info):
         """The tensor's bytes, uint8 [nbytes], read into memory of their own."""
         return torch.from_numpy(np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset))
+
+    def dense(self, info, dtype, order=None, minus=0.0):
+        """A matrix or vector as `dtype`, row order[i] of the file as row i, `minus` taken off in float32.
+
+        Read and converted in blocks of rows, so that what is needed besides the result stays small.
+        """
+        count, width = info.shape if len(info.shape) == 2 else (int(np.prod(info.shape)), 1)
+        nbytes, rows = info.nbytes // count, max(1, (1 << 20) // width)
+        out = torch.empty(count, width, dtype=dtype)
+        places = torch.arange(count) if order is None else order.argsort()
+        for start in range(0, count, rows):
+            taken = min(rows, count - start)
+            data = np.fromfile(self.path, np.uint8, taken * nbytes, offset=info.offset + start * nbytes)
+            part = values(torch.from_numpy(data).view(taken, nbytes), info.type)
+            out[places[start:start + taken]] = (part.float() - minus if minus else part).to(dtype)
+        return out.view(info.shape)
 
 
 class _Cursor:
