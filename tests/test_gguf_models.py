@@ -2,6 +2,9 @@
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,7 +14,7 @@ import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import qzo
-from tests.checkpoints import HALVES, TYPES, quantized, relative_error
+from tests.checkpoints import HALVES, TYPES, blocks, quantized, relative_error
 
 LOGITS_FP32 = 2e-5       # float32 sums in another order; a wrong row, norm, window or cap gives 1e-3 to 1
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -127,10 +130,15 @@ def write(path, case, model):
         stored = interleaved(data, name, config) if arch == "llama" else data
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=kind)
         types[name] = kind
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
+    finish(writer)
     return types
+
+
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def encode(data, kind):
@@ -239,3 +247,51 @@ def test_a_step_moves_scales_only(made, tmp_path):
     assert (old == new).all()
     # d and m are rounded to float16
     assert relative_error(logits(load(tmp_path / "moved")), logits(model)) < 1e-2
+
+
+# ---------------------------------------------------------------------------------------------- memory of a load
+
+LOADING = """
+import sys, torch, qzo, transformers
+from transformers import LlamaForCausalLM, AutoModelForCausalLM
+from qzo.bench.footprint import weights_bytes
+
+def resident(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
+
+torch.set_num_threads(1)
+torch.nn.Linear(8, 8)(torch.ones(1, 8))
+before = resident("VmRSS")
+model = qzo.from_pretrained(sys.argv[1], device="cpu")
+print(sum(weights_bytes(model, "cpu").values()), resident("VmHWM") - before)
+"""
+
+
+def test_a_load_takes_little_more_than_the_model(tmp_path):
+    """A layer and 200 MB are allowed whatever the model. The holes that temporaries leave between tensors grow
+    with it: here they would make 150 MB of the 40."""
+    hidden, layers, vocabulary = 1024, 16, 16000
+    rng, path = np.random.default_rng(0), tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {"context_length": 64, "embedding_length": hidden, "feed_forward_length": 4 * hidden,
+                       "block_count": layers, "attention.head_count": 8}.items():
+        writer.add_uint32("llama." + key, value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    wide = {"ffn_gate": (4 * hidden, hidden), "ffn_up": (4 * hidden, hidden), "ffn_down": (hidden, 4 * hidden)}
+    shapes = wide | {name: (hidden, hidden) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    stored = {name: blocks(shape, TYPES.Q4_0, rng) for name, shape in shapes.items()}
+    embedding = gguf.quantize(rng.normal(size=(vocabulary, hidden)).astype(np.float32), TYPES.Q8_0)
+    writer.add_tensor("token_embd.weight", embedding, raw_dtype=TYPES.Q8_0)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    for layer in range(layers):
+        for name, data in stored.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", data, raw_dtype=TYPES.Q4_0)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(hidden, np.float32))
+    finish(writer)
+    root = Path(qzo.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", LOADING, str(path)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    held, peak = map(int, done.stdout.split())
+    assert held < peak < held + 80e6
