@@ -1,12 +1,17 @@
-"""compressed-tensors, format pack-quantized: 4-bit integers with a scale per group or per output row.
+"""compressed-tensors, format pack-quantized: integers of b bits with a scale per group or per output row.
 
-    weight_packed      int32 [N, ceil(K/8)]: eight codes a word along K, lowest bits first
+    weight_packed      int32 [N, ceil(K*b/32)]: one stream of codes along K, lowest bits first
     weight_scale       [N, G], or [N, 1] for a whole row
-    weight_zero_point  int32 [ceil(N/8), G], packed along N, if not symmetric
+    weight_zero_point  int32 [ceil(N*b/32), G], packed along N, if not symmetric
     weight_shape       int64 [2] = N, K
-Stored codes and zero points are the signed ones plus 8: what PackedWeight holds.
+Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight holds, 3 bits as 4.
+
+A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those of
+the config group whose target names it exactly, else by a pattern ("re:..."), else by its class ("Linear").
 """
+import functools
 import json
+import re
 
 import torch
 
@@ -16,33 +21,71 @@ from .rounding import stored_scales
 
 METHOD = "compressed-tensors"
 INDEX = "model.safetensors.index.json"
+_BITS = (3, 4)
+_PATTERN = "re:"
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")
 
 
 def check_config(quantization, where):
-    """The weights section of a quantization_config that can be read; ValueError naming what cannot."""
-    groups = quantization.get("config_groups") or {}
-    if len(groups) != 1:
-        raise ValueError(f"{where}: {len(groups)} config_groups ({', '.join(groups)}); exactly one can be "
-                         "read")
-    group = next(iter(groups.values()))
-    layout = group.get("format") or quantization.get("format")
-    weights = group.get("weights") or {}
-    found = {name: weights.get(name) for name in ("num_bits", "type", "strategy")}
-    integers = (found["num_bits"], found["type"]) == (4, "int")
-    if layout != "pack-quantized" or not integers or found["strategy"] not in ("group", "channel"):
-        raise ValueError(f"{where}: compressed-tensors format {layout!r} with {found}; supported is "
-                         "'pack-quantized' with num_bits 4, type int, strategy group or channel")
-    for name in ("input_activations", "output_activations"):
-        if group.get(name):
-            raise ValueError(f"{where}: {name} are quantized too; only weights can be")
+    """target -> {bits, group_size, symmetric} of a quantization_config. ValueError naming what cannot be read."""
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise ValueError(f"{where}: the quantization_config has no config_groups; the checkpoint is incomplete")
+    found = {}
+    for name, group in groups.items():
+        group = group if isinstance(group, dict) else {}
+        weights = _check_group(group, group.get("format") or quantization.get("format"), f"{where}: {name}")
+        for target in group["targets"]:
+            found[target] = weights                # the last of two groups counts, as in the library
     for name in ("kv_cache_scheme", "transform_config"):
         if quantization.get(name):
             raise ValueError(f"{where}: quantization_config has a {name}, which is not supported")
-    if (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise ValueError(f"{where}: sparse weights ({quantization['sparsity_config']['format']}) are not "
-                         "supported")
-    return weights
+    sparsity = quantization.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
+        raise ValueError(f"{where}: sparse weights (sparsity_config) are not supported; save them dense")
+    return found
+
+
+def _check_group(group, layout, where):
+    """{bits, group_size (None: the whole row), symmetric} of a config group."""
+    weights = group.get("weights")
+    weights = weights if isinstance(weights, dict) else {}
+    size = weights.get("group_size")
+    strategy = weights.get("strategy") or ("group" if type(size) is int and size > 0 else "channel")
+    bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
+    held = type(bits) is int and bits in _BITS
+    if layout != "pack-quantized" or not held or kind != "int" or strategy not in ("group", "channel"):
+        found = {"num_bits": bits, "type": kind, "strategy": strategy}
+        raise ValueError(f"{where}: compressed-tensors format {layout!r:.60} with {found!r:.200}; supported is "
+                         f"'pack-quantized' with num_bits {', '.join(map(str, _BITS))}, type int, strategy group or "
+                         "channel")
+    if strategy == "group" and (type(size) is not int or size < 1):
+        raise ValueError(f"{where}: group_size is {size!r:.40}; strategy group needs a whole number above 0")
+    for name in ("input_activations", "output_activations"):
+        if group.get(name):
+            raise ValueError(f"{where}: {name} are quantized too; only weights can be")
+    targets = group.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{where}: targets must be a list of names, patterns ('re:...') and classes, got "
+                         f"{targets!r:.80}")
+    for target in targets:
+        try:
+            re.compile(target.removeprefix(_PATTERN))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{where}: target {target!r:.80} is no regular expression: {error}") from None
+    return {"bits": bits, "group_size": None if strategy == "channel" else size,
+            "symmetric": weights.get("symmetric", True)}
+
+
+def _arguments(layer, by_target):
+    """The arguments of a layer by its name, in the library's order of precedence. ValueError if no target fits."""
+    patterns = sorted(target for target in by_target if target.startswith(_PATTERN))
+    fitting = [target for target in patterns if re.match(target.removeprefix(_PATTERN), layer)]
+    for target in (layer, *fitting, "Linear"):
+        if target in by_target:
+            return by_target[target]
+    raise ValueError(f"no target of the config_groups fits {layer} (they are {', '.join(by_target)[:200]}), so its "
+                     "bits and group size are unknown")
 
 
 def tensor_places(folder):
@@ -68,7 +111,7 @@ def tensor_places(folder):
 
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    arguments = check_config(quantization, folder)
+    by_target = check_config(quantization, folder)
     found = tensor_places(folder)
     layers = [name.removesuffix("_packed") for name in found if name.endswith(".weight_packed")]
     taken = {layer + part for layer in layers for part in _PARTS}
@@ -77,7 +120,7 @@ def weights(folder, quantization, dtype):
         beside = [part for part in _PARTS if layer + part in found]
         parts = {part: safetensors_file.read(*found[layer + part]) for part in beside}
         try:
-            yield layer, _packed(parts, arguments), where
+            yield layer, _packed(parts, _arguments(layer.removesuffix(".weight"), by_target)), where
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     for name, (file, place) in found.items():
@@ -91,39 +134,60 @@ def _packed(parts, arguments):
         raise ValueError("columns are reordered (weight_g_idx, actorder group), which cannot be read; "
                          "quantize with actorder static or none")
     missing = [part for part in ("_scale", "_shape") if part not in parts]
-    if not arguments.get("symmetric", True) and "_zero_point" not in parts:
+    if not arguments["symmetric"] and "_zero_point" not in parts:
         missing.append("_zero_point")
     if missing:
         raise ValueError(f"no weight{' and no weight'.join(missing)} beside it: the checkpoint is incomplete")
-    n, k = parts["_shape"].tolist()
-    words, scales = parts["_packed"], parts["_scale"]
-    if words.dtype != torch.int32 or list(words.shape) != [n, -(-k // 8)]:
-        raise ValueError(f"must be int32 {[n, -(-k // 8)]}, got {words.dtype} {list(words.shape)}")
-    group = k if arguments["strategy"] == "channel" else arguments["group_size"]
+    if parts["_shape"].is_floating_point() or parts["_shape"].numel() != 2 or int(parts["_shape"].min()) < 1:
+        raise ValueError(f"weight_shape must be two whole numbers, got {parts['_shape'].flatten()[:4].tolist()}")
+    n, k = parts["_shape"].flatten().tolist()
+    words, scales, bits = parts["_packed"], parts["_scale"], arguments["bits"]
+    _check(words, "", [n, _words(k, bits)])
+    group = arguments["group_size"] or k
+    if not scales.is_floating_point():
+        raise ValueError(f"weight_scale is {scales.dtype}; scales are floats")
     if k % group or list(scales.shape) != [n, k // group]:
-        raise ValueError(f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in "
-                         f"groups of {group}")
+        raise ValueError(f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in groups of "
+                         f"{group}")
     zeros = None
     if "_zero_point" in parts:
-        stored = parts["_zero_point"]
-        if stored.dtype != torch.int32 or list(stored.shape) != [-(-n // 8), k // group]:
-            raise ValueError(f"weight_zero_point must be int32 {[-(-n // 8), k // group]}, got "
-                             f"{stored.dtype} {list(stored.shape)}")
-        zeros = unpack(stored.T, n)
-    return PackedWeight.from_codes(unpack(words, k), scales.T, zeros)
+        _check(parts["_zero_point"], "weight_zero_point ", [_words(n, bits), k // group])
+        zeros = unpack(parts["_zero_point"].T, n, bits)
+    codes = unpack(words, k, bits)
+    if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
+        codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
+    return PackedWeight.from_codes(codes, scales.T, zeros)
 
 
-def unpack(words, count):
+def _check(tensor, name, shape):
+    if tensor.dtype != torch.int32 or list(tensor.shape) != shape:
+        raise ValueError(f"{name}must be int32 {shape}, got {tensor.dtype} {list(tensor.shape)}")
+
+
+def _words(count, bits):
+    """32-bit words that hold so many codes."""
+    return -(-count * bits // 32)
+
+
+def unpack(words, count, bits=4):
     """int32 [rows, W] -> the first `count` codes of each row, uint8."""
     # flat first: a contiguous [rows, 1] may have any stride; little-endian, so the low byte comes first
-    nibbles = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
-    return torch.stack([nibbles & 15, nibbles >> 4], -1).flatten(1)[:, :count]
+    data = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
+    if bits == 3:                                 # eight codes in three bytes
+        data = torch.nn.functional.pad(data, (0, -data.shape[1] % 3)).unflatten(1, (-1, 3)).to(torch.int32)
+        data, per = data[..., 0] | data[..., 1] << 8 | data[..., 2] << 16, 8
+    else:
+        per = 8 // bits
+    codes = torch.stack([data >> bits * j & (1 << bits) - 1 for j in range(per)], -1)
+    return codes.to(torch.uint8).flatten(1)[:, :count]
 
 
-def pack(codes):
-    """uint8 [rows, count] -> int32 [rows, ceil(count / 8)], padded with zeros."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
-    return (padded[:, 0::2] | padded[:, 1::2] << 4).reshape(-1).view(torch.int32).view(len(codes), -1)
+def pack(codes, bits=4):
+    """uint8 [rows, count] of 2, 4 or 8 bits -> int32 [rows, ceil(count * bits / 32)], padded with zeros."""
+    per = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (4 * per))).unflatten(1, (-1, per))
+    data = functools.reduce(torch.bitwise_or, [padded[..., j] << bits * j for j in range(per)])
+    return data.reshape(-1).view(torch.int32).view(len(codes), -1)
 
 
 # ---------------------------------------------------------------------------------------------- writing
