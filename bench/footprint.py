@@ -199,7 +199,7 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
     def _qmm_scratch(self, x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype,
-                     shared=False, pair=False, blas=False):
+                     shared=False, pair=False, blas=False, bits=4):
         m, k = x.shape
         n = scales.shape[1]
         if self.device == "cpu":
@@ -207,9 +207,10 @@ class Ledger(TorchDispatchMode):
                                            scales.untyped_storage().nbytes(), self.threads)
         if blas and m // seeds.numel() >= tiles.BLAS_FROM:
             return dequantize.scratch_bytes(n, k, x.dtype)
-        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, None if zeros is None else zeros.dtype)
+        points = None if zeros is None else zeros.dtype
+        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits)
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
-        return copy + qmm.scratch_bytes(m, n, k, group, tile, None if zeros is None else zeros.dtype)
+        return copy + qmm.scratch_bytes(m, n, k, group, tile, points)
 
 
 class _OneAttention(TorchFunctionMode):

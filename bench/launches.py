@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import dequantize, noise, qmm, tiles, update
+from ..kernels import codes, dequantize, noise, qmm, tiles, update
 from . import cases
 
 ARCHES = tuple(tiles.PROCESSORS)
@@ -50,6 +50,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     law: str = "rademacher"
     zeros: str = "none"
+    bits: int = 4
     relative: bool = True
     bias: bool = False
     wide: bool = False
@@ -85,9 +86,10 @@ class Launch:
         flags = [f for f in FLAGS if held[f]]
         zeros = {qmm.ZERO_INTEGER: ["ZERO_INTEGER"], qmm.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
+        bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
         return (
             f"{self.arch} qmm {held['BM']}x{held['BN']} w{self.warps} s{self.stages} {types['x_ptr'][1:]} "
-            f"g{group} {law} {' '.join(flags + zeros).lower()}"
+            f"{bits}g{group} {law} {' '.join(flags + zeros).lower()}"
         )
 
 
@@ -161,12 +163,12 @@ def matmul(case):
     x = _meta(2 * case.rows, case.k, dtype=case.dtype)
     zeros = None if case.zeros == "none" else _meta(groups, case.n, dtype=ZEROS[case.zeros])
     tile = case.tile or tiles.pick(
-        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros]
+        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], case.bits
     )
     with recorded(case.arch) as launches:
         qmm.launch(
             x,
-            _meta(-(-case.k // 128), case.n, 32, dtype=torch.int16),
+            _meta(*codes.plane_shape(case.n, case.k, case.bits), dtype=torch.int16),
             _meta(-(-groups // 4), case.n, 4),
             zeros,
             _meta(case.n, dtype=case.dtype) if case.bias else None,
@@ -180,6 +182,7 @@ def matmul(case):
             tile=tile,
             shared=case.shared,
             pair=case.pair,
+            bits=case.bits,
             asm=case.arch.startswith("sm_"),
         )
     return launches
@@ -191,17 +194,18 @@ def chunks(
     dtypes=(torch.bfloat16, torch.float16),
     relative=(True, False),
     zero_points=tuple(ZEROS),
+    bits=(4, 2, 8),
 ):
     """The launches that large_rows="blas" makes, for every group size."""
     found = []
-    for law, group, dtype, zeros, relative_ in itertools.product(
-        laws, GROUPS, dtypes, zero_points, relative
+    for law, group, dtype, zeros, relative_, each in itertools.product(
+        laws, GROUPS, dtypes, zero_points, relative, bits
     ):
         k, n = 4096, 4096
         groups = 1 if group == WHOLE_ROW else k // group
         with recorded(arch) as launches:
             dequantize.launch(
-                _meta(k // 128, n, 32, dtype=torch.int16),
+                _meta(*codes.plane_shape(n, k, each), dtype=torch.int16),
                 _meta(-(-groups // 4), n, 4),
                 None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
                 _meta(2, dtype=torch.int64),
@@ -214,6 +218,7 @@ def chunks(
                 law=noise.LAWS[law],
                 relative=relative_,
                 shared=False,
+                bits=each,
                 asm=arch.startswith("sm_"),
             )
         found += launches
@@ -300,17 +305,20 @@ AXES = {
 }
 
 
-def pairwise(arch):
-    """Cases in which every two values of different AXES that fit together meet at least once.
+OTHER_BITS = {axis: AXES[axis] for axis in ("rows", "group", "dtype", "zeros")} | {"bits": (2, 8)}
+
+
+def pairwise(arch, axes=AXES):
+    """Cases in which every two values of different axes that fit together meet at least once.
 
     Greedy: of the whole product, in its fixed order, always the case that holds most pairs not yet met.
     """
     product = [
-        Case(arch, **dict(zip(AXES, values, strict=True))) for values in itertools.product(*AXES.values())
+        Case(arch, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
     ]
     product = [case for case in product if _fits(case)]
     pairs = [
-        frozenset(itertools.combinations([(axis, getattr(case, axis)) for axis in AXES], 2))
+        frozenset(itertools.combinations([(axis, getattr(case, axis)) for axis in axes], 2))
         for case in product
     ]
     missing = set().union(*pairs)

@@ -248,6 +248,7 @@ def launch_set(name, archs):
             found += launches.chunks(arch, ("rademacher",), (launches.torch.bfloat16,), (True,), points)
         if name == "quick" and arch in PAIRED:
             cases += launches.pairwise(arch)
+            cases += launches.pairwise(arch, launches.OTHER_BITS)
         if name == "every":
             cases += launches.every(arch)
         if name == "quick":

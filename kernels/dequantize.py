@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .codes import TILE_K, ZERO, unpack4, unpack_planes
+from .codes import TILE_K, load_tile, middle, unpack_planes, word_pointers
 from .noise import NONE, ROUNDS, quad_noise, raw_noise
 from .qmm import WIDE_FROM, ZERO_FLOAT, ZERO_INTEGER, ZERO_NONE, _load_pair, perturb
 from .qmm_torch import perturb_torch
@@ -25,9 +25,9 @@ BLOCK = 32                   # output rows of a program
 @triton.jit(do_not_specialize=["e", "base4", "start", "G"])
 def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, w_ptr, seeds_ptr, coefs_ptr, e: tl.int32, base4: tl.int64,
                        start: tl.int32, rows: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, tiles: tl.int32,
-                       BN: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr, LAW: tl.constexpr,
-                       RELATIVE: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr, ZERO_: tl.constexpr,
-                       ASM: tl.constexpr, ROUNDS_: tl.constexpr):
+                       BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
+                       LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
+                       ZERO_: tl.constexpr, ASM: tl.constexpr, ROUNDS_: tl.constexpr):
     """w [rows, K] = output rows start .. start + rows under evaluation e; grid = (cdiv(rows, BN), quads of groups)."""
     DT: tl.constexpr = w_ptr.dtype.element_ty
     PER_TILE: tl.constexpr = 128 // GROUP           # groups in a tile of 128 k
@@ -58,8 +58,8 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, w_ptr, seeds_ptr, coefs
     i = tl.arange(0, 32)
     for tt in tl.static_range(PERIOD):
         t = quad * PERIOD + tt
-        words = codes_ptr + tl.minimum(t, tiles - 1).to(tl.int64) * N * 32 + n[:, None] * 32 + i[None, :]
-        w0, w1, w2, w3 = unpack4(tl.load(words), DT, ASM)
+        words = word_pointers(codes_ptr, tl.minimum(t, tiles - 1), N, n, BITS)
+        w0, w1, w2, w3 = load_tile(words, BN, BITS, DT, ASM)
         planes = (w0, w1, w2, w3)
         for j in tl.static_range(4):
             w = planes[j].to(tl.float32)
@@ -67,28 +67,29 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, w_ptr, seeds_ptr, coefs
                 zp = zeros_ptr + n
                 if not WHOLE_ROW:
                     zp += tl.minimum(quad * 4 + tt * PER_TILE + j * PER_TILE // 4, G - 1).to(tl.int64) * N
-                w = w - (tl.load(zp).to(tl.float32) - 8.0)[:, None]
+                w = w - (tl.load(zp).to(tl.float32) - (1 << BITS - 1))[:, None]
             w = w * scales[tt * PER_TILE + j * PER_TILE // 4][:, None]
             k = t * 128 + j * 32 + i
             to = w_ptr + row[:, None].to(tl.int64) * K + k[None, :]
             tl.store(to, w.to(DT), mask=(row < rows)[:, None] & (k < K)[None, :])
 
 
-def launch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared, asm):
+def launch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared, asm, bits=4):
     """Fill w [rows, K] with output rows start .. start + rows under evaluation e."""
     rows, k = w.shape
-    count, n, _ = codes.shape
+    n, count = codes.shape[1], triton.cdiv(k, TILE_K)
     whole_row = group not in tiles.GROUPS or group == k
     period = 4 * (128 if whole_row else group) // TILE_K
     zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
     _dequantize_kernel[(triton.cdiv(rows, BLOCK), triton.cdiv(count, period))](
         codes, scales, scales if zeros is None else zeros, w, seeds, coefs, e, base4, start, rows, n, k, k // group,
-        count, BN=BLOCK, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law, RELATIVE=bool(relative),
-        SHARED=bool(shared), WIDE=base4 + scales.shape[0] * n > WIDE_FROM, ZERO_=zero,
+        count, BN=BLOCK, BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
+        RELATIVE=bool(relative), SHARED=bool(shared), WIDE=base4 + scales.shape[0] * n > WIDE_FROM, ZERO_=zero,
         ASM=bool(asm) and w.dtype != torch.float32, ROUNDS_=ROUNDS, num_warps=4, enable_fp_fusion=False)
 
 
-def dequantize_torch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared):
+def dequantize_torch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared,
+                     bits=4):
     """Twin of launch, on any device; the same bits for the integer laws."""
     rows, k = w.shape
     part = slice(start, start + rows)
@@ -101,9 +102,9 @@ def dequantize_torch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, 
             raw = raw[:, :, :1].expand_as(raw)
         p = perturb_torch(p, raw, coefs[e], relative)
     p = p.permute(1, 0, 2).reshape(rows, -1)[:, :k // group]
-    codes = unpack_planes(codes[:, part], k).to(torch.float32).sub_(ZERO).view(rows, -1, group)
+    codes = unpack_planes(codes[:, part], k, bits).to(torch.float32).sub_(middle(bits)).view(rows, -1, group)
     if zeros is not None:
-        codes = codes - (zeros[:, part].to(torch.float32) - ZERO).T.unsqueeze(2)
+        codes = codes - (zeros[:, part].to(torch.float32) - middle(bits)).T.unsqueeze(2)
     w.copy_((codes * p.unsqueeze(2)).view(rows, k))
 
 
@@ -112,7 +113,8 @@ def chunk_rows(k, dtype):
     return max(128, SCRATCH_BYTES // (k * dtype.itemsize) // 128 * 128)
 
 
-def matmul(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared, asm):
+def matmul(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared, asm,
+           bits=4):
     """Fill y [E*R, N] as qmm.launch does, chunk by chunk and evaluation by evaluation through a library's matmul.
 
     The evaluations' products have one shape, so that what the library rounds is common to both signs.
@@ -126,7 +128,7 @@ def matmul(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
         for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
             if e == 0 or law != NONE:
                 launch(codes, scales, zeros, seeds, coefs, w, e=e, start=start, base4=base4, group=group, law=law,
-                       relative=relative, shared=shared, asm=asm)
+                       relative=relative, shared=shared, asm=asm, bits=bits)
             if y.dtype == x.dtype:
                 torch.mm(rows, w.T, out=out[:, part])
             else:

@@ -1,4 +1,4 @@
-"""y = x . W(evaluation)^T + bias, the weights never leaving their four bits.
+"""y = x . W(evaluation)^T + bias, the weights never leaving their few bits.
 
     W_e[n, k] = p_e[g(k), n] * (code[n, k] - zero[g(k), n])
     p_e = s * (1 + c_e * k(seed_e))   (relative)    or    s + c_e * k(seed_e)   (absolute)
@@ -12,10 +12,10 @@ with k[n] that of the row's first scale.
 
 The CPU twin, in plain torch and fast enough to train with, is qmm_torch.py beside this file.
 
-Shapes: x [E*R, K]; codes int16 planes [T, N, 32] (codes.py); scales float32 [Q, N, 4], a layer's slice of the arena
-and so on 16 bytes, scale (g, n) at [g // 4, n, g % 4]; zeros None (all 8), uint8 [G, N] or float32 [G, N]; bias [N] or
-None; seeds int64 [E]; coefs float32 [E] on raw noise (noise.kernel_coefs); base4: number of the layer's first quad in
-the noise law.
+Shapes: x [E*R, K]; codes int16 planes [T, N, 8 * bits] of 2, 4 or 8 bits (codes.py); scales float32 [Q, N, 4], a
+layer's slice of the arena and so on 16 bytes, scale (g, n) at [g // 4, n, g % 4]; zeros None (all 2^(bits - 1)), uint8
+[G, N] or float32 [G, N]; bias [N] or None; seeds int64 [E]; coefs float32 [E] on raw noise (noise.kernel_coefs); base4:
+number of the layer's first quad in the noise law.
 
 Order of additions, which makes results reproducible: within a dot as the hardware has it, groups in order of k,
 splits in order 0, 1, ... No atomics.
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .codes import TILE_K, join_planes2, join_planes4, unpack4
+from .codes import TILE_K, join_planes2, join_planes4, load_tile, word_pointers
 from .noise import NONE, ROUNDS, quad_noise
 
 ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = 0, 1, 2
@@ -72,9 +72,9 @@ def _rescale(acc, prev, s, ASM: tl.constexpr):
 
 
 @triton.jit
-def _centred_zero(zeros_ptr, g, N, n, DT: tl.constexpr):
-    """Integer zero point minus 8, exact in DT."""
-    return (tl.load(zeros_ptr + g.to(tl.int64) * N + n).to(tl.int32) - 8).to(DT)[:, None]
+def _centred_zero(zeros_ptr, g, N, n, MIDDLE: tl.constexpr, DT: tl.constexpr):
+    """Integer zero point minus the middle code, exact in DT."""
+    return (tl.load(zeros_ptr + g.to(tl.int64) * N + n).to(tl.int32) - MIDDLE).to(DT)[:, None]
 
 
 @triton.jit
@@ -90,8 +90,8 @@ def _choose(minus, s, r, PAIR: tl.constexpr):
 def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
                 base4: tl.int64, R: tl.int32, M: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
                 tiles: tl.int32, tiles_per_split: tl.int32,
-                BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr, LAW: tl.constexpr,
-                RELATIVE: tl.constexpr, SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
+                BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
+                LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
                 ZERO: tl.constexpr, RATIO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr,
                 BIAS: tl.constexpr, MASK_K: tl.constexpr, ROUNDS_: tl.constexpr):
     """grid = (cdiv(N, BN), row blocks, splits); a tile holds rows of one evaluation, or of a pair.
@@ -105,8 +105,8 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
     GROUP: 32, 64 or 128. WHOLE_ROW: one scale per output, applied after the loop. SHARED: one z per output, applied
     last. PAIR: evaluations 2e and 2e + 1 have one seed; their rows alternate in the tile, so that which coefficient a
     column has is known from the accumulator's register and costs no instruction. SPLIT: y_ptr is float32
-    [splits, M, N]. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-8) x - (zero-8) sum x)
-    needs no per-code subtraction. MASK_K: 128 does not divide K.
+    [splits, M, N]. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-m) x - (zero-m) sum x),
+    m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     DEPTH: tl.constexpr = GROUP if DEEP else 32     # k of one dot
@@ -114,6 +114,7 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
     PERIOD: tl.constexpr = 4 // PER_TILE            # tiles in a quad of groups
     EACH: tl.constexpr = 2 if PAIR else 1           # evaluations in a tile
     NOISE: tl.constexpr = 0 if SHARED else LAW      # law of the noise inside the loop
+    MIDDLE: tl.constexpr = 1 << BITS - 1
     blocks = tl.cdiv(R * EACH, BM)
     e = tl.program_id(1) // blocks * EACH
     column = (tl.program_id(1) % blocks) * BM + tl.arange(0, BM)
@@ -132,7 +133,7 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
     last = tl.minimum(first + tiles_per_split, tiles)
     k = tl.arange(0, DEPTH)
     xp = x_ptr + row[None, :].to(tl.int64) * stride_x + first * 128 + k[:, None]
-    cp = codes_ptr + first.to(tl.int64) * N * 32 + n[:, None] * 32 + tl.arange(0, 32)[None, :]
+    cp = word_pointers(codes_ptr, first, N, n, BITS)
     acc = tl.zeros((BN, BM), tl.float32)
     prev = tl.full((BN,), 1.0, tl.float32)
     s0 = tl.zeros((BN,), tl.float32)
@@ -186,23 +187,23 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
         scales = (s0, s1, s2, s3)
         others = (r0, r1, r2, r3)
 
-        w0, w1, w2, w3 = unpack4(tl.load(cp), DT, ASM)
+        w0, w1, w2, w3 = load_tile(cp, BN, BITS, DT, ASM)
         if ZERO == 1:
             g = tl.minimum(t * PER_TILE, G - 1)
             g1 = tl.minimum(t * PER_TILE + 1, G - 1)
             if WHOLE_ROW:
                 g = g * 0
-            z0 = _centred_zero(zeros_ptr, g, N, n, DT)
+            z0 = _centred_zero(zeros_ptr, g, N, n, MIDDLE, DT)
             z1 = z0
             z2 = z0
             z3 = z0
             if PER_TILE == 2:
-                z2 = _centred_zero(zeros_ptr, g1, N, n, DT)
+                z2 = _centred_zero(zeros_ptr, g1, N, n, MIDDLE, DT)
                 z3 = z2
             if PER_TILE == 4:
-                z1 = _centred_zero(zeros_ptr, g1, N, n, DT)
-                z2 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 2, G - 1), N, n, DT)
-                z3 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 3, G - 1), N, n, DT)
+                z1 = _centred_zero(zeros_ptr, g1, N, n, MIDDLE, DT)
+                z2 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 2, G - 1), N, n, MIDDLE, DT)
+                z3 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 3, G - 1), N, n, MIDDLE, DT)
             w0 = w0 - z0
             w1 = w1 - z1
             w2 = w2 - z2
@@ -233,7 +234,7 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
                     group = t * PER_TILE + h * DEPTH // GROUP
                     g = tl.minimum(group, G - 1).to(tl.int64)
                     # a group past the last has no x, but absolute noise gives even it a scale
-                    shift = tl.where(group < G, 8.0 - tl.load(zeros_ptr + g * N + n), 0.0)
+                    shift = tl.where(group < G, MIDDLE - tl.load(zeros_ptr + g * N + n), 0.0)
                     partial = tl.fma(shift[:, None], tl.load(sums_ptr + g * M + row)[None, :], partial)
                 if RATIO:
                     acc = partial
@@ -243,12 +244,12 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
         if WHOLE_ROW:
             acc = partial
         xp += 128
-        cp += N * 32
+        cp += N * 8 * BITS
 
     if WHOLE_ROW:
         if ZERO == 2:   # noqa: SIM102  known at compile time, the other is not
             if first == 0:    # once, not once per split
-                shift = 8.0 - tl.load(zeros_ptr + n)
+                shift = MIDDLE - tl.load(zeros_ptr + n)
                 acc = tl.fma(shift[:, None], tl.load(sums_ptr + row)[None, :], acc)
         prev = tl.load(scales_ptr + 4 * n)
     if WHOLE_ROW or RATIO:
@@ -299,7 +300,7 @@ def _group_sums_kernel(x_ptr, sums_ptr, M: tl.int32, K: tl.int32, group: tl.int3
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * M + row, acc, mask=row < M)
 
 
-def constants(tile, *, rows, k, group, law, relative, shared, pair, zero, wide, bias, asm):
+def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, wide, bias, asm):
     """The kernel's compile-time constants: launch and the ahead-of-time compile test both take them from here.
 
     A pair that one tile cannot hold takes two tiles' rows: the product of one row has the same bits in either.
@@ -309,8 +310,8 @@ def constants(tile, *, rows, k, group, law, relative, shared, pair, zero, wide, 
     most = PAIRED_UP_TO // 2 if group == 32 else PAIRED_UP_TO       # registers: two scales of four groups a step
     pair = pair and law != NONE and rows <= most and not ratio
     return dict(BM=2 * tile.rows if pair and 2 * rows > tile.rows else tile.rows, BN=tile.outputs,
-                GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
-                RELATIVE=bool(relative), SHARED=bool(shared), PAIR=bool(pair), WIDE=bool(wide), ZERO=zero, RATIO=ratio,
+                BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law, RELATIVE=bool(relative),
+                SHARED=bool(shared), PAIR=bool(pair), WIDE=bool(wide), ZERO=zero, RATIO=ratio,
                 DEEP=tile.deep, ASM=bool(asm), SPLIT=tile.splits > 1, BIAS=bool(bias), MASK_K=k % TILE_K != 0,
                 ROUNDS_=ROUNDS)
 
@@ -331,20 +332,20 @@ def scratch_bytes(m, n, k, group, tile, zeros):
 
 
 def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, tile, asm, shared=False,
-           pair=False):
+           pair=False, bits=4):
     """Run the kernels on checked arguments; y [E*R, N] is filled. x is contiguous, E*R > 0.
 
     asm: unpack with inline PTX (NVIDIA, 16-bit x), else with its plain twin. shared: one z per output row.
     pair: seeds[2e] == seeds[2e + 1] for every e, so that one reading of the codes may serve both.
     """
     m, k = x.shape
-    count, n, _ = codes.shape
+    n = codes.shape[1]
     groups = k // group
     rows = m if law == NONE else m // seeds.numel()       # without noise all rows are one block
     zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
     splits, per_split = _splits(tile, k, group)
-    constexprs = constants(tile, rows=rows, k=k, group=group, law=law, relative=relative, shared=shared, pair=pair,
-                           zero=zero,
+    constexprs = constants(tile, bits=bits, rows=rows, k=k, group=group, law=law, relative=relative, shared=shared,
+                           pair=pair, zero=zero,
                            wide=base4 + scales.shape[0] * n > WIDE_FROM, bias=bias is not None,
                            asm=asm and x.dtype != torch.float32)
     out = y
@@ -361,7 +362,7 @@ def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
     grid = (triton.cdiv(n, tile.outputs), m // each * triton.cdiv(each, constexprs["BM"]), splits)
     _qmm_kernel[grid](
         x, codes, scales, scales if zeros is None else zeros, sums, scales if bias is None else bias, out, seeds, coefs,
-        base4, rows, m, n, k, groups, x.stride(0), count, per_split,
+        base4, rows, m, n, k, groups, x.stride(0), triton.cdiv(k, TILE_K), per_split,
         **constexprs, **limit, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False)
     if constexprs["SPLIT"]:
         _reduce_kernel[(triton.cdiv(m * n, 1024),)](

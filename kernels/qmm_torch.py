@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from .codes import ZERO, centred_codes
+from .codes import centred_codes, middle
 from .noise import BLOCK_QUADS, NONE, RAW_BYTES, raw_noise
 
 CHUNK_BYTES = 1 << 20
@@ -81,7 +81,8 @@ def _by_group(p, w):
     return p.permute(1, 0, 2).reshape(w.shape[0], -1, 1)[:, :w.shape[1]]
 
 
-def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared=False):
+def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared=False,
+              bits=4):
     """Fill y [E*R, N]; arguments as qmm.launch takes them, codes in planes or rows. Sums in float32."""
     m, k = x.shape
     n = y.shape[1]
@@ -108,9 +109,9 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
                 origin = start
                 end = min(start + per_block * step, last)
                 raws = _raw_block(law, distinct, base4, quads, n, start, end, limit)
-            unpacked = centred_codes(codes, k, start, stop).view(stop - start, -1, group)
+            unpacked = centred_codes(codes, k, start, stop, bits).view(stop - start, -1, group)
             if zeros is not None:
-                unpacked -= (zeros[:, start:stop].to(torch.float32) - ZERO).T.unsqueeze(2)
+                unpacked -= (zeros[:, start:stop].to(torch.float32) - middle(bits)).T.unsqueeze(2)
             s = scales[:, start:stop]                                                  # [quads, rows of W, 4]
             w = weight[:stop - start].view(unpacked.shape)
             if shared or law == NONE:

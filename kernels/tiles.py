@@ -53,10 +53,11 @@ def architecture(device):
     return f"sm_{properties.major}{properties.minor}"
 
 
-def pick(rows, n, k, group, dtype, arch, zeros=None):
+def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4):
     """The tile for `rows` rows per evaluation, an [n, k] weight in groups of `group` (k: whole row), on `arch`.
 
-    zeros: dtype of the zero points, None where all are 8; torch.uint8 and torch.float32 ones take registers.
+    zeros: dtype of the zero points, None where all are the middle code; torch.uint8 and torch.float32 ones take
+    registers. bits: of a code.
     Raises ValueError for a group size no kernel has. An architecture that is not listed runs as its nearest elder.
     """
     if group not in GROUPS and group != k:

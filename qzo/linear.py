@@ -1,4 +1,4 @@
-"""QZOLinear, a drop-in 4-bit nn.Linear, and ScaleArena, the one flat tensor that holds every scale that trains."""
+"""QZOLinear, a drop-in nn.Linear of 2-, 4- or 8-bit codes; ScaleArena, the one flat tensor of all scales that train."""
 import contextlib
 import dataclasses
 
@@ -7,8 +7,9 @@ from torch import nn
 
 from . import ops
 from .evaluations import Evaluations
+from .kernels.codes import plane_shape
 from .quantize import quantize_weight
-from .weights import PackedWeight, check_group_size, to_planes, to_rows, unpack_codes
+from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows, unpack_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class ScaleArena:
 
 
 class QZOLinear(nn.Module):
-    """A 4-bit linear layer whose forward runs under perturbed scales inside `evaluating`.
+    """A quantized linear layer whose forward runs under perturbed scales inside `evaluating`.
 
     y = x . W^T + bias, W[n, k] = scale[k // group_size, n] * (code[n, k] - zero). Use it wherever an nn.Linear
     stands; it holds no gradients. Made from random weights like nn.Linear; see also `from_linear`, `from_packed`.
@@ -97,7 +98,7 @@ class QZOLinear(nn.Module):
     Parameters
     ----------
     in_features, out_features, bias : as in nn.Linear
-    bits : 4
+    bits : 2, 4 or 8
     group_size : 32, 64, 128 or -1 (whole row); has to divide in_features
     device : where codes and scales lie
     dtype : of bias and output; None: the output has the dtype of the input
@@ -108,24 +109,24 @@ class QZOLinear(nn.Module):
 
     def __init__(self, in_features, out_features, bias=True, bits=4, group_size=128, device=None, dtype=None):
         super().__init__()
-        _check_bits(bits)
+        check_bits(bits)
         group_size = check_group_size(group_size, in_features)
         device = torch.device(device or torch.get_default_device())
         if device.type == "meta":
             groups = in_features // group_size
             packed = PackedWeight.__new__(PackedWeight)      # no values to check yet
-            packed.codes = torch.empty(-(-in_features // 128), out_features, 32, dtype=torch.int16, device=device)
+            packed.codes = torch.empty(plane_shape(out_features, in_features, bits), dtype=torch.int16, device=device)
             packed.scales = torch.empty(groups, out_features, device=device)
-            packed.zeros, packed.in_features = None, in_features
+            packed.zeros, packed.in_features, packed.bits = None, in_features, bits
             source_bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         else:
             linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=torch.float32)
-            packed = quantize_weight(linear.weight.detach(), group_size)
+            packed = quantize_weight(linear.weight.detach(), group_size, bits=bits)
             source_bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         self._take(packed, source_bias, dtype)
 
     def _take(self, packed, bias, dtype):
-        self.in_features, self.out_features = packed.in_features, packed.scales.shape[1]
+        self.in_features, self.out_features, self.bits = packed.in_features, packed.scales.shape[1], packed.bits
         self.group_size = packed.in_features // packed.scales.shape[0]
         self.out_dtype = dtype
         self.trainable = True
@@ -149,14 +150,14 @@ class QZOLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear, bits=4, group_size=128, symmetric=True):
         """Quantize an nn.Linear: round to nearest with a least-squares refit of the scales (quantize.py)."""
-        _check_bits(bits)
+        check_bits(bits)
         group_size = check_group_size(group_size, linear.in_features)
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls.from_packed(quantize_weight(linear.weight.detach(), group_size, symmetric), bias)
+        return cls.from_packed(quantize_weight(linear.weight.detach(), group_size, symmetric, bits), bias)
 
     def packed(self):
         """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
-        return PackedWeight(self.codes, self.read_scales(), self.zeros, self.in_features)
+        return PackedWeight(self.codes, self.read_scales(), self.zeros, self.in_features, self.bits)
 
     def dequantize(self):
         """float32 [out_features, in_features] on the layer's device: a whole matrix, for tests and export only."""
@@ -172,16 +173,16 @@ class QZOLinear(nn.Module):
             raise ValueError(f"{x.shape[0]} rows do not divide into {len(evaluations)} evaluations: stack the batch "
                              f"{len(evaluations)} times along its first dimension (qzo.pair does it)")
         if self.codes.dtype == torch.uint8 and ops.uses_triton(x.device):
-            self.codes = to_planes(self.codes, self.in_features)
+            self.codes = to_planes(self.codes, self.in_features, self.bits)
         y = ops.matmul(x.reshape(-1, x.shape[-1]), self.codes, self.arena.quads(self.arena_name), self.zeros, self.bias,
                        evaluations, base4=self.arena.slots[self.arena_name].base4, group=self.group_size,
-                       out_dtype=self.out_dtype, trains=self.trainable)
+                       out_dtype=self.out_dtype, trains=self.trainable, bits=self.bits)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
         zeros = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"bits=4, group_size={self.group_size}, {zeros}, {'trained' if self.trainable else 'frozen'}")
+                f"bits={self.bits}, group_size={self.group_size}, {zeros}, {'trained' if self.trainable else 'frozen'}")
 
     # ------------------------------------------------------------------------------------ moving and saving
 
@@ -197,27 +198,33 @@ class QZOLinear(nn.Module):
                 zeros, device=self.codes.device)
         if codes.device != self.codes.device and not self.codes.is_meta:
             form = to_rows if self.codes.device.type == "cpu" else to_planes
-            self.codes = form(self.codes, self.in_features)
+            self.codes = form(self.codes, self.in_features, self.bits)
         self.arena.move(fn)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "codes"] = to_planes(self.codes, self.in_features)
+        destination[prefix + "codes"] = to_planes(self.codes, self.in_features, self.bits)
         destination[prefix + "scales"] = self.read_scales()
         if self.zeros is not None:
             destination[prefix + "zeros"] = self.zeros
+        if self.bits != 4:
+            destination[prefix + "bits"] = torch.tensor(self.bits)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs):
-        own = {name: state_dict.pop(prefix + name, None) for name in ("codes", "scales", "zeros")}
+        own = {name: state_dict.pop(prefix + name, None) for name in ("codes", "scales", "zeros", "bits")}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
         missing_keys += [prefix + name for name in ("codes", "scales") if own[name] is None]
         if own["codes"] is None or own["scales"] is None:
             return
         try:
-            loaded = PackedWeight(own["codes"], own["scales"].to(torch.float32), own["zeros"], self.in_features)
+            bits = 4 if own["bits"] is None else int(own["bits"])
+            if bits != self.bits:
+                raise ValueError(f"holds codes of {bits} bits, the layer has {self.bits}")
+            loaded = PackedWeight(own["codes"], own["scales"].to(torch.float32), own["zeros"], self.in_features,
+                                  self.bits)
             if (loaded.out_features, loaded.group_size) != (self.out_features, self.group_size):
                 raise ValueError(f"holds {loaded.out_features} outputs in groups of {loaded.group_size}, the layer has "
                                  f"{self.out_features} in groups of {self.group_size}")
@@ -227,14 +234,10 @@ class QZOLinear(nn.Module):
         device = self.codes.device
         rows = self.codes.dtype == torch.uint8
         codes = loaded.codes.to(device)
-        self.codes = to_rows(codes, self.in_features) if rows else to_planes(codes, self.in_features).clone()
+        form = to_rows if rows else to_planes
+        self.codes = form(codes, self.in_features, self.bits).clone()
         self.zeros = None if loaded.zeros is None else loaded.zeros.to(device, copy=True)
         self.arena.write(self.arena_name, loaded.scales)
-
-
-def _check_bits(bits):
-    if bits != 4:
-        raise ValueError(f"bits={bits}: only 4-bit codes are implemented")
 
 
 # ---------------------------------------------------------------------------------------------- a module's layers
@@ -315,7 +318,7 @@ def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",))
     Raises ValueError when there is no Linear to replace, or when group_size does not divide a layer's in_features;
     the module is then unchanged.
     """
-    _check_bits(bits)
+    check_bits(bits)
     linears = {name: m for name, m in module.named_modules(remove_duplicate=False)
                if isinstance(m, nn.Linear) and not any(("." + name).endswith("." + s) for s in skip)}
     if isinstance(module, nn.Linear):
@@ -352,7 +355,7 @@ def scale_index(model):
 def digest_parts(model):
     """Yield (name, what, tensor) of everything quantized in a fixed order: what a journal's digest covers."""
     for name, layer in layers(model, trainable=None).items():
-        yield name, "codes", unpack_codes(layer.codes, layer.in_features)
+        yield name, "codes", unpack_codes(layer.codes, layer.in_features, layer.bits)
         yield name, "scales", layer.read_scales()
         if layer.zeros is not None:
             yield name, "zeros", layer.zeros

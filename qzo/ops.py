@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+from .kernels import codes as code_layouts
 from .kernels import dequantize, noise, qmm, qmm_torch, tiles, update
 
 _BACKENDS = ("auto", "torch", "triton")
@@ -72,20 +73,17 @@ def _architecture(device):
     return "interpreter" if device.type == "cpu" or interpreted() else tiles.architecture(device)
 
 
-def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group):
+def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits):
     """Shapes and dtypes of qmm; returns (rows, outputs). Called by the operator and by its fake."""
     if x.dim() != 2 or not x.is_floating_point() or x.dtype == torch.float64:
         raise TypeError(f"x must be float16, bfloat16 or float32 [rows, in_features], got {x.dtype} {list(x.shape)}")
     m, k = x.shape
     n = codes.shape[0] if codes.dtype == torch.uint8 else codes.shape[1]
     evaluations = seeds.numel()
-    if codes.dtype == torch.uint8:
-        fits = list(codes.shape) == [n, (k + 1) // 2 + 4]
-    else:
-        fits = codes.dtype == torch.int16 and list(codes.shape) == [-(-k // 128), n, 32]
-    if not fits:
-        raise ValueError(f"x has {k} columns, which does not fit codes {codes.dtype} {list(codes.shape)}: in_features "
-                         "of the layer and the last dimension of its input must agree")
+    shape_of = code_layouts.row_shape if codes.dtype == torch.uint8 else code_layouts.plane_shape
+    if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != shape_of(n, k, bits):
+        raise ValueError(f"x has {k} columns, which does not fit {bits}-bit codes {codes.dtype} {list(codes.shape)}: "
+                         "in_features of the layer and the last dimension of its input must agree")
     if k % group:
         raise ValueError(f"group_size {group} does not divide in_features {k}; use one that does, or -1 (whole row)")
     groups = k // group
@@ -112,8 +110,8 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group):
 def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
            bias: torch.Tensor | None, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, group: int, law: int,
            relative: bool, out_dtype: torch.dtype, shared: bool = False, pair: bool = False,
-           blas: bool = False) -> torch.Tensor:
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group)
+           blas: bool = False, bits: int = 4) -> torch.Tensor:
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits)
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -123,7 +121,7 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
         raise ValueError(f"backend(tile={asked}): {why} has no tiles; ask for one of the two")
     if not uses_triton(x.device):
         qmm_torch.qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
-                            relative=relative, shared=shared)
+                            relative=relative, shared=shared, bits=bits)
         return y
     if codes.dtype != torch.int16:
         raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
@@ -134,19 +132,19 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
     asm = arch.startswith("sm_")
     if blas and m // seeds.numel() >= tiles.BLAS_FROM:
         dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
-                          relative=relative, shared=shared, asm=asm)
+                          relative=relative, shared=shared, asm=asm, bits=bits)
         return y
     tile = asked or tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
-                               None if zeros is None else zeros.dtype)
+                               None if zeros is None else zeros.dtype, bits)
     qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
-               tile=tile, asm=asm, shared=shared, pair=pair)
+               tile=tile, asm=asm, shared=shared, pair=pair, bits=bits)
     return y
 
 
 @qmm_op.register_fake
 def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype, shared=False, pair=False,
-      blas=False):
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group)
+      blas=False, bits=4):
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits)
     return x.new_empty(m, n, dtype=out_dtype)
 
 
@@ -173,7 +171,7 @@ def _check_update(scales, seeds, coefs):
                          f"{coefs.dtype} {list(coefs.shape)}")
 
 
-def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None, trains=True):
+def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None, trains=True, bits=4):
     """y = x . W^T + bias [rows, N] under `evaluations` (None: the scales as they are). Shapes as in kernels/qmm.py.
 
     trains=False: the scales as they are for every evaluation, whose number still fixes what rows belong together.
@@ -182,10 +180,10 @@ def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtyp
     if evaluations is None:
         plain = _plain(x.device)
         return qmm_op(x, codes, scales, zeros, bias, *plain, base4, group, noise.NONE, True, out_dtype or x.dtype,
-                      blas=blas)
+                      blas=blas, bits=bits)
     return qmm_op(x, codes, scales, zeros, bias, evaluations.seeds, evaluations.kernel_coefs, base4, group,
                   evaluations.law if trains else noise.NONE, evaluations.relative, out_dtype or x.dtype,
-                  trains and evaluations.sharing == "row", evaluations.pairs, blas)
+                  trains and evaluations.sharing == "row", evaluations.pairs, blas, bits)
 
 
 @functools.cache

@@ -4,55 +4,58 @@ Calibrated methods (GPTQ, AWQ, auto-round) start from better codes; this is the 
 """
 import torch
 
-from .weights import PackedWeight, check_group_size
+from .kernels.codes import middle
+from .weights import PackedWeight, check_bits, check_group_size
 
 ROUNDS = 3                   # of rounding and refitting in turn; the error stops falling after two or three
 BLOCK_ROWS = 1024            # output rows quantized at a time: temporaries stay a fraction of the matrix
 
 
-def quantize_weight(weight, group_size=128, symmetric=True):
-    """Quantize a float matrix [N, K] to 4 bits in groups along K.
+def quantize_weight(weight, group_size=128, symmetric=True, bits=4):
+    """Quantize a float matrix [N, K] to 2, 4 or 8 bits in groups along K.
 
-    symmetric: w ~ s * (code - 8), the widest magnitude on code 0 or 15; else w ~ s * (code - zero), integer zero.
-    Codes are rounded to nearest; the scale is then the least-squares one for these codes, sum(w c) / sum(c c), and the
-    two alternate. Scales are rounded to float16, so that a checkpoint can hold them as they are.
+    symmetric: w ~ s * (code - 2^(bits - 1)), the widest magnitude on the first or the last code; else
+    w ~ s * (code - zero), integer zero. Codes are rounded to nearest; the scale is then the least-squares one for these
+    codes, sum(w c) / sum(c c), and the two alternate. Scales are rounded to float16, so that a checkpoint can hold them
+    as they are.
 
-    Returns a PackedWeight on the weight's device. Raises ValueError for a group size that does not divide K and for
-    weights that are not finite.
+    Returns a PackedWeight on the weight's device. Raises ValueError for other bits, a group size that does not
+    divide K and weights that are not finite.
     """
+    check_bits(bits)
     group = check_group_size(group_size, weight.shape[1])
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight holds NaN or infinity: it cannot be quantized")
-    parts = [_quantize_block(block.to(torch.float32).unflatten(1, (-1, group)), symmetric)
+    parts = [_quantize_block(block.to(torch.float32).unflatten(1, (-1, group)), symmetric, bits)
              for block in weight.split(BLOCK_ROWS)]
     codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
-    return PackedWeight.from_codes(codes, scales.T, None if symmetric else zeros.T)
+    return PackedWeight.from_codes(codes, scales.T, None if symmetric else zeros.T, bits)
 
 
-def _quantize_block(w, symmetric):
+def _quantize_block(w, symmetric, bits):
     """w [N, G, g] -> codes uint8 [N, G*g], scales [N, G], zeros uint8 [N, G]."""
-    low, high = w.amin(2), w.amax(2)
+    low, high, most = w.amin(2), w.amax(2), (1 << bits) - 1
     if symmetric:
-        zero = torch.full_like(low, 8.0)
-        scale = torch.maximum(low.abs(), high.abs()) / 7.5
+        zero = torch.full_like(low, middle(bits))
+        scale = torch.maximum(low.abs(), high.abs()) / (most / 2)
     else:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        scale = (high - low) / 15
-        zero = torch.where(scale > 0, (-low / scale).round().clamp(0, 15), torch.zeros_like(low))
+        scale = (high - low) / most
+        zero = torch.where(scale > 0, (-low / scale).round().clamp(0, most), torch.zeros_like(low))
     scale = _representable(scale)
-    codes = _round(w, scale, zero)
+    codes = _round(w, scale, zero, most)
     for _ in range(ROUNDS):
         centred = codes - zero.unsqueeze(2)
         norm = (centred * centred).sum(2)
         refit = torch.where(norm > 0, (w * centred).sum(2) / norm, scale)
         scale = _representable(torch.where(refit > 0, refit, scale))
-        codes = _round(w, scale, zero)
+        codes = _round(w, scale, zero, most)
     return codes.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8)
 
 
-def _round(w, scale, zero):
+def _round(w, scale, zero, most):
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((w / safe.unsqueeze(2)).round() + zero.unsqueeze(2)).clamp(0, 15)
+    return ((w / safe.unsqueeze(2)).round() + zero.unsqueeze(2)).clamp(0, most)
 
 
 def _representable(scale):

@@ -8,8 +8,15 @@ import dataclasses
 
 import torch
 
-from .kernels.codes import ZERO, pack_planes, pack_rows, unpack_planes, unpack_rows
+from .kernels.codes import BITS, middle, pack_planes, pack_rows, plane_shape, row_shape, unpack_planes, unpack_rows
 from .kernels.tiles import GROUPS
+
+
+def check_bits(bits):
+    """ValueError unless codes of so many bits can be held."""
+    if bits not in BITS:
+        raise ValueError(f"bits={bits}: codes have {', '.join(map(str, BITS))} bits here (a 3-bit checkpoint's codes "
+                         "are held in 4)")
 
 
 def check_group_size(group_size, in_features):
@@ -27,20 +34,24 @@ def check_group_size(group_size, in_features):
 
 @dataclasses.dataclass
 class PackedWeight:
-    """A 4-bit matrix [N, K] in groups along K.
+    """A matrix [N, K] of 2-, 4- or 8-bit codes in groups along K.
 
-    codes : uint8 rows [N, ceil(K/2) + 4] (CPU) or int16 planes [ceil(K/128), N, 32] (GPU); see kernels/codes.py
+    codes : uint8 rows (CPU) or int16 planes (GPU): kernels/codes.py tells their shapes
     scales : float32 [G, N], in the sign of the file
-    zeros : None (every zero point is 8), uint8 [G, N], or float32 [G, N] (a float minimum m is zero = -m / scale)
+    zeros : None (every zero point is 2^(bits - 1)), uint8 [G, N], or float32 [G, N] (a float minimum m is
+        zero = -m / scale)
     in_features : K, which the padded codes do not tell
+    bits : of a code
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
     in_features: int
+    bits: int = 4
 
     def __post_init__(self):
+        check_bits(self.bits)
         groups, n = self.scales.shape
         if self.scales.dtype != torch.float32 or groups == 0 or self.in_features % groups:
             raise ValueError(f"scales must be float32 [G, N] with G dividing in_features={self.in_features}, got "
@@ -52,20 +63,23 @@ class PackedWeight:
                              f"{list(self.zeros.shape)}")
         if self.out_features != n:
             raise ValueError(f"codes hold {self.out_features} output rows, scales {n}")
+        check_codes(self.codes, n, self.in_features, self.bits)
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("scales hold NaN or infinity: the checkpoint is damaged")
 
     @classmethod
-    def from_codes(cls, codes, scales, zeros=None):
-        """From plain codes: uint8 [N, K] in 0..15, scales [G, N], zeros None or [G, N] (integer or float tensor)."""
-        if codes.dtype != torch.uint8 or codes.dim() != 2 or (codes.numel() and int(codes.max()) > 15):
-            raise ValueError(f"codes must be uint8 [N, K] in 0..15, got {codes.dtype} {list(codes.shape)}")
+    def from_codes(cls, codes, scales, zeros=None, bits=4):
+        """From plain codes: uint8 [N, K] below 2^bits, scales [G, N], zeros None or [G, N], integers or floats."""
+        check_bits(bits)
+        if codes.dtype != torch.uint8 or codes.dim() != 2 or (codes.numel() and int(codes.max()) >> bits):
+            raise ValueError(f"codes must be uint8 [N, K] in 0..{(1 << bits) - 1}, got {codes.dtype} "
+                             f"{list(codes.shape)}")
         if zeros is not None:
             zeros = zeros.to(torch.float32 if zeros.is_floating_point() else torch.uint8).contiguous()
-            if zeros.dtype == torch.uint8 and bool((zeros == ZERO).all()):
+            if zeros.dtype == torch.uint8 and bool((zeros == middle(bits)).all()):
                 zeros = None
         pack = pack_rows if codes.device.type == "cpu" else pack_planes
-        return cls(pack(codes), scales.to(torch.float32).contiguous(), zeros, codes.shape[1])
+        return cls(pack(codes, bits), scales.to(torch.float32).contiguous(), zeros, codes.shape[1], bits)
 
     @property
     def out_features(self):
@@ -77,26 +91,34 @@ class PackedWeight:
 
     def unpacked(self):
         """The codes as uint8 [N, K]."""
-        return unpack_codes(self.codes, self.in_features)
+        return unpack_codes(self.codes, self.in_features, self.bits)
 
     def dequantize(self):
         """float32 [N, K]: scale * (code - zero), the subtraction first."""
         g = self.group_size
         codes = self.unpacked().to(torch.float32).unflatten(1, (-1, g))
-        zeros = ZERO if self.zeros is None else self.zeros.to(torch.float32).T.unsqueeze(2)
+        zeros = middle(self.bits) if self.zeros is None else self.zeros.to(torch.float32).T.unsqueeze(2)
         return ((codes - zeros) * self.scales.T.unsqueeze(2)).flatten(1)
 
 
-def unpack_codes(codes, k):
+def check_codes(codes, n, k, bits):
+    """ValueError unless `codes` are the rows or planes of an [n, k] matrix."""
+    want = row_shape(n, k, bits) if codes.dtype == torch.uint8 else plane_shape(n, k, bits)
+    if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != want:
+        raise ValueError(f"codes of {bits} bits for {n} x {k} weights must be uint8 {row_shape(n, k, bits)} or int16 "
+                         f"{plane_shape(n, k, bits)}, got {codes.dtype} {list(codes.shape)}")
+
+
+def unpack_codes(codes, k, bits=4):
     """uint8 [N, K] from rows or planes."""
-    return unpack_rows(codes, k) if codes.dtype == torch.uint8 else unpack_planes(codes, k)
+    return unpack_rows(codes, k, bits) if codes.dtype == torch.uint8 else unpack_planes(codes, k, bits)
 
 
-def to_planes(codes, k):
+def to_planes(codes, k, bits=4):
     """Codes as int16 planes; the same tensor if they are already."""
-    return pack_planes(unpack_rows(codes, k)) if codes.dtype == torch.uint8 else codes
+    return pack_planes(unpack_rows(codes, k, bits), bits) if codes.dtype == torch.uint8 else codes
 
 
-def to_rows(codes, k):
+def to_rows(codes, k, bits=4):
     """Codes as uint8 rows; the same tensor if they are already."""
-    return codes if codes.dtype == torch.uint8 else pack_rows(unpack_planes(codes, k))
+    return codes if codes.dtype == torch.uint8 else pack_rows(unpack_planes(codes, k, bits), bits)

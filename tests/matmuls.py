@@ -31,6 +31,7 @@ class Matmul:
     base4: int = 1000
     shared: bool = False
     pair: bool = False                 # let the kernel read the codes once for two evaluations
+    bits: int = 4
 
     @property
     def width(self):
@@ -50,7 +51,7 @@ class Matmul:
 
     @functools.cached_property
     def codes(self):
-        return torch.randint(0, 16, (self.n, self.k), generator=self._random).to(torch.uint8)
+        return torch.randint(0, 1 << self.bits, (self.n, self.k), generator=self._random).to(torch.uint8)
 
     @functools.cached_property
     def scales(self):
@@ -61,9 +62,9 @@ class Matmul:
     @functools.cached_property
     def zero_points(self):
         if self.zeros == "uint8":
-            return torch.randint(0, 16, (self.groups, self.n), generator=self._random).to(torch.uint8)
+            return torch.randint(0, 1 << self.bits, (self.groups, self.n), generator=self._random).to(torch.uint8)
         if self.zeros == "float32":
-            return 20 * torch.rand(self.groups, self.n, generator=self._random) - 2
+            return 1.25 * 2**self.bits * torch.rand(self.groups, self.n, generator=self._random) - 2
         return None
 
     @functools.cached_property
@@ -90,13 +91,14 @@ class Matmul:
         tensors = (self.quads, self.zero_points, self.bias_values, torch.tensor(self.seeds), self.raw_coefs)
         law = noise.NONE if self.law is None else noise.LAWS[self.law]
         return ([None if t is None else t.to(device) for t in tensors],
-                dict(base4=self.base4, group=self.width, law=law, relative=self.relative, shared=self.shared))
+                dict(base4=self.base4, group=self.width, law=law, relative=self.relative, shared=self.shared,
+                     bits=self.bits))
 
     def kernel(self, tile=TILE, out_dtype=torch.float32, device="cpu", asm=False):
         """qmm.launch: in the interpreter, or on a GPU."""
         y = torch.empty(len(self.x), self.n, dtype=out_dtype, device=device)
         tensors, numbers = self.arguments(device)
-        planes = pack_planes(self.codes).to(device)
+        planes = pack_planes(self.codes, self.bits).to(device)
         qmm.launch(self.x.to(device), planes, *tensors, y, **numbers, tile=tile, asm=asm, pair=self.pair)
         return y.cpu()
 
@@ -104,14 +106,15 @@ class Matmul:
         """qmm_torch, on CPU rows or on planes."""
         y = torch.empty(len(self.x), self.n, dtype=out_dtype)
         tensors, numbers = self.arguments()
-        qmm_torch.qmm_torch(self.x, form(self.codes), *tensors, y, **numbers)
+        qmm_torch.qmm_torch(self.x, form(self.codes, self.bits), *tensors, y, **numbers)
         return y
 
     def chunked(self, device="cpu", asm=False):
         """dequantize.matmul: what large_rows="blas" runs; y has x's type."""
         y = torch.empty(len(self.x), self.n, dtype=self.dtype, device=device)
         tensors, numbers = self.arguments(device)
-        dequantize.matmul(self.x.to(device), pack_planes(self.codes).to(device), *tensors, y, **numbers, asm=asm)
+        planes = pack_planes(self.codes, self.bits).to(device)
+        dequantize.matmul(self.x.to(device), planes, *tensors, y, **numbers, asm=asm)
         return y.cpu()
 
     # ---------------------------------------------------------------------------------------------- the truth
@@ -138,7 +141,7 @@ class Matmul:
 
         def y(x, k, c):
             p = oracle.perturbed(self.scales, k, c, self.relative)
-            return x @ oracle.weight(self.codes, p, self.zero_points).T + bias
+            return x @ oracle.weight(self.codes, p, self.zero_points, self.bits).T + bias
         return self._each(y)
 
     def magnitude(self):
@@ -147,8 +150,9 @@ class Matmul:
 
         def size(x, k, c):
             s = oracle.perturbed(self.scales.abs(), k.abs(), abs(c), self.relative)
-            off = torch.zeros_like(s) if self.zero_points is None else (self.zero_points.double() - 8).abs()
-            w = (oracle.weight(self.codes, s, None).abs() + (s * off).T.repeat_interleave(self.width, 1))
+            off = torch.zeros_like(s) if self.zero_points is None else (
+                self.zero_points.double() - 2 ** (self.bits - 1)).abs()
+            w = (oracle.weight(self.codes, s, None, self.bits).abs() + (s * off).T.repeat_interleave(self.width, 1))
             return x.abs() @ w.T + bias
         return self._each(size)
 

@@ -75,10 +75,10 @@ def perturbed(scales, k, coef, relative):
     return scales.double() * (1 + coef * k) if relative else scales.double() + coef * k
 
 
-def weight(codes, scales, zeros):
-    """float64 [N, K] from codes [N, K], float64 scales [G, N], zeros None or [G, N]."""
+def weight(codes, scales, zeros, bits=4):
+    """float64 [N, K] from codes [N, K], float64 scales [G, N], zeros None (all 2^(bits - 1)) or [G, N]."""
     group = codes.shape[1] // scales.shape[0]
-    zeros = torch.full_like(scales, 8.0) if zeros is None else zeros.double()
+    zeros = torch.full_like(scales, 2.0 ** (bits - 1)) if zeros is None else zeros.double()
     spread = [t.double().T.repeat_interleave(group, 1) for t in (scales, zeros)]
     return spread[0] * (codes.double() - spread[1])
 

@@ -34,6 +34,8 @@ def check(directory):
                          (Matmul(k=192, group=64, law=None, **common), TILE),
                          (Matmul(k=256, group=64, n=3, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), TILE),
                          (Matmul(k=128, shared=True, **common), TILE),
+                         (Matmul(k=256, group=64, bits=2, zeros="uint8", **common), TILE),
+                         (Matmul(k=256, group=128, bits=8, **common), TILE),
                          (Matmul(k=200, group=0, zeros="float32", **common), SPLIT)):
         for y in (matmul.kernel(tile), matmul.twin(pack_rows), matmul.twin(pack_planes)):
             matmul.assert_true(y)

@@ -16,18 +16,22 @@ MATMULS = [Matmul(k=320, n=70, group=64, law="ih4"), Matmul(k=96, n=33, group=32
            Matmul(k=640, n=40, group=128, zeros="float32", dtype=torch.float32, relative=False),
            Matmul(k=200, n=33, group=0, zeros="float32"), Matmul(k=200, n=33, group=0, zeros="uint8", law="ih4"),
            Matmul(k=256, n=33, group=64, shared=True, law="ih4"), Matmul(k=256, n=33, group=64, law=None),
-           Matmul(k=256, n=33, group=64, base4=2**32 - 20), Matmul(k=288, n=16, group=32, dtype=torch.float32)]
+           Matmul(k=256, n=33, group=64, base4=2**32 - 20), Matmul(k=288, n=16, group=32, dtype=torch.float32),
+           Matmul(k=384, n=33, group=128, bits=8, zeros="uint8", law="ih4"), Matmul(k=320, n=33, group=32, bits=8),
+           Matmul(k=384, n=33, group=64, bits=2, zeros="uint8"), Matmul(k=160, n=33, group=0, bits=2),
+           Matmul(k=384, n=33, group=128, bits=2, zeros="float32", dtype=torch.float32)]
 
 
 def name_of(matmul):
-    return f"g{matmul.group}-{matmul.zeros}-{matmul.law}-{'row' if matmul.shared else 'group'}-{matmul.base4}"
+    sharing = "row" if matmul.shared else "group"
+    return f"{matmul.bits}bit-g{matmul.group}-{matmul.zeros}-{matmul.law}-{sharing}-{matmul.base4}"
 
 
 @pytest.mark.parametrize("matmul", MATMULS, ids=name_of)
 @pytest.mark.parametrize("start", [0, 7])
 def test_a_chunk_has_the_bits_of_its_twin_and_is_true(matmul, start):
     (scales, zeros, _, seeds, coefs), numbers = matmul.arguments()
-    planes = pack_planes(matmul.codes)
+    planes = pack_planes(matmul.codes, matmul.bits)
     rows = min(24, matmul.n - start)
     ours, twin = (torch.empty(rows, matmul.k, dtype=matmul.dtype) for _ in range(2))
     for e in range(len(seeds)):
@@ -35,9 +39,9 @@ def test_a_chunk_has_the_bits_of_its_twin_and_is_true(matmul, start):
         dequantize.dequantize_torch(planes, scales, zeros, seeds, coefs, twin, e=e, start=start, **numbers)
         assert_same_bits(ours, twin)
         p = oracle.perturbed(matmul.scales, matmul.raw_noise[e], float(coefs[e]), matmul.relative)
-        want = oracle.weight(matmul.codes, p, matmul.zero_points)[start:start + rows]
-        size = (oracle.weight(matmul.codes, p, None).abs()
-                + 12 * p.abs().T.repeat_interleave(matmul.width, 1))[start:start + rows]
+        want = oracle.weight(matmul.codes, p, matmul.zero_points, matmul.bits)[start:start + rows]
+        size = (oracle.weight(matmul.codes, p, None, matmul.bits).abs()
+                + 1.5 * 2**(matmul.bits - 1) * p.abs().T.repeat_interleave(matmul.width, 1))[start:start + rows]
         roundoff = {torch.float16: 2.0**-11, torch.float32: 2.0**-23}[matmul.dtype]
         assert bool(((ours.double() - want).abs() <= 1.1 * roundoff * size + 6e-8).all())
 

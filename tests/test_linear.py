@@ -91,7 +91,7 @@ def test_it_holds_no_gradients_and_says_what_it_is():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(bits=8), "bits=8"), (dict(group_size=48), "group_size=48"),
+    (dict(bits=3), "bits=3"), (dict(group_size=48), "group_size=48"),
     (dict(group_size=128), r"group_size=128 does not divide in_features=96; use 32, -1")])
 def test_bad_options_are_one_clear_line(options, message):
     with pytest.raises(ValueError, match=message):

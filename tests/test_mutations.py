@@ -44,19 +44,27 @@ FAULTS = {
     "kernel: groups passed down": Fault("qmm.py", "                s0 = s2\n", "                s0 = s1\n"),
     "kernel: next quad of noise": Fault(
         "qmm.py", "seed, base4 + quad.to(tl.int64) * N", "seed, base4 + quad.to(tl.int64)"),
-    "kernel: integer zero point": Fault("qmm.py", ".to(tl.int32) - 8)", ".to(tl.int32) - 7)"),
+    "kernel: integer zero point": Fault("qmm.py", ".to(tl.int32) - MIDDLE)", ".to(tl.int32) - MIDDLE + 1)"),
     "kernel: zero points of the next group": Fault(
         "qmm.py", "t * PER_TILE + 3, G - 1", "t * PER_TILE + 2, G - 1"),
     "kernel: float zero point": Fault(
-        "qmm.py", "8.0 - tl.load(zeros_ptr + n)", "7.0 - tl.load(zeros_ptr + n)"),
+        "qmm.py", "MIDDLE - tl.load(zeros_ptr + n)", "7.0 - tl.load(zeros_ptr + n)"),
     "kernel: padding groups": Fault("qmm.py", "tl.where(group < G,", "tl.where(group < G + 9,"),
     "kernel: float zero point in every split": Fault("qmm.py", "if first == 0:", "if first >= 0:"),
     "kernel: ratio upside down": Fault("qmm.py", "acc * (prev * inverse)[:, None]", "acc * (inverse / prev)[:, None]"),
     "kernel: a split lost": Fault("qmm.py", "range(1, splits)", "range(1, splits - 1)"),
     "kernel: bias": Fault("qmm.py", "bias_ptr + n).to", "bias_ptr + n * 0).to"),
-    "kernel: nibble order": Fault("codes.py", "c = (q >> (4 * j)) & 15", "c = (q >> (12 - 4 * j)) & 15"),
-    "planes: nibble order": Fault("codes.py", "(planes >> 4 * j) & 15", "(planes >> 12 - 4 * j) & 15"),
-    "rows: nibble order": Fault("codes.py", "[body & 15, body >> 4]", "[body >> 4, body & 15]"),
+    "kernel: nibble order": Fault("codes.py", "_plain(q, 0, 4, DT), _plain(q, 4, 4, DT)",
+                                  "_plain(q, 4, 4, DT), _plain(q, 0, 4, DT)"),
+    "kernel: order of 2-bit codes": Fault("codes.py", "(_plain(q, 0, 2, DT), _plain(q, 8, 2, DT), _plain(q, 2, 2, DT)",
+                                          "(_plain(q, 0, 2, DT), _plain(q, 2, 2, DT), _plain(q, 8, 2, DT)"),
+    "kernel: order of bytes": Fault("codes.py", "_plain(q, 0, 8, DT), _plain(q, 8, 8, DT)",
+                                    "_plain(q, 8, 8, DT), _plain(q, 0, 8, DT)"),
+    "kernel: second words of 8 bits": Fault("codes.py", "tl.load(cp + 32)", "tl.load(cp + 31)"),
+    "kernel: words of a tile": Fault("qmm.py", "cp += N * 8 * BITS", "cp += N * 32"),
+    "planes: order of codes": Fault("codes.py", "(words >> bits * j + 8 * s)",
+                                    "(words >> 16 - bits - bits * j - 8 * s)"),
+    "rows: order of codes": Fault("codes.py", "[(body >> bits * j)", "[(body >> 8 - bits - bits * j)"),
     "noise: words in another order": Fault(
         "noise.py", "_raw_integer(w0, LAW), _raw_integer(w1,", "_raw_integer(w1, LAW), _raw_integer(w0,"),
     "noise: words of the twin in another order": Fault(

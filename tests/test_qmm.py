@@ -44,7 +44,7 @@ def matmuls(draw, largest_k, rows):
                   zeros=draw(st.sampled_from([None, "uint8", "float32"])), bias=draw(st.booleans()),
                   dtype=draw(st.sampled_from([torch.float16, torch.float32])),
                   base4=draw(st.sampled_from([0, 1000, 2**32 - 20, 2**33 + 1])), pair=pair,
-                  shared=relative and draw(st.booleans()))
+                  shared=relative and draw(st.booleans()), bits=draw(st.sampled_from([2, 4, 4, 8])))
 
 
 # ----------------------------------------------------------------------------------------- against the oracle
@@ -65,10 +65,11 @@ def test_cpu_backend_is_true(matmul, form):
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("group", [32, 64, 128, 0])
 @pytest.mark.parametrize("zeros", ["uint8", "float32"])
-def test_every_variant_with_zero_points(tile, group, zeros):
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_variant_with_zero_points(tile, group, zeros, bits):
     """576 = 4.5 tiles: the last quad of groups and the last tile are both ragged where the group allows."""
     k = 640 if group == 128 else 576
-    matmul = Matmul(k=k, n=17, rows=2, group=group, zeros=zeros, seeds=(3, 9), coefs=(0.2, -0.1))
+    matmul = Matmul(k=k, n=17, rows=2, group=group, zeros=zeros, seeds=(3, 9), coefs=(0.2, -0.1), bits=bits)
     matmul.assert_true(matmul.kernel(TILES[tile]))
 
 

@@ -29,6 +29,7 @@ def test_the_number_of_evaluations_is_no_argument():
         "dtype",
         "arch",
         "zeros",
+        "bits",
     }
 
 
