@@ -135,7 +135,7 @@ def put(part, tensor):
 
 
 @pytest.mark.parametrize(("config", "tensors", "message"), [
-    (weights(num_bits=5), None, "'num_bits': 5.*supported is 'pack-quantized' with num_bits 3, 4"),
+    (weights(num_bits=5), None, "'num_bits': 5.*supported is 'pack-quantized' with num_bits 2, 3, 4, 8"),
     (weights(type="float"), None, "'type': 'float'"),
     (weights(strategy="tensor_group"), None, "'strategy': 'tensor_group'"),
     (lambda q: q["config_groups"]["group_0"].update(format="int-quantized"), None, "format 'int-quantized'"),

@@ -15,13 +15,14 @@ import re
 
 import torch
 
+from ..kernels.codes import middle
 from ..weights import PackedWeight
 from . import files, safetensors_file
 from .rounding import stored_scales
 
 METHOD = "compressed-tensors"
 INDEX = "model.safetensors.index.json"
-_BITS = (3, 4)
+_BITS = (2, 3, 4, 8)
 _PATTERN = "re:"
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")
 
@@ -49,7 +50,8 @@ def check_config(quantization, where):
 def _check_group(group, layout, where):
     """{bits, group_size (None: the whole row), symmetric} of a config group."""
     weights = group.get("weights")
-    weights = weights if isinstance(weights, dict) else {}
+    if not isinstance(weights, dict):
+        raise ValueError(f"{where}: it has no weights section; only quantized weights can be read")
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("group" if type(size) is int and size > 0 else "channel")
     bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
@@ -109,6 +111,11 @@ def tensor_places(folder):
     return found
 
 
+def weight_files(folder):
+    """The files that hold the weights."""
+    return {file for file, _ in tensor_places(folder).values()}
+
+
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
     by_target = check_config(quantization, folder)
@@ -156,7 +163,7 @@ def _packed(parts, arguments):
     codes = unpack(words, k, bits)
     if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
-    return PackedWeight.from_codes(codes, scales.T, zeros)
+    return PackedWeight.from_codes(codes, scales.T, zeros, bits)
 
 
 def _check(tensor, name, shape):
@@ -215,29 +222,33 @@ def _copy_all(folder, staging):
 def quantization_config(packed, ignore):
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
 
-    Raises ValueError for float zero points, and for group sizes that differ.
+    One config group for all Linears, or one for each number of bits and group size, which then names its
+    layers. All have zero points or none has: servers fuse layers, and what they fuse has to be of one kind.
+    ValueError for float zero points.
     """
     for name, weight in packed.items():
         if weight.zeros is not None and weight.zeros.is_floating_point():
-            raise ValueError(f"{name} has a float minimum (GGUF Q4_1), which compressed-tensors' integer "
-                             "zero points cannot hold; save it in its own format (qzo.save_pretrained), or "
-                             "start from a Q4_0 file")
-    if all(weight.group_size == weight.in_features for weight in packed.values()):
-        strategy, group = "channel", None
-    else:
-        strategy, sizes = "group", {weight.group_size for weight in packed.values()}
-        if len(sizes) > 1:
-            raise ValueError(f"layers have group sizes {sorted(sizes)}; one compressed-tensors config group "
-                             "holds one size")
-        group, = sizes
+            raise ValueError(f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which "
+                             "compressed-tensors' integer zero points cannot hold; save it in its own format "
+                             "(qzo.save_pretrained), or start from another file, such as a Q4_0 one")
+    sizes = {weight.group_size for weight in packed.values() if weight.group_size != weight.in_features}
+    alike: dict = {}
+    for name, weight in packed.items():
+        size = weight.group_size if weight.group_size in sizes else None
+        alike.setdefault((weight.bits, size), []).append(name)
     symmetric = all(weight.zeros is None for weight in packed.values())
-    arguments = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": strategy,
-                 "group_size": group, "dynamic": False, "actorder": None}
-    layout = {"targets": ["Linear"], "format": "pack-quantized", "weights": arguments,
-              "input_activations": None, "output_activations": None}
+    groups = {f"group_{i}": _config_group(["Linear"] if len(alike) == 1 else names, *kind, symmetric)
+              for i, (kind, names) in enumerate(alike.items())}
     return {"quant_method": METHOD, "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": {"group_0": layout}, "ignore": ignore, "kv_cache_scheme": None,
-            "sparsity_config": {}, "transform_config": {}}
+            "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None, "sparsity_config": {},
+            "transform_config": {}}
+
+
+def _config_group(targets, bits, size, symmetric):
+    arguments = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group" if size else "channel",
+                 "group_size": size, "dynamic": False, "actorder": None}
+    return {"targets": targets, "format": "pack-quantized", "weights": arguments, "input_activations": None,
+            "output_activations": None}
 
 
 def write(path, packed, dense, symmetric):
@@ -249,14 +260,14 @@ def write(path, packed, dense, symmetric):
 
 
 def _entries(name, weight, symmetric):
-    n, k, groups = weight.out_features, weight.in_features, weight.scales.shape[0]
+    n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
     entries = [
-        ("packed", torch.int32, (n, -(-k // 8)), lambda: pack(weight.unpacked())),
+        ("packed", torch.int32, (n, _words(k, bits)), lambda: pack(weight.unpacked(), bits)),
         ("scale", torch.float16, (n, groups), lambda: _new_scales(weight, name)),
         ("shape", torch.int64, (2,), lambda: torch.tensor([n, k])),
     ]
     if not symmetric:
-        entries.append(("zero_point", torch.int32, (-(-n // 8), groups), lambda: _packed_zeros(weight)))
+        entries.append(("zero_point", torch.int32, (_words(n, bits), groups), lambda: _packed_zeros(weight)))
     return [(f"{name}.weight_{part}", *rest) for part, *rest in entries]
 
 
@@ -266,7 +277,7 @@ def _new_scales(weight, name):
 
 
 def _packed_zeros(weight):
-    zeros = torch.full_like(weight.scales, 8) if weight.zeros is None else weight.zeros
-    return pack(zeros.to(torch.uint8)).T
+    zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
+    return pack(zeros.to(torch.uint8), weight.bits).T
 
 
