@@ -1,5 +1,6 @@
 """transformers models with QZOLinear inside: load a checkpoint, save it in the format it came from."""
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from .formats import compressed_tensors, files, gguf, gguf_tokenizer, hqq
 from .formats.gguf_file import GGUFFile
 from .linear import QZOLinear, arena_of, layers, quantize_
+from .losses import rounding_losses
 from .weights import PackedWeight, check_bits
 
 _FORMATS = ("compressed-tensors", "gguf")
@@ -268,22 +270,26 @@ def _put_dense(model, name, tensor, where, device):
 
 # ---------------------------------------------------------------------------------------------- saving
 
-def save_pretrained(model, out_dir):
+def save_pretrained(model, out_dir, batch=None):
     """Save in the format the model came from: the source's files with new scales, all else byte for byte.
 
-    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized, 4 bit). Files
-    of other names in out_dir are left alone. Raises ValueError or FileNotFoundError when the model does not
-    come from `qzo.from_pretrained`, its source has changed or is gone, or out_dir is the source.
+    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized). Files of other
+    names in out_dir are left alone. Scales are rounded once, to the file's own dtype: with a batch (as
+    `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None. Raises ValueError or
+    FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has changed or is gone,
+    or out_dir is the source.
     """
     source = _source(model)
+    report = None if batch is None else rounding_losses(model, batch, _rounded(model, source))
     if source.kind == "float":
-        return _write_compressed(model, source, Path(out_dir))
-    return _copy_with_scales(model, source, Path(out_dir), source.path.name)
+        _write_compressed(model, source, Path(out_dir))
+    else:
+        _copy_with_scales(model, source, Path(out_dir), source.path.name)
+    return report
 
 
 def export(model, out, format="compressed-tensors"):
-    """Save as `format`: "compressed-tensors" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf
-    path).
+    """Save as `format`: "compressed-tensors" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf file).
 
     Raises ValueError naming what is supported for a conversion that cannot be done.
     """
@@ -317,12 +323,28 @@ def _packed(name, layer):
     return layer.packed()
 
 
-def _copy_with_scales(model, source, folder, name):
-    def find(tensor):
-        name = tensor.removesuffix(".weight")
-        layer = model.get_submodule(name)
-        return _packed(name, layer) if isinstance(layer, QZOLinear) else None
+def _find(model, tensor):
+    """PackedWeight of the layer whose weight has this name, None where the module is no QZOLinear."""
+    name = tensor.removesuffix(".weight")
+    layer = model.get_submodule(name)
+    return _packed(name, layer) if isinstance(layer, QZOLinear) else None
 
+
+def _all_packed(model):
+    return {name: _packed(name, layer) for name, layer in layers(model, trainable=None).items()}
+
+
+def _rounded(model, source):
+    """(layer, scales, zeros or None) of each layer as `save_pretrained` writes them."""
+    if source.kind == "float":
+        return compressed_tensors.rounded_new(_all_packed(model))
+    if source.kind == "gguf":
+        return gguf.rounded(GGUFFile(source.path), functools.partial(_find, model))
+    return _FOLDERS[source.kind].rounded(source.path, functools.partial(_find, model))
+
+
+def _copy_with_scales(model, source, folder, name):
+    find = functools.partial(_find, model)
     home = source.path.parent if source.kind == "gguf" else source.path
     if folder.resolve() == home and name in (None, source.path.name):
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
@@ -339,7 +361,7 @@ def _write_compressed(model, source, folder):
     if folder.resolve() == source.path:
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
-    packed = {name: _packed(name, layer) for name, layer in layers(model, trainable=None).items()}
+    packed = _all_packed(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantization = compressed_tensors.quantization_config(packed, linears)
     symmetric = quantization["config_groups"]["group_0"]["weights"]["symmetric"]

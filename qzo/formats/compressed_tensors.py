@@ -203,12 +203,23 @@ def save(folder, staging, find):
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
     gives."""
     _copy_all(folder, staging)
+    for _, new, file, place in _changes(folder, find):
+        files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(new))])
+
+
+def rounded(folder, find):
+    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
+    for layer, new, _, _ in _changes(folder, find):
+        yield layer, new.T.to(torch.float32), None
+
+
+def _changes(folder, find):
+    """Yield (layer, its scales in the file's dtype and order, file, place)."""
     for name, (file, place) in tensor_places(folder).items():
         packed = find(name.removesuffix("_scale")) if name.endswith(".weight_scale") else None
         if packed is not None:
-            old = safetensors_file.read(file, place)
-            new = stored_scales(packed.scales.T.cpu(), old, name)
-            files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(new))])
+            new = stored_scales(packed.scales.T.cpu(), safetensors_file.read(file, place), name)
+            yield name.removesuffix(".weight_scale"), new, file, place
 
 
 def _copy_all(folder, staging):
@@ -257,6 +268,12 @@ def write(path, packed, dense, symmetric):
     for name, weight in packed.items():
         entries += _entries(name, weight, symmetric)
     safetensors_file.write(path, entries, {"format": "pt"})
+
+
+def rounded_new(packed):
+    """Yield (layer, float32 scales [G, N], None) as `write` would write them."""
+    for name, weight in packed.items():
+        yield name, _new_scales(weight, name).T.to(torch.float32), None
 
 
 def _entries(name, weight, symmetric):

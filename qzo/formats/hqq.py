@@ -11,6 +11,7 @@ import torch
 from ..weights import PackedWeight
 from . import compressed_tensors, files
 from .rounding import stored_scales
+from .safetensors_file import to_bytes
 from .torch_file import TorchFile
 
 METHOD = "hqq"
@@ -53,15 +54,25 @@ def weights(folder, quantization, dtype):
 def save(folder, staging, find):
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
     compressed_tensors._copy_all(folder, staging)
-    file, chunks = TorchFile(folder / FILE), []
+    file = TorchFile(folder / FILE)
+    chunks = [(file.place(old, module)[0], to_bytes(new)) for module, new, old, _ in _changes(file, find)]
+    files.patch(staging / FILE, file.patches(chunks))
+
+
+def rounded(folder, find):
+    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
+    for module, new, _, packed in _changes(TorchFile(folder / FILE), find):
+        yield module, new.view(packed.scales.T.shape).T.to(torch.float32), None
+
+
+def _changes(file, find):
+    """Yield (module, its scales in the file's dtype and shape, their tensor in the file, PackedWeight)."""
     for module, state in _modules(file):
         packed = find(f"{module}.weight") if "W_q" in state else None
         if packed is not None:
             old = file.read(state["scale"], f"{module}.scale")
             new = stored_scales(packed.scales.T.reshape(old.shape).cpu(), old, f"{module}.scale")
-            if not torch.equal(new, old):
-                chunks.append((file.place(state["scale"], module)[0], new.view(torch.uint8).numpy().tobytes()))
-    files.patch(staging / FILE, file.patches(chunks))
+            yield module, new, state["scale"], packed
 
 
 def _modules(file):
