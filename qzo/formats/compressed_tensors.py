@@ -12,6 +12,7 @@ the config group whose target names it exactly, else by a pattern ("re:..."), el
 import functools
 import json
 import re
+from pathlib import Path
 
 import torch
 
@@ -91,24 +92,51 @@ def _arguments(layer, by_target):
 
 
 def tensor_places(folder):
-    """name -> (file, place) of every tensor in the folder's safetensors files."""
-    index = folder / INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(p.name for p in folder.glob("*.safetensors"))
-        if len(names) > 1 and "model.safetensors" in names:
-            names = ["model.safetensors"]
+    """name -> (file, place) of every tensor in the folder's safetensors files.
+
+    FileNotFoundError for a file that the index names and the folder lacks; ValueError for an index that is
+    damaged or names files elsewhere, a tensor that is in two files and one that is not in its file.
+    """
+    index = _index(folder)
+    names = sorted(set(index.values())) or sorted(path.name for path in folder.glob("*.safetensors"))
+    if not index and "model.safetensors" in names:
+        names = ["model.safetensors"]
     if not names:
         raise FileNotFoundError(f"{folder} holds a config.json but no safetensors file")
-    found = {}
+    found: dict = {}
     for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is missing, though {INDEX} names it; fetch the "
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing or no file, though {INDEX} names it; fetch the "
                                     "checkpoint again")
         for tensor, place in safetensors_file.places(folder / name).items():
+            if tensor in found:
+                raise ValueError(f"{folder}: tensor {tensor} is in {found[tensor][0].name} and in {name}; one of "
+                                 "them is of another checkpoint, remove it")
             found[tensor] = folder / name, place
+    for tensor, name in index.items():
+        if tensor not in found or found[tensor][0].name != name:
+            raise ValueError(f"{folder / name} holds no tensor {tensor:.200}, though {INDEX} says so; fetch the "
+                             "checkpoint again")
     return found
+
+
+def _index(folder):
+    """tensor -> file name from the index of a folder that has one, else an empty dictionary."""
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        content = None
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path} is damaged: it has no weight_map of tensors and their files; fetch it again")
+    for name in names.values():
+        if Path(name).name != name or not name.isprintable():
+            raise ValueError(f"{path} names {name!r:.200}, which is no file of this folder; weights elsewhere are "
+                             "not read")
+    return names
 
 
 def weight_files(folder):
