@@ -93,10 +93,10 @@ class GGUFFile:
 
     def _entry(self, cursor):
         name, count = cursor.string(), cursor.scalar("I")
-        if count > _MOST_DIMENSIONS:
-            raise ValueError(f"{self.path}: tensor {name!r:.200} has {count} dimensions, GGUF has at most "
-                             f"{_MOST_DIMENSIONS}: the file is damaged")
-        dims = [cursor.scalar("Q") for _ in range(count)]
+        dims = [cursor.scalar("Q") for _ in range(min(count, _MOST_DIMENSIONS))]
+        if count > _MOST_DIMENSIONS or 0 in dims:
+            raise ValueError(f"{self.path}: tensor {name!r:.200} has {count} dimensions, {dims}; GGUF has at most "
+                             f"{_MOST_DIMENSIONS}, none of them 0: the file is damaged")
         return name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")
 
     def _info(self, name, shape, kind, offset):
@@ -106,7 +106,7 @@ class GGUFFile:
                              f"(trained), {', '.join(_NAMES[t] for t in _BLOCKS if t not in (Q4_0, Q4_1))} "
                              "(kept as they are)")
         weights, size = _BLOCKS[kind]
-        if not shape or 0 in shape or shape[-1] % weights:
+        if not shape or shape[-1] % weights:
             raise ValueError(f"{self.path}: tensor {name} has shape {list(shape)}, which {_NAMES[kind]} "
                              f"blocks of {weights} do not fill: the file is damaged")
         nbytes = int(np.prod(shape, dtype=object)) // weights * size
