@@ -1,5 +1,6 @@
 """transformers models with QZOLinear inside: load a checkpoint, save it in the format it came from."""
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -8,14 +9,16 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .formats import compressed_tensors, files, gguf, gguf_tokenizer
+from .formats import compressed_tensors, files, gguf, gguf_tokenizer, hqq
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
 from .linear import QZOLinear, arena_of, layers, quantize_
-from .weights import PackedWeight
+from .losses import rounding_losses
+from .weights import PackedWeight, check_bits
 
 _FORMATS = ("compressed-tensors", "gguf")
-_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+_FOLDERS = {module.METHOD: module for module in (compressed_tensors, hqq)}
+_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 
 
@@ -23,7 +26,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h
 class Source:
     """Where a model came from: what `save_pretrained` copies.
 
-    kind: "gguf", "compressed-tensors", or "float" (quantized on the way in, with `options`)
+    kind: "gguf", "compressed-tensors", "hqq", or "float" (quantized on the way in, with `options`)
     path: the GGUF file or the folder
     sizes: (file name, bytes) of the files that the result is copied from
     dtype: of dense tensors in a file written anew
@@ -63,8 +66,7 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     is not there, ValueError for a checkpoint that cannot be read; the message names the format, tensor or
     key.
     """
-    if bits != 4:
-        raise ValueError(f"bits={bits}: only 4-bit codes are implemented")
+    check_bits(bits)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     path = _locate(path_or_id)
@@ -72,7 +74,8 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
         model, source = _load_gguf(path, device, dtype)
     else:
         config = _config(path, trust_remote_code)
-        if getattr(config, "quantization_config", None) is None:
+        quantized = getattr(config, "quantization_config", None) is not None
+        if not quantized and not (path / hqq.FILE).exists():
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
             model, source = _load_float(path, config, trust_remote_code, options)
         else:
@@ -106,7 +109,7 @@ def _locate(path_or_id):
         return path.resolve()
     if not path.exists():
         return _download(str(path_or_id))
-    weights = any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+    weights = any(any(path.glob(name)) for name in ("*.safetensors", "pytorch_model*.bin", hqq.FILE))
     if weights and (path / "config.json").exists():
         return path.resolve()
     found = sorted(p.name for p in path.glob("*.gguf"))
@@ -175,22 +178,24 @@ def _load_gguf(path, device, dtype):
 
 
 def _load_quantized(folder, config, trust_remote_code, device, dtype):
-    quantization = dict(config.quantization_config)
-    method = quantization.get("quant_method")
-    if method != compressed_tensors.METHOD:
+    quantization = dict(getattr(config, "quantization_config", None) or {})
+    method = quantization.get("quant_method") if quantization else hqq.METHOD
+    if method not in _FOLDERS:
         raise ValueError(f"{folder}: quant_method {method!r} cannot be read; supported are "
-                         "compressed-tensors (pack-quantized), GGUF files, and float checkpoints")
-    compressed_tensors.check_config(quantization, folder)
-    del config.quantization_config                # the model in memory is not of that kind
+                         "compressed-tensors (pack-quantized), HQQ's own files, GGUF files, and float checkpoints")
+    form = _FOLDERS[method]
+    form.check_config(quantization, folder)
+    if quantization:
+        del config.quantization_config            # the model in memory is not of that kind
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
-    _fill(model, compressed_tensors.weights(folder, quantization, dtype), folder, device)
-    used = {file for file, _ in compressed_tensors.tensor_places(folder).values()} | {folder / "config.json"}
+    _fill(model, form.weights(folder, quantization, dtype), folder, device)
+    used = {*form.weight_files(folder), folder / "config.json"}
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, Source("compressed-tensors", folder, sizes, stored)
+    return model, Source(method, folder, sizes, stored)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -267,22 +272,26 @@ def _put_dense(model, name, tensor, where, device):
 
 # ---------------------------------------------------------------------------------------------- saving
 
-def save_pretrained(model, out_dir):
+def save_pretrained(model, out_dir, batch=None):
     """Save in the format the model came from: the source's files with new scales, all else byte for byte.
 
-    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized, 4 bit). Files
-    of other names in out_dir are left alone. Raises ValueError or FileNotFoundError when the model does not
-    come from `qzo.from_pretrained`, its source has changed or is gone, or out_dir is the source.
+    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized). Files of other
+    names in out_dir are left alone. Scales are rounded once, to the file's own dtype: with a batch (as
+    `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None. Raises ValueError or
+    FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has changed or is gone,
+    or out_dir is the source.
     """
     source = _source(model)
+    report = None if batch is None else rounding_losses(model, batch, _rounded(model, source))
     if source.kind == "float":
-        return _write_compressed(model, source, Path(out_dir))
-    return _copy_with_scales(model, source, Path(out_dir), source.path.name)
+        _write_compressed(model, source, Path(out_dir))
+    else:
+        _copy_with_scales(model, source, Path(out_dir), source.path.name)
+    return report
 
 
 def export(model, out, format="compressed-tensors"):
-    """Save as `format`: "compressed-tensors" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf
-    path).
+    """Save as `format`: "compressed-tensors" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf file).
 
     Raises ValueError naming what is supported for a conversion that cannot be done.
     """
@@ -316,12 +325,28 @@ def _packed(name, layer):
     return layer.packed()
 
 
-def _copy_with_scales(model, source, folder, name):
-    def find(tensor):
-        name = tensor.removesuffix(".weight")
-        layer = model.get_submodule(name)
-        return _packed(name, layer) if isinstance(layer, QZOLinear) else None
+def _find(model, tensor):
+    """PackedWeight of the layer whose weight has this name, None where the module is no QZOLinear."""
+    name = tensor.removesuffix(".weight")
+    layer = model.get_submodule(name)
+    return _packed(name, layer) if isinstance(layer, QZOLinear) else None
 
+
+def _all_packed(model):
+    return {name: _packed(name, layer) for name, layer in layers(model, trainable=None).items()}
+
+
+def _rounded(model, source):
+    """(layer, scales, zeros or None) of each layer as `save_pretrained` writes them."""
+    if source.kind == "float":
+        return compressed_tensors.rounded_new(_all_packed(model))
+    if source.kind == "gguf":
+        return gguf.rounded(GGUFFile(source.path), functools.partial(_find, model))
+    return _FOLDERS[source.kind].rounded(source.path, functools.partial(_find, model))
+
+
+def _copy_with_scales(model, source, folder, name):
+    find = functools.partial(_find, model)
     home = source.path.parent if source.kind == "gguf" else source.path
     if folder.resolve() == home and name in (None, source.path.name):
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
@@ -330,7 +355,7 @@ def _copy_with_scales(model, source, folder, name):
         if source.kind == "gguf":
             gguf.save(GGUFFile(source.path), staging / name, find)
         else:
-            compressed_tensors.save(source.path, staging, find)
+            _FOLDERS[source.kind].save(source.path, staging, find)
 
 
 def _write_compressed(model, source, folder):
@@ -338,7 +363,7 @@ def _write_compressed(model, source, folder):
     if folder.resolve() == source.path:
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
-    packed = {name: _packed(name, layer) for name, layer in layers(model, trainable=None).items()}
+    packed = _all_packed(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantization = compressed_tensors.quantization_config(packed, linears)
     symmetric = quantization["config_groups"]["group_0"]["weights"]["symmetric"]

@@ -128,6 +128,20 @@ def save(file, target, find):
                 files.patch(target, [(info.offset, raw.numpy().tobytes())])
 
 
+def rounded(file, find):
+    """Yield (layer, float32 scales [G, N], zero points that -m / d then is or None) as `save` would write them."""
+    for info in file.tensors.values():
+        name = hf_name(file, info.name)
+        packed = find(name) if name and len(info.shape) == 2 else None
+        if packed is not None:
+            blocks, order = info.blocks(file.raw(info)), _row_order(file, info)
+            _patch(blocks, info, packed, order)
+            blocks = blocks if order is None else blocks[order]
+            d = halves(blocks, 0).float()
+            zeros = torch.where(d == 0, 8.0, -halves(blocks, 2).float() / d).T if info.type == Q4_1 else None
+            yield name.removesuffix(".weight"), d.T, zeros
+
+
 def _patch(blocks, info, packed, order):
     """Put new d (and m) into the blocks; returns whether any changed."""
     back = torch.arange(info.shape[0]) if order is None else order.argsort()

@@ -5,6 +5,7 @@ and so takes seconds where this takes a tenth of one; the tests hold the two aga
 """
 import dataclasses
 import functools
+import itertools
 import struct
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .gguf_blocks import BLOCKS, NAMES, values
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MOST_DIMENSIONS, _DEEPEST_ARRAY = 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class GGUFFile:
         self.path = Path(path)
         self.size = self.path.stat().st_size
         with open(self.path, "rb") as file:
-            cursor = _Cursor(file, self.path)
+            cursor = _Cursor(file, self.path, self.size)
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{self.path} is not a GGUF file: it does not begin with 'GGUF'")
             version = cursor.scalar("I")
@@ -59,17 +61,41 @@ class GGUFFile:
             self.metadata = {}
             for _ in range(keys):
                 key = cursor.string()
+                self._once(key, self.metadata, "metadata")
                 self.metadata[key] = cursor.value(cursor.scalar("I"))
             entries = [self._entry(cursor) for _ in range(tensors)]
-            start = file.tell() + -file.tell() % self.metadata.get("general.alignment", 32)
+            start = file.tell() + -file.tell() % self._alignment()
         self.tensors = {}
         for name, shape, kind, offset in entries:
+            self._once(name, self.tensors, "tensor")
             self.tensors[name] = self._info(name, shape, kind, start + offset)
+        self._check_overlaps()
 
-    @staticmethod
-    def _entry(cursor):
-        name = cursor.string()
-        dims = [cursor.scalar("Q") for _ in range(cursor.scalar("I"))]
+    def _once(self, name, known, what):
+        if name in known or not name.isprintable():
+            raise ValueError(f"{self.path}: {what} {name!r:.200} is there twice or has no readable name; the file "
+                             "is damaged, fetch it again")
+
+    def _alignment(self):
+        found = self.metadata.get("general.alignment", 32)
+        if type(found) is not int or found < 1:
+            raise ValueError(f"{self.path}: general.alignment is {found!r:.40}; it has to be a whole number of "
+                             "bytes")
+        return found
+
+    def _check_overlaps(self):
+        order = sorted(self.tensors.values(), key=lambda info: info.offset)
+        for first, second in itertools.pairwise(order):
+            if first.offset + first.nbytes > second.offset:
+                raise ValueError(f"{self.path}: tensors {first.name} and {second.name} overlap; the file is "
+                                 "damaged, fetch it again")
+
+    def _entry(self, cursor):
+        name, count = cursor.string(), cursor.scalar("I")
+        dims = [cursor.scalar("Q") for _ in range(min(count, _MOST_DIMENSIONS))]
+        if count > _MOST_DIMENSIONS or 0 in dims:
+            raise ValueError(f"{self.path}: tensor {name!r:.200} has {count} dimensions, {dims}; GGUF has at most "
+                             f"{_MOST_DIMENSIONS}, none of them 0: the file is damaged")
         return name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")
 
     def _info(self, name, shape, kind, offset):
@@ -111,11 +137,11 @@ class GGUFFile:
 class _Cursor:
     """Reads a header value by value; ValueError where the file ends too early."""
 
-    def __init__(self, file, path):
-        self.file, self.path = file, path
+    def __init__(self, file, path, size):
+        self.file, self.path, self.size = file, path, size
 
     def take(self, count):
-        data = self.file.read(count)
+        data = self.file.read(count) if count <= self.size else b""      # no memory for what cannot be there
         if len(data) != count:
             raise ValueError(f"{self.path} is truncated: its header ends after {self.file.tell()} bytes; "
                              "fetch it again")
@@ -128,15 +154,15 @@ class _Cursor:
     def string(self):
         return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
 
-    def value(self, kind):
+    def value(self, kind, depth=0):
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY:
+        if kind == _ARRAY and depth < _DEEPEST_ARRAY:
             inner, count = self.scalar("I"), self.scalar("Q")
             if inner in _SCALARS:
                 code = _SCALARS[inner]
                 return list(struct.unpack(f"<{count}{code}", self.take(count * _struct(code).size)))
-            return [self.value(inner) for _ in range(count)]
+            return [self.value(inner, depth + 1) for _ in range(count)]
         if kind not in _SCALARS:
             raise ValueError(f"{self.path}: metadata of unknown type {kind}: the file is damaged or too new")
         return self.scalar(_SCALARS[kind])
