@@ -1,6 +1,6 @@
 """Freed memory back to the system while a model is built.
 
-glibc keeps the holes that temporaries leave between tensors that stay, and after the first large free it takes
+glibc keeps the holes that temporaries leave between tensors that stay, and after a first large free it takes
 blocks of up to 32 MB from there too: without this a load takes up to twice what the model holds.
 """
 import ctypes

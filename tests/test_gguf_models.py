@@ -120,7 +120,7 @@ def write(path, case, model):
     for name, factors in rope_tensors(config).items():
         writer.add_tensor(name, np.array(factors, np.float32))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], case.layers)
-    types, turn = {}, itertools.cycle(case.kinds)
+    kinds, turn = {}, itertools.cycle(case.kinds)
     for name, tensor in model.named_parameters():                # tied tensors come once
         head = "embed_tokens" in name or "lm_head" in name
         kind = TYPES.F32 if tensor.dim() == 1 else TYPES.Q8_0 if head else next(turn)
@@ -129,9 +129,9 @@ def write(path, case, model):
         tensor.data.copy_(torch.from_numpy(gguf.dequantize(data, kind).astype(np.float32)) - shift)
         stored = interleaved(data, name, config) if arch == "llama" else data
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=kind)
-        types[name] = kind
+        kinds[name] = kind
     finish(writer)
-    return types
+    return kinds
 
 
 def finish(writer):
@@ -188,6 +188,9 @@ def logits(model, length=48):
         return model((torch.arange(2 * length) * 37 % SIZES["vocab_size"]).view(2, length)).logits
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*stay frozen:UserWarning")      # of the K quants
+
+
 @pytest.fixture(scope="module", params=CASES)
 def made(request, tmp_path_factory):
     """(path of the file, the model whose weights are what the file holds, {parameter: type in the file})."""
@@ -197,9 +200,9 @@ def made(request, tmp_path_factory):
 
 
 def test_logits(made):
-    path, model, types = made
+    path, model, kinds = made
     ours = load(path)
-    trained = {name for name, kind in types.items() if kind in HEADS and name.startswith("model.layers")}
+    trained = {name for name, kind in kinds.items() if kind in HEADS and name.startswith("model.layers")}
     assert {name + ".weight" for name in quantized(ours)} == trained
     for length in (16, 48):              # within windows and beyond; Phi-3's short factors and the long ones
         assert relative_error(logits(ours, length), logits(model, length)) < LOGITS_FP32, length
@@ -249,7 +252,7 @@ def test_a_step_moves_scales_only(made, tmp_path):
     assert relative_error(logits(load(tmp_path / "moved")), logits(model)) < 1e-2
 
 
-# ---------------------------------------------------------------------------------------------- memory of a load
+# ------------------------------------------------------------------------------------------ memory of a load
 
 LOADING = """
 import sys, torch, qzo, transformers
@@ -269,8 +272,8 @@ print(sum(weights_bytes(model, "cpu").values()), resident("VmHWM") - before)
 
 
 def test_a_load_takes_little_more_than_the_model(tmp_path):
-    """A layer and 200 MB are allowed whatever the model. The holes that temporaries leave between tensors grow
-    with it: here they would make 150 MB of the 40."""
+    """A layer and 200 MB are allowed whatever the model. The holes that temporaries leave between tensors
+    grow with it: here they would make 150 MB of the 40."""
     hidden, layers, vocabulary = 1024, 16, 16000
     rng, path = np.random.default_rng(0), tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
@@ -278,8 +281,9 @@ def test_a_load_takes_little_more_than_the_model(tmp_path):
                        "block_count": layers, "attention.head_count": 8}.items():
         writer.add_uint32("llama." + key, value)
     writer.add_layer_norm_rms_eps(1e-5)
-    wide = {"ffn_gate": (4 * hidden, hidden), "ffn_up": (4 * hidden, hidden), "ffn_down": (hidden, 4 * hidden)}
-    shapes = wide | {name: (hidden, hidden) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    wide = 4 * hidden
+    shapes = {"ffn_gate": (wide, hidden), "ffn_up": (wide, hidden), "ffn_down": (hidden, wide)}
+    shapes |= {name: (hidden, hidden) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
     stored = {name: blocks(shape, TYPES.Q4_0, rng) for name, shape in shapes.items()}
     embedding = gguf.quantize(rng.normal(size=(vocabulary, hidden)).astype(np.float32), TYPES.Q8_0)
     writer.add_tensor("token_embd.weight", embedding, raw_dtype=TYPES.Q8_0)
@@ -291,7 +295,25 @@ def test_a_load_takes_little_more_than_the_model(tmp_path):
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(hidden, np.float32))
     finish(writer)
     root = Path(qzo.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", LOADING, str(path)], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LOADING, path], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     held, peak = map(int, done.stdout.split())
     assert held < peak < held + 80e6
+
+
+# ------------------------------------------------------------------------------------------ other formats
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("llama3", TYPES.Q4_0), ("qwen3", TYPES.Q4_0), ("gemma2", TYPES.Q8_0), ("gemma3", TYPES.Q4_0),
+    ("phi3-long", TYPES.Q4_0)])
+def test_export(name, kind, tmp_path):
+    case = dataclasses.replace(CASES[name], kinds=(kind,))
+    model = original(case)
+    write(tmp_path / "m.gguf", case, model)
+    ours = load(tmp_path / "m.gguf")
+    qzo.export(ours, tmp_path / "ct", format="compressed-tensors")
+    exported = load(tmp_path / "ct")
+    for layer, scales in qzo.scales(ours).items():
+        assert torch.equal(scales, qzo.scales(exported)[layer]), layer
+    # dense tensors of the folder are float16, which random weights enlarge
+    assert relative_error(logits(exported), logits(ours)) < 2e-2

@@ -291,14 +291,7 @@ def _config_group(targets, bits, size, symmetric):
 
 
 def write(path, packed, dense, symmetric):
-    """A new safetensors file of layers {name: PackedWeight} and tensors {name: tensor}; scales in float16.
-
-    ValueError for codes that do not have 4 bits.
-    """
-    for name, weight in packed.items():
-        if weight.bits != 4:
-            raise ValueError(f"{name} has codes of {weight.bits} bits (GGUF Q8_0), only those of 4 can be "
-                             "written; save it in its own format (qzo.save_pretrained)")
+    """A new safetensors file of layers {name: PackedWeight} and tensors {name: tensor}; scales in float16."""
     entries = [(name, value.dtype, value.shape, lambda value=value: value) for name, value in dense.items()]
     for name, weight in packed.items():
         entries += _entries(name, weight, symmetric)

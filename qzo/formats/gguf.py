@@ -46,8 +46,8 @@ def _row_order(file, info):
     if count is None or not family(file).interleaved:
         return None
     if info.shape[0] % (2 * count(file)):
-        raise ValueError(f"{file.path}: tensor {info.name} has {info.shape[0]} rows, which {count(file)} heads "
-                         "do not divide into pairs")
+        raise ValueError(f"{file.path}: tensor {info.name} has {info.shape[0]} rows, which {count(file)} "
+                         "heads do not divide into pairs")
     return torch.arange(info.shape[0]).view(count(file), -1, 2).transpose(1, 2).flatten()
 
 

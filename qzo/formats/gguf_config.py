@@ -34,7 +34,10 @@ def config(file):
                          "can be read")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path}: no tensor token_embd.weight, which every model has")
-    found = {argument: _need(file, key) for key, argument in NEEDED.items()}
+    found = {argument: _need(file, key, int) for key, argument in NEEDED.items()}
+    if found["num_hidden_layers"] > len(file.tensors):
+        raise ValueError(f"{file.path}: {len(file.tensors)} tensors are not {found['num_hidden_layers']} "
+                         "layers: the file is incomplete or damaged")
     found |= {argument: _number(file, key) or default for key, (argument, default) in kind.options.items()}
     found |= {argument: tensor in file.tensors for argument, tensor in kind.biases.items()}
     head_dim = _head_dim(file, found)
@@ -50,6 +53,7 @@ def config(file):
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "num_key_value_heads": kv_heads(file),
         "head_dim": head_dim,
+        "rms_norm_eps": _need(file, "attention.layer_norm_rms_epsilon", float),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
@@ -59,13 +63,13 @@ def config(file):
 
 def heads(file):
     """The number of query heads."""
-    return _need(file, "attention.head_count")
+    return _need(file, "attention.head_count", int)
 
 
 def kv_heads(file):
     """The number of key and value heads: as many as query heads where the file has none of its own."""
     key = "attention.head_count_kv"
-    return heads(file) if _number(file, key) is None else _need(file, key)
+    return heads(file) if _get(file, key) is None else _need(file, key, int)
 
 
 def _get(file, key, default=None):
@@ -76,27 +80,28 @@ def _name(file, key):
     return f"{file.metadata['general.architecture']}.{key}"
 
 
-def _number(file, key, default=None):
+def _number(file, key, default=None, kinds=(int, float)):
     value = _get(file, key, default)
     if isinstance(value, list):
-        raise ValueError(f"{file.path}: {_name(file, key)} differs from layer to layer; only uniform models can "
-                         "be read")
-    if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
-        raise ValueError(f"{file.path}: {_name(file, key)} is {value!r:.40}; it has to be a number from 0 on")
+        raise ValueError(f"{file.path}: {_name(file, key)} differs from layer to layer; only uniform models "
+                         "can be read")
+    if value is not None and (type(value) not in kinds or not 0 <= value < math.inf):
+        raise ValueError(f"{file.path}: {_name(file, key)} is {value!r:.40}; it has to be "
+                         f"{' or '.join(kind.__name__ for kind in kinds)} from 0 on")
     return value
 
 
-def _need(file, key):
+def _need(file, key, kind):
     """A number above 0."""
-    value = _number(file, key)
+    value = _number(file, key, None, (kind,))
     if not value:
         raise ValueError(f"{file.path}: no metadata {_name(file, key)}, or 0; every model needs it")
     return value
 
 
 def _head_dim(file, found):
-    size = _number(file, "attention.key_length", found["hidden_size"] // found["num_attention_heads"])
-    values = _number(file, "attention.value_length", size)
+    size = _number(file, "attention.key_length", found["hidden_size"] // found["num_attention_heads"], (int,))
+    values = _number(file, "attention.value_length", size, (int,))
     if size != values or size == 0:
         raise ValueError(f"{file.path}: heads of {size} for keys and of {values} for values; only equal ones "
                          "can be read")
@@ -119,7 +124,8 @@ def _layer_types(file, kind, count):
 
 def _rope(file, kind, head_dim):
     """{"rope_parameters": ...} and what stands beside it."""
-    theta, rotated = _number(file, "rope.freq_base", 10000.0), _number(file, "rope.dimension_count", head_dim)
+    theta = _number(file, "rope.freq_base", 10000.0)
+    rotated = _number(file, "rope.dimension_count", head_dim, (int,))
     if rotated != head_dim and not kind.partial_rotary:
         raise ValueError(f"{file.path}: rotary embedding of {rotated} of {head_dim} head dimensions; only "
                          f"whole heads can be read for {kind.cls}")
@@ -165,7 +171,7 @@ def _factors(file, tensor, rotated):
 def _longrope(file, short, long):
     scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long,
                "attention_factor": _number(file, "rope.scaling.attn_factor", 1.0)}
-    original = _need(file, "rope.scaling.original_context_length")
+    original = _need(file, "rope.scaling.original_context_length", int)
     return scaling, {"original_max_position_embeddings": original}
 
 

@@ -5,10 +5,10 @@ Mistral is architecture "llama" there and computes the same; the window of its f
 import dataclasses
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-# metadata that every architecture needs -> argument of the transformers configuration
+# whole numbers that every architecture needs -> argument of the transformers configuration
 NEEDED = {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
           "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
-          "context_length": "max_position_embeddings", "attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+          "context_length": "max_position_embeddings"}
 
 _ATTENTION = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
               "attn_output": "self_attn.o_proj"}
