@@ -74,7 +74,7 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     else:
         config = _config(path, trust_remote_code)
         quantized = getattr(config, "quantization_config", None) is not None
-        if not quantized and not (path / hqq.FILE).exists():
+        if not quantized and not (path / hqq.FILE).is_file():
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
             model, source = _load_float(path, config, trust_remote_code, options)
         else:
@@ -139,10 +139,10 @@ def _download(name):
 def _config(folder, trust_remote_code):
     from transformers import AutoConfig
 
-    try:
-        json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    quantization = files.read_object(folder / "config.json").get("quantization_config")
+    if quantization is not None and not (isinstance(quantization, dict) and isinstance(
+            quantization.get("quant_method"), str)):
+        raise ValueError(f"{folder / 'config.json'}: its quantization_config names no quant_method; fetch it again")
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -379,7 +379,7 @@ def _write_compressed(model, source, folder):
 
 def _stored_config(model, source):
     if source.kind == "float":
-        return json.loads((source.path / "config.json").read_text())
+        return files.read_object(source.path / "config.json")
     return json.loads(model.config.to_json_string())
 
 

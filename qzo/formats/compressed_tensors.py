@@ -6,11 +6,10 @@
     weight_shape       int64 [2] = N, K
 Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight holds, 3 bits as 4.
 
-A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those of
-the config group whose target names it exactly, else by a pattern ("re:..."), else by its class ("Linear").
+A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those
+of the config group whose target names it exactly, else by a pattern ("re:..."), else by its class ("Linear").
 """
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -29,10 +28,11 @@ _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")
 
 
 def check_config(quantization, where):
-    """target -> {bits, group_size, symmetric} of a quantization_config. ValueError naming what cannot be read."""
+    """target -> {bits, group_size, symmetric} of a quantization_config. ValueError for what cannot be read."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise ValueError(f"{where}: the quantization_config has no config_groups; the checkpoint is incomplete")
+        raise ValueError(f"{where}: the quantization_config has no config_groups; the checkpoint is "
+                         "incomplete")
     found = {}
     for name, group in groups.items():
         group = group if isinstance(group, dict) else {}
@@ -59,9 +59,9 @@ def _check_group(group, layout, where):
     held = type(bits) is int and bits in _BITS
     if layout != "pack-quantized" or not held or kind != "int" or strategy not in ("group", "channel"):
         found = {"num_bits": bits, "type": kind, "strategy": strategy}
-        raise ValueError(f"{where}: compressed-tensors format {layout!r:.60} with {found!r:.200}; supported is "
-                         f"'pack-quantized' with num_bits {', '.join(map(str, _BITS))}, type int, strategy group or "
-                         "channel")
+        raise ValueError(f"{where}: compressed-tensors format {layout!r:.60} with {found!r:.200}; supported "
+                         f"is 'pack-quantized' with num_bits {', '.join(map(str, _BITS))}, type int, strategy "
+                         "group or channel")
     if strategy == "group" and (type(size) is not int or size < 1):
         raise ValueError(f"{where}: group_size is {size!r:.40}; strategy group needs a whole number above 0")
     for name in ("input_activations", "output_activations"):
@@ -81,14 +81,14 @@ def _check_group(group, layout, where):
 
 
 def _arguments(layer, by_target):
-    """The arguments of a layer by its name, in the library's order of precedence. ValueError if no target fits."""
+    """The arguments of a layer by its name, in the library's order of precedence."""
     patterns = sorted(target for target in by_target if target.startswith(_PATTERN))
     fitting = [target for target in patterns if re.match(target.removeprefix(_PATTERN), layer)]
     for target in (layer, *fitting, "Linear"):
         if target in by_target:
             return by_target[target]
-    raise ValueError(f"no target of the config_groups fits {layer} (they are {', '.join(by_target)[:200]}), so its "
-                     "bits and group size are unknown")
+    raise ValueError(f"no target of the config_groups fits {layer} (they are {', '.join(by_target)[:200]}), "
+                     "so its bits and group size are unknown")
 
 
 def tensor_places(folder):
@@ -106,17 +106,17 @@ def tensor_places(folder):
     found: dict = {}
     for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing or no file, though {INDEX} names it; fetch the "
-                                    "checkpoint again")
+            raise FileNotFoundError(f"{folder / name} is missing or no file, though {INDEX} names it; fetch "
+                                    "the checkpoint again")
         for tensor, place in safetensors_file.places(folder / name).items():
             if tensor in found:
-                raise ValueError(f"{folder}: tensor {tensor} is in {found[tensor][0].name} and in {name}; one of "
-                                 "them is of another checkpoint, remove it")
+                raise ValueError(f"{folder}: tensor {tensor} is in {found[tensor][0].name} and in {name}; one "
+                                 "of them is of another checkpoint, remove it")
             found[tensor] = folder / name, place
     for tensor, name in index.items():
         if tensor not in found or found[tensor][0].name != name:
-            raise ValueError(f"{folder / name} holds no tensor {tensor:.200}, though {INDEX} says so; fetch the "
-                             "checkpoint again")
+            raise ValueError(f"{folder / name} holds no tensor {tensor!r:.200}, though {INDEX} says so; fetch "
+                             "the checkpoint again")
     return found
 
 
@@ -125,17 +125,14 @@ def _index(folder):
     path = folder / INDEX
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        content = None
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = files.read_object(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{path} is damaged: it has no weight_map of tensors and their files; fetch it again")
+        raise ValueError(f"{path} is damaged: it has no weight_map of tensors and their files; fetch it "
+                         "again")
     for name in names.values():
         if Path(name).name != name or not name.isprintable():
-            raise ValueError(f"{path} names {name!r:.200}, which is no file of this folder; weights elsewhere are "
-                             "not read")
+            raise ValueError(f"{path} names {name!r:.200}, which is no file of this folder; weights elsewhere "
+                             "are not read")
     return names
 
 
@@ -174,7 +171,8 @@ def _packed(parts, arguments):
     if missing:
         raise ValueError(f"no weight{' and no weight'.join(missing)} beside it: the checkpoint is incomplete")
     if parts["_shape"].is_floating_point() or parts["_shape"].numel() != 2 or int(parts["_shape"].min()) < 1:
-        raise ValueError(f"weight_shape must be two whole numbers, got {parts['_shape'].flatten()[:4].tolist()}")
+        raise ValueError("weight_shape must be two whole numbers above 0, got "
+                         f"{parts['_shape'].flatten()[:4].tolist()}")
     n, k = parts["_shape"].flatten().tolist()
     words, scales, bits = parts["_packed"], parts["_scale"], arguments["bits"]
     _check(words, "", [n, _words(k, bits)])
@@ -182,8 +180,8 @@ def _packed(parts, arguments):
     if not scales.is_floating_point():
         raise ValueError(f"weight_scale is {scales.dtype}; scales are floats")
     if k % group or list(scales.shape) != [n, k // group]:
-        raise ValueError(f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in groups of "
-                         f"{group}")
+        raise ValueError(f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in groups "
+                         f"of {group}")
     zeros = None
     if "_zero_point" in parts:
         _check(parts["_zero_point"], "weight_zero_point ", [_words(n, bits), k // group])
@@ -284,8 +282,9 @@ def quantization_config(packed, ignore):
 
 
 def _config_group(targets, bits, size, symmetric):
-    arguments = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group" if size else "channel",
-                 "group_size": size, "dynamic": False, "actorder": None}
+    arguments = {"num_bits": bits, "type": "int", "symmetric": symmetric,
+                 "strategy": "group" if size else "channel", "group_size": size, "dynamic": False,
+                 "actorder": None}
     return {"targets": targets, "format": "pack-quantized", "weights": arguments, "input_activations": None,
             "output_activations": None}
 
