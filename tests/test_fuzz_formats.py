@@ -20,7 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
+import qzo
 from qzo.formats import compressed_tensors, hqq, safetensors_file
+from qzo.formats import folder as folders
 from qzo.formats.gguf_file import GGUFFile
 from qzo.formats.torch_file import TorchFile
 from tests.checkpoints import TYPES, write_gguf
@@ -383,12 +385,12 @@ def shards(tmp_path):
     ({"a": "loop"}, "is missing or no file"),
     ({"a": "3.safetensors"}, "3.safetensors is missing or no file, though model.safetensors.index.json names it"),
     ({"a": "1.safetensors\n"}, "which is no file of this folder"),
-    ({"a": "1.safetensors", "c": "2.safetensors"}, "2.safetensors holds no tensor c, though"),
-    ({"a": "2.safetensors", "b": "1.safetensors"}, "holds no tensor a, though"),
+    ({"a": "1.safetensors", "c": "2.safetensors"}, "2.safetensors holds no tensor 'c', though"),
+    ({"a": "2.safetensors", "b": "1.safetensors"}, "holds no tensor 'a', though"),
     ({"a": "1.safetensors", "b": "twin.safetensors"}, "tensor a is in 1.safetensors and in twin.safetensors"),
     ({"a": 1}, "it has no weight_map"), ([], "it has no weight_map"), ({}, "it has no weight_map"),
-    (b"[", "it has no weight_map"), (b"[]", "it has no weight_map"), (b"\xff", "it has no weight_map"),
-    (b"[" * 100_000, "it has no weight_map"),
+    (b"[", "is not JSON: Expecting value"), (b"[]", "holds a JSON list, not an object"), (b"\xff", "is not JSON"),
+    (b"[" * 100_000, "is not JSON: it is nested too deeply"),
 ])
 def test_shards_refused(shards, weight_map, message):
     folder = shards(weight_map)
@@ -396,7 +398,7 @@ def test_shards_refused(shards, weight_map, message):
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        compressed_tensors.tensor_places(folder)
+        folders.tensor_places(folder)
     assert "\n" not in str(error.value)
 
 
@@ -404,17 +406,33 @@ def test_a_shard_may_be_a_link(shards, tmp_path):
     """The download cache of the Hub is made of links."""
     folder = shards({"a": "linked.safetensors", "b": "2.safetensors"})
     (folder / "linked.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    places = compressed_tensors.tensor_places(folder)
+    places = folders.tensor_places(folder)
     assert {name: file.name for name, (file, _) in places.items()} == {"a": "linked.safetensors", "b": "2.safetensors"}
 
 
 def test_index_bytes(shards):
     rng, weight_map = random.Random(5), {"a": "1.safetensors", "b": "2.safetensors"}
     text = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
-    messages = [outcome(lambda data=data: compressed_tensors.tensor_places(shards(data)))
+    messages = [outcome(lambda data=data: folders.tensor_places(shards(data)))
                 for data in (mutated(text, rng, len(text)) for _ in range(1000))]
     assert messages.count(None) > 20
     assert len(set(messages)) > 30
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (b"[]", "holds a JSON list"), (b"3", "holds a JSON int"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"),
+    (b"[" * 100_000, "is not JSON: it is nested too deeply"),
+    (b'{"quantization_config": []}', "names no quant_method"),
+    (b'{"quantization_config": "x"}', "names no quant_method"),
+    (b'{"quantization_config": {"quant_method": ["gptq"]}}', "names no quant_method"),
+    (b'{"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}', "has no config_groups"),
+])
+def test_configs_refused(tmp_path, config, message):
+    (tmp_path / "config.json").write_bytes(config)
+    (tmp_path / "model.safetensors").write_bytes(SAFETENSORS)
+    with pytest.raises(ValueError, match=message) as error:
+        qzo.from_pretrained(tmp_path, device="cpu")
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------- what Python itself takes

@@ -73,14 +73,14 @@ class GGUFFile:
 
     def _once(self, name, known, what):
         if name in known or not name.isprintable():
-            raise ValueError(f"{self.path}: {what} {name!r:.200} is there twice or has no readable name; the file "
-                             "is damaged, fetch it again")
+            raise ValueError(f"{self.path}: {what} {name!r:.200} is there twice or has no readable name; the "
+                             "file is damaged, fetch it again")
 
     def _alignment(self):
         found = self.metadata.get("general.alignment", 32)
         if type(found) is not int or found < 1:
-            raise ValueError(f"{self.path}: general.alignment is {found!r:.40}; it has to be a whole number of "
-                             "bytes")
+            raise ValueError(f"{self.path}: general.alignment is {found!r:.40}; it has to be a whole number "
+                             "of bytes")
         return found
 
     def _check_overlaps(self):
@@ -94,8 +94,8 @@ class GGUFFile:
         name, count = cursor.string(), cursor.scalar("I")
         dims = [cursor.scalar("Q") for _ in range(min(count, _MOST_DIMENSIONS))]
         if count > _MOST_DIMENSIONS or 0 in dims:
-            raise ValueError(f"{self.path}: tensor {name!r:.200} has {count} dimensions, {dims}; GGUF has at most "
-                             f"{_MOST_DIMENSIONS}, none of them 0: the file is damaged")
+            raise ValueError(f"{self.path}: tensor {name!r:.200} has {count} dimensions, {dims}; GGUF has at "
+                             f"most {_MOST_DIMENSIONS}, none of them 0: the file is damaged")
         return name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")
 
     def _info(self, name, shape, kind, offset):

@@ -1,7 +1,7 @@
 """HQQ's own folders: a config.json without a quantization_config, and qmodel.pt, a dictionary of modules.
 
-    W_q    uint8 [N*G * bits/8, g], a row per group of g weights along K, in planes with the high bits first: with
-           4 bits row r holds group r above group r + N*G/2; with 3 bits int32 of ten codes
+    W_q    uint8 [N*G * bits/8, g], a row per group of g weights along K, in planes, the high bits first: with 4
+           bits row r holds group r above group r + N*G/2; with 3 bits int32 of ten codes
     scale  [N*G, 1], float
     zero   [N*G, 1], float, in units of codes but no whole number: w = scale * (code - zero)
 Other modules hold their tensors as they are. Saving changes scales only: a zero point, in codes, stays.
@@ -9,7 +9,8 @@ Other modules hold their tensors as they are. Saving changes scales only: a zero
 import torch
 
 from ..weights import PackedWeight
-from . import compressed_tensors, files
+from . import files
+from .folder import copy_all
 from .rounding import stored_scales
 from .safetensors_file import to_bytes
 from .torch_file import TorchFile
@@ -23,8 +24,8 @@ _WANTED = {"axis": 1, "channel_wise": True, "quant_scale": False, "quant_zero": 
 def check_config(quantization, where):
     """ValueError for HQQ weights that are not in HQQ's own files."""
     if quantization:
-        raise ValueError(f"{where}: HQQ weights in transformers' layout (with a quantization_config) cannot be read; "
-                         f"save them with hqq's save_quantized, which writes {FILE}")
+        raise ValueError(f"{where}: HQQ weights in transformers' layout (with a quantization_config) cannot "
+                         f"be read; save them with hqq's save_quantized, which writes {FILE}")
 
 
 def weight_files(folder):
@@ -52,8 +53,9 @@ def weights(folder, quantization, dtype):
 
 
 def save(folder, staging, find):
-    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
-    compressed_tensors._copy_all(folder, staging)
+    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
+    gives."""
+    copy_all(folder, staging)
     file = TorchFile(folder / FILE)
     chunks = [(file.place(old, module)[0], to_bytes(new)) for module, new, old, _ in _changes(file, find)]
     files.patch(staging / FILE, file.patches(chunks))
@@ -76,9 +78,10 @@ def _changes(file, find):
 
 
 def _modules(file):
-    """(module, its fields) of each module; older files keep the fields of a quantized one in a dictionary `meta`."""
+    """(module, its fields) of each module; older files keep those of a quantized one in a dictionary `meta`."""
     if not isinstance(file.content, dict):
-        raise ValueError(f"{file.path} holds a {type(file.content).__name__}; HQQ saves a dictionary of modules")
+        raise ValueError(f"{file.path} holds a {type(file.content).__name__}; HQQ saves a dictionary of "
+                         "modules")
     for module, state in file.content.items():
         if not isinstance(module, str) or not isinstance(state, dict):
             raise ValueError(f"{file.path}: {module!r:.200} is {_describe(state)}; HQQ saves a dictionary of "
@@ -92,7 +95,8 @@ def _packed(file, module, state):
     for field, wanted in _WANTED.items():
         found = state.get(field, wanted)
         if type(found) not in (bool, int) or found != wanted:
-            raise ValueError(f"{field} is {_describe(found)}; only HQQ weights with {field}={wanted} can be read")
+            raise ValueError(f"{field} is {_describe(found)}; only HQQ weights with {field}={wanted} can be "
+                             "read")
     bits, packing = _whole(state, "nbits"), state.get("packing")
     if packing != _PACKINGS.get(bits):
         raise ValueError(f"{bits} bits in packing {_describe(packing)}; supported are "
@@ -121,7 +125,8 @@ def _whole(state, field):
 def _column(file, module, state, field, rows):
     """float32 [rows] of `scale` or `zero`."""
     tensor = state.get(field)
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or list(tensor.shape) != [rows, 1]:
+    floats = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    if not floats or list(tensor.shape) != [rows, 1]:
         raise ValueError(f"{field} must be a float tensor {[rows, 1]}, got {_describe(tensor)}")
     values = file.read(tensor, f"{module}.{field}").to(torch.float32).flatten()
     if not bool(torch.isfinite(values).all()):
@@ -133,22 +138,20 @@ def _words(file, module, state, bits, rows, size):
     """W_q in the integers of its packing; view_as_float tells that the file calls the same bytes floats."""
     tensor = state["W_q"]
     dtype, per_word = (torch.int32, 10) if bits == 3 else (torch.uint8, 8 // bits)
-    stored = tensor.dtype if _as_float(tensor, state) else dtype
+    viewed = state.get("view_as_float") is True and isinstance(tensor, torch.Tensor)
+    stored = tensor.dtype if viewed and tensor.is_floating_point() else dtype
     shape = [-(-rows // per_word), size * dtype.itemsize // stored.itemsize]
     if not isinstance(tensor, torch.Tensor) or (tensor.dtype, list(tensor.shape)) != (stored, shape):
         raise ValueError(f"must be {stored} {shape}, got {_describe(tensor)}")
     return file.read(tensor, f"{module}.W_q").view(dtype)
 
 
-def _as_float(tensor, state):
-    return isinstance(tensor, torch.Tensor) and state.get("view_as_float") is True and tensor.is_floating_point()
-
-
 def _describe(value):
     """One line of a value that a file gave, however large it is."""
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {list(value.shape)}"
-    return repr(value)[:60] if isinstance(value, bool | int | float | str | torch.Size | None) else type(value).__name__
+    plain = isinstance(value, bool | int | float | str | torch.Size | None)
+    return repr(value)[:60] if plain else type(value).__name__
 
 
 def _unpack(words, bits, rows):

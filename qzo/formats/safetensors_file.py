@@ -16,8 +16,8 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 def places(path):
     """name -> (dtype code, shape, file offset, bytes) of every tensor.
 
-    ValueError for a damaged file: a header that is cut off, longer than 100 MB or no JSON object, and a tensor
-    whose bytes reach beyond the file, overlap another's or do not fill its shape.
+    ValueError for a damaged file: a header that is cut off, longer than 100 MB or no JSON object, and a
+    tensor whose bytes reach beyond the file, overlap another's or do not fill its shape.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -29,7 +29,8 @@ def places(path):
     end, last = start, None
     for name, (_, _, offset, nbytes) in sorted(found.items(), key=lambda item: (item[1][2], item[1][3])):
         if nbytes and offset < end:
-            raise ValueError(f"{path}: tensors {last} and {name} overlap; the file is damaged, fetch it again")
+            raise ValueError(f"{path}: tensors {last} and {name} overlap; the file is damaged, fetch it "
+                             "again")
         end, last = max(end, offset + nbytes), name
     return found
 
@@ -58,17 +59,19 @@ def _place(path, name, entry, start, size):
     """(dtype code, shape, file offset, bytes) of a header's entry."""
     entry = entry if isinstance(entry, dict) else {}
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    countable = _whole(shape) and len(shape) <= _MOST_DIMENSIONS and math.prod(d or 1 for d in shape) < 1 << 63
+    countable = _whole(shape) and len(shape) <= _MOST_DIMENSIONS
+    countable = countable and math.prod(size or 1 for size in shape) < 1 << 63
     ordered = _whole(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]
     if not (name.isprintable() and isinstance(code, str) and countable and ordered):
-        raise ValueError(f"{path}: the header's entry of tensor {name!r:.200} is damaged; fetch the file again")
+        raise ValueError(f"{path}: the header's entry of tensor {name!r:.200} is damaged; fetch the file "
+                         "again")
     begin, end = offsets
     if start + end > size:
-        raise ValueError(f"{path} is truncated: tensor {name} ends at byte {start + end}, the file has {size}; "
-                         "fetch it again")
+        raise ValueError(f"{path} is truncated: tensor {name} ends at byte {start + end}, the file has "
+                         f"{size}; fetch it again")
     if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != end - begin:
-        raise ValueError(f"{path}: tensor {name} has {end - begin} bytes, which are not {code} {shape}; the file "
-                         "is damaged, fetch it again")
+        raise ValueError(f"{path}: tensor {name} has {end - begin} bytes, which are not {code} {shape}; the "
+                         "file is damaged, fetch it again")
     return code, tuple(shape), start + begin, end - begin
 
 

@@ -1,4 +1,5 @@
-"""torch.save's container: a zip archive with a pickle and an uncompressed entry for the bytes of each storage.
+"""torch.save's container: a zip archive with a pickle and an uncompressed entry for the bytes of each
+storage.
 
 The pickle is first searched for names other than those that tensors need, then run by torch.load with
 weights_only=True and without memory for tensors: it gives their shapes and places, which are held against the
@@ -39,8 +40,8 @@ class _Entry:
 class TorchFile:
     """content: what the file holds, its tensors with shape, dtype and place but no memory.
 
-    Raises ValueError for a file that is damaged, compressed or of the format before torch 1.6, or whose pickle
-    asks for more than tensors, numbers and containers of them.
+    Raises ValueError for a file that is damaged, compressed or of the format before torch 1.6, or whose
+    pickle asks for more than tensors, numbers and containers of them.
     """
 
     def __init__(self, path):
@@ -64,7 +65,8 @@ class TorchFile:
                     raise ValueError(f"{self.path}: entry {info.filename!r:.200} is compressed or encrypted; "
                                      "only files as torch.save writes them can be read")
                 if info.filename in found or not 0 <= info.header_offset <= end - info.file_size:
-                    raise zipfile.BadZipFile(f"entry {info.filename!r:.200} is there twice or lies beyond the end")
+                    raise zipfile.BadZipFile(f"entry {info.filename!r:.200} is there twice or lies beyond the "
+                                             "end")
                 found[info.filename], at = _entry(file, info, at)
         if any(entry.start + entry.size > end for entry in found.values()):
             raise zipfile.BadZipFile("an entry lies beyond the end")
@@ -76,7 +78,8 @@ class TorchFile:
     def _check(self, entries):
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"{self.path} holds {len(pickles)} entries data.pkl; a file of torch.save has one")
+            raise ValueError(f"{self.path} holds {len(pickles)} entries data.pkl; a file of torch.save has "
+                             "one")
         for name, entry in entries.items():
             if name.endswith("/byteorder") and self._bytes(entry) != b"little":
                 raise ValueError(f"{self.path}: its numbers are not little-endian; save it on such a machine")
@@ -84,8 +87,8 @@ class TorchFile:
             for opcode, argument, _ in pickletools.genops(self._bytes(entries[pickles[0]])):
                 if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") and not (
                         opcode.name == "GLOBAL" and _is_plain(argument)):
-                    raise ValueError(f"{self.path}: its pickle asks for {argument or opcode.name!r:.200}; only "
-                                     "tensors, numbers and containers of them are read")
+                    raise ValueError(f"{self.path}: its pickle asks for {argument or opcode.name!r:.200}; "
+                                     "only tensors, numbers and containers of them are read")
         except (struct.error, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path}: its pickle is damaged ({error}); fetch it again") from None
 
@@ -105,8 +108,10 @@ class TorchFile:
             raise ValueError(f"{self.path} cannot be unpickled ({reason}); fetch it again") from None
 
     def place(self, tensor, name):
-        """(offset in the file, bytes) of a tensor of the content. ValueError naming it where the file does not
-        hold it whole and in one piece."""
+        """(offset in the file, bytes) of a tensor of the content.
+
+        ValueError naming it where the file does not hold it whole and in one piece.
+        """
         at = f"{name} in {self.path.name}"
         if tensor.layout != torch.strided or not tensor.is_contiguous():
             raise ValueError(f"{at} is not contiguous; call .contiguous() on it and save it again")
@@ -114,8 +119,8 @@ class TorchFile:
         entry = self._by_start.get(getattr(storage, "_checkpoint_offset", None))
         begin, nbytes = tensor.storage_offset() * size, math.prod(tensor.shape) * size
         if entry is None or begin + nbytes > min(entry.size, storage.nbytes()):
-            raise ValueError(f"{at}: the file does not hold the bytes of {tensor.dtype} {list(tensor.shape)}; "
-                             "fetch it again")
+            raise ValueError(f"{at}: the file does not hold the bytes of {tensor.dtype} "
+                             f"{list(tensor.shape)}; fetch it again")
         return entry.start + begin, nbytes
 
     def read(self, tensor, name):
