@@ -50,7 +50,7 @@ def test_configuration(architecture, change, expected):
 @pytest.mark.parametrize(("architecture", "change", "tensors", "message"), [
     ("qwen2", {"attention.value_length": 64}, {}, "heads of 32 for keys and of 64 for values"),
     ("qwen3", {"rope.dimension_count": 16}, {}, "16 of 32 head dimensions; only whole heads .* Qwen3"),
-    ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {}, "rotary scaling 'yarn'; .*linear"),
+    ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {}, "scaling 'yarn'; .*linear"),
     ("phi3", {"rope.scaling.factor": 4.0}, {}, "rotary scaling 'linear'; what can be read for Phi3"),
     ("llama", {"rope.scaling.factor": 4.0}, {"rope_freqs.weight": (16,)}, "scaling 'linear and llama3'"),
     ("qwen2", {}, {"rope_freqs.weight": (16,)}, "rotary scaling 'llama3'; what can be read for Qwen2"),

@@ -129,7 +129,7 @@ def save(file, target, find):
 
 
 def rounded(file, find):
-    """Yield (layer, float32 scales [G, N], zero points or None) as `save` would write them: -m / d moves too."""
+    """Yield (layer, float32 scales [G, N], zero points or None) as `save` writes them: -m / d moves too."""
     for info in file.tensors.values():
         name = hf_name(file, info.name)
         packed = find(name) if name and len(info.shape) == 2 else None
