@@ -13,15 +13,16 @@ import warnings
 
 import torch
 
+from ..kernels.codes import pack_rows, row_shape
 from ..weights import PackedWeight
 from . import files
-from .gguf_blocks import NAMES, Q4_0, Q4_1, Q8_0, codes4, codes8, halves
+from .gguf_blocks import NAMES, Q4_0, Q4_1, Q8_0, codes, halves
 from .gguf_config import config, family, heads, kv_heads
 from .gguf_models import ROPE_TENSORS, TOP
 from .rounding import stored_scales
 
 __all__ = ["TRAINED", "config", "hf_name", "save", "weights"]
-TRAINED = (Q4_0, Q4_1, Q8_0)
+TRAINED = {Q4_0: 4, Q4_1: 4, Q8_0: 8}          # bits of a code
 _HEADS = {"attn_q": heads, "attn_k": kv_heads}
 
 
@@ -110,10 +111,13 @@ def _packed(file, info, order, where):
             warnings.warn(f"{where}: a block has scale 0 and a minimum; the whole layer stays dense and "
                           "frozen", stacklevel=2)
             return None
-        zeros = torch.where(constant, 8.0, -minimum / scales).T
-    if info.type == Q8_0:
-        return PackedWeight.from_codes(codes8(blocks), scales.T, bits=8)
-    return PackedWeight.from_codes(codes4(blocks, info), scales.T, zeros)
+        zeros = torch.where(constant, 8.0, -minimum / scales).T.contiguous()
+    bits, (n, k) = TRAINED[info.type], info.shape
+    rows, step = torch.empty(row_shape(n, k, bits), dtype=torch.uint8), max(1, (1 << 20) // k)
+    # in blocks of rows: a byte for every code of a wide layer would be twice what the layer takes
+    for part, target in zip(blocks.split(step), rows.split(step), strict=True):
+        target.copy_(pack_rows(codes(part, info.type), bits))
+    return PackedWeight(rows, scales.T.contiguous(), zeros, k, bits)
 
 
 def save(file, target, find):

@@ -33,14 +33,11 @@ def halves(blocks, at):
     return blocks[..., at:at + 2].contiguous().view(torch.float16).squeeze(-1)
 
 
-def codes4(blocks, info):
-    """uint8 [N, K] of Q4_0 or Q4_1 blocks: low nibbles are weights 0-15 of the block, high ones 16-31."""
-    return _fields(blocks[..., 2 if info.type == Q4_0 else 4:], 16, 4).flatten(1)
-
-
-def codes8(blocks):
-    """uint8 [N, K] of Q8_0 blocks: the int8 codes plus 128, which is their top bit turned."""
-    return blocks[..., 2:].bitwise_xor(128).flatten(1)
+def codes(blocks, kind):
+    """uint8 [N, K] of Q4_0, Q4_1 or Q8_0 blocks [N, blocks of a row, bytes of a block]."""
+    if kind == Q8_0:
+        return blocks[..., 2:].bitwise_xor(128).flatten(1)          # int8 plus 128 is its top bit turned
+    return _fields(blocks[..., 2 if kind == Q4_0 else 4:], 16, 4).flatten(1)
 
 
 def values(data, kind):
