@@ -1,6 +1,5 @@
-"""transformers models with QZOLinear inside: load a checkpoint, save it in the format it came from."""
+"""transformers models with QZOLinear inside: a checkpoint is loaded."""
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -8,21 +7,20 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .formats import compressed_tensors, files, gguf, gguf_tokenizer
+from .formats import files, gguf, gguf_tokenizer, hqq, of_method
 from .formats.gguf_file import GGUFFile
+from .heap import Heap
 from .linear import QZOLinear, arena_of, layers, quantize_
-from .weights import PackedWeight
+from .weights import PackedWeight, check_bits
 
-_FORMATS = ("compressed-tensors", "gguf")
-_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where a model came from: what `save_pretrained` copies.
 
-    kind: "gguf", "compressed-tensors", or "float" (quantized on the way in, with `options`)
+    kind: a quant_method that formats.FOLDERS knows, "gguf", or "float" (quantized on the way in, with `options`)
     path: the GGUF file or the folder
     sizes: (file name, bytes) of the files that the result is copied from
     dtype: of dense tensors in a file written anew
@@ -46,8 +44,6 @@ class Source:
                                  f"{file.stat().st_size} now; saving copies it, put the old file back")
 
 
-# ---------------------------------------------------------------------------------------------- loading
-
 def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True,
                     trust_remote_code=False):
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
@@ -62,8 +58,7 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     is not there, ValueError for a checkpoint that cannot be read; the message names the format, tensor or
     key.
     """
-    if bits != 4:
-        raise ValueError(f"bits={bits}: only 4-bit codes are implemented")
+    check_bits(bits)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     path = _locate(path_or_id)
@@ -71,7 +66,8 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
         model, source = _load_gguf(path, device, dtype)
     else:
         config = _config(path, trust_remote_code)
-        if getattr(config, "quantization_config", None) is None:
+        quantized = getattr(config, "quantization_config", None) is not None
+        if not quantized and not (path / hqq.FILE).is_file():
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
             model, source = _load_float(path, config, trust_remote_code, options)
         else:
@@ -105,7 +101,7 @@ def _locate(path_or_id):
         return path.resolve()
     if not path.exists():
         return _download(str(path_or_id))
-    weights = any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+    weights = any(any(path.glob(name)) for name in ("*.safetensors", "pytorch_model*.bin", hqq.FILE))
     if weights and (path / "config.json").exists():
         return path.resolve()
     found = sorted(p.name for p in path.glob("*.gguf"))
@@ -136,10 +132,10 @@ def _download(name):
 def _config(folder, trust_remote_code):
     from transformers import AutoConfig
 
-    try:
-        json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    quantization = files.read_object(folder / "config.json").get("quantization_config")
+    if quantization is not None and not (isinstance(quantization, dict) and isinstance(
+            quantization.get("quant_method"), str)):
+        raise ValueError(f"{folder / 'config.json'}: its quantization_config names no quant_method; fetch it again")
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -165,31 +161,30 @@ def _load_float(folder, config, trust_remote_code, options):
 
 
 def _load_gguf(path, device, dtype):
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     file = GGUFFile(path)
-    model = build_empty(LlamaConfig(**gguf.config(file)), dtype)
+    model = build_empty(AutoConfig.for_model(**gguf.config(file)), dtype)
     _fill(model, gguf.weights(file, dtype), path, device)
     return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
 
 
 def _load_quantized(folder, config, trust_remote_code, device, dtype):
-    quantization = dict(config.quantization_config)
-    method = quantization.get("quant_method")
-    if method != compressed_tensors.METHOD:
-        raise ValueError(f"{folder}: quant_method {method!r} cannot be read; supported are "
-                         "compressed-tensors (pack-quantized), GGUF files, and float checkpoints")
-    compressed_tensors.check_config(quantization, folder)
-    del config.quantization_config                # the model in memory is not of that kind
+    quantization = dict(getattr(config, "quantization_config", None) or {})
+    method = quantization.get("quant_method") if quantization else hqq.METHOD
+    form = of_method(method, folder)
+    form.check_config(quantization, folder)
+    if quantization:
+        del config.quantization_config            # the model in memory is not of that kind
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
-    _fill(model, compressed_tensors.weights(folder, quantization, dtype), folder, device)
-    used = {file for file, _ in compressed_tensors.tensor_places(folder).values()} | {folder / "config.json"}
+    _fill(model, form.weights(folder, quantization, dtype), folder, device)
+    used = {*form.weight_files(folder), folder / "config.json"}
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, Source("compressed-tensors", folder, sizes, stored)
+    return model, Source(method, folder, sizes, stored)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -215,7 +210,7 @@ def build_empty(config, dtype, cls=None, trust_remote_code=False):
 
 def _fill(model, entries, path, device):
     """Put every entry in its place; ValueError for one that the model lacks and for what stays empty."""
-    missing = set(model.state_dict())
+    missing, heap = set(model.state_dict()), Heap()
     for name, value, where in entries:
         if name not in missing:
             if any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ()):
@@ -225,6 +220,7 @@ def _fill(model, entries, path, device):
         missing.discard(name)
         put = _put_packed if isinstance(value, PackedWeight) else _put_dense
         put(model, name, value, where, device)
+        heap.took((value.codes if isinstance(value, PackedWeight) else value).nbytes)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
         raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {min(missing)}; the "
@@ -261,115 +257,3 @@ def _put_dense(model, name, tensor, where, device):
     if isinstance(old, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=False)
     setattr(owner, leaf, tensor)
-
-
-# ---------------------------------------------------------------------------------------------- saving
-
-def save_pretrained(model, out_dir):
-    """Save in the format the model came from: the source's files with new scales, all else byte for byte.
-
-    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized, 4 bit). Files
-    of other names in out_dir are left alone. Raises ValueError or FileNotFoundError when the model does not
-    come from `qzo.from_pretrained`, its source has changed or is gone, or out_dir is the source.
-    """
-    source = _source(model)
-    if source.kind == "float":
-        return _write_compressed(model, source, Path(out_dir))
-    return _copy_with_scales(model, source, Path(out_dir), source.path.name)
-
-
-def export(model, out, format="compressed-tensors"):
-    """Save as `format`: "compressed-tensors" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf
-    path).
-
-    Raises ValueError naming what is supported for a conversion that cannot be done.
-    """
-    source, out = _source(model), Path(out)
-    if format not in _FORMATS:
-        raise ValueError(f"export to {format!r} is not supported; supported are "
-                         f"{' and '.join(map(repr, _FORMATS))}")
-    if format == "gguf":
-        if source.kind != "gguf":
-            raise ValueError(f"export to 'gguf' needs a model that was loaded from a GGUF file, this one is "
-                             f"{source.kind}; use format='compressed-tensors'")
-        folder, name = (out.parent, out.name) if out.suffix == ".gguf" else (out, source.path.name)
-        return _copy_with_scales(model, source, folder, name)
-    if source.kind == "compressed-tensors":
-        return _copy_with_scales(model, source, out, None)
-    return _write_compressed(model, source, out)
-
-
-def _source(model):
-    source = getattr(model, "_qzo_source", None)
-    if source is None:
-        raise ValueError(f"this {type(model).__name__} was not loaded by qzo.from_pretrained, so there is "
-                         "no source to copy; load it that way, or keep its state_dict()")
-    source.check()
-    return source
-
-
-def _packed(name, layer):
-    if not bool(torch.isfinite(layer.read_scales()).all()):
-        raise ValueError(f"{name}: a scale is NaN or infinite; the run has diverged, nothing was written")
-    return layer.packed()
-
-
-def _copy_with_scales(model, source, folder, name):
-    def find(tensor):
-        name = tensor.removesuffix(".weight")
-        layer = model.get_submodule(name)
-        return _packed(name, layer) if isinstance(layer, QZOLinear) else None
-
-    home = source.path.parent if source.kind == "gguf" else source.path
-    if folder.resolve() == home and name in (None, source.path.name):
-        raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
-                         "give another folder")
-    with files.staged(folder) as staging:
-        if source.kind == "gguf":
-            gguf.save(GGUFFile(source.path), staging / name, find)
-        else:
-            compressed_tensors.save(source.path, staging, find)
-
-
-def _write_compressed(model, source, folder):
-    """A new compressed-tensors folder from any model whose zero points are integers."""
-    if folder.resolve() == source.path:
-        raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
-                         "give another folder")
-    packed = {name: _packed(name, layer) for name, layer in layers(model, trainable=None).items()}
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    quantization = compressed_tensors.quantization_config(packed, linears)
-    symmetric = quantization["config_groups"]["group_0"]["weights"]["symmetric"]
-    with files.staged(folder) as staging:
-        if source.kind == "float":
-            _copy_companions(source.path, staging)
-        elif gguf_tokenizer.present(GGUFFile(source.path)):
-            load_tokenizer(source.path).save_pretrained(staging)
-        dense = _dense(model, source.dtype)
-        compressed_tensors.write(staging / "model.safetensors", packed, dense, symmetric)
-        config = _stored_config(model, source)
-        config |= {"dtype": str(source.dtype).removeprefix("torch."), "quantization_config": quantization}
-        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _stored_config(model, source):
-    if source.kind == "float":
-        return json.loads((source.path / "config.json").read_text())
-    return json.loads(model.config.to_json_string())
-
-
-def _dense(model, dtype):
-    """Everything that is not in a QZOLinear's codes, by name, tied tensors once, floats in `dtype`."""
-    dense = dict(model.named_parameters())
-    buffers = dict(model.named_buffers())
-    own = tuple(f"{name}." for name in layers(model, trainable=None))
-    saved = [name for name in model.state_dict() if name in buffers and not name.startswith(own)]
-    dense |= {name: buffers[name] for name in saved}
-    return {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in dense.items()}
-
-
-def _copy_companions(folder, staging):
-    """Tokenizer, generation settings, licence and the like: every plain file that holds no weights."""
-    for path in folder.iterdir():
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_SUFFIXES):
-            files.copy(path, staging / path.name)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
+from .linear import layers
+
 LOGIT_BYTES = 64 << 20       # float32 logits held at once
 NOT_INPUTS = ("labels", "label", "option_ids", "options")
 
@@ -59,6 +61,31 @@ def losses(model, batch, E):
             raise ValueError(f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
                              "-100 where there is none, or option_ids and label")
         return _label_losses(model, batch, E)
+
+
+def rounding_losses(model, batch, rounded):
+    """{"loss_before", "loss_after"}: the loss of a batch as the model is, and with its layers rounded.
+
+    rounded: (layer's name, scales float32 [G, N], zeros float32 [G, N] or None where they stay) of each layer. The
+    scales are put into the arena for one forward; afterwards the model is as before, bit for bit.
+    """
+    before = float(losses(model, batch, 1))
+    found = layers(model, trainable=None)
+    arenas = {id(layer.arena): (layer.arena, layer.arena.data.clone()) for layer in found.values()}
+    zeros = {name: layer.zeros for name, layer in found.items()}
+    try:
+        for name, scales, zero in rounded:
+            layer = found[name]
+            layer.arena.write(layer.arena_name, scales)
+            if zero is not None:
+                layer.zeros = zero.contiguous().to(layer.zeros.device)
+        after = float(losses(model, batch, 1))
+    finally:
+        for arena, data in arenas.values():
+            arena.data.copy_(data)
+        for name, layer in found.items():
+            layer.zeros = zeros[name]
+    return {"loss_before": before, "loss_after": after}
 
 
 def option_scores(model, batch):

@@ -308,7 +308,7 @@ def test_bad_config(tmp_path, content, message):
 def test_options_that_do_not_fit(llama):
     with pytest.raises(ValueError, match=r"group_size=128 does not divide in_features=96; use 32, -1"):
         load(llama, group_size=128)
-    with pytest.raises(ValueError, match="bits=3: only 4-bit"):
+    with pytest.raises(ValueError, match="bits=3: codes have 2, 4, 8 bits here"):
         load(llama, bits=3)
 
 

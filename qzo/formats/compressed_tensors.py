@@ -1,179 +1,186 @@
-"""compressed-tensors, format pack-quantized: 4-bit integers with a scale per group or per output row.
+"""compressed-tensors, format pack-quantized: integers of b bits with a scale per group or per output row.
 
-    weight_packed      int32 [N, ceil(K/8)]: eight codes a word along K, lowest bits first
+    weight_packed      int32 [N, ceil(K*b/32)]: one stream of codes along K, lowest bits first
     weight_scale       [N, G], or [N, 1] for a whole row
-    weight_zero_point  int32 [ceil(N/8), G], packed along N, if not symmetric
+    weight_zero_point  int32 [ceil(N*b/32), G], packed along N, if not symmetric
     weight_shape       int64 [2] = N, K
-Stored codes and zero points are the signed ones plus 8: what PackedWeight holds.
+Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight holds, 3 bits as 4.
+
+A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those
+of the config group whose target names it exactly, else by a pattern ("re:..."), else by its class ("Linear").
 """
-import json
+import re
 
 import torch
 
+from ..kernels.codes import middle
 from ..weights import PackedWeight
-from . import files, safetensors_file
+from . import safetensors_file
+from .folder import read_weights, save_scales, scale_changes
+from .folder import weight_files as weight_files
 from .rounding import stored_scales
+from .words import pack, unpack, word_count
 
 METHOD = "compressed-tensors"
-INDEX = "model.safetensors.index.json"
-_PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")
+_BITS = (2, 3, 4, 8)
+_PATTERN = "re:"
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 def check_config(quantization, where):
-    """The weights section of a quantization_config that can be read; ValueError naming what cannot."""
-    groups = quantization.get("config_groups") or {}
-    if len(groups) != 1:
-        raise ValueError(f"{where}: {len(groups)} config_groups ({', '.join(groups)}); exactly one can be "
-                         "read")
-    group = next(iter(groups.values()))
-    layout = group.get("format") or quantization.get("format")
-    weights = group.get("weights") or {}
-    found = {name: weights.get(name) for name in ("num_bits", "type", "strategy")}
-    integers = (found["num_bits"], found["type"]) == (4, "int")
-    if layout != "pack-quantized" or not integers or found["strategy"] not in ("group", "channel"):
-        raise ValueError(f"{where}: compressed-tensors format {layout!r} with {found}; supported is "
-                         "'pack-quantized' with num_bits 4, type int, strategy group or channel")
-    for name in ("input_activations", "output_activations"):
-        if group.get(name):
-            raise ValueError(f"{where}: {name} are quantized too; only weights can be")
+    """target -> {bits, group_size, symmetric} of a quantization_config. ValueError for what cannot be read."""
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise ValueError(f"{where}: the quantization_config has no config_groups; the checkpoint is "
+                         "incomplete")
+    found = {}
+    for name, group in groups.items():
+        group = group if isinstance(group, dict) else {}
+        weights = _check_group(group, group.get("format") or quantization.get("format"), f"{where}: {name}")
+        for target in group["targets"]:
+            found[target] = weights                # the last of two groups counts, as in the library
     for name in ("kv_cache_scheme", "transform_config"):
         if quantization.get(name):
             raise ValueError(f"{where}: quantization_config has a {name}, which is not supported")
-    if (quantization.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise ValueError(f"{where}: sparse weights ({quantization['sparsity_config']['format']}) are not "
-                         "supported")
-    return weights
-
-
-def tensor_places(folder):
-    """name -> (file, place) of every tensor in the folder's safetensors files."""
-    index = folder / INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(p.name for p in folder.glob("*.safetensors"))
-        if len(names) > 1 and "model.safetensors" in names:
-            names = ["model.safetensors"]
-    if not names:
-        raise FileNotFoundError(f"{folder} holds a config.json but no safetensors file")
-    found = {}
-    for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is missing, though {INDEX} names it; fetch the "
-                                    "checkpoint again")
-        for tensor, place in safetensors_file.places(folder / name).items():
-            found[tensor] = folder / name, place
+    sparsity = quantization.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
+        raise ValueError(f"{where}: sparse weights (sparsity_config) are not supported; save them dense")
     return found
+
+
+def _check_group(group, layout, where):
+    """{bits, group_size (None: the whole row), symmetric} of a config group."""
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise ValueError(f"{where}: it has no weights section; only quantized weights can be read")
+    size = weights.get("group_size")
+    strategy = weights.get("strategy") or ("group" if type(size) is int and size > 0 else "channel")
+    bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
+    held = type(bits) is int and bits in _BITS
+    if layout != "pack-quantized" or not held or kind != "int" or strategy not in ("group", "channel"):
+        found = {"num_bits": bits, "type": kind, "strategy": strategy}
+        raise ValueError(f"{where}: compressed-tensors format {layout!r:.60} with {found!r:.200}; supported "
+                         f"is 'pack-quantized' with num_bits {', '.join(map(str, _BITS))}, type int, strategy "
+                         "group or channel")
+    if strategy == "group" and (type(size) is not int or size < 1):
+        raise ValueError(f"{where}: group_size is {size!r:.40}; strategy group needs a whole number above 0")
+    for name in ("input_activations", "output_activations"):
+        if group.get(name):
+            raise ValueError(f"{where}: {name} are quantized too; only weights can be")
+    targets = group.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{where}: targets must be a list of names, patterns ('re:...') and classes, got "
+                         f"{targets!r:.80}")
+    for target in targets:
+        try:
+            re.compile(target.removeprefix(_PATTERN))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{where}: target {target!r:.80} is no regular expression: {error}") from None
+    return {"bits": bits, "group_size": None if strategy == "channel" else size,
+            "symmetric": weights.get("symmetric", True)}
+
+
+def _arguments(layer, by_target):
+    """The arguments of a layer by its name, in the library's order of precedence."""
+    patterns = sorted(target for target in by_target if target.startswith(_PATTERN))
+    fitting = [target for target in patterns if re.match(target.removeprefix(_PATTERN), layer)]
+    for target in (layer, *fitting, "Linear"):
+        if target in by_target:
+            return by_target[target]
+    raise ValueError(f"no target of the config_groups fits {layer} (they are {', '.join(by_target)[:200]}), "
+                     "so its bits and group size are unknown")
 
 
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    arguments = check_config(quantization, folder)
-    found = tensor_places(folder)
-    layers = [name.removesuffix("_packed") for name in found if name.endswith(".weight_packed")]
-    taken = {layer + part for layer in layers for part in _PARTS}
-    for layer in layers:
-        where = f"{layer}_packed in {found[layer + '_packed'][0].name}"
-        beside = [part for part in _PARTS if layer + part in found]
-        parts = {part: safetensors_file.read(*found[layer + part]) for part in beside}
-        try:
-            yield layer, _packed(parts, arguments), where
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    for name, (file, place) in found.items():
-        if name not in taken:
-            tensor = safetensors_file.read(file, place)
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor, f"{name} in {file.name}"
+    by_target = check_config(quantization, folder)
+
+    def make(layer, parts):
+        return _packed(parts, _arguments(layer, by_target))
+
+    return read_weights(folder, dtype, _PARTS, make)
+
+
+def save(folder, staging, find):
+    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
+    save_scales(folder, staging, scale_changes(folder, find, "weight_scale", transposed=True))
+
+
+def rounded(folder, find):
+    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
+    for layer, new, _, _ in scale_changes(folder, find, "weight_scale", transposed=True):
+        yield layer, new.T.to(torch.float32), None
 
 
 def _packed(parts, arguments):
-    if "_g_idx" in parts:
+    if "weight_g_idx" in parts:
         raise ValueError("columns are reordered (weight_g_idx, actorder group), which cannot be read; "
                          "quantize with actorder static or none")
-    missing = [part for part in ("_scale", "_shape") if part not in parts]
-    if not arguments.get("symmetric", True) and "_zero_point" not in parts:
-        missing.append("_zero_point")
+    missing = [part for part in ("weight_scale", "weight_shape") if part not in parts]
+    if not arguments["symmetric"] and "weight_zero_point" not in parts:
+        missing.append("weight_zero_point")
     if missing:
-        raise ValueError(f"no weight{' and no weight'.join(missing)} beside it: the checkpoint is incomplete")
-    n, k = parts["_shape"].tolist()
-    words, scales = parts["_packed"], parts["_scale"]
-    if words.dtype != torch.int32 or list(words.shape) != [n, -(-k // 8)]:
-        raise ValueError(f"must be int32 {[n, -(-k // 8)]}, got {words.dtype} {list(words.shape)}")
-    group = k if arguments["strategy"] == "channel" else arguments["group_size"]
+        raise ValueError(f"no {' and no '.join(missing)} beside it: the checkpoint is incomplete")
+    shape = parts["weight_shape"]
+    if shape.is_floating_point() or shape.numel() != 2 or int(shape.min()) < 1:
+        raise ValueError(f"weight_shape must be two whole numbers above 0, got {shape.flatten()[:4].tolist()}")
+    n, k = shape.flatten().tolist()
+    words, scales, bits = parts["weight_packed"], parts["weight_scale"], arguments["bits"]
+    _check(words, "", [n, word_count(k, bits)])
+    group = arguments["group_size"] or k
+    if not scales.is_floating_point():
+        raise ValueError(f"weight_scale is {scales.dtype}; scales are floats")
     if k % group or list(scales.shape) != [n, k // group]:
-        raise ValueError(f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in "
-                         f"groups of {group}")
+        raise ValueError(f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in groups "
+                         f"of {group}")
     zeros = None
-    if "_zero_point" in parts:
-        stored = parts["_zero_point"]
-        if stored.dtype != torch.int32 or list(stored.shape) != [-(-n // 8), k // group]:
-            raise ValueError(f"weight_zero_point must be int32 {[-(-n // 8), k // group]}, got "
-                             f"{stored.dtype} {list(stored.shape)}")
-        zeros = unpack(stored.T, n)
-    return PackedWeight.from_codes(unpack(words, k), scales.T, zeros)
+    if "weight_zero_point" in parts:
+        _check(parts["weight_zero_point"], "weight_zero_point ", [word_count(n, bits), k // group])
+        zeros = unpack(parts["weight_zero_point"].T, n, bits)
+    codes = unpack(words, k, bits)
+    if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
+        codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
+    return PackedWeight.from_codes(codes, scales.T, zeros, bits)
 
 
-def unpack(words, count):
-    """int32 [rows, W] -> the first `count` codes of each row, uint8."""
-    # flat first: a contiguous [rows, 1] may have any stride; little-endian, so the low byte comes first
-    nibbles = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
-    return torch.stack([nibbles & 15, nibbles >> 4], -1).flatten(1)[:, :count]
-
-
-def pack(codes):
-    """uint8 [rows, count] -> int32 [rows, ceil(count / 8)], padded with zeros."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
-    return (padded[:, 0::2] | padded[:, 1::2] << 4).reshape(-1).view(torch.int32).view(len(codes), -1)
+def _check(tensor, name, shape):
+    if tensor.dtype != torch.int32 or list(tensor.shape) != shape:
+        raise ValueError(f"{name}must be int32 {shape}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 # ---------------------------------------------------------------------------------------------- writing
 
-def save(folder, staging, find):
-    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
-    gives."""
-    _copy_all(folder, staging)
-    for name, (file, place) in tensor_places(folder).items():
-        packed = find(name.removesuffix("_scale")) if name.endswith(".weight_scale") else None
-        if packed is not None:
-            old = safetensors_file.read(file, place)
-            new = stored_scales(packed.scales.T.cpu(), old, name)
-            files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(new))])
-
-
-def _copy_all(folder, staging):
-    """Every file but hidden ones; other folders' staging and version control are not the checkpoint."""
-    for path in folder.rglob("*"):
-        inside = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in inside.parts):
-            files.copy(path, staging / inside)
-
-
 def quantization_config(packed, ignore):
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
 
-    Raises ValueError for float zero points, and for group sizes that differ.
+    One config group for all Linears, or one for each number of bits and group size, which then names its
+    layers. All have zero points or none has: servers fuse layers, and what they fuse has to be of one kind.
+    ValueError for float zero points.
     """
     for name, weight in packed.items():
         if weight.zeros is not None and weight.zeros.is_floating_point():
-            raise ValueError(f"{name} has a float minimum (GGUF Q4_1), which compressed-tensors' integer "
-                             "zero points cannot hold; save it in its own format (qzo.save_pretrained), or "
-                             "start from a Q4_0 file")
-    if all(weight.group_size == weight.in_features for weight in packed.values()):
-        strategy, group = "channel", None
-    else:
-        strategy, sizes = "group", {weight.group_size for weight in packed.values()}
-        if len(sizes) > 1:
-            raise ValueError(f"layers have group sizes {sorted(sizes)}; one compressed-tensors config group "
-                             "holds one size")
-        group, = sizes
+            raise ValueError(f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which "
+                             "compressed-tensors' integer zero points cannot hold; save it in its own format "
+                             "(qzo.save_pretrained), or start from another file, such as a Q4_0 one")
+    sizes = {weight.group_size for weight in packed.values() if weight.group_size != weight.in_features}
+    alike: dict = {}
+    for name, weight in packed.items():
+        size = weight.group_size if weight.group_size in sizes else None
+        alike.setdefault((weight.bits, size), []).append(name)
     symmetric = all(weight.zeros is None for weight in packed.values())
-    arguments = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": strategy,
-                 "group_size": group, "dynamic": False, "actorder": None}
-    layout = {"targets": ["Linear"], "format": "pack-quantized", "weights": arguments,
-              "input_activations": None, "output_activations": None}
+    groups = {f"group_{i}": _config_group(["Linear"] if len(alike) == 1 else names, *kind, symmetric)
+              for i, (kind, names) in enumerate(alike.items())}
     return {"quant_method": METHOD, "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": {"group_0": layout}, "ignore": ignore, "kv_cache_scheme": None,
-            "sparsity_config": {}, "transform_config": {}}
+            "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None, "sparsity_config": {},
+            "transform_config": {}}
+
+
+def _config_group(targets, bits, size, symmetric):
+    arguments = {"num_bits": bits, "type": "int", "symmetric": symmetric,
+                 "strategy": "group" if size else "channel", "group_size": size, "dynamic": False,
+                 "actorder": None}
+    return {"targets": targets, "format": "pack-quantized", "weights": arguments, "input_activations": None,
+            "output_activations": None}
 
 
 def write(path, packed, dense, symmetric):
@@ -184,15 +191,21 @@ def write(path, packed, dense, symmetric):
     safetensors_file.write(path, entries, {"format": "pt"})
 
 
+def rounded_new(packed):
+    """Yield (layer, float32 scales [G, N], None) as `write` would write them."""
+    for name, weight in packed.items():
+        yield name, _new_scales(weight, name).T.to(torch.float32), None
+
+
 def _entries(name, weight, symmetric):
-    n, k, groups = weight.out_features, weight.in_features, weight.scales.shape[0]
+    n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
     entries = [
-        ("packed", torch.int32, (n, -(-k // 8)), lambda: pack(weight.unpacked())),
+        ("packed", torch.int32, (n, word_count(k, bits)), lambda: pack(weight.unpacked(), bits)),
         ("scale", torch.float16, (n, groups), lambda: _new_scales(weight, name)),
         ("shape", torch.int64, (2,), lambda: torch.tensor([n, k])),
     ]
     if not symmetric:
-        entries.append(("zero_point", torch.int32, (-(-n // 8), groups), lambda: _packed_zeros(weight)))
+        entries.append(("zero_point", torch.int32, (word_count(n, bits), groups), lambda: _packed_zeros(weight)))
     return [(f"{name}.weight_{part}", *rest) for part, *rest in entries]
 
 
@@ -202,7 +215,5 @@ def _new_scales(weight, name):
 
 
 def _packed_zeros(weight):
-    zeros = torch.full_like(weight.scales, 8) if weight.zeros is None else weight.zeros
-    return pack(zeros.to(torch.uint8)).T
-
-
+    zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
+    return pack(zeros.to(torch.uint8), weight.bits).T

@@ -1,5 +1,6 @@
 """Writing files so that neither a crash nor a full disk leaves half of one."""
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -51,6 +52,18 @@ def copy(source, target):
     """Copy bytes, not permissions: a read-only source gives a writable copy."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
+
+
+def read_object(path):
+    """The dictionary that a JSON file holds. ValueError for a file that holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise ValueError(f"{path} is not JSON: {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; fetch it again")
+    return content
 
 
 def patch(path, chunks):

@@ -1,5 +1,6 @@
 """The safetensors container: an 8-byte length, a JSON header, the tensors' bytes."""
 import json
+import math
 import struct
 
 import torch
@@ -7,36 +8,83 @@ import torch
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
+_LONGEST_HEADER = 100_000_000     # bytes; the safetensors library's own limit
+_MOST_DIMENSIONS = 64             # torch's own limit
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def places(path):
-    """name -> (dtype code, shape, file offset, bytes) of every tensor. ValueError for a damaged file."""
+    """name -> (dtype code, shape, file offset, bytes) of every tensor.
+
+    ValueError for a damaged file: a header that is cut off, longer than 100 MB or no JSON object, and a
+    tensor whose bytes reach beyond the file, overlap another's or do not fill its shape.
+    """
     size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            length, = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
-    except (struct.error, UnicodeDecodeError, json.JSONDecodeError):
-        header = None
-    if not isinstance(header, dict):
+    with open(path, "rb") as file:
+        header, start = _header(file, size)
+    if header is None:
         raise ValueError(f"{path} is not a whole safetensors file: its header cannot be read; fetch it again")
-    found = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            if 8 + length + end > size:
-                raise ValueError(f"{path} is truncated: tensor {name} ends at byte {8 + length + end}, the "
-                                 f"file has {size}; fetch it again")
-            found[name] = (entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    found = {name: _place(path, name, entry, start, size) for name, entry in header.items()
+             if name != "__metadata__"}
+    end, last = start, None
+    for name, (_, _, offset, nbytes) in sorted(found.items(), key=lambda item: (item[1][2], item[1][3])):
+        if nbytes and offset < end:
+            raise ValueError(f"{path}: tensors {last} and {name} overlap; the file is damaged, fetch it "
+                             "again")
+        end, last = max(end, offset + nbytes), name
     return found
+
+
+def _header(file, size):
+    """(dictionary, where the tensors' bytes begin); None instead of what is no dictionary."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+        return None, 0
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except (ValueError, RecursionError):             # no UTF-8, no JSON, a number of thousands of digits
+        header = None
+    return header if isinstance(header, dict) else None, 8 + length
+
+
+def _unique(pairs):
+    """The dictionary of a JSON object; ValueError for a name that is there twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _place(path, name, entry, start, size):
+    """(dtype code, shape, file offset, bytes) of a header's entry."""
+    entry = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    countable = _whole(shape) and len(shape) <= _MOST_DIMENSIONS
+    countable = countable and math.prod(size or 1 for size in shape) < 1 << 63
+    ordered = _whole(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]
+    if not (name.isprintable() and isinstance(code, str) and countable and ordered):
+        raise ValueError(f"{path}: the header's entry of tensor {name!r:.200} is damaged; fetch the file "
+                         "again")
+    begin, end = offsets
+    if start + end > size:
+        raise ValueError(f"{path} is truncated: tensor {name} ends at byte {start + end}, the file has "
+                         f"{size}; fetch it again")
+    if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != end - begin:
+        raise ValueError(f"{path}: tensor {name} has {end - begin} bytes, which are not {code} {shape}; the "
+                         "file is damaged, fetch it again")
+    return code, tuple(shape), start + begin, end - begin
+
+
+def _whole(value):
+    """Whether it is a list of whole numbers, none below 0."""
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def read(path, place):
     """The tensor at a place that `places` gave, in memory of its own."""
     code, shape, offset, nbytes = place
     if code not in DTYPES:
-        raise ValueError(f"{path}: a tensor of dtype {code}; supported are {', '.join(DTYPES)}")
+        raise ValueError(f"{path}: a tensor of dtype {code!r:.40}; supported are {', '.join(DTYPES)}")
     if nbytes == 0:
         return torch.empty(shape, dtype=DTYPES[code])
     with open(path, "rb") as file:
