@@ -84,8 +84,8 @@ def read_states(model, batch, E=1):
     """Hidden states that the output head reads for this batch, [positions, H], in the order of the rows."""
     if "option_ids" not in batch:
         row, column, _, _ = _labelled(batch)
-        return _hidden(model, batch, E)[row, column]
-    hidden = _hidden(model, batch, E)
+        return hidden_states(model, batch, E)[row, column]
+    hidden = hidden_states(model, batch, E)
     rows = torch.arange(len(hidden), device=hidden.device)
     if "sources" in batch:
         return hidden[rows[:, None], batch["sources"]].flatten(0, 1)
@@ -141,14 +141,14 @@ def _labelled(batch):
 def _token_losses(model, batch, E):
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
     row, column, target, slot = _labelled(batch)
-    hidden = _hidden(model, batch, E)[row, column]
+    hidden = hidden_states(model, batch, E)[row, column]
     step = max(1, LOGIT_BYTES // (4 * _vocabulary(model)))
     each = [functional.cross_entropy(_logits(model, hidden[at:at + step]), target[at:at + step], reduction="none")
             for at in range(0, len(target), step)]
     return row, slot, torch.cat(each) if each else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def _hidden(model, batch, E):
+def hidden_states(model, batch, E=1):
     """Hidden states [rows, T, H] that the output head would see."""
     return model.base_model(**model_inputs(model, batch, E), use_cache=False).last_hidden_state
 

@@ -8,10 +8,10 @@ import torch
 import transformers
 
 import qzo
-from qzo import packing
+from qzo import packing, task
 from qzo.__main__ import main
 from qzo.data import Example, collate
-from qzo.linear import layers
+from qzo.linear import arena_of, layers
 from qzo.losses import Stacked, model_inputs, option_scores, read_states
 from qzo.task import Task
 from qzo.train import choose_layers
@@ -130,13 +130,13 @@ def test_each_example_alone_has_its_own_loss(llama):
 def test_the_prompt_runs_once_and_padding_not_at_all(llama):
     examples = examples_of("several")
     prompts, options = sum(len(e.ids) for e in examples), 6 * len(examples)
-    task = Task(llama, examples, 0, packing="auto")
-    assert task.settle() == (True, True)
-    assert tokens_run(llama, task.closure(range(5), 1)) == prompts + options
-    task.joins = False
-    assert tokens_run(llama, task.closure(range(5), 2)) == 2 * 5 * (14 + 6)
-    task.shares = False
-    assert tokens_run(llama, task.closure(range(5), 2)) == 2 * 5 * 3 * (14 + 3)
+    here = Task(llama, examples, 0, packing="auto")
+    assert here.settle() == (True, True)
+    assert tokens_run(llama, here.closure(range(5), 1)) == prompts + options
+    here.joins = False
+    assert tokens_run(llama, here.closure(range(5), 2)) == 2 * 5 * (14 + 6)
+    here.shares = False
+    assert tokens_run(llama, here.closure(range(5), 2)) == 2 * 5 * 3 * (14 + 3)
 
 
 # ------------------------------------------------------------------------------------------------ tasks
@@ -156,7 +156,7 @@ def test_tasks_measure_the_same_in_every_form(llama, kind, train_layers):
         assert torch.allclose(packed.scores(4), plain.scores(4), atol=1e-4)
     evaluations = qzo.Evaluations([1, 1, 2], [0.2, -0.2, 0.0])
     for indices in ([3, 1, 0, 7], [0, 1], [1, 1, 1]):
-        runs = [task.closure(indices, 3) for task in (plain, packed)]
+        runs = [each.closure(indices, 3) for each in (plain, packed)]
         with qzo.evaluating(llama, evaluations):
             want, got = (run() for run in runs)
         assert torch.allclose(got, want, rtol=1e-5)
@@ -172,10 +172,10 @@ def test_options_of_one_and_of_several_tokens_in_one_task(llama):
     prefix = choose_layers(llama, 1)
     want = Task(llama, examples, 0).scores(8)
     for shares in (False, True):
-        task = Task(llama, examples, 0, prefix)
-        task.shares = shares
+        here = Task(llama, examples, 0, prefix)
+        here.shares = shares
         for size in (1, 3, 8):
-            got = task.scores(size)
+            got = here.scores(size)
             assert torch.allclose(got.log_softmax(1), want.log_softmax(1), atol=3e-5)
     choose_layers(llama, None)
 
@@ -205,15 +205,15 @@ REFUSED = {
 def test_a_model_that_computes_something_else_keeps_plain_rows(name):
     build, said = REFUSED[name]
     model, examples = made(build, "eager"), examples_of("several")
-    task = Task(model, examples, 0, packing="auto")
+    here = Task(model, examples, 0, packing="auto")
     with pytest.warns(UserWarning, match=f"runs without packed rows: .*{said}"):
-        scores = task.scores()
-    assert (task.shares, task.joins) == (False, False)
+        scores = here.scores()
+    assert (here.shares, here.joins) == (False, False)
     plain = collate(sorted(examples, key=lambda e: len(e.ids)), 0)
     assert torch.equal(scores.sort(0)[0], option_scores(model, plain).sort(0)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")               # it was said once
-        task.closure([0, 1], 2)()
+        here.closure([0, 1], 2)()
 
 
 def test_a_window_longer_than_the_longest_example_is_no_matter():
@@ -273,7 +273,15 @@ def test_train_with_packing_learns_the_same(base, tmp_path, monkeypatch, more):
     assert want[0] != want[-1]
 
 
-def test_packing_is_in_the_journal_and_resumes_in_the_same_bits(base, tmp_path, capsys):
+def test_packing_is_in_the_journal_and_resumes_in_the_same_bits(base, tmp_path, capsys, monkeypatch):
+    decided_on = []
+    real = task.why_not
+
+    def why_not(model, *rest):
+        decided_on.append(arena_of(model).data.clone())
+        return real(model, *rest)
+
+    monkeypatch.setattr(task, "why_not", why_not)
     trained(base, tmp_path, "out", "--packing", "auto")
     path = tmp_path / "out" / "journal.qzo"
     whole = path.read_bytes()
@@ -284,6 +292,8 @@ def test_packing_is_in_the_journal_and_resumes_in_the_same_bits(base, tmp_path, 
     assert "packing" in capsys.readouterr().err
     trained(base, tmp_path, "out", "--packing", "auto", "--resume")
     assert path.read_bytes() == whole
+    assert len(decided_on) == 2
+    assert torch.equal(*decided_on), "a resumed run decided on other scales"
 
 
 def test_train_with_options_of_several_tokens(base, tmp_path):
