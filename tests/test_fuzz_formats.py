@@ -83,10 +83,16 @@ def mutated(data, rng, head):
     return bytes(data)
 
 
+def renew(path, data):
+    """Write a file anew: on some file systems to overwrite one is to wait for the disk."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
 def run(path, cases, read):
     """How many of the cases were read, and how many refused; `path` is the only file that stands there after."""
     with little_memory():
-        messages = [outcome(lambda data=data: (path.write_bytes(data), read(path))) for data in cases]
+        messages = [outcome(lambda data=data: (renew(path, data), read(path))) for data in cases]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     return messages.count(None), len(messages) - messages.count(None)
 
@@ -176,7 +182,7 @@ names = st.one_of(st.sampled_from(["a", "b", "__metadata__", "", "..", "a\nb", "
 @given(st.one_of(anything, st.dictionaries(names, entries, max_size=4)), st.integers(0, 40), st.integers(-9, 9))
 def test_safetensors_headers(tmp_path, header, body, longer):
     text = json.dumps(header).encode()
-    (tmp_path / "x").write_bytes(struct.pack("<Q", max(0, len(text) + longer)) + text + bytes(body))
+    renew(tmp_path / "x", struct.pack("<Q", max(0, len(text) + longer)) + text + bytes(body))
     with little_memory():
         outcome(lambda: read_safetensors(tmp_path / "x"))
 
@@ -314,9 +320,9 @@ CT = ["ct-w4a16-asym-g128-rtn", "ct-w4a16-sym-g64-bias-tied", "ct-w4a16-sym-g128
 def test_compressed_tensors(tmp_path, fixture):
     rng, (config, tensors) = random.Random(fixture), small_folder(FIXTURES / fixture)
     messages = []
-    for _ in range(500):
+    for _ in range(1000):
         quantization, spoiled = spoil(config, tensors, rng)
-        save_file(spoiled, tmp_path / "model.safetensors")
+        renew(tmp_path / "model.safetensors", save(spoiled))
         with little_memory():
             messages.append(outcome(lambda q=quantization: list(compressed_tensors.weights(tmp_path, q, torch.half))))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -345,6 +351,7 @@ def test_hqq(tmp_path):
                 state[field] = rng.choice([None, True, 1, "x", [], {}, (), torch.ones(1), torch.Size([3]), *NASTY])
             if not state:
                 break
+        (tmp_path / "qmodel.pt").unlink(missing_ok=True)
         torch.save(spoiled, tmp_path / "qmodel.pt")
         with little_memory():
             messages.append(outcome(lambda: list(hqq.weights(tmp_path, None, torch.half))))
@@ -369,7 +376,7 @@ def shards(tmp_path):
 
     def write(weight_map):
         content = weight_map if isinstance(weight_map, bytes) else json.dumps({"weight_map": weight_map}).encode()
-        (folder / INDEX).write_bytes(content)
+        renew(folder / INDEX, content)
         return folder
 
     return write
