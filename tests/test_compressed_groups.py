@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qzo
 from qzo.formats import compressed_tensors
@@ -196,3 +196,16 @@ def test_a_whole_row_of_the_common_size_needs_no_group_of_its_own():
               for k in (64, 128)}
     groups = compressed_tensors.quantization_config(packed, [])["config_groups"]
     assert [(g["targets"], g["weights"]["group_size"]) for g in groups.values()] == [(["Linear"], 64)]
+
+
+@pytest.mark.parametrize("g_idx", [torch.full((96,), -1), torch.arange(96) // 32])
+def test_an_order_that_changes_nothing(mixed, tmp_path, g_idx):
+    shutil.copytree(mixed, tmp_path / "in")
+    tensors = load_file(mixed / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    save_file(tensors | {f"{name}.weight_g_idx": g_idx.int()}, tmp_path / "in" / "model.safetensors")
+    model = load(tmp_path / "in")
+    assert torch.equal(model.get_submodule(name).dequantize(), load(mixed).get_submodule(name).dequantize())
+    qzo.save_pretrained(model, tmp_path / "out")
+    before, after = (tmp_path / folder / "model.safetensors" for folder in ("in", "out"))
+    assert before.read_bytes() == after.read_bytes()

@@ -162,9 +162,6 @@ def weights(folder, quantization, dtype):
 
 
 def _packed(parts, arguments):
-    if "_g_idx" in parts:
-        raise ValueError("columns are reordered (weight_g_idx, actorder group), which cannot be read; "
-                         "quantize with actorder static or none")
     missing = [part for part in ("_scale", "_shape") if part not in parts]
     if not arguments["symmetric"] and "_zero_point" not in parts:
         missing.append("_zero_point")
@@ -186,10 +183,33 @@ def _packed(parts, arguments):
     if "_zero_point" in parts:
         _check(parts["_zero_point"], "weight_zero_point ", [_words(n, bits), k // group])
         zeros = unpack(parts["_zero_point"].T, n, bits)
+    if "_g_idx" in parts and _order(parts["_g_idx"], k, group) is not None:
+        raise ValueError("columns are reordered (weight_g_idx, actorder group), which cannot be read; "
+                         "quantize with actorder static or none")
     codes = unpack(words, k, bits)
     if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
     return PackedWeight.from_codes(codes, scales.T, zeros, bits)
+
+
+def _order(g_idx, k, size):
+    """int64 [K] that puts the columns of each group side by side, or None where they are (-1: no order at all).
+
+    ValueError for a group that there is not and for one that has more or fewer than `size` columns.
+    """
+    if g_idx.dtype not in (torch.int32, torch.int64) or list(g_idx.shape) != [k]:
+        raise ValueError(f"weight_g_idx must be int32 {[k]}, got {g_idx.dtype} {list(g_idx.shape)}")
+    least, most, count = int(g_idx.min()), int(g_idx.max()), k // size
+    if least == most == -1:
+        return None
+    if least < 0 or most >= count:
+        raise ValueError(f"weight_g_idx names groups {least} to {most}; there are groups 0 to {count - 1}")
+    members = torch.bincount(g_idx.long(), minlength=count)
+    odd = (members != size).nonzero().flatten().tolist()
+    if odd:
+        raise ValueError(f"weight_g_idx gives group {odd[0]} {int(members[odd[0]])} columns; every group has {size}")
+    perm = g_idx.argsort(stable=True)
+    return None if torch.equal(perm, torch.arange(k)) else perm
 
 
 def _check(tensor, name, shape):
