@@ -4,13 +4,14 @@ The scales of a quantized model are perturbed by noise that the matmul kernels r
 losses give a directional derivative; the codes never change. Importing this package touches no device.
 """
 from .evaluations import Evaluations
-from .hf import export, from_pretrained, load_tokenizer, save_pretrained
+from .hf import from_pretrained, load_tokenizer
 from .journal import JournalError
 from .kernels.noise import noise
 from .linear import QZOLinear, ScaleArena, evaluating, quantize_, scale_index, scales, train_only
 from .losses import losses, pair
 from .ops import backend
 from .optim import QZO, replay
+from .save import export, save_pretrained
 from .weights import PackedWeight
 
 __version__ = "0.1.0.dev0"

@@ -261,7 +261,7 @@ def load(path, own):
 
 def save(model, out):
     """Write the tuned checkpoint to OUT/model and return that path."""
-    from .hf import save_pretrained
+    from .save import save_pretrained
     target = Path(out) / "model"
     save_pretrained(model, target)
     return target
@@ -292,9 +292,9 @@ def _new_folder(name):
 
 
 def run_replay(options):
-    from .hf import save_pretrained
     from .journal import read
     from .optim import replay
+    from .save import save_pretrained
     found = read(options.journal)
     if found is None:
         raise ValueError(f"{options.journal} has no whole header: the run ended before its first step")

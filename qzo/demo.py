@@ -54,7 +54,8 @@ def headlines():
 def run(seed, out, resume=False, say=print):
     """The whole demo; returns its results as `qzo demo --json` prints them."""
     from . import train
-    from .hf import from_pretrained, load_tokenizer, save_pretrained
+    from .hf import from_pretrained, load_tokenizer
+    from .save import save_pretrained
 
     started = time.perf_counter()
     training, held_out = headlines()

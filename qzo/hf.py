@@ -1,7 +1,5 @@
-"""transformers models with QZOLinear inside: load a checkpoint, save it in the format it came from."""
+"""transformers models with QZOLinear inside: a checkpoint is loaded."""
 import dataclasses
-import functools
-import json
 import re
 from pathlib import Path
 
@@ -9,23 +7,19 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .formats import compressed_tensors, files, gguf, gguf_tokenizer, hqq
+from .formats import files, gguf, gguf_tokenizer, hqq, of_method
 from .formats.gguf_file import GGUFFile
 from .linear import QZOLinear, arena_of, layers, quantize_
-from .losses import rounding_losses
 from .weights import PackedWeight, check_bits
 
-_FORMATS = ("compressed-tensors", "gguf")
-_FOLDERS = {module.METHOD: module for module in (compressed_tensors, hqq)}
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where a model came from: what `save_pretrained` copies.
 
-    kind: "gguf", "compressed-tensors", "hqq", or "float" (quantized on the way in, with `options`)
+    kind: a quant_method that formats.FOLDERS knows, "gguf", or "float" (quantized on the way in, with `options`)
     path: the GGUF file or the folder
     sizes: (file name, bytes) of the files that the result is copied from
     dtype: of dense tensors in a file written anew
@@ -48,8 +42,6 @@ class Source:
                 raise ValueError(f"{file} had {size} bytes when this model was loaded and has "
                                  f"{file.stat().st_size} now; saving copies it, put the old file back")
 
-
-# ---------------------------------------------------------------------------------------------- loading
 
 def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True,
                     trust_remote_code=False):
@@ -179,10 +171,7 @@ def _load_gguf(path, device, dtype):
 def _load_quantized(folder, config, trust_remote_code, device, dtype):
     quantization = dict(getattr(config, "quantization_config", None) or {})
     method = quantization.get("quant_method") if quantization else hqq.METHOD
-    if method not in _FOLDERS:
-        raise ValueError(f"{folder}: quant_method {method!r} cannot be read; supported are "
-                         "compressed-tensors (pack-quantized), HQQ's own files, GGUF files, and float checkpoints")
-    form = _FOLDERS[method]
+    form = of_method(method, folder)
     form.check_config(quantization, folder)
     if quantization:
         del config.quantization_config            # the model in memory is not of that kind
@@ -266,135 +255,3 @@ def _put_dense(model, name, tensor, where, device):
     if isinstance(old, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=False)
     setattr(owner, leaf, tensor)
-
-
-# ---------------------------------------------------------------------------------------------- saving
-
-def save_pretrained(model, out_dir, batch=None):
-    """Save in the format the model came from: the source's files with new scales, all else byte for byte.
-
-    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized). Files of other
-    names in out_dir are left alone. Scales are rounded once, to the file's own dtype: with a batch (as
-    `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None. Raises ValueError or
-    FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has changed or is gone,
-    or out_dir is the source.
-    """
-    source = _source(model)
-    report = None if batch is None else rounding_losses(model, batch, _rounded(model, source))
-    if source.kind == "float":
-        _write_compressed(model, source, Path(out_dir))
-    else:
-        _copy_with_scales(model, source, Path(out_dir), source.path.name)
-    return report
-
-
-def export(model, out, format="compressed-tensors"):
-    """Save as `format`: "compressed-tensors" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf file).
-
-    Raises ValueError naming what is supported for a conversion that cannot be done.
-    """
-    source, out = _source(model), Path(out)
-    if format not in _FORMATS:
-        raise ValueError(f"export to {format!r} is not supported; supported are "
-                         f"{' and '.join(map(repr, _FORMATS))}")
-    if format == "gguf":
-        if source.kind != "gguf":
-            raise ValueError(f"export to 'gguf' needs a model that was loaded from a GGUF file, this one is "
-                             f"{source.kind}; use format='compressed-tensors'")
-        folder, name = (out.parent, out.name) if out.suffix == ".gguf" else (out, source.path.name)
-        return _copy_with_scales(model, source, folder, name)
-    if source.kind == "compressed-tensors":
-        return _copy_with_scales(model, source, out, None)
-    return _write_compressed(model, source, out)
-
-
-def _source(model):
-    source = getattr(model, "_qzo_source", None)
-    if source is None:
-        raise ValueError(f"this {type(model).__name__} was not loaded by qzo.from_pretrained, so there is "
-                         "no source to copy; load it that way, or keep its state_dict()")
-    source.check()
-    return source
-
-
-def _packed(name, layer):
-    if not bool(torch.isfinite(layer.read_scales()).all()):
-        raise ValueError(f"{name}: a scale is NaN or infinite; the run has diverged, nothing was written")
-    return layer.packed()
-
-
-def _find(model, tensor):
-    """PackedWeight of the layer whose weight has this name, None where the module is no QZOLinear."""
-    name = tensor.removesuffix(".weight")
-    layer = model.get_submodule(name)
-    return _packed(name, layer) if isinstance(layer, QZOLinear) else None
-
-
-def _all_packed(model):
-    return {name: _packed(name, layer) for name, layer in layers(model, trainable=None).items()}
-
-
-def _rounded(model, source):
-    """(layer, scales, zeros or None) of each layer as `save_pretrained` writes them."""
-    if source.kind == "float":
-        return compressed_tensors.rounded_new(_all_packed(model))
-    if source.kind == "gguf":
-        return gguf.rounded(GGUFFile(source.path), functools.partial(_find, model))
-    return _FOLDERS[source.kind].rounded(source.path, functools.partial(_find, model))
-
-
-def _copy_with_scales(model, source, folder, name):
-    find = functools.partial(_find, model)
-    home = source.path.parent if source.kind == "gguf" else source.path
-    if folder.resolve() == home and name in (None, source.path.name):
-        raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
-                         "give another folder")
-    with files.staged(folder) as staging:
-        if source.kind == "gguf":
-            gguf.save(GGUFFile(source.path), staging / name, find)
-        else:
-            _FOLDERS[source.kind].save(source.path, staging, find)
-
-
-def _write_compressed(model, source, folder):
-    """A new compressed-tensors folder from any model whose zero points are integers."""
-    if folder.resolve() == source.path:
-        raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
-                         "give another folder")
-    packed = _all_packed(model)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    quantization = compressed_tensors.quantization_config(packed, linears)
-    symmetric = quantization["config_groups"]["group_0"]["weights"]["symmetric"]
-    with files.staged(folder) as staging:
-        if source.kind == "float":
-            _copy_companions(source.path, staging)
-        elif gguf_tokenizer.present(GGUFFile(source.path)):
-            load_tokenizer(source.path).save_pretrained(staging)
-        dense = _dense(model, source.dtype)
-        compressed_tensors.write(staging / "model.safetensors", packed, dense, symmetric)
-        config = _stored_config(model, source)
-        config |= {"dtype": str(source.dtype).removeprefix("torch."), "quantization_config": quantization}
-        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _stored_config(model, source):
-    if source.kind == "float":
-        return files.read_object(source.path / "config.json")
-    return json.loads(model.config.to_json_string())
-
-
-def _dense(model, dtype):
-    """Everything that is not in a QZOLinear's codes, by name, tied tensors once, floats in `dtype`."""
-    dense = dict(model.named_parameters())
-    buffers = dict(model.named_buffers())
-    own = tuple(f"{name}." for name in layers(model, trainable=None))
-    saved = [name for name in model.state_dict() if name in buffers and not name.startswith(own)]
-    dense |= {name: buffers[name] for name in saved}
-    return {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in dense.items()}
-
-
-def _copy_companions(folder, staging):
-    """Tokenizer, generation settings, licence and the like: every plain file that holds no weights."""
-    for path in folder.iterdir():
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_SUFFIXES):
-            files.copy(path, staging / path.name)

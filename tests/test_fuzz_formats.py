@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save, save_file
 
 import qzo
 from qzo.formats import compressed_tensors, hqq, safetensors_file
+from qzo.formats import folder as folders
 from qzo.formats.gguf_file import GGUFFile
 from qzo.formats.torch_file import TorchFile
 from tests.checkpoints import TYPES, write_gguf
@@ -404,7 +405,7 @@ def test_shards_refused(shards, weight_map, message):
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        compressed_tensors.tensor_places(folder)
+        folders.tensor_places(folder)
     assert "\n" not in str(error.value)
 
 
@@ -412,14 +413,14 @@ def test_a_shard_may_be_a_link(shards, tmp_path):
     """The download cache of the Hub is made of links."""
     folder = shards({"a": "linked.safetensors", "b": "2.safetensors"})
     (folder / "linked.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    places = compressed_tensors.tensor_places(folder)
+    places = folders.tensor_places(folder)
     assert {name: file.name for name, (file, _) in places.items()} == {"a": "linked.safetensors", "b": "2.safetensors"}
 
 
 def test_index_bytes(shards):
     rng, weight_map = random.Random(5), {"a": "1.safetensors", "b": "2.safetensors"}
     text = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
-    messages = [outcome(lambda data=data: compressed_tensors.tensor_places(shards(data)))
+    messages = [outcome(lambda data=data: folders.tensor_places(shards(data)))
                 for data in (mutated(text, rng, len(text)) for _ in range(1000))]
     assert messages.count(None) > 20
     assert len(set(messages)) > 30

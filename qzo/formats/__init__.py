@@ -3,4 +3,22 @@ scales.
 
 A reader yields (Hugging Face tensor name, PackedWeight or dense tensor, where it came from); a writer copies
 the source file and patches the bytes of scales that changed, so everything else is the source's own bytes.
+
+A folder's module has METHOD, its quant_method, and
+    check_config(quantization, where)       ValueError naming what it cannot read
+    weights(folder, quantization, dtype)    yields what a reader yields
+    weight_files(folder)                    the files that hold it
+    save(folder, staging, find)             a copy with the scales of find(name of a weight)
+    rounded(folder, find)                   yields (layer, scales, zeros or None) as `save` would write them
 """
+from . import compressed_tensors, hqq
+
+FOLDERS = {form.METHOD: form for form in (compressed_tensors, hqq)}
+
+
+def of_method(method, where):
+    """The module of a quant_method. ValueError naming what it is and what can be read."""
+    if method not in FOLDERS:
+        raise ValueError(f"{where}: quant_method {method!r} cannot be read; supported are "
+                         f"{', '.join(sorted(FOLDERS))}, GGUF files, and float checkpoints")
+    return FOLDERS[method]

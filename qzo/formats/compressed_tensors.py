@@ -9,22 +9,22 @@ Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight
 A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those
 of the config group whose target names it exactly, else by a pattern ("re:..."), else by its class ("Linear").
 """
-import functools
 import re
-from pathlib import Path
 
 import torch
 
 from ..kernels.codes import middle
 from ..weights import PackedWeight
-from . import files, safetensors_file
+from . import safetensors_file
+from .folder import read_weights, save_scales, scale_changes
+from .folder import weight_files as weight_files
 from .rounding import stored_scales
+from .words import pack, unpack, word_count
 
 METHOD = "compressed-tensors"
-INDEX = "model.safetensors.index.json"
 _BITS = (2, 3, 4, 8)
 _PATTERN = "re:"
-_PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 def check_config(quantization, where):
@@ -91,88 +91,39 @@ def _arguments(layer, by_target):
                      "so its bits and group size are unknown")
 
 
-def tensor_places(folder):
-    """name -> (file, place) of every tensor in the folder's safetensors files.
-
-    FileNotFoundError for a file that the index names and the folder lacks; ValueError for an index that is
-    damaged or names files elsewhere, a tensor that is in two files and one that is not in its file.
-    """
-    index = _index(folder)
-    names = sorted(set(index.values())) or sorted(path.name for path in folder.glob("*.safetensors"))
-    if not index and "model.safetensors" in names:
-        names = ["model.safetensors"]
-    if not names:
-        raise FileNotFoundError(f"{folder} holds a config.json but no safetensors file")
-    found: dict = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing or no file, though {INDEX} names it; fetch "
-                                    "the checkpoint again")
-        for tensor, place in safetensors_file.places(folder / name).items():
-            if tensor in found:
-                raise ValueError(f"{folder}: tensor {tensor} is in {found[tensor][0].name} and in {name}; one "
-                                 "of them is of another checkpoint, remove it")
-            found[tensor] = folder / name, place
-    for tensor, name in index.items():
-        if tensor not in found or found[tensor][0].name != name:
-            raise ValueError(f"{folder / name} holds no tensor {tensor!r:.200}, though {INDEX} says so; fetch "
-                             "the checkpoint again")
-    return found
-
-
-def _index(folder):
-    """tensor -> file name from the index of a folder that has one, else an empty dictionary."""
-    path = folder / INDEX
-    if not path.exists():
-        return {}
-    names = files.read_object(path).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{path} is damaged: it has no weight_map of tensors and their files; fetch it "
-                         "again")
-    for name in names.values():
-        if Path(name).name != name or not name.isprintable():
-            raise ValueError(f"{path} names {name!r:.200}, which is no file of this folder; weights elsewhere "
-                             "are not read")
-    return names
-
-
-def weight_files(folder):
-    """The files that hold the weights."""
-    return {file for file, _ in tensor_places(folder).values()}
-
-
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
     by_target = check_config(quantization, folder)
-    found = tensor_places(folder)
-    layers = [name.removesuffix("_packed") for name in found if name.endswith(".weight_packed")]
-    taken = {layer + part for layer in layers for part in _PARTS}
-    for layer in layers:
-        where = f"{layer}_packed in {found[layer + '_packed'][0].name}"
-        beside = [part for part in _PARTS if layer + part in found]
-        parts = {part: safetensors_file.read(*found[layer + part]) for part in beside}
-        try:
-            yield layer, _packed(parts, _arguments(layer.removesuffix(".weight"), by_target)), where
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    for name, (file, place) in found.items():
-        if name not in taken:
-            tensor = safetensors_file.read(file, place)
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor, f"{name} in {file.name}"
+
+    def make(layer, parts):
+        return _packed(parts, _arguments(layer, by_target))
+
+    return read_weights(folder, dtype, _PARTS, make)
+
+
+def save(folder, staging, find):
+    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
+    save_scales(folder, staging, scale_changes(folder, find, "weight_scale", transposed=True))
+
+
+def rounded(folder, find):
+    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
+    for layer, new, _, _ in scale_changes(folder, find, "weight_scale", transposed=True):
+        yield layer, new.T.to(torch.float32), None
 
 
 def _packed(parts, arguments):
-    missing = [part for part in ("_scale", "_shape") if part not in parts]
-    if not arguments["symmetric"] and "_zero_point" not in parts:
-        missing.append("_zero_point")
+    missing = [part for part in ("weight_scale", "weight_shape") if part not in parts]
+    if not arguments["symmetric"] and "weight_zero_point" not in parts:
+        missing.append("weight_zero_point")
     if missing:
-        raise ValueError(f"no weight{' and no weight'.join(missing)} beside it: the checkpoint is incomplete")
-    if parts["_shape"].is_floating_point() or parts["_shape"].numel() != 2 or int(parts["_shape"].min()) < 1:
-        raise ValueError("weight_shape must be two whole numbers above 0, got "
-                         f"{parts['_shape'].flatten()[:4].tolist()}")
-    n, k = parts["_shape"].flatten().tolist()
-    words, scales, bits = parts["_packed"], parts["_scale"], arguments["bits"]
-    _check(words, "", [n, _words(k, bits)])
+        raise ValueError(f"no {' and no '.join(missing)} beside it: the checkpoint is incomplete")
+    shape = parts["weight_shape"]
+    if shape.is_floating_point() or shape.numel() != 2 or int(shape.min()) < 1:
+        raise ValueError(f"weight_shape must be two whole numbers above 0, got {shape.flatten()[:4].tolist()}")
+    n, k = shape.flatten().tolist()
+    words, scales, bits = parts["weight_packed"], parts["weight_scale"], arguments["bits"]
+    _check(words, "", [n, word_count(k, bits)])
     group = arguments["group_size"] or k
     if not scales.is_floating_point():
         raise ValueError(f"weight_scale is {scales.dtype}; scales are floats")
@@ -180,10 +131,10 @@ def _packed(parts, arguments):
         raise ValueError(f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in groups "
                          f"of {group}")
     zeros = None
-    if "_zero_point" in parts:
-        _check(parts["_zero_point"], "weight_zero_point ", [_words(n, bits), k // group])
-        zeros = unpack(parts["_zero_point"].T, n, bits)
-    if "_g_idx" in parts and _order(parts["_g_idx"], k, group) is not None:
+    if "weight_zero_point" in parts:
+        _check(parts["weight_zero_point"], "weight_zero_point ", [word_count(n, bits), k // group])
+        zeros = unpack(parts["weight_zero_point"].T, n, bits)
+    if "weight_g_idx" in parts and _order(parts["weight_g_idx"], k, group) is not None:
         raise ValueError("columns are reordered (weight_g_idx, actorder group), which cannot be read; "
                          "quantize with actorder static or none")
     codes = unpack(words, k, bits)
@@ -217,64 +168,7 @@ def _check(tensor, name, shape):
         raise ValueError(f"{name}must be int32 {shape}, got {tensor.dtype} {list(tensor.shape)}")
 
 
-def _words(count, bits):
-    """32-bit words that hold so many codes."""
-    return -(-count * bits // 32)
-
-
-def unpack(words, count, bits=4):
-    """int32 [rows, W] -> the first `count` codes of each row, uint8."""
-    # flat first: a contiguous [rows, 1] may have any stride; little-endian, so the low byte comes first
-    data = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
-    if bits == 3:                                 # eight codes in three bytes
-        data = torch.nn.functional.pad(data, (0, -data.shape[1] % 3)).unflatten(1, (-1, 3)).to(torch.int32)
-        data, per = data[..., 0] | data[..., 1] << 8 | data[..., 2] << 16, 8
-    else:
-        per = 8 // bits
-    codes = torch.stack([data >> bits * j & (1 << bits) - 1 for j in range(per)], -1)
-    return codes.to(torch.uint8).flatten(1)[:, :count]
-
-
-def pack(codes, bits=4):
-    """uint8 [rows, count] of 2, 4 or 8 bits -> int32 [rows, ceil(count * bits / 32)], padded with zeros."""
-    per = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (4 * per))).unflatten(1, (-1, per))
-    data = functools.reduce(torch.bitwise_or, [padded[..., j] << bits * j for j in range(per)])
-    return data.reshape(-1).view(torch.int32).view(len(codes), -1)
-
-
 # ---------------------------------------------------------------------------------------------- writing
-
-def save(folder, staging, find):
-    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
-    gives."""
-    _copy_all(folder, staging)
-    for _, new, file, place in _changes(folder, find):
-        files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(new))])
-
-
-def rounded(folder, find):
-    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in _changes(folder, find):
-        yield layer, new.T.to(torch.float32), None
-
-
-def _changes(folder, find):
-    """Yield (layer, its scales in the file's dtype and order, file, place)."""
-    for name, (file, place) in tensor_places(folder).items():
-        packed = find(name.removesuffix("_scale")) if name.endswith(".weight_scale") else None
-        if packed is not None:
-            new = stored_scales(packed.scales.T.cpu(), safetensors_file.read(file, place), name)
-            yield name.removesuffix(".weight_scale"), new, file, place
-
-
-def _copy_all(folder, staging):
-    """Every file but hidden ones; other folders' staging and version control are not the checkpoint."""
-    for path in folder.rglob("*"):
-        inside = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in inside.parts):
-            files.copy(path, staging / inside)
-
 
 def quantization_config(packed, ignore):
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
@@ -326,12 +220,12 @@ def rounded_new(packed):
 def _entries(name, weight, symmetric):
     n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
     entries = [
-        ("packed", torch.int32, (n, _words(k, bits)), lambda: pack(weight.unpacked(), bits)),
+        ("packed", torch.int32, (n, word_count(k, bits)), lambda: pack(weight.unpacked(), bits)),
         ("scale", torch.float16, (n, groups), lambda: _new_scales(weight, name)),
         ("shape", torch.int64, (2,), lambda: torch.tensor([n, k])),
     ]
     if not symmetric:
-        entries.append(("zero_point", torch.int32, (_words(n, bits), groups), lambda: _packed_zeros(weight)))
+        entries.append(("zero_point", torch.int32, (word_count(n, bits), groups), lambda: _packed_zeros(weight)))
     return [(f"{name}.weight_{part}", *rest) for part, *rest in entries]
 
 
@@ -343,5 +237,3 @@ def _new_scales(weight, name):
 def _packed_zeros(weight):
     zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
     return pack(zeros.to(torch.uint8), weight.bits).T
-
-

@@ -9,7 +9,8 @@ Other modules hold their tensors as they are. Saving changes scales only: a zero
 import torch
 
 from ..weights import PackedWeight
-from . import compressed_tensors, files
+from . import files
+from .folder import copy_all
 from .rounding import stored_scales
 from .safetensors_file import to_bytes
 from .torch_file import TorchFile
@@ -54,7 +55,7 @@ def weights(folder, quantization, dtype):
 def save(folder, staging, find):
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
     gives."""
-    compressed_tensors._copy_all(folder, staging)
+    copy_all(folder, staging)
     file = TorchFile(folder / FILE)
     chunks = [(file.place(old, module)[0], to_bytes(new)) for module, new, old, _ in _changes(file, find)]
     files.patch(staging / FILE, file.patches(chunks))
