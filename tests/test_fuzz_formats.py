@@ -273,7 +273,9 @@ def spoiled_tensor(tensor, rng):
         return tensor.T.contiguous() if tensor.dim() == 2 else torch.stack([tensor, tensor])
     spoiled = tensor.clone().flatten()
     at = rng.randrange(len(spoiled)) if len(spoiled) else 0
-    if spoiled.is_floating_point():
+    if spoiled.dtype == torch.bool:
+        spoiled[at:at + 1] ^= True
+    elif spoiled.is_floating_point():
         spoiled[at:at + 1] = rng.choice([float("nan"), float("inf"), -float("inf"), 0.0, -1.0])
     else:
         limits = torch.iinfo(spoiled.dtype)
