@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 import qzo
-from qzo.formats import compressed_tensors, hqq, safetensors_file
 from qzo.formats import folder as folders
+from qzo.formats import hqq, of_method, safetensors_file
 from qzo.formats.gguf_file import GGUFFile
 from qzo.formats.torch_file import TorchFile
 from tests.checkpoints import TYPES, write_gguf
@@ -316,20 +316,22 @@ def spoil(config, tensors, rng):
     return config, tensors
 
 
-CT = ["ct-w4a16-asym-g128-rtn", "ct-w4a16-sym-g64-bias-tied", "ct-w4a16-sym-g128-gptq"]
+QUANTIZED = sorted(path.parent.name for path in FIXTURES.glob("*/config.json")
+                   if "quantization_config" in json.loads(path.read_text()))
 
 
-@pytest.mark.parametrize("fixture", CT)
-def test_compressed_tensors(tmp_path, fixture):
+@pytest.mark.parametrize("fixture", QUANTIZED)
+def test_folders(tmp_path, fixture):
     rng, (config, tensors) = random.Random(fixture), small_folder(FIXTURES / fixture)
+    form = of_method(config["quant_method"], fixture)
     messages = []
     for _ in range(1000):
         quantization, spoiled = spoil(config, tensors, rng)
         renew(tmp_path / "model.safetensors", save(spoiled))
         with little_memory():
-            messages.append(outcome(lambda q=quantization: list(compressed_tensors.weights(tmp_path, q, torch.half))))
+            messages.append(outcome(lambda q=quantization: list(form.weights(tmp_path, q, torch.half))))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    assert messages.count(None) > 20
+    assert messages.count(None) > 50
     assert len(set(messages)) > 40
 
 

@@ -4,6 +4,7 @@
     weight_scale       [N, G], or [N, 1] for a whole row
     weight_zero_point  int32 [ceil(N*b/32), G], packed along N, if not symmetric
     weight_shape       int64 [2] = N, K
+    weight_g_idx       int32 [K], the group of each column, in old files only (actorder "group")
 Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight holds, 3 bits as 4.
 
 A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those
@@ -134,13 +135,12 @@ def _packed(parts, arguments):
     if "weight_zero_point" in parts:
         _check(parts["weight_zero_point"], "weight_zero_point ", [word_count(n, bits), k // group])
         zeros = unpack(parts["weight_zero_point"].T, n, bits)
-    if "weight_g_idx" in parts and _order(parts["weight_g_idx"], k, group) is not None:
-        raise ValueError("columns are reordered (weight_g_idx, actorder group), which cannot be read; "
-                         "quantize with actorder static or none")
     codes = unpack(words, k, bits)
+    perm = _order(parts["weight_g_idx"], k, group) if "weight_g_idx" in parts else None
+    codes = codes if perm is None else codes[:, perm]
     if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
-    return PackedWeight.from_codes(codes, scales.T, zeros, bits)
+    return PackedWeight.from_codes(codes, scales.T, zeros, bits, perm)
 
 
 def _order(g_idx, k, size):
@@ -175,9 +175,12 @@ def quantization_config(packed, ignore):
 
     One config group for all Linears, or one for each number of bits and group size, which then names its
     layers. All have zero points or none has: servers fuse layers, and what they fuse has to be of one kind.
-    ValueError for float zero points.
+    ValueError for float zero points and for columns in another order.
     """
     for name, weight in packed.items():
+        if weight.perm is not None:
+            raise ValueError(f"{name} has its columns sorted by group (act-order), which compressed-tensors does "
+                             "not hold any more; save it in its own format (qzo.save_pretrained)")
         if weight.zeros is not None and weight.zeros.is_floating_point():
             raise ValueError(f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which "
                              "compressed-tensors' integer zero points cannot hold; save it in its own format "
