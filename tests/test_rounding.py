@@ -13,7 +13,7 @@ from tests.test_compressed_groups import GROUPS, SCHEMES, write_compressed
 from tests.test_hqq import write as write_hqq
 from tests.tiny import save_checkpoint
 
-LOSSES = sys.modules["qzo.losses"]     # qzo.losses is the function of that name
+SAVE = sys.modules["qzo.save"]
 IDS = torch.arange(24).view(2, 12)
 BATCH = {"input_ids": IDS, "labels": IDS}
 
@@ -67,14 +67,14 @@ def test_nothing_to_round_costs_nothing(model, tmp_path):
 
 @few
 def test_without_a_batch_nothing_is_run(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(LOSSES, "losses", None)
+    monkeypatch.setattr(SAVE, "losses", None)
     assert qzo.save_pretrained(model, tmp_path / "out") is None
 
 
 @few
 def test_the_model_is_as_before_when_the_second_forward_fails(model, tmp_path, monkeypatch):
     scale_randomly(model)
-    before, calls, real = copy.deepcopy(model.state_dict()), [], LOSSES.losses
+    before, calls, real = copy.deepcopy(model.state_dict()), [], SAVE.losses
 
     def fail_at_the_second(*arguments):
         calls.append(arguments)
@@ -82,7 +82,7 @@ def test_the_model_is_as_before_when_the_second_forward_fails(model, tmp_path, m
             raise RuntimeError("planted")
         return real(*arguments)
 
-    monkeypatch.setattr(LOSSES, "losses", fail_at_the_second)
+    monkeypatch.setattr(SAVE, "losses", fail_at_the_second)
     with pytest.raises(RuntimeError, match="planted"):
         qzo.save_pretrained(model, tmp_path / "out", BATCH)
     for name, tensor in model.state_dict().items():
