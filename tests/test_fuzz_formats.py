@@ -196,6 +196,9 @@ def test_safetensors_headers(tmp_path, header, body, longer):
     (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', r"has 4 bytes, which are not F32 \[2\]"),
     (b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', "the header's entry of tensor 'a' is damaged"),
     (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "the header's entry of tensor 'a' is damaged"),
+    (b'{"a\\nb": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', r"entry of tensor 'a\\nb' is damaged"),
+    (b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904, 4611686018427387904], "data_offsets": [0, 0]}}',
+     "the header's entry of tensor 'a' is damaged"),
     (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
      b'"b": {"dtype": "U8", "shape": [2], "data_offsets": [3, 5]}}', "tensors a and b overlap"),
 ])
