@@ -31,7 +31,7 @@ def make_gguf(kind):
 
 
 SOURCES = {"compressed-tensors": make_compressed, "hqq": write_hqq, "float": save_checkpoint,
-           "gguf q4_0": make_gguf(TYPES.Q4_0), "gguf q4_1": make_gguf(TYPES.Q4_1)}
+           "gguf q4_0": make_gguf(TYPES.Q4_0), "gguf q4_1": make_gguf(TYPES.Q4_1), "gguf q8_0": make_gguf(TYPES.Q8_0)}
 
 
 few = pytest.mark.parametrize("model", ["compressed-tensors", "gguf q4_1"], indirect=True)
