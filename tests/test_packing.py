@@ -74,8 +74,8 @@ def tokens_run(model, run):
 # --------------------------------------------------------------------------------------------------- the form
 
 def test_who_sees_whom_by_a_plain_loop(llama):
-    """Token i sees token j, in one row of two examples, when j stands before it in its example, and in no option
-    but i's."""
+    """Token i sees token j, in a row of two examples, when j stands before it in its example, in no option but
+    i's."""
     first, second = (Example((5,) * n, options=((6, 6), (7,), (8, 8, 8)), label=0) for n in (3, 2))
     batch = packing.packed_batch([first, second], 0, join=True)
     owner = [(example, option) for example, prompt in ((0, 3), (1, 2))
