@@ -95,7 +95,9 @@ def over_budget(figures_of):
             )
         plain = steps_of(steps, dataclasses.replace(budget.case, codes="int4"))
         if budget.case.codes == "nf4" and plain and step > TABLE_COSTS * plain:
-            bad.append(f"{budget.name}: {step} instructions a step, {TABLE_COSTS} times the {plain} of int4 at the most")
+            bad.append(
+                f"{budget.name}: {step} instructions a step, {TABLE_COSTS} times the {plain} of int4 at the most"
+            )
     return bad
 
 
