@@ -212,7 +212,8 @@ def _fill(model, entries, path, device):
     missing = set(model.state_dict())
     for name, value, where in entries:
         if name not in missing:
-            if any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ()):
+            ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
+            if ignored or _empty_bias(name, value, model):
                 continue
             raise ValueError(f"{where}: {type(model).__name__} has no tensor {name}; the file is of another "
                              "architecture")
@@ -227,6 +228,14 @@ def _fill(model, entries, path, device):
     if empty:
         raise ValueError(f"{path}: nothing fills {empty[0]} of {type(model).__name__}; this architecture "
                          "cannot be loaded")
+
+
+def _empty_bias(name, value, model):
+    """Whether it is a bias of zeros for a Linear without one: AutoGPTQ wrote one for every layer."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf != "bias" or isinstance(value, PackedWeight) or bool(value.any()):
+        return False
+    return isinstance(dict(model.named_modules()).get(owner), nn.Linear | QZOLinear)
 
 
 def _put_packed(model, name, packed, where, device):

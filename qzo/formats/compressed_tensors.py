@@ -19,6 +19,7 @@ from ..weights import PackedWeight
 from . import safetensors_file
 from .folder import read_weights, save_scales, scale_changes
 from .folder import weight_files as weight_files
+from .order import perm_of
 from .rounding import stored_scales
 from .words import pack, unpack, word_count
 
@@ -136,31 +137,13 @@ def _packed(parts, arguments):
         _check(parts["weight_zero_point"], "weight_zero_point ", [word_count(n, bits), k // group])
         zeros = unpack(parts["weight_zero_point"].T, n, bits)
     codes = unpack(words, k, bits)
-    perm = _order(parts["weight_g_idx"], k, group) if "weight_g_idx" in parts else None
+    perm, g_idx = None, parts.get("weight_g_idx")
+    if g_idx is not None and not bool((g_idx == -1).all()):            # -1 everywhere: no order at all
+        perm = perm_of(g_idx, k, group, "weight_g_idx")
     codes = codes if perm is None else codes[:, perm]
     if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
     return PackedWeight.from_codes(codes, scales.T, zeros, bits, perm)
-
-
-def _order(g_idx, k, size):
-    """int64 [K] that puts the columns of each group side by side, or None where they are (-1: no order at all).
-
-    ValueError for a group that there is not and for one that has more or fewer than `size` columns.
-    """
-    if g_idx.dtype not in (torch.int32, torch.int64) or list(g_idx.shape) != [k]:
-        raise ValueError(f"weight_g_idx must be int32 {[k]}, got {g_idx.dtype} {list(g_idx.shape)}")
-    least, most, count = int(g_idx.min()), int(g_idx.max()), k // size
-    if least == most == -1:
-        return None
-    if least < 0 or most >= count:
-        raise ValueError(f"weight_g_idx names groups {least} to {most}; there are groups 0 to {count - 1}")
-    members = torch.bincount(g_idx.long(), minlength=count)
-    odd = (members != size).nonzero().flatten().tolist()
-    if odd:
-        raise ValueError(f"weight_g_idx gives group {odd[0]} {int(members[odd[0]])} columns; every group has {size}")
-    perm = g_idx.argsort(stable=True)
-    return None if torch.equal(perm, torch.arange(k)) else perm
 
 
 def _check(tensor, name, shape):
