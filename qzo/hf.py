@@ -12,6 +12,7 @@ from .formats.gguf_file import GGUFFile
 from .linear import QZOLinear, arena_of, layers, quantize_
 from .weights import PackedWeight, check_bits
 
+LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
 
 
@@ -176,14 +177,23 @@ def _load_quantized(folder, config, trust_remote_code, device, dtype):
     if quantization:
         del config.quantization_config            # the model in memory is not of that kind
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
-    model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
-    _fill(model, form.weights(folder, quantization, dtype), folder, device)
     used = {*form.weight_files(folder), folder / "config.json"}
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
+    _check_depth(config, folder, sum(size for _, size in sizes))
+    model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
+    _fill(model, form.weights(folder, quantization, dtype), folder, device)
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, Source(method, folder, sizes, stored)
+
+
+def _check_depth(config, folder, held):
+    """ValueError for a config of more layers than the files can hold: even empty ones take memory."""
+    depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(depth, int) or depth * LEAST_LAYER_BYTES > held:
+        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers is {depth!r:.40}, the files have {held} bytes "
+                         "in all; one of them is damaged")
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -25,7 +25,7 @@ from qzo.formats import folder as folders
 from qzo.formats import hqq, of_method, safetensors_file
 from qzo.formats.gguf_file import GGUFFile
 from qzo.formats.torch_file import TorchFile
-from tests.checkpoints import TYPES, write_gguf
+from tests.checkpoints import TYPES, write_compressed, write_gguf
 
 HEADROOM = 256 << 20         # bytes of address space beyond what the process has: far below any absurd size
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -444,6 +444,16 @@ def test_configs_refused(tmp_path, config, message):
     with pytest.raises(ValueError, match=message) as error:
         qzo.from_pretrained(tmp_path, device="cpu")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("depth", [10**6, 2**40])
+def test_more_layers_than_the_files_can_hold(tmp_path, depth):
+    write_compressed(tmp_path, {"": (4, 32, True)}, {"a": {"targets": ["Linear"], "weights": {
+        "num_bits": 4, "group_size": 32, "strategy": "group"}}})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": depth, "layer_types": None}))
+    with little_memory(), pytest.raises(ValueError, match=f"num_hidden_layers is {depth}, the files have"):
+        qzo.from_pretrained(tmp_path, device="cpu")
 
 
 # ------------------------------------------------------------------------------------- what Python itself takes

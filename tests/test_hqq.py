@@ -284,6 +284,16 @@ def test_checksums_of_both_kinds_of_record(tmp_path, written_with):
     assert TorchFile(path).read(TorchFile(path).content["a"], "a").tolist() == [0, 0, 2, 3]
 
 
+def test_layers_that_share_their_scales_are_not_written(tmp_path):
+    def share(modules):
+        modules[LAYER]["scale"] = modules[LAYER.replace("up_proj", "gate_proj")]["scale"]
+
+    model = load(write(tmp_path / "in", change=share))
+    with pytest.raises(ValueError, match="two layers share the bytes of their scales"):
+        qzo.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bytes_that_an_entry_does_not_hold_are_not_read(tmp_path):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt") as archive:

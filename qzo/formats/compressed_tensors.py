@@ -169,7 +169,7 @@ def quantization_config(packed, ignore):
                              "compressed-tensors' integer zero points cannot hold; save it in its own format "
                              "(qzo.save_pretrained), or start from another file, such as a Q4_0 one")
     sizes = {weight.group_size for weight in packed.values() if weight.group_size != weight.in_features}
-    alike: dict = {}
+    alike = {}
     for name, weight in packed.items():
         size = weight.group_size if weight.group_size in sizes else None
         alike.setdefault((weight.bits, size), []).append(name)
