@@ -34,6 +34,20 @@ REGIMES = {  # rows per evaluation -> a step of the tile that runs them, a pair 
     "sm_100": {8: 442, 16: 456, 32: 361, 64: 361, 512: 368},
     "sm_120": {8: 218, 16: 252, 32: 326, 64: 319, 512: 512},
 }
+OTHER_BITS = {  # the same with 2- and 8-bit codes
+    ("sm_80", 2): {16: 269, 64: 335, 512: 534},
+    ("sm_80", 8): {16: 301, 64: 364, 512: 605},
+    ("sm_86", 2): {16: 270, 64: 334, 512: 516},
+    ("sm_86", 8): {16: 300, 64: 363, 512: 584},
+    ("sm_89", 2): {16: 270, 64: 334, 512: 516},
+    ("sm_89", 8): {16: 300, 64: 363, 512: 584},
+    ("sm_90", 2): {16: 402, 64: 297, 128: 269, 512: 450},
+    ("sm_90", 8): {16: 456, 64: 328, 128: 306, 512: 479},
+    ("sm_100", 2): {16: 477, 64: 386, 512: 391},
+    ("sm_100", 8): {16: 516, 64: 393, 512: 393},
+    ("sm_120", 2): {16: 255, 64: 326, 512: 508},
+    ("sm_120", 8): {16: 288, 64: 353, 512: 569},
+}
 BUDGETS = (
     *(_budget("sm_90 two accumulators", "sm_90", law, 330, deep=True) for law in ("none", *NOISE_ADDS)),
     *(_budget("sm_90 ratio", "sm_90", law, 350, deep=True, ratio=True) for law in ("none", *NOISE_ADDS)),
@@ -41,6 +55,11 @@ BUDGETS = (
     *(
         Budget(f"{arch} {rows} rows", Case(arch, rows), most)
         for arch, regimes in REGIMES.items()
+        for rows, most in regimes.items()
+    ),
+    *(
+        Budget(f"{arch} {rows} rows {bits} bits", Case(arch, rows, bits=bits), most)
+        for (arch, bits), regimes in OTHER_BITS.items()
         for rows, most in regimes.items()
     ),
 )

@@ -1,7 +1,7 @@
 """What is measured: one registry of cases, with the bytes and the products that each cannot do without.
 
 A product is that of a pair of evaluations, +eps and -eps, of `rows` rows each, by one linear layer of a model. Bytes
-count every operand once, as a device without a cache would move them: 4-bit codes, float32 scales, x and y.
+count every operand once, as a device without a cache would move them: codes, float32 scales, x and y.
 """
 import dataclasses
 import functools
@@ -43,11 +43,14 @@ class Case:
     dtype: str = "bfloat16"
     noise: str = "rademacher"
     blocks: int = 0
+    bits: int = 4
 
     @property
     def name(self):
+        bits = "" if self.bits == 4 else f" {self.bits} bits"
         if self.kind == "linear":
-            return f"linear {self.model} {self.k}x{self.n} rows {self.rows} g{self.group} {self.dtype} {self.noise}"
+            return (f"linear {self.model} {self.k}x{self.n} rows {self.rows} g{self.group} {self.dtype} {self.noise}"
+                    f"{bits}")
         if self.kind == "step":
             return f"step {self.model} {self.blocks} blocks rows {self.rows} g{self.group} {self.dtype} {self.noise}"
         return f"{self.kind} {self.noise} {self.n}" if self.kind != "journal" else "journal append"
@@ -70,8 +73,9 @@ class Case:
         if self.kind == "journal":
             return 32
         item = DTYPES[self.dtype].itemsize
-        return sum(k * n // 2 + 4 * (k // self.group) * n + 2 * self.rows * (k + n) * item for k, n in self.shapes) + (
-            sum(8 * (k // self.group) * n for k, n in self.shapes) if self.kind == "step" else 0)
+        scales = [4 * (k // self.group) * n for k, n in self.shapes]
+        product = sum(k * n * self.bits // 8 + 2 * self.rows * (k + n) * item for k, n in self.shapes) + sum(scales)
+        return product + (2 * sum(scales) if self.kind == "step" else 0)
 
     @property
     def flops(self):
@@ -84,7 +88,7 @@ def group_of(model):
     return next(g for g in (128, 64, 32) if all(k % g == 0 for k, _ in LAYERS[model]))
 
 
-def linears(models, rows, dtypes, laws=("rademacher",), groups=None):
+def linears(models, rows, dtypes, laws=("rademacher",), groups=None, bits=4):
     """Every linear of `models`; groups: None for the model's own."""
     for model in models:
         for k, n in LAYERS[model]:
@@ -93,7 +97,7 @@ def linears(models, rows, dtypes, laws=("rademacher",), groups=None):
                     for r in rows:
                         for law in laws:
                             if k % group == 0:
-                                yield Case("linear", model, k, n, r, group, dtype, law)
+                                yield Case("linear", model, k, n, r, group, dtype, law, bits=bits)
 
 
 def _small(device):
@@ -113,6 +117,8 @@ def every(device):
     found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, LAWS[1:])            # the other laws
     found += [c for c in linears(small, (16, 512) if device == "cuda" else (16,), dtypes, groups=(32, 64, 128))
               if c not in found]
+    for bits in (2, 8):
+        found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, bits=bits)
     for model, (_, blocks) in BLOCKS.items():
         for rows in (1, 16, 128, 512, 2048) if device == "cuda" else CPU_ROWS:
             run = blocks if device == "cuda" else min(blocks, 6 if model == "smollm2-135m" else 1)

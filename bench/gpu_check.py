@@ -193,8 +193,8 @@ def _tiles_of(check, case):
     problem = Problem(case, check.device, timing.cache_bytes(check.device))
     model, passes = problem.model()
     arch = architecture("cuda") if check.device == "cuda" else "interpreter"
-    picked = pick(case.rows, case.n, case.k, case.group, problem.dtype, arch)
-    planes = [to_planes(layer.codes, case.k) for layer in model]
+    picked = pick(case.rows, case.n, case.k, case.group, problem.dtype, arch, bits=case.bits)
+    planes = [to_planes(layer.codes, case.k, layer.bits) for layer in model]
     x, arena = problem.x[case.k], arena_of(model)
     y = torch.empty(len(x), case.n, dtype=x.dtype, device=x.device)
     seeds, coefs = torch.tensor([SEED, SEED], device=x.device), torch.tensor([EPS, -EPS], device=x.device)
@@ -203,7 +203,7 @@ def _tiles_of(check, case):
         for layer, codes in zip(model, planes, strict=True):
             qmm.launch(x, codes, arena.quads(layer.arena_name), None, None, seeds, coefs, y,
                        base4=arena.slots[layer.arena_name].base4, group=case.group, law=law_number(case.noise),
-                       relative=True, tile=tile, asm=arch.startswith("sm_"), pair=True)
+                       relative=True, tile=tile, asm=arch.startswith("sm_"), pair=True, bits=case.bits)
         return y.double()                 # a copy: the next run writes into y
 
     want, times = run(picked), {}

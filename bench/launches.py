@@ -194,7 +194,7 @@ def chunks(
     dtypes=(torch.bfloat16, torch.float16),
     relative=(True, False),
     zero_points=tuple(ZEROS),
-    bits=(4, 2, 8),
+    bits=(4,),
 ):
     """The launches that large_rows="blas" makes, for every group size."""
     found = []
@@ -305,7 +305,12 @@ AXES = {
 }
 
 
-OTHER_BITS = {axis: AXES[axis] for axis in ("rows", "group", "dtype", "zeros")} | {"bits": (2, 8)}
+OTHER_BITS = {
+    "rows": (16, 64, 512),
+    "group": GROUPS,
+    "zeros": tuple(ZEROS),
+    "bits": (2, 8),
+}
 
 
 def pairwise(arch, axes=AXES):

@@ -17,7 +17,7 @@ from torch.nn.functional import linear as dense_linear
 
 from .. import ops
 from ..evaluations import Evaluations
-from ..kernels.codes import centred_codes
+from ..kernels.codes import BITS, centred_codes, middle
 from ..kernels.noise import kernel_coefs, law_number, noise
 from ..linear import QZOLinear, arena_of, evaluating
 from ..weights import PackedWeight, unpack_codes
@@ -43,7 +43,7 @@ class Built:
 
 
 class Problem:
-    """The random 4-bit layers and inputs of a case. Weights are random: what is timed does not depend on them."""
+    """The random quantized layers and inputs of a case. Weights are random: what is timed does not depend on them."""
 
     def __init__(self, case, device, least_bytes):
         self.case, self.device, self.least_bytes = case, device, least_bytes
@@ -64,14 +64,15 @@ class Problem:
         return self.case.shapes * copies, copies
 
     def packed(self, k, n):
-        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=self.generator, device=self.device)
+        codes = torch.randint(0, 1 << self.case.bits, (n, k), dtype=torch.uint8, generator=self.generator,
+                              device=self.device)
         scales = torch.rand(k // self.case.group, n, generator=self.generator, device=self.device) * 0.02 + 0.01
         scales = scales.half().float()                       # the same number in every format that is compared
-        return PackedWeight.from_codes(codes, scales)
+        return PackedWeight.from_codes(codes, scales, bits=self.case.bits)
 
-    def model(self, bytes_per_weight=0.5):
+    def model(self):
         """(ModuleList of QZOLinear with one arena, passes)."""
-        shapes, passes = self.shapes(bytes_per_weight)
+        shapes, passes = self.shapes(self.case.bits / 8)
         model = torch.nn.ModuleList(QZOLinear.from_packed(self.packed(k, n), dtype=self.dtype) for k, n in shapes)
         arena_of(model, exact=True)
         return model, passes
@@ -93,7 +94,7 @@ class Problem:
         signs = []
         for rows, scales in ((x[:some], plus), (x[self.case.rows:self.case.rows + some], minus)):
             spread = scales[:, :SAMPLE].double().repeat_interleave(self.case.group, 0)
-            signs.append(rows @ ((codes[:SAMPLE].double() - 8).T * spread))
+            signs.append(rows @ ((codes[:SAMPLE].double() - middle(self.case.bits)).T * spread))
         return torch.cat(signs)
 
 
@@ -140,7 +141,7 @@ def _qzo(problem, sharing="group", perturbed=True, large_rows="fused"):
         index = arena.index(first.arena_name)
         z = noise(case.noise, SEED, index if sharing == "group" else index[:1].expand_as(index))
         swing = EPS * z.double() * scales.double()
-    want = problem.truth(unpack_codes(first.codes, first.in_features), scales + swing, scales - swing)
+    want = problem.truth(unpack_codes(first.codes, first.in_features, case.bits), scales + swing, scales - swing)
     return Built(run, passes, output, want, EXACT[case.dtype] * (1 if large_rows == "fused" else 4))
 
 
@@ -158,25 +159,26 @@ def _dense(problem):
 
 def _codes_and_scales(problem):
     """[(codes as the device keeps them, float16 scales [G, N], in_features)], passes."""
-    shapes, passes = problem.shapes(0.5)
+    shapes, passes = problem.shapes(problem.case.bits / 8)
     packed = [(problem.packed(k, n), k) for k, n in shapes]
     return [(p.codes, p.scales.half(), k) for p, k in packed], passes
 
 
-def _dequantized_product(x, codes, scales, k):
-    w = centred_codes(codes, k, 0, scales.shape[1]).to(x.dtype).view(scales.shape[1], scales.shape[0], -1)
+def _dequantized_product(x, codes, scales, k, bits):
+    w = centred_codes(codes, k, 0, scales.shape[1], bits).to(x.dtype).view(scales.shape[1], scales.shape[0], -1)
     return dense_linear(x, w.mul_(scales.to(x.dtype).T.unsqueeze(2)).view(scales.shape[1], k))
 
 
 def _dequantize(problem):
     layers, passes = _codes_and_scales(problem)
     codes, scales, k = layers[0]
+    bits = problem.case.bits
 
     def run():
-        return [_dequantized_product(problem.x[k], codes, scales, k) for codes, scales, k in layers]
+        return [_dequantized_product(problem.x[k], codes, scales, k, bits) for codes, scales, k in layers]
     allowed = 4 * EXACT[problem.case.dtype]                  # the scaled weight is rounded once more
-    want = problem.truth(unpack_codes(codes, k), scales, scales)
-    return Built(run, passes, lambda: _dequantized_product(problem.x[k], codes, scales, k), want, allowed)
+    want = problem.truth(unpack_codes(codes, k, bits), scales, scales)
+    return Built(run, passes, lambda: _dequantized_product(problem.x[k], codes, scales, k, bits), want, allowed)
 
 
 def _sweep(parameters, factor, seed):
@@ -208,7 +210,7 @@ def _official(problem):
     everything = [s for _, s, _ in layers]
 
     def forward(some, layers=layers):
-        return [_dequantized_product(problem.x[k][some], codes, scales, k) for codes, scales, k in layers]
+        return [_dequantized_product(problem.x[k][some], codes, scales, k, case.bits) for codes, scales, k in layers]
 
     def run():
         return in_place_pair(everything, forward, case.rows, case.kind == "step")
@@ -218,7 +220,7 @@ def _official(problem):
     _sweep([plus], EPS * 0.02, SEED)
     minus = plus.clone()
     _sweep([minus], -2 * EPS * 0.02, SEED)
-    want = problem.truth(unpack_codes(codes, k), plus, minus)
+    want = problem.truth(unpack_codes(codes, k, case.bits), plus, minus)
 
     def output():
         return in_place_pair([probe], lambda some: forward(some, [(codes, probe, k)]), case.rows, False)[0]
@@ -241,7 +243,7 @@ def _official_fused(problem):
     for factor in (EPS * 0.02, -2 * EPS * 0.02):
         _sweep([arena.data], factor, SEED)
         signs.append(first.read_scales())
-    want = problem.truth(unpack_codes(first.codes, first.in_features), *signs)
+    want = problem.truth(unpack_codes(first.codes, first.in_features, case.bits), *signs)
 
     def output():
         arena.data.copy_(kept)
@@ -337,16 +339,19 @@ def _gptqmodel(problem, packed, k, n, kernel, kind):
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """build(problem) -> Built. package: what has to be installed; kinds: the cases it can run."""
+    """build(problem) -> Built. package: what has to be installed; kinds, bits: the cases it can run."""
 
     name: str
     build: object
     package: str = ""
     kinds: tuple = ("linear", "step")
     cuda_only: bool = False
+    bits: tuple = BITS
 
-    def missing(self, device):
-        """Why it cannot run here, or None."""
+    def missing(self, device, case):
+        """Why it cannot run the case here, or None."""
+        if case.bits not in self.bits:
+            return f"{self.name} is timed with codes of {', '.join(map(str, self.bits))} bits only"
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if self.cuda_only and device != "cuda":
@@ -355,7 +360,8 @@ class Provider:
 
 
 def _peer_provider(name, make, package, allowed=REQUANTIZED):
-    return Provider(name, lambda problem: _peer(problem, make, allowed), package, ("linear",), cuda_only=True)
+    return Provider(name, lambda problem: _peer(problem, make, allowed), package, ("linear",), True,
+                    (4,))
 
 
 LAYER_PROVIDERS = (

@@ -34,7 +34,7 @@ def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seco
     wanted = [p for p in PROVIDERS if case.kind in p.kinds and (not names or p.name in names)]
     built, errors, notes = {}, {}, {}
     for provider in wanted:
-        reason = provider.missing(device)
+        reason = provider.missing(device, case)
         if reason:
             notes[provider.name] = f"missing: {reason}"
             continue
@@ -70,8 +70,8 @@ def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seco
 
 def _row(case, name, device, times, made, error, note):
     row = {"schema": SCHEMA, "case": case.name, "kind": case.kind, "provider": name, "rows": case.rows, "n": case.n,
-           "k": case.k, "group": case.group, "dtype": case.dtype, "noise": case.noise, "ms": None, "p20": None,
-           "p80": None, "gbps": None, "tflops": None, "bandwidth_fraction": None, "matmul_fraction": None,
+           "k": case.k, "group": case.group, "bits": case.bits, "dtype": case.dtype, "noise": case.noise, "ms": None,
+           "p20": None, "p80": None, "gbps": None, "tflops": None, "bandwidth_fraction": None, "matmul_fraction": None,
            "ratio": None, "error": error if error is None or math.isfinite(error) else None, "note": note or "",
            **timing.machine(device), "date": datetime.date.today().isoformat()}
     if times is None:

@@ -13,7 +13,7 @@ TIMED = [p for p in run.PROVIDERS if "linear" in p.kinds]
 @pytest.mark.parametrize("provider", TIMED, ids=lambda p: p.name)
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda c: c.name)
 def test_speed(benchmark, case, provider):
-    reason = provider.missing(DEVICE)
+    reason = provider.missing(DEVICE, case)
     if reason:
         pytest.skip(reason)
     built = provider.build(Problem(case, DEVICE, timing.cache_bytes(DEVICE)))

@@ -67,7 +67,7 @@ def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4):
     known = _nearest(arch)
     if dtype == torch.float32:      # exact float32 products without tensor cores: correct, not fast
         return Tile(rows=16 if rows <= 16 else 32, outputs=32, warps=8, stages=2)
-    tile = _table(known, rows, n, group if group in GROUPS else 128, zeros if group in GROUPS else None)
+    tile = _table(known, rows, n, group if group in GROUPS else 128, zeros if group in GROUPS else None, bits)
     return dataclasses.replace(tile, splits=_splits(tile, rows, n, k, group, known))
 
 
@@ -88,11 +88,11 @@ def _fills(arch, rows, n, tile):
     return 8 * -(-rows // tile.rows) * -(-n // tile.outputs) >= 3 * PROCESSORS[arch]
 
 
-def _table(arch, rows, n, group, zeros):
+def _table(arch, rows, n, group, zeros, bits):
     """Tiles that compile without spilling a register, whatever the flags: bench/sass.py tells."""
     short = group < 128          # a second accumulator beside several groups a step spills in the large tiles
     float_zeros = zeros == torch.float32
-    registers = 255 if group == 32 else 0
+    registers = 255 if group == 32 or bits != 4 else 0
     if arch == "sm_90":
         if rows <= 16:
             return Tile(16, 128, 4, 6, deep=True)

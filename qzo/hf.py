@@ -13,6 +13,7 @@ from .heap import Heap
 from .linear import QZOLinear, arena_of, layers, quantize_
 from .weights import PackedWeight, check_bits
 
+LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
 
 
@@ -177,14 +178,23 @@ def _load_quantized(folder, config, trust_remote_code, device, dtype):
     if quantization:
         del config.quantization_config            # the model in memory is not of that kind
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
-    model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
-    _fill(model, form.weights(folder, quantization, dtype), folder, device)
     used = {*form.weight_files(folder), folder / "config.json"}
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
+    _check_depth(config, folder, sum(size for _, size in sizes))
+    model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
+    _fill(model, form.weights(folder, quantization, dtype), folder, device)
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, Source(method, folder, sizes, stored)
+
+
+def _check_depth(config, folder, held):
+    """ValueError for a config of more layers than the files can hold: even empty ones take memory."""
+    depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(depth, int) or depth * LEAST_LAYER_BYTES > held:
+        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers is {depth!r:.40}, the files have {held} bytes "
+                         "in all; one of them is damaged")
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -213,7 +223,8 @@ def _fill(model, entries, path, device):
     missing, heap = set(model.state_dict()), Heap()
     for name, value, where in entries:
         if name not in missing:
-            if any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ()):
+            ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
+            if ignored or _empty_bias(name, value, model):
                 continue
             raise ValueError(f"{where}: {type(model).__name__} has no tensor {name}; the file is of another "
                              "architecture")
@@ -229,6 +240,14 @@ def _fill(model, entries, path, device):
     if empty:
         raise ValueError(f"{path}: nothing fills {empty[0]} of {type(model).__name__}; this architecture "
                          "cannot be loaded")
+
+
+def _empty_bias(name, value, model):
+    """Whether it is a bias of zeros for a Linear without one: AutoGPTQ wrote one for every layer."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf != "bias" or isinstance(value, PackedWeight) or bool(value.any()):
+        return False
+    return isinstance(dict(model.named_modules()).get(owner), nn.Linear | QZOLinear)
 
 
 def _put_packed(model, name, packed, where, device):

@@ -119,7 +119,7 @@ class QZOLinear(nn.Module):
             packed = PackedWeight.__new__(PackedWeight)      # no values to check yet
             packed.codes = torch.empty(plane_shape(out_features, in_features, bits), dtype=torch.int16, device=device)
             packed.scales = torch.empty(groups, out_features, device=device)
-            packed.zeros, packed.in_features, packed.bits = None, in_features, bits
+            packed.zeros, packed.in_features, packed.bits, packed.perm = None, in_features, bits, None
             source_bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         else:
             linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=torch.float32)
@@ -134,6 +134,7 @@ class QZOLinear(nn.Module):
         self.trainable = True
         self.register_buffer("codes", packed.codes, persistent=False)
         self.register_buffer("zeros", packed.zeros, persistent=False)
+        self.register_buffer("perm", packed.perm, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._evaluations = None
         self.arena = ScaleArena.of_shapes({"": tuple(packed.scales.shape)}, packed.scales.device)
@@ -159,7 +160,7 @@ class QZOLinear(nn.Module):
 
     def packed(self):
         """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
-        return PackedWeight(self.codes, self.read_scales(), self.zeros, self.in_features, self.bits)
+        return PackedWeight(self.codes, self.read_scales(), self.zeros, self.in_features, self.bits, self.perm)
 
     def dequantize(self):
         """float32 [out_features, in_features] on the layer's device: a whole matrix, for tests and export only."""
@@ -176,6 +177,8 @@ class QZOLinear(nn.Module):
                              f"{len(evaluations)} times along its first dimension (qzo.pair does it)")
         if self.codes.dtype == torch.uint8 and ops.uses_triton(x.device):
             self.codes = to_planes(self.codes, self.in_features, self.bits)
+        if self.perm is not None and x.shape[-1] == self.in_features:      # other widths: ops names the mismatch
+            x = x.index_select(-1, self.perm)
         y = ops.matmul(x.reshape(-1, x.shape[-1]), self.codes, self.arena.quads(self.arena_name), self.zeros, self.bias,
                        evaluations, base4=self.arena.slots[self.arena_name].base4, group=self.group_size,
                        out_dtype=self.out_dtype, trains=self.trainable, bits=self.bits)
@@ -183,8 +186,10 @@ class QZOLinear(nn.Module):
 
     def extra_repr(self):
         zeros = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
+        order = "" if self.perm is None else "sorted columns, "
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"bits={self.bits}, group_size={self.group_size}, {zeros}, {'trained' if self.trainable else 'frozen'}")
+                f"bits={self.bits}, group_size={self.group_size}, {zeros}, {order}"
+                f"{'trained' if self.trainable else 'frozen'}")
 
     # ------------------------------------------------------------------------------------ moving and saving
 
@@ -210,12 +215,14 @@ class QZOLinear(nn.Module):
         destination[prefix + "scales"] = self.read_scales()
         if self.zeros is not None:
             destination[prefix + "zeros"] = self.zeros
+        if self.perm is not None:
+            destination[prefix + "perm"] = self.perm
         if self.bits != 4:
             destination[prefix + "bits"] = torch.tensor(self.bits)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs):
-        own = {name: state_dict.pop(prefix + name, None) for name in ("codes", "scales", "zeros", "bits")}
+        own = {name: state_dict.pop(prefix + name, None) for name in ("codes", "scales", "zeros", "bits", "perm")}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
         missing_keys += [prefix + name for name in ("codes", "scales") if own[name] is None]
@@ -226,7 +233,7 @@ class QZOLinear(nn.Module):
             if bits != self.bits:
                 raise ValueError(f"holds codes of {bits} bits, the layer has {self.bits}")
             loaded = PackedWeight(own["codes"], own["scales"].to(torch.float32), own["zeros"], self.in_features,
-                                  self.bits)
+                                  self.bits, own["perm"])
             if (loaded.out_features, loaded.group_size) != (self.out_features, self.group_size):
                 raise ValueError(f"holds {loaded.out_features} outputs in groups of {loaded.group_size}, the layer has "
                                  f"{self.out_features} in groups of {self.group_size}")
@@ -239,6 +246,7 @@ class QZOLinear(nn.Module):
         form = to_rows if rows else to_planes
         self.codes = form(codes, self.in_features, self.bits).clone()
         self.zeros = None if loaded.zeros is None else loaded.zeros.to(device, copy=True)
+        self.perm = None if loaded.perm is None else loaded.perm.to(device, copy=True)
         self.arena.write(self.arena_name, loaded.scales)
 
 
@@ -363,3 +371,5 @@ def digest_parts(model):
         yield name, "scales", layer.read_scales()
         if layer.zeros is not None:
             yield name, "zeros", layer.zeros
+        if layer.perm is not None:
+            yield name, "perm", layer.perm

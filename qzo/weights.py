@@ -1,7 +1,8 @@
 """PackedWeight: the one in-memory form of a quantized matrix, whatever file it came from.
 
-    W[n, k] = scales[g, n] * (code[n, k] - zero[g, n]),   g = k // group_size
+    W[n, perm[j]] = scales[g, n] * (code[n, j] - zero[g, n]),   g = j // group_size
 
+perm is there for codes whose columns were sorted by group (GPTQ's act-order), else column j is input j.
 Readers (formats/) and the quantizer (quantize.py) make it, QZOLinear runs it, writers take it back.
 """
 import dataclasses
@@ -42,6 +43,7 @@ class PackedWeight:
         zero = -m / scale)
     in_features : K, which the padded codes do not tell
     bits : of a code
+    perm : int64 [K], the input that column j of the codes belongs to, or None: j
     """
 
     codes: torch.Tensor
@@ -49,6 +51,7 @@ class PackedWeight:
     zeros: torch.Tensor | None
     in_features: int
     bits: int = 4
+    perm: torch.Tensor | None = None
 
     def __post_init__(self):
         check_bits(self.bits)
@@ -64,12 +67,15 @@ class PackedWeight:
         if self.out_features != n:
             raise ValueError(f"codes hold {self.out_features} output rows, scales {n}")
         check_codes(self.codes, n, self.in_features, self.bits)
+        if self.perm is not None:
+            check_perm(self.perm, self.in_features)
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("scales hold NaN or infinity: the checkpoint is damaged")
 
     @classmethod
-    def from_codes(cls, codes, scales, zeros=None, bits=4):
-        """From plain codes: uint8 [N, K] below 2^bits, scales [G, N], zeros None or [G, N], integers or floats."""
+    def from_codes(cls, codes, scales, zeros=None, bits=4, perm=None):
+        """From plain codes: uint8 [N, K] below 2^bits, scales [G, N], zeros None or [G, N], integers or floats; perm:
+        None or [K]."""
         check_bits(bits)
         if codes.dtype != torch.uint8 or codes.dim() != 2 or (codes.numel() and int(codes.max()) >> bits):
             raise ValueError(f"codes must be uint8 [N, K] in 0..{(1 << bits) - 1}, got {codes.dtype} "
@@ -79,7 +85,7 @@ class PackedWeight:
             if zeros.dtype == torch.uint8 and bool((zeros == middle(bits)).all()):
                 zeros = None
         pack = pack_rows if codes.device.type == "cpu" else pack_planes
-        return cls(pack(codes, bits), scales.to(torch.float32).contiguous(), zeros, codes.shape[1], bits)
+        return cls(pack(codes, bits), scales.to(torch.float32).contiguous(), zeros, codes.shape[1], bits, perm)
 
     @property
     def out_features(self):
@@ -90,15 +96,16 @@ class PackedWeight:
         return self.in_features // self.scales.shape[0]
 
     def unpacked(self):
-        """The codes as uint8 [N, K]."""
+        """The codes as uint8 [N, K], columns as they are stored."""
         return unpack_codes(self.codes, self.in_features, self.bits)
 
     def dequantize(self):
-        """float32 [N, K]: scale * (code - zero), the subtraction first."""
+        """float32 [N, K]: scale * (code - zero), the subtraction first; columns in the order of the inputs."""
         g = self.group_size
         codes = self.unpacked().to(torch.float32).unflatten(1, (-1, g))
         zeros = middle(self.bits) if self.zeros is None else self.zeros.to(torch.float32).T.unsqueeze(2)
-        return ((codes - zeros) * self.scales.T.unsqueeze(2)).flatten(1)
+        stored = ((codes - zeros) * self.scales.T.unsqueeze(2)).flatten(1)
+        return stored if self.perm is None else torch.empty_like(stored).index_copy_(1, self.perm, stored)
 
 
 def check_codes(codes, n, k, bits):
@@ -107,6 +114,14 @@ def check_codes(codes, n, k, bits):
     if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != want:
         raise ValueError(f"codes of {bits} bits for {n} x {k} weights must be uint8 {row_shape(n, k, bits)} or int16 "
                          f"{plane_shape(n, k, bits)}, got {codes.dtype} {list(codes.shape)}")
+
+
+def check_perm(perm, k):
+    """ValueError unless `perm` names every one of k columns once."""
+    every = torch.arange(k, device=perm.device)
+    if perm.dtype != torch.int64 or perm.shape != every.shape or not torch.equal(perm.sort().values, every):
+        raise ValueError(f"perm must be int64 [{k}] that holds 0..{k - 1} once each, got {perm.dtype} "
+                         f"{list(perm.shape)}")
 
 
 def unpack_codes(codes, k, bits=4):

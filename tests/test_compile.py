@@ -161,7 +161,7 @@ def steps_under(monkeypatch, steps):
     monkeypatch.setattr(budgets.launches, "matmul", lambda case: [case])
 
     def figures(case):
-        form = case.rows if case.tile is None else "ratio" if case.tile.ratio else "two"
+        form = (case.rows, case.bits) if case.tile is None else "ratio" if case.tile.ratio else "two"
         return {"step": steps.get((form, case.law), 200)}
 
     return budgets.over_budget(figures)
@@ -182,7 +182,7 @@ def test_budgets_that_are_kept(monkeypatch):
 
 
 def test_a_step_too_long(monkeypatch):
-    over = steps_under(monkeypatch, KEPT | {("ratio", "none"): 351, (128, "rademacher"): 276})
+    over = steps_under(monkeypatch, KEPT | {("ratio", "none"): 351, ((128, 4), "rademacher"): 276})
     assert over == [
         "sm_90 ratio none: 351 instructions a step, at most 350 wanted",
         "sm_90 128 rows: 276 instructions a step, at most 275 wanted",

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 import qzo
 from qzo.formats import compressed_tensors
@@ -196,3 +197,48 @@ def test_a_whole_row_of_the_common_size_needs_no_group_of_its_own():
               for k in (64, 128)}
     groups = compressed_tensors.quantization_config(packed, [])["config_groups"]
     assert [(g["targets"], g["weights"]["group_size"]) for g in groups.values()] == [(["Linear"], 64)]
+
+
+def test_columns_sorted_by_group(tmp_path):
+    """Old files with actorder "group": weight_g_idx is no run of groups anywhere."""
+    order = ("q_proj", "up_proj", "k_proj", "gate_proj")
+    write_compressed(tmp_path / "in", SCHEMES, GROUPS, order=order)
+    model, decoded = load(tmp_path / "in"), decode_compressed(tmp_path / "in" / "model.safetensors", bits_of)
+    for name, layer in quantized(model).items():
+        assert torch.equal(layer.dequantize(), decoded[name]), name
+        assert (layer.perm is not None) == name.endswith(order)
+    plain = LlamaForCausalLM(model.config).eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in plain.state_dict()}
+    plain.load_state_dict(state | {f"{name}.weight": weight for name, weight in decoded.items()})
+    with torch.no_grad():
+        ids = torch.arange(24).view(2, 12)
+        assert relative_error(model(ids).logits, plain(ids).logits) < 2e-5
+    qzo.save_pretrained(model, tmp_path / "same")
+    assert (tmp_path / "same/model.safetensors").read_bytes() == (tmp_path / "in/model.safetensors").read_bytes()
+    new = scale_randomly(model)
+    qzo.save_pretrained(model, tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    changed = decode_compressed(tmp_path / "out" / "model.safetensors", bits_of)
+    for name, layer in quantized(load(tmp_path / "out")).items():
+        assert torch.equal(after[f"{name}.weight_scale"], new[name].half().T), name
+        assert torch.equal(layer.dequantize(), changed[name]), name
+
+
+def test_sorted_columns_are_not_written_anew():
+    packed = PackedWeight.from_codes(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(2, 4),
+                                     perm=torch.arange(64).flip(0))
+    with pytest.raises(ValueError, match="a has its columns sorted by group"):
+        compressed_tensors.quantization_config({"a": packed}, [])
+
+
+@pytest.mark.parametrize("g_idx", [torch.full((96,), -1), torch.arange(96) // 32])
+def test_an_order_that_changes_nothing(mixed, tmp_path, g_idx):
+    shutil.copytree(mixed, tmp_path / "in")
+    tensors = load_file(mixed / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    save_file(tensors | {f"{name}.weight_g_idx": g_idx.int()}, tmp_path / "in" / "model.safetensors")
+    model = load(tmp_path / "in")
+    assert torch.equal(model.get_submodule(name).dequantize(), load(mixed).get_submodule(name).dequantize())
+    qzo.save_pretrained(model, tmp_path / "out")
+    before, after = (tmp_path / folder / "model.safetensors" for folder in ("in", "out"))
+    assert before.read_bytes() == after.read_bytes()

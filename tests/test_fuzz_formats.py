@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 import qzo
-from qzo.formats import compressed_tensors, hqq, safetensors_file
 from qzo.formats import folder as folders
+from qzo.formats import hqq, of_method, safetensors_file
 from qzo.formats.gguf_file import GGUFFile
 from qzo.formats.torch_file import TorchFile
-from tests.checkpoints import TYPES, write_gguf
+from tests.checkpoints import TYPES, write_compressed, write_gguf
 
 HEADROOM = 256 << 20         # bytes of address space beyond what the process has: far below any absurd size
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -84,10 +84,16 @@ def mutated(data, rng, head):
     return bytes(data)
 
 
+def renew(path, data):
+    """Write a file anew: on some file systems to overwrite one is to wait for the disk."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
 def run(path, cases, read):
     """How many of the cases were read, and how many refused; `path` is the only file that stands there after."""
     with little_memory():
-        messages = [outcome(lambda data=data: (path.write_bytes(data), read(path))) for data in cases]
+        messages = [outcome(lambda data=data: (renew(path, data), read(path))) for data in cases]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     return messages.count(None), len(messages) - messages.count(None)
 
@@ -177,7 +183,7 @@ names = st.one_of(st.sampled_from(["a", "b", "__metadata__", "", "..", "a\nb", "
 @given(st.one_of(anything, st.dictionaries(names, entries, max_size=4)), st.integers(0, 40), st.integers(-9, 9))
 def test_safetensors_headers(tmp_path, header, body, longer):
     text = json.dumps(header).encode()
-    (tmp_path / "x").write_bytes(struct.pack("<Q", max(0, len(text) + longer)) + text + bytes(body))
+    renew(tmp_path / "x", struct.pack("<Q", max(0, len(text) + longer)) + text + bytes(body))
     with little_memory():
         outcome(lambda: read_safetensors(tmp_path / "x"))
 
@@ -267,7 +273,9 @@ def spoiled_tensor(tensor, rng):
         return tensor.T.contiguous() if tensor.dim() == 2 else torch.stack([tensor, tensor])
     spoiled = tensor.clone().flatten()
     at = rng.randrange(len(spoiled)) if len(spoiled) else 0
-    if spoiled.is_floating_point():
+    if spoiled.dtype == torch.bool:
+        spoiled[at:at + 1] ^= True
+    elif spoiled.is_floating_point():
         spoiled[at:at + 1] = rng.choice([float("nan"), float("inf"), -float("inf"), 0.0, -1.0])
     else:
         limits = torch.iinfo(spoiled.dtype)
@@ -308,20 +316,22 @@ def spoil(config, tensors, rng):
     return config, tensors
 
 
-CT = ["ct-w4a16-asym-g128-rtn", "ct-w4a16-sym-g64-bias-tied", "ct-w4a16-sym-g128-gptq"]
+QUANTIZED = sorted(path.parent.name for path in FIXTURES.glob("*/config.json")
+                   if "quantization_config" in json.loads(path.read_text()))
 
 
-@pytest.mark.parametrize("fixture", CT)
-def test_compressed_tensors(tmp_path, fixture):
+@pytest.mark.parametrize("fixture", QUANTIZED)
+def test_folders(tmp_path, fixture):
     rng, (config, tensors) = random.Random(fixture), small_folder(FIXTURES / fixture)
+    form = of_method(config["quant_method"], fixture)
     messages = []
-    for _ in range(500):
+    for _ in range(1000):
         quantization, spoiled = spoil(config, tensors, rng)
-        save_file(spoiled, tmp_path / "model.safetensors")
+        renew(tmp_path / "model.safetensors", save(spoiled))
         with little_memory():
-            messages.append(outcome(lambda q=quantization: list(compressed_tensors.weights(tmp_path, q, torch.half))))
+            messages.append(outcome(lambda q=quantization: list(form.weights(tmp_path, q, torch.half))))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    assert messages.count(None) > 20
+    assert messages.count(None) > 50
     assert len(set(messages)) > 40
 
 
@@ -346,6 +356,7 @@ def test_hqq(tmp_path):
                 state[field] = rng.choice([None, True, 1, "x", [], {}, (), torch.ones(1), torch.Size([3]), *NASTY])
             if not state:
                 break
+        (tmp_path / "qmodel.pt").unlink(missing_ok=True)
         torch.save(spoiled, tmp_path / "qmodel.pt")
         with little_memory():
             messages.append(outcome(lambda: list(hqq.weights(tmp_path, None, torch.half))))
@@ -370,7 +381,7 @@ def shards(tmp_path):
 
     def write(weight_map):
         content = weight_map if isinstance(weight_map, bytes) else json.dumps({"weight_map": weight_map}).encode()
-        (folder / INDEX).write_bytes(content)
+        renew(folder / INDEX, content)
         return folder
 
     return write
@@ -433,6 +444,16 @@ def test_configs_refused(tmp_path, config, message):
     with pytest.raises(ValueError, match=message) as error:
         qzo.from_pretrained(tmp_path, device="cpu")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("depth", [10**6, 2**40])
+def test_more_layers_than_the_files_can_hold(tmp_path, depth):
+    write_compressed(tmp_path, {"": (4, 32, True)}, {"a": {"targets": ["Linear"], "weights": {
+        "num_bits": 4, "group_size": 32, "strategy": "group"}}})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": depth, "layer_types": None}))
+    with little_memory(), pytest.raises(ValueError, match=f"num_hidden_layers is {depth}, the files have"):
+        qzo.from_pretrained(tmp_path, device="cpu")
 
 
 # ------------------------------------------------------------------------------------- what Python itself takes

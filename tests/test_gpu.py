@@ -15,7 +15,8 @@ pytestmark = pytest.mark.gpu
 def picked(matmul):
     """The tile that the package would run, and whether it unpacks with inline PTX."""
     arch = tiles.architecture(torch.device("cuda"))
-    tile = tiles.pick(matmul.rows, matmul.n, matmul.k, matmul.width, matmul.dtype, arch)
+    points = None if matmul.zero_points is None else matmul.zero_points.dtype
+    tile = tiles.pick(matmul.rows, matmul.n, matmul.k, matmul.width, matmul.dtype, arch, points, matmul.bits)
     return dict(tile=tile, device="cuda", asm=arch.startswith("sm_"))
 
 
@@ -25,6 +26,16 @@ def picked(matmul):
 @pytest.mark.parametrize("zeros", [None, "uint8", "float32"])
 def test_compiled_matmul_is_true(dtype, group, rows, zeros):
     matmul = Matmul(k=640, n=192, rows=rows, group=group, zeros=zeros, dtype=dtype, bias=True, law="ih4")
+    matmul.assert_true(matmul.kernel(**picked(matmul)))
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [32, 64, 128, 0])
+@pytest.mark.parametrize("rows", [1, 60, 150])
+@pytest.mark.parametrize("zeros", [None, "uint8", "float32"])
+def test_compiled_matmul_of_other_bits_is_true(bits, dtype, group, rows, zeros):
+    matmul = Matmul(k=640, n=192, rows=rows, group=group, zeros=zeros, dtype=dtype, bias=True, law="ih4", bits=bits)
     matmul.assert_true(matmul.kernel(**picked(matmul)))
 
 

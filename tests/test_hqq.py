@@ -1,8 +1,10 @@
 """HQQ's own folders (config.json, qmodel.pt): read through shapes and places only, saved by patching scales."""
 import json
 import shutil
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -130,9 +132,10 @@ def changed_entries(before, after):
             if one.CRC != other.CRC:
                 changed += 1
                 start = a.read(one.filename) and old.index(a.read(one.filename), one.header_offset)
+                end = start + one.file_size
                 for data in masked:
-                    data[start:start + one.file_size + 8] = bytes(one.file_size + 8)     # and the CRC after it
-                    data[at + 16:at + 20] = bytes(4)
+                    for begin, stop in ((start, end), (end + 4, end + 8), (at + 16, at + 20)):
+                        data[begin:stop] = bytes(stop - begin)
             at += 46 + len(one.filename.encode()) + len(one.extra) + len(one.comment)
     assert masked[0] == masked[1]
     return changed
@@ -275,8 +278,32 @@ def test_checksums_of_both_kinds_of_record(tmp_path, written_with):
     path.write_bytes(data)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
+    if written_with == "descriptor":
+        assert data[offset + 16:offset + 24] == b"PK\x07\x08" + struct.pack("<I", zlib.crc32(data[offset:offset + 16]))
     assert torch.load(path, weights_only=True)["a"].tolist() == [0, 0, 2, 3]
     assert TorchFile(path).read(TorchFile(path).content["a"], "a").tolist() == [0, 0, 2, 3]
+
+
+def test_layers_that_share_their_scales_are_not_written(tmp_path):
+    def share(modules):
+        modules[LAYER]["scale"] = modules[LAYER.replace("up_proj", "gate_proj")]["scale"]
+
+    model = load(write(tmp_path / "in", change=share))
+    with pytest.raises(ValueError, match="two layers share the bytes of their scales"):
+        qzo.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bytes_that_an_entry_does_not_hold_are_not_read(tmp_path):
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data[:4] if name.endswith("data/0") else data)
+    file = TorchFile(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"a in x\.pt: the file does not hold the bytes of torch\.float32 \[4\]"):
+        file.read(file.content["a"], "a")
 
 
 def test_reading_takes_no_more_than_a_layer(tmp_path):

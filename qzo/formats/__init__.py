@@ -11,9 +11,9 @@ A folder's module has METHOD, its quant_method, and
     save(folder, staging, find)             a copy with the scales of find(name of a weight)
     rounded(folder, find)                   yields (layer, scales, zeros or None) as `save` would write them
 """
-from . import compressed_tensors, hqq
+from . import auto_round, awq, compressed_tensors, gptq, hqq
 
-FOLDERS = {form.METHOD: form for form in (compressed_tensors, hqq)}
+FOLDERS = {form.METHOD: form for form in (auto_round, awq, compressed_tensors, gptq, hqq)}
 
 
 def of_method(method, where):

@@ -4,6 +4,7 @@
     weight_scale       [N, G], or [N, 1] for a whole row
     weight_zero_point  int32 [ceil(N*b/32), G], packed along N, if not symmetric
     weight_shape       int64 [2] = N, K
+    weight_g_idx       int32 [K], the group of each column, in old files only (actorder "group")
 Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight holds, 3 bits as 4.
 
 A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those
@@ -18,6 +19,7 @@ from ..weights import PackedWeight
 from . import safetensors_file
 from .folder import read_weights, save_scales, scale_changes
 from .folder import weight_files as weight_files
+from .order import perm_of
 from .rounding import stored_scales
 from .words import pack, unpack, word_count
 
@@ -113,9 +115,6 @@ def rounded(folder, find):
 
 
 def _packed(parts, arguments):
-    if "weight_g_idx" in parts:
-        raise ValueError("columns are reordered (weight_g_idx, actorder group), which cannot be read; "
-                         "quantize with actorder static or none")
     missing = [part for part in ("weight_scale", "weight_shape") if part not in parts]
     if not arguments["symmetric"] and "weight_zero_point" not in parts:
         missing.append("weight_zero_point")
@@ -138,9 +137,13 @@ def _packed(parts, arguments):
         _check(parts["weight_zero_point"], "weight_zero_point ", [word_count(n, bits), k // group])
         zeros = unpack(parts["weight_zero_point"].T, n, bits)
     codes = unpack(words, k, bits)
+    perm, g_idx = None, parts.get("weight_g_idx")
+    if g_idx is not None and not bool((g_idx == -1).all()):            # -1 everywhere: no order at all
+        perm = perm_of(g_idx, k, group, "weight_g_idx")
+    codes = codes if perm is None else codes[:, perm]
     if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
-    return PackedWeight.from_codes(codes, scales.T, zeros, bits)
+    return PackedWeight.from_codes(codes, scales.T, zeros, bits, perm)
 
 
 def _check(tensor, name, shape):
@@ -155,15 +158,18 @@ def quantization_config(packed, ignore):
 
     One config group for all Linears, or one for each number of bits and group size, which then names its
     layers. All have zero points or none has: servers fuse layers, and what they fuse has to be of one kind.
-    ValueError for float zero points.
+    ValueError for float zero points and for columns in another order.
     """
     for name, weight in packed.items():
+        if weight.perm is not None:
+            raise ValueError(f"{name} has its columns sorted by group (act-order), which compressed-tensors does "
+                             "not hold any more; save it in its own format (qzo.save_pretrained)")
         if weight.zeros is not None and weight.zeros.is_floating_point():
             raise ValueError(f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which "
                              "compressed-tensors' integer zero points cannot hold; save it in its own format "
                              "(qzo.save_pretrained), or start from another file, such as a Q4_0 one")
     sizes = {weight.group_size for weight in packed.values() if weight.group_size != weight.in_features}
-    alike: dict = {}
+    alike = {}
     for name, weight in packed.items():
         size = weight.group_size if weight.group_size in sizes else None
         alike.setdefault((weight.bits, size), []).append(name)

@@ -19,7 +19,7 @@ def tensor_places(folder):
         names = ["model.safetensors"]
     if not names:
         raise FileNotFoundError(f"{folder} holds a config.json but no safetensors file")
-    found: dict = {}
+    found = {}
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing or no file, though {INDEX} names it; fetch "

@@ -132,7 +132,14 @@ class TorchFile:
         return data.view(tensor.dtype).view(tensor.shape)
 
     def patches(self, chunks):
-        """`chunks` of (offset, bytes) inside entries, followed by those that make the CRC-32s fit again."""
+        """`chunks` of (offset, bytes) inside entries, followed by those that make the CRC-32s fit again.
+
+        ValueError where two chunks overlap: their tensors share a storage.
+        """
+        for (first, data), (second, _) in itertools.pairwise(sorted(chunks)):
+            if first + len(data) > second:
+                raise ValueError(f"{self.path}: two layers share the bytes of their scales, which cannot be "
+                                 "saved apart; save the source with a copy for each")
         checksums = []
         for entry in self._by_start.values():
             inside = [(at - entry.start, data) for at, data in chunks if 0 <= at - entry.start < entry.size]

@@ -68,8 +68,7 @@ def their_bytes(bits, symmetric):
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     state = {"weight": weight, "weight_scale": scale, "weight_zero_point": (centre - 2 ** (bits - 1)).to(torch.int8)}
     packed = PackedQuantizationCompressor.compress(state, scheme)
-    parts = {"_" + name.removeprefix("weight_"): tensor for name, tensor in packed.items()}
-    read = ours._packed(parts, {"bits": bits, "group_size": 32, "symmetric": symmetric})
+    read = ours._packed(packed, {"bits": bits, "group_size": 32, "symmetric": symmetric})
     same = torch.equal(packed["weight_packed"], pack_stream(codes, bits))
     if not symmetric:
         same &= torch.equal(packed["weight_zero_point"], pack_stream(zeros.T, bits).T)

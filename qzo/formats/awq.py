@@ -1,0 +1,64 @@
+"""AWQ in the GEMM layout: 4-bit integers with a scale per group of inputs, as AutoAWQ and GPTQModel write them.
+
+    qweight  int32 [K, N/8]    eight codes a word along N; columns 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up
+    qzeros   int32 [G, N/8]    zero points, packed alike; all 8 where zero_point is false
+    scales   [G, N]
+The quantizer folds activation scales into norms and into the Linears before: a dense tensor of the file is not that
+of the model it was made from.
+"""
+import torch
+
+from ..weights import PackedWeight
+from .folder import read_weights, save_scales, scale_changes
+from .folder import weight_files as weight_files
+from .gptq import check_bits_and_group, check_groups, check_matrix, check_there
+from .words import unpack
+
+METHOD = "awq"
+_PARTS = ("qweight", "qzeros", "scales")
+_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)         # where column j of a word's eight lies
+
+
+def check_config(quantization, where):
+    """The group size (None: the whole row) of a quantization_config that can be read; ValueError naming what cannot."""
+    layout = quantization.get("version") or quantization.get("checkpoint_format") or quantization.get("format")
+    if not isinstance(layout, str) or layout.lower() != "gemm":
+        raise ValueError(f"{where}: AWQ weights in version {layout!r:.60}; supported is 'gemm'")
+    size = quantization.get("group_size")
+    check_bits_and_group(quantization.get("bits"), size, where, (4,))
+    return None if size == -1 else size
+
+
+def weights(folder, quantization, dtype):
+    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
+    size = check_config(quantization, folder)
+    return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(layer, parts, size))
+
+
+def save(folder, staging, find):
+    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
+    save_scales(folder, staging, scale_changes(folder, find, "scales"))
+
+
+def rounded(folder, find):
+    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
+    for layer, new, _, _ in scale_changes(folder, find, "scales"):
+        yield layer, new.to(torch.float32), None
+
+
+def _packed(layer, parts, size):
+    check_there(layer, parts, _PARTS)
+    words, zero_words, scales = (parts[part] for part in _PARTS)
+    check_matrix(words, "")
+    check_matrix(zero_words, "qzeros ")
+    k, n = words.shape[0], 8 * words.shape[1]
+    size = check_groups(scales, n, k, size)
+    if list(zero_words.shape) != [k // size, n // 8]:
+        raise ValueError(f"qzeros must be int32 {[k // size, n // 8]}, got {list(zero_words.shape)}")
+    return PackedWeight.from_codes(_columns(words).T, scales, _columns(zero_words))
+
+
+def _columns(words):
+    """int32 [R, N/8] -> uint8 [R, N] in the order of the columns."""
+    nibbles = unpack(words, 8 * words.shape[1]).unflatten(1, (-1, 8))
+    return nibbles[..., list(_NIBBLE)].flatten(1)
