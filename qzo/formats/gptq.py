@@ -168,8 +168,9 @@ def _zeros(words, n, bits, settings):
 def quantization_config(packed, ignore):
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
 
-    What most layers have is said once, what the others have in `dynamic`. Version 1, but where a zero point is 0: there
-    the readers of version 1 differ. ValueError for what cannot be held exactly.
+    What most layers have is said once, what the others have in `dynamic`. Version 1 for symmetric layers, else
+    version 2: readers of version 1 differ where a zero point is 0, and GPTQModel reads no asymmetric one that is not
+    its own. ValueError for what cannot be held exactly.
     """
     for name, weight in packed.items():
         check_integers(name, weight, METHOD)
@@ -180,11 +181,12 @@ def quantization_config(packed, ignore):
     dynamic = {f"{_SKIPPED}^{re.escape(name)}$": {} for name in ignore if not name.endswith("lm_head")}
     dynamic |= {f"{_CHANGED}^{re.escape(name)}$": {"bits": kind[0], "group_size": kind[1]}
                 for name, kind in kinds.items() if kind != (bits, size)}
-    zeros = [weight.zeros for weight in packed.values() if weight.zeros is not None]
-    stored = "gptq_v2" if any(bool((zero == 0).any()) for zero in zeros) else "gptq"
-    found = {"bits": bits, "group_size": size, "desc_act": any(w.perm is not None for w in packed.values()),
-             "sym": not zeros, "lm_head": any(name.endswith("lm_head") for name in packed), "quant_method": METHOD,
-             "checkpoint_format": stored, "pack_dtype": "int32", "meta": {"quantizer": ["qzo"]}}
+    symmetric = all(weight.zeros is None for weight in packed.values())
+    found = {"quant_method": METHOD, "bits": bits, "group_size": size, "sym": symmetric,
+             "desc_act": any(weight.perm is not None for weight in packed.values()),
+             "lm_head": any(name.endswith("lm_head") for name in packed),
+             "checkpoint_format": "gptq" if symmetric else "gptq_v2", "pack_dtype": "int32",
+             "meta": {"quantizer": ["qzo"]}}
     return found | {"dynamic": dynamic} if dynamic else found
 
 
