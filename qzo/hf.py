@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .formats import files, gguf, gguf_tokenizer, hqq, of_method
+from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
 from .linear import QZOLinear, arena_of, layers, quantize_
@@ -15,6 +15,7 @@ from .weights import PackedWeight, check_bits
 
 LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
+_QUANTIZED = (".qweight", ".weight_packed", ".W_q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +68,12 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
         model, source = _load_gguf(path, device, dtype)
     else:
         config = _config(path, trust_remote_code)
-        quantized = getattr(config, "quantization_config", None) is not None
-        if not quantized and not (path / hqq.FILE).is_file():
+        quantization = _quantization(path, config)
+        if quantization is None:
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
             model, source = _load_float(path, config, trust_remote_code, options)
         else:
-            model, source = _load_quantized(path, config, trust_remote_code, device, dtype)
+            model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)
     if not layers(model, trainable=None):
         raise ValueError(f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit "
                          "or a float checkpoint")
@@ -140,6 +141,21 @@ def _config(folder, trust_remote_code):
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
+def _quantization(folder, config):
+    """The quantization_config of a folder, empty for HQQ's own files, None for floats.
+
+    AutoGPTQ's first folders have it in a file of its own only.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        return dict(found)
+    if (folder / hqq.FILE).is_file():
+        return {}
+    if (folder / gptq.CONFIG).is_file():
+        return {"quant_method": gptq.METHOD} | files.read_object(folder / gptq.CONFIG)
+    return None
+
+
 def _auto_class(config):
     """The transformers class that the checkpoint's architecture asks for."""
     import transformers
@@ -151,6 +167,10 @@ def _auto_class(config):
 
 
 def _load_float(folder, config, trust_remote_code, options):
+    for name in (name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)):
+        if name.endswith(_QUANTIZED):              # transformers would put random weights in their place
+            raise ValueError(f"{folder} holds the quantized tensor {name}, and its config.json has no "
+                             "quantization_config that tells how to read it; fetch the checkpoint again")
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     cls = _auto_class(config)
     model = cls.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
@@ -170,12 +190,11 @@ def _load_gguf(path, device, dtype):
     return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
 
 
-def _load_quantized(folder, config, trust_remote_code, device, dtype):
-    quantization = dict(getattr(config, "quantization_config", None) or {})
+def _load_quantized(folder, config, quantization, trust_remote_code, device, dtype):
     method = quantization.get("quant_method") if quantization else hqq.METHOD
     form = of_method(method, folder)
     form.check_config(quantization, folder)
-    if quantization:
+    if hasattr(config, "quantization_config"):
         del config.quantization_config            # the model in memory is not of that kind
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     used = {*form.weight_files(folder), folder / "config.json"}
@@ -223,7 +242,8 @@ def _fill(model, entries, path, device):
     missing, heap = set(model.state_dict()), Heap()
     for name, value, where in entries:
         if name not in missing:
-            if any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ()):
+            ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
+            if ignored or _empty_bias(name, value, model):
                 continue
             raise ValueError(f"{where}: {type(model).__name__} has no tensor {name}; the file is of another "
                              "architecture")
@@ -241,12 +261,24 @@ def _fill(model, entries, path, device):
                          "cannot be loaded")
 
 
+def _empty_bias(name, value, model):
+    """Whether it is a bias of zeros for a Linear without one: AutoGPTQ wrote one for every layer."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf != "bias" or isinstance(value, PackedWeight) or bool(value.any()):
+        return False
+    return isinstance(dict(model.named_modules()).get(owner), nn.Linear | QZOLinear)
+
+
 def _put_packed(model, name, packed, where, device):
     owner, _, leaf = name.rpartition(".")
     linear = model.get_submodule(owner)
     if type(linear) is not nn.Linear or leaf != "weight":
         raise ValueError(f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only "
                          "nn.Linear can be replaced")
+    tied = model.all_tied_weights_keys.get(name)
+    if tied is not None:
+        raise ValueError(f"{where}: {owner} is quantized, but the config ties it to {tied}; if the quantized one is "
+                         "meant, set tie_word_embeddings to false in config.json")
     if (packed.out_features, packed.in_features) != (linear.out_features, linear.in_features):
         raise ValueError(f"{where}: has shape {[packed.out_features, packed.in_features]}, {owner} of this "
                          f"model needs {[linear.out_features, linear.in_features]}")

@@ -1,0 +1,46 @@
+"""auto-round's own exports: GPTQ's tensors (version 1, no g_idx) or AWQ's, told apart by packing_format.
+
+Half of the scales of a symmetric one are negative.
+"""
+import re
+
+from . import awq, gptq
+from .folder import weight_files as weight_files
+from .gptq import rounded as rounded  # both layouts have scales of one name and order
+from .gptq import save as save
+
+METHOD = "auto-round"
+SCALES = gptq.SCALES
+_FORMS = {"auto_round:auto_gptq": gptq, "auto_round:auto_awq": awq}
+_PATTERN = set("*+?^$()[]{}|\\")            # a name of extra_config with one of these is a pattern, found anywhere
+
+
+def check_config(quantization, where):
+    """(module, quantization_config as that module reads it). ValueError naming what cannot be read."""
+    packing, kind = str(quantization.get("packing_format")), quantization.get("data_type", "int")
+    if packing not in _FORMS or kind != "int":
+        raise ValueError(f"{where}: auto-round weights of data_type {kind!r:.40} in packing_format {packing!r:.60}; "
+                         f"supported are int in {' and '.join(_FORMS)}")
+    if quantization.get("act_bits") not in (None, 16, 32):
+        raise ValueError(f"{where}: activations are quantized too (act_bits {quantization['act_bits']!r:.40}); only "
+                         "weights can be")
+    form = _FORMS[packing]
+    plain = {name: quantization.get(name) for name in ("bits", "group_size")}
+    extra = _dynamic(quantization.get("extra_config") or {}, where)
+    plain |= {"version": "gemm"} if form is awq else {"dynamic": extra}
+    form.check_config(plain, where)
+    return form, plain
+
+
+def _dynamic(extra, where):
+    """extra_config, what single layers have instead, as gptq.py's `dynamic`: names before patterns."""
+    if not isinstance(extra, dict) or not all(isinstance(value, dict) for value in extra.values()):
+        raise ValueError(f"{where}: extra_config must be layers and what they change, got {extra!r:.80}")
+    names = {f"{re.escape(name)}$": changes for name, changes in extra.items()}
+    return names | {f".*(?:{name})": changes for name, changes in extra.items() if _PATTERN & set(name)}
+
+
+def weights(folder, quantization, dtype):
+    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
+    form, plain = check_config(quantization, folder)
+    return form.weights(folder, plain, dtype)
