@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
+from .kernels.table import named_table
 from .linear import QZOLinear, arena_of, layers, quantize_
 from .weights import PackedWeight, check_bits
 
@@ -46,14 +47,15 @@ class Source:
                                  f"{file.stat().st_size} now; saving copies it, put the old file back")
 
 
-def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True,
+def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True, table=None,
                     trust_remote_code=False):
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
     path_or_id : a checkpoint folder, a .gguf file, a folder holding exactly one, or a Hugging Face Hub id
     device : where to; a GPU if there is one, else the CPU
     dtype : of dense tensors and activations; float16 on a GPU, float32 on the CPU
-    bits, group_size, symmetric : how float weights are quantized; 4-bit checkpoints load as they are
+    bits, group_size, symmetric, table : how float weights are quantized, as in QZOLinear.from_linear; a quantized
+        checkpoint loads as it is
     trust_remote_code : as in transformers
 
     Returns a transformers.PreTrainedModel that needs no gradients. Raises FileNotFoundError for a path that
@@ -61,6 +63,7 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     key.
     """
     check_bits(bits)
+    table = named_table(table)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     path = _locate(path_or_id)
@@ -70,7 +73,7 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
         config = _config(path, trust_remote_code)
         quantization = _quantization(path, config)
         if quantization is None:
-            options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+            options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
             model, source = _load_float(path, config, trust_remote_code, options)
         else:
             model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .formats import FOLDERS, TARGETS, compressed_tensors, files, gguf, gguf_tokenizer, gptq, safetensors_file
-from .formats.folder import dense_entries, scale_dtypes
+from .formats import FOLDERS, TARGETS, bnb, compressed_tensors, files, gguf, gguf_tokenizer, gptq, safetensors_file
+from .formats.folder import INDEX, dense_entries, scale_dtypes
 from .formats.gguf_file import GGUFFile
 from .formats.rounding import new_scales
 from .hf import load_tokenizer
@@ -22,16 +22,16 @@ _EXPORTS = (*TARGETS, "gguf")
 def save_pretrained(model, out_dir, batch=None):
     """Save in the format the model came from: the source's files with new scales, all else byte for byte.
 
-    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized). Files of other
-    names in out_dir are left alone. Scales are rounded once, to the file's own dtype: with a batch (as
-    `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None. Raises ValueError or
-    FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has changed or is gone,
-    or out_dir is the source.
+    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized), or as bitsandbytes
+    with NF4 or FP4 codes. Files of other names in out_dir are left alone. Scales are rounded once, to the file's own
+    dtype: with a batch (as `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None.
+    Raises ValueError or FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has
+    changed or is gone, or out_dir is the source.
     """
     source = _source(model)
     report = None if batch is None else _rounding_losses(model, batch, _rounded(model, source))
     if source.kind == "float":
-        _write_new(model, source, Path(out_dir), compressed_tensors)
+        _write_new(model, source, Path(out_dir), _own_form(model))
     else:
         _copy_with_scales(model, source, Path(out_dir), source.path.name)
     return report
@@ -85,6 +85,11 @@ def _find(model, tensor):
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
 
 
+def _own_form(model):
+    """What a float source is saved as: compressed-tensors, or bitsandbytes where codes stand for entries of a table."""
+    return bnb if any(layer.table for layer in layers(model, trainable=None).values()) else compressed_tensors
+
+
 def _all_packed(model):
     return {name: _packed(name, layer) for name, layer in layers(model, trainable=None).items()}
 
@@ -93,7 +98,8 @@ def _rounded(model, source):
     """(layer, scales, zeros or None) of each layer as `save_pretrained` writes them."""
     if source.kind == "float":
         packed = _all_packed(model).items()
-        return ((name, new_scales(weight.scales, torch.float16, name).float(), None) for name, weight in packed)
+        return ((name, new_scales(weight.scales, torch.float32 if weight.table else torch.float16, name).float(), None)
+                for name, weight in packed)
     if source.kind == "gguf":
         return gguf.rounded(GGUFFile(source.path), functools.partial(_find, model))
     return FOLDERS[source.kind].rounded(source.path, functools.partial(_find, model))
@@ -142,6 +148,9 @@ def _write_new(model, source, folder, form):
     if folder.resolve() == source.path:
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} holds {INDEX}, which names other files than the one that would be written; give "
+                         "another folder")
     packed = _all_packed(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantization = form.quantization_config(packed, linears)

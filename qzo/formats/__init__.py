@@ -14,10 +14,10 @@ One that a model of another format can be exported to has also SCALES, the name 
     quantization_config(packed, ignore)         of a new folder; ValueError for what it cannot hold exactly
     entries(name, weight, quantization, dtype)  the tensors of a layer in its file
 """
-from . import auto_round, awq, compressed_tensors, gptq, hqq
+from . import auto_round, awq, bnb, compressed_tensors, gptq, hqq
 
-FOLDERS = {form.METHOD: form for form in (auto_round, awq, compressed_tensors, gptq, hqq)}
-TARGETS = {form.METHOD: form for form in (awq, compressed_tensors, gptq)}
+FOLDERS = {form.METHOD: form for form in (auto_round, awq, bnb, compressed_tensors, gptq, hqq)}
+TARGETS = {form.METHOD: form for form in (awq, bnb, compressed_tensors, gptq)}
 
 
 def of_method(method, where):

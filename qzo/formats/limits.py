@@ -2,7 +2,10 @@
 
 
 def check_integers(name, weight, target):
-    """For float zero points, where the target has integers."""
+    """For float zero points and tables, where the target has integers."""
+    if weight.table is not None:
+        raise ValueError(f"{name} has codes that stand for a table's entries (NF4, FP4), which {target} does not hold; "
+                         "save it as bitsandbytes")
     if weight.zeros is not None and weight.zeros.is_floating_point():
         raise ValueError(f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which {target}'s "
                          "integer zero points cannot hold; save it in its own format (qzo.save_pretrained), or start "
