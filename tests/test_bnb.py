@@ -241,6 +241,14 @@ def test_configs_that_are_refused(tmp_path, config, message):
         qzo.from_pretrained(path, device="cpu")
 
 
+def test_integers_are_no_table(tmp_path):
+    tiny.save_checkpoint(tmp_path / "float")
+    model = qzo.from_pretrained(tmp_path / "float", device="cpu", group_size=32)
+    with pytest.raises(ValueError, match="all fp4, in groups of one size; these have other codes in groups of 32"):
+        qzo.export(model, tmp_path / "out", format="bitsandbytes")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_table_is_named():
     with pytest.raises(ValueError, match="'nf4', 'fp4'"):
         qzo.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 8)), group_size=64, table="nf5")

@@ -193,7 +193,8 @@ def quantization_config(packed, ignore):
     sizes = {weight.group_size for weight in packed.values()}
     if len(kinds) > 1 or None in kinds or len(sizes) > 1:
         raise ValueError("bitsandbytes holds layers that all have the table nf4 or all fp4, in groups of one size; "
-                         f"these have {', '.join(sorted(map(str, kinds)))} in groups of {sorted(sizes)}")
+                         f"these have {' and '.join(sorted(kind or 'other codes' for kind in kinds))} in groups of "
+                         f"{', '.join(map(str, sorted(sizes)))}")
     return {"quant_method": METHOD, "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kinds.pop(),
             "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "float16", "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": ignore}
