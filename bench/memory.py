@@ -341,7 +341,7 @@ def random_model(config, group_size, zeros, device, dtype):
     def empty():
         model = models.empty_model(config, dtype)
         group = models.group_for(model, group_size)
-        wanted = dict.fromkeys(models.quantizable(model), (group, models.ZEROS[zeros]))
+        wanted = dict.fromkeys(models.quantizable(model), models.Layout(group, models.ZEROS[zeros]))
         return models.quantize_empty(model, wanted, cpu=device == "cpu")
     return lambda: models.fill_random(empty(), device), empty()
 
@@ -351,8 +351,7 @@ def _checkpoint(options, device, dtype):
     from ..hf import from_pretrained
     given = {"group_size": options.group_size} if options.group_size else {}
     model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
-    wanted = {name: (layer.group_size, None if layer.zeros is None else layer.zeros.dtype)
-              for name, layer in layers(model, trainable=None).items()}
+    wanted = {name: models.layout_of(layer) for name, layer in layers(model, trainable=None).items()}
     config = model.config
     del model
     gc.collect()

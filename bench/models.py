@@ -3,6 +3,7 @@
 Configs are those of Hugging Face: a transformers config.json, or that of a diffusers SD3 transformer. configs/ holds
 those of the models in the README.
 """
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..hf import build_empty
+from ..kernels.codes import plane_shape, row_shape
 from ..linear import QZOLinear, arena_of, layers
 from ..losses import losses, pair
 from ..weights import PackedWeight, check_group_size
@@ -19,6 +21,17 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
 DIFFUSION = "SD3Transformer2DModel"
 TEXT_TOKENS = 333             # of a Stable Diffusion 3 prompt: 77 of CLIP and 256 of T5
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a layer is quantized. zeros: dtype of its zero points, None where there are none; ordered: its columns are
+    sorted by group (act-order)."""
+
+    group_size: int
+    zeros: torch.dtype | None = None
+    bits: int = 4
+    ordered: bool = False
 
 
 def shipped():
@@ -114,21 +127,28 @@ def quantizable(model):
             if type(m) is nn.Linear and m is not head and name.rpartition(".")[2] != "lm_head"}
 
 
+def layout_of(packed):
+    """Layout of a PackedWeight or QZOLinear."""
+    zeros = None if packed.zeros is None else packed.zeros.dtype
+    return Layout(packed.group_size, zeros, packed.bits, packed.perm is not None)
+
+
 def quantize_empty(model, wanted, cpu=False):
-    """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> (group_size, dtype of the zeros).
+    """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> Layout.
 
     cpu: codes as the CPU keeps them, else as the GPU does.
     """
-    for name, (group, zeros) in wanted.items():
+    for name, layout in wanted.items():
         linear = model.get_submodule(name)
-        k, n = linear.in_features, linear.out_features
-        group = check_group_size(group, k)
+        k, n, bits = linear.in_features, linear.out_features, layout.bits
+        groups = k // check_group_size(layout.group_size, k)
         packed = PackedWeight.__new__(PackedWeight)            # on meta there are no values to check
-        packed.codes = (torch.empty(n, (k + 1) // 2 + 4, dtype=torch.uint8, device="meta") if cpu else
-                        torch.empty(-(-k // 128), n, 32, dtype=torch.int16, device="meta"))
-        packed.scales = torch.empty(k // group, n, device="meta")
-        packed.zeros = None if zeros is None else torch.empty(k // group, n, dtype=zeros, device="meta")
-        packed.in_features = k
+        packed.codes = (torch.empty(row_shape(n, k, bits), dtype=torch.uint8, device="meta") if cpu else
+                        torch.empty(plane_shape(n, k, bits), dtype=torch.int16, device="meta"))
+        packed.scales = torch.empty(groups, n, device="meta")
+        packed.zeros = None if layout.zeros is None else torch.empty(groups, n, dtype=layout.zeros, device="meta")
+        packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if layout.ordered else None
+        packed.in_features, packed.bits = k, bits
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))
     arena_of(model, exact=True)

@@ -102,6 +102,10 @@ def build_parser():
     memory = _command(commands, "memory", run_memory, "what a fine-tune holds in memory, foretold or measured",
                       "qzo memory --config llama-2-13b --batch-size 16 --seq-len 512")
     _memory_command().add_options(memory)
+
+    inspect = _command(commands, "inspect", run_inspect, "what a checkpoint holds and what would train, without loading "
+                       "it", "qzo inspect model.gguf --train-layers 6 --signal --eps 1e-3")
+    _inspect_command().add_options(inspect)
     return parser
 
 
@@ -121,6 +125,15 @@ def _memory_command():
 
 def run_memory(options):
     return _memory_command().execute(options)
+
+
+def _inspect_command():
+    from . import inspect
+    return inspect
+
+
+def run_inspect(options):
+    return _inspect_command().execute(options)
 
 
 def _command(commands, name, run, text, example):

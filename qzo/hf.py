@@ -62,11 +62,11 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     check_bits(bits)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    path = _locate(path_or_id)
+    path = locate(path_or_id)
     if path.is_file():
         model, source = _load_gguf(path, device, dtype)
     else:
-        config = _config(path, trust_remote_code)
+        config = read_config(path, trust_remote_code)
         quantized = getattr(config, "quantization_config", None) is not None
         if not quantized and not (path / hqq.FILE).is_file():
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
@@ -87,13 +87,13 @@ def load_tokenizer(path_or_id):
     """The tokenizer of a folder, GGUF file or Hub id, with its chat template. ValueError if there is none."""
     from transformers import AutoTokenizer
 
-    path = _locate(path_or_id)
+    path = locate(path_or_id)
     if path.is_file():
         return gguf_tokenizer.load(GGUFFile(path))
     return AutoTokenizer.from_pretrained(path)
 
 
-def _locate(path_or_id):
+def locate(path_or_id):
     """The GGUF file or checkpoint folder meant."""
     path = Path(path_or_id).expanduser()
     if path.is_file():
@@ -130,7 +130,8 @@ def _download(name):
     return Path(folder)
 
 
-def _config(folder, trust_remote_code):
+def read_config(folder, trust_remote_code=False):
+    """The transformers config of a folder. ValueError for one that is damaged."""
     from transformers import AutoConfig
 
     quantization = files.read_object(folder / "config.json").get("quantization_config")

@@ -36,7 +36,7 @@ def report(*arguments):
 def foretold(config, **run):
     """The parts that are foretold for a shipped config on an H100, in float16."""
     model = models.empty_model(models.read_config(config), torch.float16)
-    wanted = dict.fromkeys(models.quantizable(model), (models.group_for(model), None))
+    wanted = dict.fromkeys(models.quantizable(model), models.Layout(models.group_for(model)))
     models.quantize_empty(model, wanted)
     return memory.predict(model, memory.Run(**run), "cuda", "sm_90"), model
 
@@ -186,7 +186,7 @@ def test_the_updates_scratch_is_as_its_formula():
 def test_a_tiny_image_transformer_trains():
     pytest.importorskip("diffusers")
     model = models.empty_model(TINY_SD3, torch.float32)
-    wanted = dict.fromkeys(models.quantizable(model), (32, None))
+    wanted = dict.fromkeys(models.quantizable(model), models.Layout(32))
     models.fill_random(models.quantize_empty(model, wanted, cpu=True), "cpu")
     batch = models.example_batch(model, 2, 8, 1, "cpu")
     before = qzo.scales(model)
