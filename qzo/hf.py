@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .experts import model_name, split_, stack_of
 from .formats import files, gguf, gguf_tokenizer, hqq, of_method
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
@@ -223,6 +224,12 @@ def _fill(model, entries, path, device):
     """Put every entry in its place; ValueError for one that the model lacks and for what stays empty."""
     missing, heap = set(model.state_dict()), Heap()
     for name, value, where in entries:
+        name = model_name(name)
+        stack = None if name in missing else stack_of(model, name)
+        if stack:                                 # the file has a tensor for each expert, the model one for all
+            missing -= {f"{stack}.{part}" for part in model.get_submodule(stack).state_dict()}
+            split_(model, stack)
+            missing |= {f"{stack}.{part}" for part in model.get_submodule(stack).state_dict()}
         if name not in missing:
             ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
             if ignored or _empty_bias(name, value, model):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .data import collate, read_data, tokenize
+from .experts import model_name, split_, split_experts_, stack_of
 from .formats import gguf, hqq, of_method
 from .formats.gguf_file import GGUFFile
 from .hf import build_empty, from_pretrained, load_tokenizer, locate, read_config
@@ -98,7 +99,7 @@ def survey(entries, types):
     dense = collections.defaultdict(lambda: [0, 0])
     for name, value, _ in entries:
         if isinstance(value, PackedWeight):
-            layouts[name.removesuffix(".weight")] = layout_of(value)
+            layouts[model_name(name.removesuffix(".weight"))] = layout_of(value)
             scales.add(value.scales)
             for part in held:
                 tensor = getattr(value, part)
@@ -136,11 +137,14 @@ def report(options):
     found = {"model": options.model, "format": kind, "quantized": entries is not None, "scales": None, "bytes": None,
              "class": type(model).__name__}
     if entries is None:
+        split_experts_(model)
         layouts, dense = would_be(model, options.bits, options.group_size, config)
     else:
         layouts, scales, dense, held = survey(entries, types)
         found["scales"] = scales.report()
         found["bytes"] = {**held, "dense": sum(nbytes for _, nbytes in dense.values())}
+    for stack in filter(None, (stack_of(model, f"{name}.weight") for name in layouts)):
+        split_(model, stack)
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     strangers = sorted(set(layouts) - linears)
     if strangers:
@@ -155,11 +159,16 @@ def report(options):
               "dense_linears": len(linears) - len(layouts),
               "trains": {"layers": len(layers(model)), "scales": trained_count(model),
                          "blocks": options.train_layers if prefix else None}}
+    found["step"] = {"device": device, "rows": options.batch_size, "tokens": options.seq_len,
+                     "directions": options.directions}
+    found["memory"], found["memory_unknown"] = None, None
     run = memory.Run(options.batch_size, options.seq_len, directions=options.directions)
-    memory_of = memory.predict(model, run, device, memory.this_chip())
-    found["memory"] = {"device": device, "rows": run.rows, "tokens": run.tokens, "directions": run.directions,
-                       **{part: memory_of[part] for part in (*memory.PARTS, "total")}}
-    found["signal"] = signal(options) if options.signal else None
+    try:
+        predicted = memory.predict(model, run, device, memory.this_chip())
+        found["memory"] = {part: predicted[part] for part in (*memory.PARTS, "total")}
+    except (ValueError, RuntimeError) as error:   # no language model, or one whose code needs values, not only shapes
+        found["memory_unknown"] = str(error).splitlines()[0]
+    found["signal"] = signal(options, layouts) if options.signal else None
     return found
 
 
@@ -179,16 +188,16 @@ def _kinds(model):
 
 # ---------------------------------------------------------------------------------------------- how much survives
 
-def signal(options):
+def signal(options, layouts):
     """{"eps", "directions", activations: {"error", "cosine"}} of a batch of text, with a warning where the signal is
-    lost. Loads the model, in float32."""
-    given = {"group_size": options.group_size} if options.group_size else {}
-    model = from_pretrained(options.model, dtype=torch.float32, bits=options.bits,
-                            trust_remote_code=bool(options.trust_remote_code), **given)
-    choose_layers(model, options.train_layers)
+    lost. Loads the model, in float32; one of float weights is quantized as `layouts` has it."""
     records = read_data(options.data)["train"] if options.data else [{"text": text} for text in SENTENCES]
     tokenizer = load_tokenizer(options.model)
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST)
+    model = from_pretrained(options.model, dtype=torch.float32, bits=options.bits,
+                            group_size=next(iter(layouts.values())).group_size,
+                            trust_remote_code=bool(options.trust_remote_code))
+    choose_layers(model, options.train_layers)
     batch = collate(examples, pad_id(tokenizer), next(model.parameters()).device)
     survived = survival(model, batch, options.eps, range(options.signal_directions), activations=("float16", "bfloat16"))
     for name, found in survived.items():
@@ -231,9 +240,11 @@ def table(found):
     blocks = f" of the top {found['trains']['blocks']} blocks" if found["trains"]["blocks"] else ""
     lines.append(f"trains      {found['trains']['layers']} of {count} layers{blocks}: "
                  f"{found['trains']['scales']:,} scales")
-    m = found["memory"]
-    lines.append(f"a step      {_mb(m['total'])} on {m['device']} ({m['rows']} x {m['tokens']} tokens, "
-                 f"{2 * m['directions']} evaluations at once); qzo memory tells more")
+    step = found["step"]
+    total = f"{_mb(found['memory']['total'])}; qzo memory tells more" if found["memory"] else (
+        f"cannot be foretold: {found['memory_unknown']}")
+    lines.append(f"a step      on {step['device']}, {step['rows']} x {step['tokens']} tokens, {2 * step['directions']} "
+                 f"evaluations at once: {total}")
     if found["signal"]:
         lines += ["", f"eps {found['signal']['eps']:g}, {found['signal']['directions']} directions: what rounding the "
                   "activations does to the derivatives",
@@ -277,9 +288,9 @@ def add_options(parser):
 
 def execute(options):
     """Look, and show; exit status. ValueError for bad input."""
-    for name in ("batch_size", "seq_len", "directions", "signal_directions"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is wanted")
+    for name, least in {"batch_size": 1, "seq_len": 2, "directions": 1, "signal_directions": 1}.items():
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least} is wanted")
     if not options.eps > 0 or not math.isfinite(options.eps):
         raise ValueError(f"--eps {options.eps:g}: a number above 0 is wanted")
     found = report(options)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .experts import file_name, model_name
 from .formats import FOLDERS, compressed_tensors, files, gguf, gguf_tokenizer
 from .formats.gguf_file import GGUFFile
 from .hf import load_tokenizer
@@ -71,7 +72,7 @@ def _packed(name, layer):
 
 def _find(model, tensor):
     """PackedWeight of the layer whose weight has this name, None where the module is no QZOLinear."""
-    name = tensor.removesuffix(".weight")
+    name = model_name(tensor.removesuffix(".weight"))
     layer = model.get_submodule(name)
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
 
@@ -101,7 +102,7 @@ def _rounding_losses(model, batch, rounded):
     zeros = {name: layer.zeros for name, layer in found.items()}
     try:
         for name, scales, zero in rounded:
-            layer = found[name]
+            layer = found[model_name(name)]
             layer.arena.write(layer.arena_name, scales)
             if zero is not None:
                 layer.zeros = zero.contiguous().to(layer.zeros.device)
@@ -132,8 +133,11 @@ def _write_compressed(model, source, folder):
     if folder.resolve() == source.path:
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
-    packed = _all_packed(model)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    def named(found):
+        return {file_name(name, model.config.model_type): value for name, value in found.items()}
+
+    packed = named(_all_packed(model))
+    linears = list(named({name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}))
     quantization = compressed_tensors.quantization_config(packed, linears)
     symmetric = quantization["config_groups"]["group_0"]["weights"]["symmetric"]
     with files.staged(folder) as staging:
@@ -141,7 +145,7 @@ def _write_compressed(model, source, folder):
             _copy_companions(source.path, staging)
         elif gguf_tokenizer.present(GGUFFile(source.path)):
             load_tokenizer(source.path).save_pretrained(staging)
-        dense = _dense(model, source.dtype)
+        dense = named(_dense(model, source.dtype))
         compressed_tensors.write(staging / "model.safetensors", packed, dense, symmetric)
         config = _stored_config(model, source)
         config |= {"dtype": str(source.dtype).removeprefix("torch."), "quantization_config": quantization}
