@@ -264,6 +264,10 @@ def _put_packed(model, name, packed, where, device):
     if type(linear) is not nn.Linear or leaf != "weight":
         raise ValueError(f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only "
                          "nn.Linear can be replaced")
+    tied = model.all_tied_weights_keys.get(name)
+    if tied is not None:
+        raise ValueError(f"{where}: {owner} is quantized, but the config ties it to {tied}; if the quantized one is "
+                         "meant, set tie_word_embeddings to false in config.json")
     if (packed.out_features, packed.in_features) != (linear.out_features, linear.in_features):
         raise ValueError(f"{where}: has shape {[packed.out_features, packed.in_features]}, {owner} of this "
                          f"model needs {[linear.out_features, linear.in_features]}")

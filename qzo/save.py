@@ -7,14 +7,17 @@ import torch
 from torch import nn
 
 from .experts import file_name, model_name
-from .formats import FOLDERS, compressed_tensors, files, gguf, gguf_tokenizer
+from .formats import FOLDERS, TARGETS, compressed_tensors, files, gguf, gguf_tokenizer, gptq, safetensors_file
+from .formats.folder import dense_entries, scale_dtypes
 from .formats.gguf_file import GGUFFile
+from .formats.rounding import new_scales
 from .hf import load_tokenizer
 from .linear import QZOLinear, layers
 from .losses import losses
 
-_FORMATS = ("compressed-tensors", "gguf")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_CONFIGS = (gptq.CONFIG, "quantization_config.json", "quant_config.json")      # of the source's own format
+_EXPORTS = (*TARGETS, "gguf")
 
 
 def save_pretrained(model, out_dir, batch=None):
@@ -29,30 +32,36 @@ def save_pretrained(model, out_dir, batch=None):
     source = _source(model)
     report = None if batch is None else _rounding_losses(model, batch, _rounded(model, source))
     if source.kind == "float":
-        _write_compressed(model, source, Path(out_dir))
+        _write_new(model, source, Path(out_dir), compressed_tensors)
     else:
         _copy_with_scales(model, source, Path(out_dir), source.path.name)
     return report
 
 
 def export(model, out, format="compressed-tensors"):
-    """Save as `format`: "compressed-tensors" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf file).
+    """Save as "awq", "compressed-tensors" or "gptq" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf file).
 
-    Raises ValueError naming what is supported for a conversion that cannot be done.
+    Nothing is quantized again: the new files hold the same weights, exactly, in another arrangement; scales are rounded
+    to the dtype that the source has them in. ValueError naming the layer and the reason where the format cannot hold
+    them: a float minimum, an order of columns, bits, group sizes or sizes of a layer that it does not have.
     """
     source, out = _source(model), Path(out)
-    if format not in _FORMATS:
-        raise ValueError(f"export to {format!r} is not supported; supported are "
-                         f"{' and '.join(map(repr, _FORMATS))}")
+    check_format(format)
     if format == "gguf":
         if source.kind != "gguf":
-            raise ValueError(f"export to 'gguf' needs a model that was loaded from a GGUF file, this one is "
-                             f"{source.kind}; use format='compressed-tensors'")
+            raise ValueError(f"export to 'gguf' needs a model that was loaded from a GGUF file, whose metadata and "
+                             f"tokenizer it copies; this one is {source.kind}; use {', '.join(map(repr, TARGETS))}")
         folder, name = (out.parent, out.name) if out.suffix == ".gguf" else (out, source.path.name)
         return _copy_with_scales(model, source, folder, name)
-    if source.kind == "compressed-tensors":
+    if source.kind == format:
         return _copy_with_scales(model, source, out, None)
-    return _write_compressed(model, source, out)
+    return _write_new(model, source, out, TARGETS[format])
+
+
+def check_format(format):
+    """ValueError unless it is a format that `export` knows."""
+    if format not in _EXPORTS:
+        raise ValueError(f"export to {format!r} is not supported; supported are {', '.join(map(repr, _EXPORTS))}")
 
 
 def _source(model):
@@ -84,7 +93,8 @@ def _all_packed(model):
 def _rounded(model, source):
     """(layer, scales, zeros or None) of each layer as `save_pretrained` writes them."""
     if source.kind == "float":
-        return compressed_tensors.rounded_new(_all_packed(model))
+        packed = _all_packed(model).items()
+        return ((name, new_scales(weight.scales, torch.float16, name).float(), None) for name, weight in packed)
     if source.kind == "gguf":
         return gguf.rounded(GGUFFile(source.path), functools.partial(_find, model))
     return FOLDERS[source.kind].rounded(source.path, functools.partial(_find, model))
@@ -128,48 +138,80 @@ def _copy_with_scales(model, source, folder, name):
             FOLDERS[source.kind].save(source.path, staging, find)
 
 
-def _write_compressed(model, source, folder):
-    """A new compressed-tensors folder from any model whose zero points are integers."""
+def _write_new(model, source, folder, form):
+    """A new folder in the format of the module `form`."""
     if folder.resolve() == source.path:
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
-    def named(found):
-        return {file_name(name, model.config.model_type): value for name, value in found.items()}
-
-    packed = named(_all_packed(model))
-    linears = list(named({name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}))
-    quantization = compressed_tensors.quantization_config(packed, linears)
-    symmetric = quantization["config_groups"]["group_0"]["weights"]["symmetric"]
+    kind = model.config.model_type
+    packed = {file_name(name, kind): weight for name, weight in _all_packed(model).items()}
+    linears = [file_name(name, kind) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantization = form.quantization_config(packed, linears)
     with files.staged(folder) as staging:
-        if source.kind == "float":
-            _copy_companions(source.path, staging)
+        if source.kind != "gguf":
+            copy_companions(source.path, staging)
         elif gguf_tokenizer.present(GGUFFile(source.path)):
             load_tokenizer(source.path).save_pretrained(staging)
-        dense = named(_dense(model, source.dtype))
-        compressed_tensors.write(staging / "model.safetensors", packed, dense, symmetric)
-        config = _stored_config(model, source)
-        config |= {"dtype": str(source.dtype).removeprefix("torch."), "quantization_config": quantization}
-        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        entries, dtypes = _dense(model, source, packed)
+        for name, weight in packed.items():
+            entries += form.entries(name, weight, quantization, dtypes.get(name, torch.float16))
+        write_into(staging, form, entries, _config(model, source), quantization)
 
 
-def _stored_config(model, source):
-    if source.kind == "float":
-        return files.read_object(source.path / "config.json")
-    return json.loads(model.config.to_json_string())
+def write_into(staging, form, entries, config, quantization):
+    """Weights and configuration of a new folder in the format of the module `form`; entries: as safetensors_file takes
+    them."""
+    safetensors_file.write(staging / "model.safetensors", entries, {"format": "pt"})
+    if form is gptq:
+        _write_json(staging / gptq.CONFIG, quantization)
+    _write_json(staging / "config.json", config | {"quantization_config": quantization})
 
 
-def _dense(model, dtype):
-    """Everything that is not in a QZOLinear's codes, by name, tied tensors once, floats in `dtype`."""
-    dense = dict(model.named_parameters())
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _config(model, source):
+    """The config.json of a new folder."""
+    if source.kind == "gguf":
+        config = json.loads(model.config.to_json_string())
+    else:
+        config = files.read_object(source.path / "config.json")
+    if source.kind in FOLDERS:
+        return config                              # dense tensors are the file's own, and so is what it says of them
+    return config | {"dtype": str(source.dtype).removeprefix("torch.")}
+
+
+def _dense(model, source, packed):
+    """(entries of all tensors that are not in codes, layer -> dtype of its scales where it is not float16)."""
+    scales = getattr(FOLDERS.get(source.kind), "SCALES", None)
+    if scales is not None:
+        biased = {name for name in packed if model.get_submodule(model_name(name)).bias is not None}
+
+        def is_dense(name):
+            owner, _, leaf = name.rpartition(".")
+            return owner not in packed or (leaf == "bias" and owner in biased)
+
+        return dense_entries(source.path, is_dense), scale_dtypes(source.path, scales)
+    dense = dict(model.named_parameters())          # tied tensors once
     buffers = dict(model.named_buffers())
     own = tuple(f"{name}." for name in layers(model, trainable=None))
-    saved = [name for name in model.state_dict() if name in buffers and not name.startswith(own)]
-    dense |= {name: buffers[name] for name in saved}
-    return {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in dense.items()}
+    dense |= {name: buffers[name] for name in model.state_dict() if name in buffers and not name.startswith(own)}
+    kind = model.config.model_type
+    return [(file_name(name, kind), dtype, value.shape, lambda value=value, dtype=dtype: value.detach().to(dtype))
+            for name, value in dense.items() for dtype in [_stored_dtype(value, source.dtype)]], {}
 
 
-def _copy_companions(folder, staging):
+def _stored_dtype(value, dtype):
+    """`dtype` if it holds these floats exactly, else their own; the own dtype of integers."""
+    if not value.is_floating_point() or torch.equal(value.to(dtype).to(value.dtype), value):
+        return dtype if value.is_floating_point() else value.dtype
+    return value.dtype
+
+
+def copy_companions(folder, staging):
     """Tokenizer, generation settings, licence and the like: every plain file that holds no weights."""
     for path in folder.iterdir():
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_SUFFIXES):
+        weights = path.name.endswith(_WEIGHT_SUFFIXES) or path.name in _CONFIGS
+        if path.is_file() and not path.name.startswith(".") and not weights:
             files.copy(path, staging / path.name)

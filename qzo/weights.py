@@ -104,8 +104,11 @@ class PackedWeight:
         g = self.group_size
         codes = self.unpacked().to(torch.float32).unflatten(1, (-1, g))
         zeros = middle(self.bits) if self.zeros is None else self.zeros.to(torch.float32).T.unsqueeze(2)
-        stored = ((codes - zeros) * self.scales.T.unsqueeze(2)).flatten(1)
-        return stored if self.perm is None else torch.empty_like(stored).index_copy_(1, self.perm, stored)
+        return self.by_input(((codes - zeros) * self.scales.T.unsqueeze(2)).flatten(1))
+
+    def by_input(self, columns):
+        """[N, K] in the order of the codes' columns -> in the order of the inputs."""
+        return columns if self.perm is None else torch.empty_like(columns).index_copy_(1, self.perm, columns)
 
 
 def check_codes(codes, n, k, bits):

@@ -13,7 +13,7 @@ import qzo
 from qzo.formats import safetensors_file
 from tests.checkpoints import quantized, relative_error, scale_randomly
 from tests.close import ULP, assert_close, assert_same_bits
-from tests.gptq_checkpoints import awq_words, decode_folder, gptq_layer, write_gptq
+from tests.gptq_checkpoints import awq_layer, decode_folder, gptq_layer, write_awq, write_gptq
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["gptqmodel-gptq-sym-g128", "gptqmodel-gptq-asym-g32-v2", "gptqmodel-gptq-sym-g64-desc",
@@ -213,10 +213,6 @@ def test_a_quantized_head_and_the_zero_biases_of_old_files(tmp_path):
 
 # ------------------------------------------------------------------------------------- AWQ and auto-round
 
-def awq_layer(codes, zeros, scales, bits):
-    return {"qweight": awq_words(codes.T), "qzeros": awq_words(zeros), "scales": scales}
-
-
 @pytest.mark.parametrize(("size", "config"), [
     (32, {"version": "gemm", "zero_point": True}), (-1, {"version": "GEMM", "zero_point": True}),
     (96, {"checkpoint_format": "gemm", "format": "gemm", "zero_point": False})])
@@ -231,8 +227,7 @@ def test_awq(tmp_path, size, config):
 
 def test_awq_takes_dense_tensors_of_any_dtype(tmp_path):
     norm = torch.randn(96)
-    folder = write_gptq(tmp_path / "in", layer=awq_layer, quant_method="awq", version="gemm",
-                        change=lambda tensors: tensors.update({"model.norm.weight": norm}))
+    folder = write_awq(tmp_path / "in", change=lambda tensors: tensors.update({"model.norm.weight": norm}))
     model = load(folder)
     assert_same_bits(model.model.norm.weight.detach(), norm)
     step(model, 0.0)
@@ -330,6 +325,14 @@ def test_gptq_refused(tmp_path, config, tensors, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_quantized_head_that_is_tied_is_refused(tmp_path):
+    folder = write_gptq(tmp_path / "in", head=True)
+    content = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^lm_head\.qweight in .*the config ties it to model\.embed_tokens\.weight"):
+        load(folder)
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -10,10 +10,14 @@ A folder's module has METHOD, its quant_method, and
     weight_files(folder)                    the files that hold it
     save(folder, staging, find)             a copy with the scales of find(name of a weight)
     rounded(folder, find)                   yields (layer, scales, zeros or None) as `save` would write them
+One that a model of another format can be exported to has also SCALES, the name of a layer's scales, and
+    quantization_config(packed, ignore)         of a new folder; ValueError for what it cannot hold exactly
+    entries(name, weight, quantization, dtype)  the tensors of a layer in its file
 """
 from . import auto_round, awq, compressed_tensors, gptq, hqq
 
 FOLDERS = {form.METHOD: form for form in (auto_round, awq, compressed_tensors, gptq, hqq)}
+TARGETS = {form.METHOD: form for form in (awq, compressed_tensors, gptq)}
 
 
 def of_method(method, where):

@@ -10,6 +10,7 @@ from .gptq import rounded as rounded  # both layouts have scales of one name and
 from .gptq import save as save
 
 METHOD = "auto-round"
+SCALES = gptq.SCALES
 _FORMS = {"auto_round:auto_gptq": gptq, "auto_round:auto_awq": awq}
 _PATTERN = set("*+?^$()[]{}|\\")            # a name of extra_config with one of these is a pattern, found anywhere
 

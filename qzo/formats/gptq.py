@@ -11,17 +11,23 @@ that it borrows from the neighbour; the others from each field by itself. Saving
 A layer is quantized where these tensors exist. Its bits and group size are the config's, unless the first pattern of
 `dynamic` that fits its name has others; the tensors' shapes have to agree.
 """
+import collections
 import re
 
 import torch
 
+from ..kernels.codes import middle
 from ..weights import PackedWeight
 from .folder import read_weights, save_scales, scale_changes
 from .folder import weight_files as weight_files
-from .order import perm_of
-from .words import unpack, word_count
+from .limits import check_integers, check_whole_words, group_sizes
+from .order import g_idx_of, perm_of
+from .rounding import new_scales
+from .words import pack, unpack, word_count
 
 METHOD = "gptq"
+SCALES = "scales"
+CONFIG = "quantize_config.json"               # where GPTQModel repeats the quantization_config
 BITS = (2, 3, 4, 8)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -81,12 +87,12 @@ def weights(folder, quantization, dtype):
 
 def save(folder, staging, find):
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
-    save_scales(folder, staging, scale_changes(folder, find, "scales"))
+    save_scales(folder, staging, scale_changes(folder, find, SCALES))
 
 
 def rounded(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in scale_changes(folder, find, "scales"):
+    for layer, new, _, _ in scale_changes(folder, find, SCALES):
         yield layer, new.to(torch.float32), None
 
 
@@ -155,3 +161,50 @@ def _zeros(words, n, bits, settings):
     if settings["whole_words"] and bits in _ONES:
         return unpack(words + _ONES[bits], n, bits)         # int32 wraps, as it did when the ones were taken off
     return unpack(words, n, bits) + 1 & (1 << bits) - 1
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+def quantization_config(packed, ignore):
+    """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
+
+    What most layers have is said once, what the others have in `dynamic`. Version 1 for symmetric layers, else
+    version 2: readers of version 1 differ where a zero point is 0, and GPTQModel reads no asymmetric one that is not
+    its own. ValueError for what cannot be held exactly.
+    """
+    for name, weight in packed.items():
+        check_integers(name, weight, METHOD)
+        check_whole_words(name, weight, METHOD, inputs=True)
+    sizes = group_sizes(packed)
+    kinds = {name: (weight.bits, sizes[name]) for name, weight in packed.items()}
+    bits, size = collections.Counter(kinds.values()).most_common(1)[0][0]
+    dynamic = {f"{_SKIPPED}^{re.escape(name)}$": {} for name in ignore if not name.endswith("lm_head")}
+    dynamic |= {f"{_CHANGED}^{re.escape(name)}$": {"bits": kind[0], "group_size": kind[1]}
+                for name, kind in kinds.items() if kind != (bits, size)}
+    symmetric = all(weight.zeros is None for weight in packed.values())
+    found = {"quant_method": METHOD, "bits": bits, "group_size": size, "sym": symmetric,
+             "desc_act": any(weight.perm is not None for weight in packed.values()),
+             "lm_head": any(name.endswith("lm_head") for name in packed),
+             "checkpoint_format": "gptq" if symmetric else "gptq_v2", "pack_dtype": "int32",
+             "meta": {"quantizer": ["qzo"]}}
+    return found | {"dynamic": dynamic} if dynamic else found
+
+
+def entries(name, weight, quantization, dtype):
+    """The tensors of a layer for a new file, as safetensors_file.write takes them; scales in `dtype`."""
+    n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
+    less = 2 - _VERSIONS[quantization["checkpoint_format"]]
+    made = [
+        ("qweight", torch.int32, (word_count(k, bits), n),
+         lambda: pack(weight.by_input(weight.unpacked()).cpu(), bits).T),
+        ("qzeros", torch.int32, (groups, word_count(n, bits)), lambda: pack(integer_zeros(weight) - less, bits)),
+        (SCALES, dtype, (groups, n), lambda: new_scales(weight.scales.cpu(), dtype, name)),
+        ("g_idx", torch.int32, (k,), lambda: g_idx_of(weight.perm, k, weight.group_size)),
+    ]
+    return [(f"{name}.{part}", *rest) for part, *rest in made]
+
+
+def integer_zeros(weight):
+    """uint8 [G, N] on the CPU."""
+    zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
+    return zeros.to(torch.uint8).cpu()
