@@ -86,7 +86,7 @@ def stack_widths(module, kept=lambda name: False):
 
 
 def split_experts_(module, kept=lambda name: False):
-    """Replace every module of stacked experts inside `module` by Experts, in place; those of a name that is `kept` stay.
+    """Replace every module of stacked experts in `module` by Experts, in place; those of a name that is `kept` stay.
 
     Warns once of stacks in a form that it does not know (biases, transposed or interleaved weights, a gate of their
     own): they stay dense and frozen.
@@ -97,8 +97,8 @@ def split_experts_(module, kept=lambda name: False):
         split_(module, name)
     if other:
         kinds = ", ".join(sorted({type(m).__name__ for m in other.values()}))
-        warnings.warn(f"{len(other)} stacks of experts stay dense and frozen ({kinds}): only gate_up_proj and down_proj "
-                      "without biases, gate before up, can be quantized", stacklevel=3)
+        warnings.warn(f"{len(other)} stacks of experts stay dense and frozen ({kinds}): only gate_up_proj and "
+                      "down_proj without biases, gate before up, can be quantized", stacklevel=3)
 
 
 def split_(module, name):

@@ -1,7 +1,7 @@
 """`qzo inspect`: what a checkpoint holds, what of it would train and what a step would take, without loading it.
 
-A reader's tensors are looked at one at a time and let go; memory is foretold on a model without bytes (bench/memory.py).
-Only --signal loads the model: how much of L+ - L- survives the rounding of activations (signal.py).
+A reader's tensors are looked at one at a time and let go; memory is foretold on a model without bytes
+(bench/memory.py). Only --signal loads the model: how much of L+ - L- survives the rounding of activations (signal.py).
 """
 import collections
 import json
@@ -199,11 +199,12 @@ def signal(options, layouts):
                             trust_remote_code=bool(options.trust_remote_code))
     choose_layers(model, options.train_layers)
     batch = collate(examples, pad_id(tokenizer), next(model.parameters()).device)
-    survived = survival(model, batch, options.eps, range(options.signal_directions), activations=("float16", "bfloat16"))
+    seeds = range(options.signal_directions)
+    survived = survival(model, batch, options.eps, seeds, activations=("float16", "bfloat16"))
     for name, found in survived.items():
         if not found["error"] < LOST:
-            warnings.warn(f"with eps {options.eps:g} {name} activations eat the signal: the error of the derivatives is "
-                          f"{found['error']:.2f} of their size; raise --eps to {_enough(options.eps, found['error'])}, "
+            warnings.warn(f"with eps {options.eps:g} {name} activations eat the signal: the error of the derivatives "
+                          f"is {found['error']:.2f} of their size; raise --eps to {_enough(options.eps, found['error'])}, "
                           f"or train with --dtype {'float16 or ' if name == 'bfloat16' else ''}float32", stacklevel=2)
     return {"eps": options.eps, "directions": options.signal_directions, **survived}
 
@@ -234,7 +235,8 @@ def table(found):
     for name, of in found["dense"].items():
         lines.append(f"dense       {name}: {of['tensors']:,} frozen tensors, {_mb(of['bytes'])}")
     if found["dense_linears"]:
-        lines.append(f"            {found['dense_linears']} of {found['dense_linears'] + count} linear layers among them")
+        lines.append(f"            {found['dense_linears']} of {found['dense_linears'] + count} linear layers among "
+                     "them")
     if found["bytes"]:
         lines.append("held        " + ", ".join(f"{part} {_mb(n)}" for part, n in found["bytes"].items()))
     blocks = f" of the top {found['trains']['blocks']} blocks" if found["trains"]["blocks"] else ""

@@ -342,7 +342,8 @@ def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",))
     def kept(name):
         return any(("." + name).endswith("." + s) for s in skip)
 
-    widths = {name: m.in_features for name, m in _linears(module).items() if not kept(name)} | stack_widths(module, kept)
+    widths = {name: m.in_features for name, m in _linears(module).items() if not kept(name)}
+    widths |= stack_widths(module, kept)
     if not widths and not layers(module, trainable=None):
         raise ValueError(f"{type(module).__name__} has no nn.Linear to quantize (skip={tuple(skip)})")
     for name, width in widths.items():

@@ -18,7 +18,7 @@ LAYERS = [   # a module may import its own layer's elders and everything above i
     {"kernels.dequantize"},
     {"weights", "evaluations", "journal", "ops", "oom", "heap", "experts", "formats"}, {"quantize"}, {"linear"},
     {"optim", "losses", "hf", "save", "graph"}, {"data", "prefix", "packing", "signal"}, {"task"}, {"train"}, {"demo"},
-    {"__main__", "bench", "inspect"}]
+    {"__main__", "bench", "inspect", "quantize_folder"}]
 
 
 def name_of(path):
