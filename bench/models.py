@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional
 
 from ..hf import build_empty
-from ..kernels.codes import plane_shape, row_shape
 from ..linear import QZOLinear, arena_of, layers
 from ..losses import losses, pair
 from ..weights import PackedWeight, check_group_size
@@ -21,17 +20,6 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
 DIFFUSION = "SD3Transformer2DModel"
 TEXT_TOKENS = 333             # of a Stable Diffusion 3 prompt: 77 of CLIP and 256 of T5
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a layer is quantized. zeros: dtype of its zero points, None where there are none; ordered: its columns are
-    sorted by group (act-order)."""
-
-    group_size: int
-    zeros: torch.dtype | None = None
-    bits: int = 4
-    ordered: bool = False
 
 
 def shipped():
@@ -127,28 +115,35 @@ def quantizable(model):
             if type(m) is nn.Linear and m is not head and name.rpartition(".")[2] != "lm_head"}
 
 
-def layout_of(packed):
-    """Layout of a PackedWeight or QZOLinear."""
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a layer's memory depends on, beside its shape. zeros: None or the dtype of stored zero points; ordered: its
+    columns are sorted by group (act-order)."""
+
+    group_size: int
+    zeros: torch.dtype | None = None
+    bits: int = 4
+    table: tuple | None = None
+    ordered: bool = False
+
+
+def form_of(packed):
+    """Form of a PackedWeight or QZOLinear."""
     zeros = None if packed.zeros is None else packed.zeros.dtype
-    return Layout(packed.group_size, zeros, packed.bits, packed.perm is not None)
+    return Form(packed.group_size, zeros, packed.bits, packed.table, packed.perm is not None)
 
 
 def quantize_empty(model, wanted, cpu=False):
-    """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> Layout.
+    """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> Form.
 
     cpu: codes as the CPU keeps them, else as the GPU does.
     """
-    for name, layout in wanted.items():
+    for name, form in wanted.items():
         linear = model.get_submodule(name)
-        k, n, bits = linear.in_features, linear.out_features, layout.bits
-        groups = k // check_group_size(layout.group_size, k)
-        packed = PackedWeight.__new__(PackedWeight)            # on meta there are no values to check
-        packed.codes = (torch.empty(row_shape(n, k, bits), dtype=torch.uint8, device="meta") if cpu else
-                        torch.empty(plane_shape(n, k, bits), dtype=torch.int16, device="meta"))
-        packed.scales = torch.empty(groups, n, device="meta")
-        packed.zeros = None if layout.zeros is None else torch.empty(groups, n, dtype=layout.zeros, device="meta")
-        packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if layout.ordered else None
-        packed.in_features, packed.bits = k, bits
+        k, n = linear.in_features, linear.out_features
+        group = check_group_size(form.group_size, k)
+        packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table)
+        packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if form.ordered else None
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))
     arena_of(model, exact=True)
@@ -165,14 +160,14 @@ def fill_random(model, device, seed=0):
     arena.data = torch.zeros_like(arena.data, device=device)
     for name, layer in layers(model).items():
         k, n = layer.in_features, layer.out_features
-        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator, device=device)
-        size = k**-0.5 / 4.6                                # 4.6: standard deviation of a uniform code
+        codes = torch.randint(0, 1 << layer.bits, (n, k), dtype=torch.uint8, generator=generator, device=device)
+        size = k**-0.5 / (0.29 * 2**layer.bits)             # 0.29 * 2^bits: standard deviation of a uniform code
         scales = torch.empty(k // layer.group_size, n, device=device).uniform_(0.9 * size, 1.1 * size,
                                                                                generator=generator)
-        layer.codes = PackedWeight.from_codes(codes, scales).codes
+        layer.codes = PackedWeight.from_codes(codes, scales, bits=layer.bits).codes
         arena.write(name, scales)
         if layer.zeros is not None:
-            layer.zeros = torch.full(layer.zeros.shape, 8, dtype=layer.zeros.dtype, device=device)
+            layer.zeros = torch.full(layer.zeros.shape, 1 << layer.bits - 1, dtype=layer.zeros.dtype, device=device)
     for owner in model.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_meta:

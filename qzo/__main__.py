@@ -191,8 +191,8 @@ def _add_train_options(parser):
                      "kernel (default), or chunks of 16-bit weights for the library's matmul (blas)")
     run.add_argument("--sequential", action="store_true", default=None, help="run the evaluations of a step one after "
                      "another instead of stacked: activations of one, not of all 2 x directions")
-    run.add_argument("--packing", choices=PACKINGS, help="auto: a batch of unequal lengths is one row without padding "
-                     "where that costs less and the model computes the same (default off)")
+    run.add_argument("--packing", choices=PACKINGS, help="auto: a batch of unequal lengths is one row without "
+                     "padding where that costs less and the model computes the same (default off)")
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument("--train-layers", type=int, metavar="K", help="train the top K blocks only; the blocks below run "
                      "once per example and their output is kept (default: the whole model trains)")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .experts import model_name, split_, stack_of
-from .formats import files, gguf, gguf_tokenizer, hqq, of_method
+from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
 from .linear import QZOLinear, arena_of, layers, quantize_
@@ -16,6 +16,7 @@ from .weights import PackedWeight, check_bits
 
 LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
+_QUANTIZED = (".qweight", ".weight_packed", ".W_q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,12 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
         model, source = _load_gguf(path, device, dtype)
     else:
         config = read_config(path, trust_remote_code)
-        quantized = getattr(config, "quantization_config", None) is not None
-        if not quantized and not (path / hqq.FILE).is_file():
+        quantization = quantization_of(path, config)
+        if quantization is None:
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
             model, source = _load_float(path, config, trust_remote_code, options)
         else:
-            model, source = _load_quantized(path, config, trust_remote_code, device, dtype)
+            model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)
     if not layers(model, trainable=None):
         raise ValueError(f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit "
                          "or a float checkpoint")
@@ -142,6 +143,21 @@ def read_config(folder, trust_remote_code=False):
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
+def quantization_of(folder, config):
+    """The quantization_config of a folder, empty for HQQ's own files, None for floats.
+
+    AutoGPTQ's first folders have it in a file of its own only.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        return dict(found)
+    if (folder / hqq.FILE).is_file():
+        return {}
+    if (folder / gptq.CONFIG).is_file():
+        return {"quant_method": gptq.METHOD} | files.read_object(folder / gptq.CONFIG)
+    return None
+
+
 def _auto_class(config):
     """The transformers class that the checkpoint's architecture asks for."""
     import transformers
@@ -153,6 +169,10 @@ def _auto_class(config):
 
 
 def _load_float(folder, config, trust_remote_code, options):
+    for name in (name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)):
+        if name.endswith(_QUANTIZED):              # transformers would put random weights in their place
+            raise ValueError(f"{folder} holds the quantized tensor {name}, and its config.json has no "
+                             "quantization_config that tells how to read it; fetch the checkpoint again")
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     cls = _auto_class(config)
     model = cls.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
@@ -172,17 +192,16 @@ def _load_gguf(path, device, dtype):
     return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
 
 
-def _load_quantized(folder, config, trust_remote_code, device, dtype):
-    quantization = dict(getattr(config, "quantization_config", None) or {})
+def _load_quantized(folder, config, quantization, trust_remote_code, device, dtype):
     method = quantization.get("quant_method") if quantization else hqq.METHOD
     form = of_method(method, folder)
     form.check_config(quantization, folder)
-    if quantization:
+    if hasattr(config, "quantization_config"):
         del config.quantization_config            # the model in memory is not of that kind
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     used = {*form.weight_files(folder), folder / "config.json"}
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
-    _check_depth(config, folder, sum(size for _, size in sizes))
+    check_depth(config, folder, sum(size for _, size in sizes))
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
     _fill(model, form.weights(folder, quantization, dtype), folder, device)
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
@@ -191,7 +210,7 @@ def _load_quantized(folder, config, trust_remote_code, device, dtype):
     return model, Source(method, folder, sizes, stored)
 
 
-def _check_depth(config, folder, held):
+def check_depth(config, folder, held):
     """ValueError for a config of more layers than the files can hold: even empty ones take memory."""
     depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if not isinstance(depth, int) or depth * LEAST_LAYER_BYTES > held:

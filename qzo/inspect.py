@@ -15,7 +15,7 @@ from .data import collate, read_data, tokenize
 from .experts import model_name, split_, split_experts_, stack_of
 from .formats import gguf, hqq, of_method
 from .formats.gguf_file import GGUFFile
-from .hf import build_empty, from_pretrained, load_tokenizer, locate, read_config
+from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, quantization_of, read_config
 from .linear import layers
 from .signal import survival
 from .train import choose_layers, pad_id, trained_count
@@ -80,26 +80,27 @@ def opened(path_or_id, trust_remote_code=False):
         types = {gguf.hf_name(file, info.name): (info.type_name, info.nbytes) for info in file.tensors.values()}
         return "gguf", AutoConfig.for_model(**gguf.config(file)), gguf.weights(file, torch.float16), types
     config = read_config(path, trust_remote_code)
-    quantization = dict(getattr(config, "quantization_config", None) or {})
-    if not quantization and not (path / hqq.FILE).is_file():
+    quantization = quantization_of(path, config)
+    if quantization is None:
         return "float", config, None, {}
     method = quantization.get("quant_method") if quantization else hqq.METHOD
     form = of_method(method, path)
     form.check_config(quantization, path)
-    if quantization:
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
+    check_depth(config, path, sum(file.stat().st_size for file in form.weight_files(path)))
     return method, config, form.weights(path, quantization, None), {}
 
 
 def survey(entries, types):
-    """({layer: Layout}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, scales and zeros)."""
-    from .bench.models import layout_of
+    """({layer: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, scales and zeros)."""
+    from .bench.models import form_of
 
-    layouts, scales, held = {}, ScaleSurvey(), {"codes": 0, "scales": 0, "zeros": 0}
+    wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "scales": 0, "zeros": 0}
     dense = collections.defaultdict(lambda: [0, 0])
     for name, value, _ in entries:
         if isinstance(value, PackedWeight):
-            layouts[model_name(name.removesuffix(".weight"))] = layout_of(value)
+            wanted[model_name(name.removesuffix(".weight"))] = form_of(value)
             scales.add(value.scales)
             for part in held:
                 tensor = getattr(value, part)
@@ -108,11 +109,11 @@ def survey(entries, types):
             kind, nbytes = types.get(name, (str(value.dtype).removeprefix("torch."), value.nbytes))
             dense[kind][0] += 1
             dense[kind][1] += nbytes
-    return layouts, scales, dense, held
+    return wanted, scales, dense, held
 
 
 def would_be(model, bits, group_size, config):
-    """({layer: Layout} of what from_pretrained would quantize, {type: [tensors, bytes]} of what stays dense)."""
+    """({layer: Form} of what from_pretrained would quantize, {type: [tensors, bytes]} of what stays dense)."""
     from .bench import models
 
     check_bits(bits)
@@ -122,8 +123,8 @@ def would_be(model, bits, group_size, config):
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     taken = {id(linear.weight) for linear in linears.values()}
     rest = [p.numel() * stored.itemsize for p in model.parameters() if id(p) not in taken]
-    layout = models.Layout(models.group_for(model, group_size), bits=bits)
-    return dict.fromkeys(linears, layout), {str(stored).removeprefix("torch."): [len(rest), sum(rest)]}
+    form = models.Form(models.group_for(model, group_size), bits=bits)
+    return dict.fromkeys(linears, form), {str(stored).removeprefix("torch."): [len(rest), sum(rest)]}
 
 
 def report(options):
@@ -138,25 +139,25 @@ def report(options):
              "class": type(model).__name__}
     if entries is None:
         split_experts_(model)
-        layouts, dense = would_be(model, options.bits, options.group_size, config)
+        wanted, dense = would_be(model, options.bits, options.group_size, config)
     else:
-        layouts, scales, dense, held = survey(entries, types)
+        wanted, scales, dense, held = survey(entries, types)
         found["scales"] = scales.report()
         found["bytes"] = {**held, "dense": sum(nbytes for _, nbytes in dense.values())}
-    for stack in filter(None, (stack_of(model, f"{name}.weight") for name in layouts)):
+    for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):
         split_(model, stack)
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    strangers = sorted(set(layouts) - linears)
+    strangers = sorted(set(wanted) - linears)
     if strangers:
         raise ValueError(f"{options.model}: quantized weights for {strangers[0]}, which is no nn.Linear of "
                          f"{type(model).__name__}; only nn.Linear can be replaced")
-    if not layouts:
+    if not wanted:
         raise ValueError(f"{options.model} holds no quantized linear layer, so there is nothing to train")
-    models.quantize_empty(model, layouts, cpu=device == "cpu")
+    models.quantize_empty(model, wanted, cpu=device == "cpu")
     prefix = choose_layers(model, options.train_layers)
-    found |= {"layers": _kinds(model), "act_order": sum(layout.ordered for layout in layouts.values()),
+    found |= {"layers": _kinds(model), "act_order": sum(form.ordered for form in wanted.values()),
               "dense": {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in sorted(dense.items())},
-              "dense_linears": len(linears) - len(layouts),
+              "dense_linears": len(linears) - len(wanted),
               "trains": {"layers": len(layers(model)), "scales": trained_count(model),
                          "blocks": options.train_layers if prefix else None}}
     found["step"] = {"device": device, "rows": options.batch_size, "tokens": options.seq_len,
@@ -168,7 +169,7 @@ def report(options):
         found["memory"] = {part: predicted[part] for part in (*memory.PARTS, "total")}
     except (ValueError, RuntimeError) as error:   # no language model, or one whose code needs values, not only shapes
         found["memory_unknown"] = str(error).splitlines()[0]
-    found["signal"] = signal(options, layouts) if options.signal else None
+    found["signal"] = signal(options, wanted) if options.signal else None
     return found
 
 
@@ -188,14 +189,14 @@ def _kinds(model):
 
 # ---------------------------------------------------------------------------------------------- how much survives
 
-def signal(options, layouts):
+def signal(options, wanted):
     """{"eps", "directions", activations: {"error", "cosine"}} of a batch of text, with a warning where the signal is
-    lost. Loads the model, in float32; one of float weights is quantized as `layouts` has it."""
+    lost. Loads the model, in float32; one of float weights is quantized as `wanted` has it."""
     records = read_data(options.data)["train"] if options.data else [{"text": text} for text in SENTENCES]
     tokenizer = load_tokenizer(options.model)
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST)
     model = from_pretrained(options.model, dtype=torch.float32, bits=options.bits,
-                            group_size=next(iter(layouts.values())).group_size,
+                            group_size=next(iter(wanted.values())).group_size,
                             trust_remote_code=bool(options.trust_remote_code))
     choose_layers(model, options.train_layers)
     batch = collate(examples, pad_id(tokenizer), next(model.parameters()).device)

@@ -4,19 +4,18 @@ Round to nearest with a least-squares refit of the scales (quantize.py): no data
 in memory; where the file's tensors are not named as the model's are, it has to, and transformers loads it.
 """
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 import torch
 
 from .experts import file_name, split_experts_
-from .formats import TARGETS, files, folder, hqq, safetensors_file
-from .hf import build_empty, from_pretrained, locate, read_config
+from .formats import TARGETS, files, folder, safetensors_file
+from .hf import build_empty, from_pretrained, locate, quantization_of, read_config
 from .linear import layers
 from .quantize import quantize_weight
 from .save import copy_companions, export, write_into
-from .weights import check_bits
+from .weights import PackedWeight, check_bits, check_group_size
 
 CALIBRATED = """calibrated quantization starts from better codes, with data and a GPU; qzo reads what these write:
   GPTQModel        m = GPTQModel.load(MODEL, QuantizeConfig(bits=4, group_size=128)); m.quantize(TEXTS); m.save(OUT)
@@ -25,27 +24,12 @@ CALIBRATED = """calibrated quantization starts from better codes, with data and 
                    ignore=["lm_head"]), output_dir=OUT)"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What a writer has to know of a PackedWeight before there is one; scales and zeros are on the meta device."""
-
-    out_features: int
-    in_features: int
-    bits: int
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    perm: None = None
-
-    @property
-    def group_size(self):
-        return self.in_features // self.scales.shape[0]
-
-
 class Quantizing:
     """The entries of a new file, made when their turn comes: a layer is read and quantized for its codes, and its
     scales and zero points, a few percent of it, are kept until they are written.
 
-    places: tensor -> where it lies, of the float folder; shapes: layer -> Shape; form: module of the new format
+    places: tensor -> where it lies, of the float folder; shapes: layer -> PackedWeight on the meta device; form: module
+    of the new format
     """
 
     def __init__(self, places, shapes, form, quantization, symmetric):
@@ -107,13 +91,12 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
     if format not in TARGETS:
         raise ValueError(f"format {format!r} is not known; there are {', '.join(TARGETS)}")
     path, out = locate(path_or_id), Path(out)
-    config = {} if path.is_file() else files.read_object(path / "config.json")
-    if path.is_file() or (path / hqq.FILE).is_file() or "quantization_config" in config:
+    known = None if path.is_file() else read_config(path, trust_remote_code)
+    if known is None or quantization_of(path, known) is not None:
         raise ValueError(f"{path_or_id} is quantized already; qzo export writes it in another format, and a float "
                          "checkpoint can be quantized")
     if out.resolve() == path:
         raise ValueError(f"{out} is where the float model is; the source is never overwritten, give another folder")
-    known = read_config(path, trust_remote_code)
     model = build_empty(known, torch.float32, trust_remote_code=trust_remote_code)
     split_experts_(model)
     linears = {file_name(name, known.model_type): m for name, m in quantizable(model).items()}
@@ -127,7 +110,9 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
                                 trust_remote_code=trust_remote_code)
         export(model, out, format)
         return {"layers": len(layers(model)), **result, "error": None}
-    shapes = {name: _shape(m, bits, group_size, symmetric) for name, m in linears.items()}
+    zeros = None if symmetric else torch.uint8
+    shapes = {name: PackedWeight.on_meta(m.out_features, m.in_features, check_group_size(group_size, m.in_features),
+                                         bits, zeros) for name, m in linears.items()}
     wanted = {file_name(name, known.model_type) for name in model.state_dict()}
     wanted -= {f"{name}.weight" for name in linears}
     heads = {file_name(name, known.model_type) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -137,15 +122,8 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
     with files.staged(out) as staging:
         copy_companions(path, staging)
         dense = folder.dense_entries(path, wanted.__contains__)
-        write_into(staging, form, [*dense, *made.entries()], config, quantization)
+        write_into(staging, form, [*dense, *made.entries()], files.read_object(path / "config.json"), quantization)
     return {"layers": len(shapes), **result, "error": made.error()}
-
-
-def _shape(linear, bits, group_size, symmetric):
-    groups = 1 if group_size == -1 else linear.in_features // group_size
-    scales = torch.empty(groups, linear.out_features, device="meta")
-    zeros = None if symmetric else torch.empty_like(scales, dtype=torch.uint8)
-    return Shape(linear.out_features, linear.in_features, bits, scales, zeros)
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -20,6 +20,7 @@ NAMES = ["gptqmodel-gptq-sym-g128", "gptqmodel-gptq-asym-g32-v2", "gptqmodel-gpt
          "gptqmodel-gptq-3bit-sym-g64", "autoround-ar-sym-g128", "autoround-awq-zp-g128"]
 LOGITS_FP32 = 2e-5       # float32 sums in another order; one zero point off in a group gives 1e-2
 LAYER = "model.layers.0.mlp.up_proj"
+IDS = torch.arange(24).view(2, 12)
 
 
 def load(path):
@@ -36,9 +37,8 @@ def fixture(request):
 
 
 def step(model, lr):
-    ids = torch.arange(24).view(2, 12)
     optimizer = qzo.QZO(model, lr=lr, directions=2)
-    optimizer.step(lambda: qzo.losses(model, {"input_ids": ids, "labels": ids}, 4))
+    optimizer.step(lambda: qzo.losses(model, {"input_ids": IDS, "labels": IDS}, 4))
 
 
 def test_logits(fixture):
@@ -100,6 +100,24 @@ def test_a_step_changes_scales_and_nothing_else(fixture, tmp_path):
         assert torch.equal(layer.dequantize(), decoded[name]), name
 
 
+def test_a_journal_of_an_act_order_model(tmp_path):
+    """Replayed on the base it gives the same scales, and on a base of another order it is refused."""
+    model = load(FIXTURES / NAMES[2])
+    optimizer = qzo.QZO(model, lr=1e-2, journal=tmp_path / "journal.qzo")
+    for _ in range(2):
+        optimizer.step(lambda: qzo.losses(model, {"input_ids": IDS, "labels": IDS}, 2))
+    optimizer.close()
+    again = load(FIXTURES / NAMES[2])
+    assert qzo.replay(again, tmp_path / "journal.qzo") == 2
+    for name, scales in qzo.scales(again).items():
+        assert_same_bits(scales, qzo.scales(model)[name])
+    other = load(FIXTURES / NAMES[2])
+    perm = other.get_submodule(LAYER).perm
+    perm[:2] = perm[:2].flip(0)
+    with pytest.raises(qzo.JournalError, match="another model"):
+        qzo.replay(other, tmp_path / "journal.qzo")
+
+
 def test_what_the_fixtures_are_there_for():
     assert int((load_file(FIXTURES / NAMES[2] / "model.safetensors")[f"{LAYER}.g_idx"].diff() < 0).sum()) > 50
     assert quantized(load(FIXTURES / NAMES[2]))[LAYER].perm is not None
@@ -115,9 +133,8 @@ def test_rounding_report(name, tmp_path):
     """save_pretrained(batch=...) knows the scales that it writes."""
     model = load(FIXTURES / name)
     scale_randomly(model)
-    ids = torch.arange(24).view(2, 12)
-    report = qzo.save_pretrained(model, tmp_path / "out", batch={"input_ids": ids, "labels": ids})
-    saved = qzo.losses(load(tmp_path / "out"), {"input_ids": ids, "labels": ids}, 1)
+    report = qzo.save_pretrained(model, tmp_path / "out", batch={"input_ids": IDS, "labels": IDS})
+    saved = qzo.losses(load(tmp_path / "out"), {"input_ids": IDS, "labels": IDS}, 1)
     assert report["loss_after"] == float(saved)
 
 
@@ -209,6 +226,31 @@ def test_a_quantized_head_and_the_zero_biases_of_old_files(tmp_path):
     write_gptq(folder, change=lambda tensors: tensors.update({f"{LAYER}.bias": torch.ones(160).half()}))
     with pytest.raises(ValueError, match=rf"LlamaForCausalLM has no tensor {LAYER}\.bias"):
         load(folder)
+
+
+def test_a_config_of_its_own(tmp_path):
+    """AutoGPTQ's first folders: one file of any name, and a quantize_config.json without a quant_method."""
+    folder = write_gptq(tmp_path / "in")
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    content = json.loads((folder / "config.json").read_text())
+    beside = content.pop("quantization_config")
+    del beside["quant_method"]
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"holds the quantized tensor model\.layers.*has no quantization_config that"):
+        load(folder)
+    (folder / "quantize_config.json").write_text(json.dumps(beside))
+    model = load(folder)
+    step(model, 0.0)
+    qzo.save_pretrained(model, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(folder)
+    (folder / "quantize_config.json").write_text(json.dumps(beside | {"quant_method": ["gptq"]}))
+    with pytest.raises(ValueError, match=r"quant_method \['gptq'\] cannot be read"):
+        load(folder)
+    qzo.export(model, tmp_path / "awq", "awq")
+    assert not (tmp_path / "awq" / "quantize_config.json").exists()
+    expected = decode_folder(write_gptq(tmp_path / "again"))
+    for name, layer in quantized(load(tmp_path / "awq")).items():
+        assert torch.equal(layer.dequantize(), expected[name]), name
 
 
 # ------------------------------------------------------------------------------------- AWQ and auto-round

@@ -22,7 +22,7 @@ TARGETS = {form.METHOD: form for form in (awq, compressed_tensors, gptq)}
 
 def of_method(method, where):
     """The module of a quant_method. ValueError naming what it is and what can be read."""
-    if method not in FOLDERS:
-        raise ValueError(f"{where}: quant_method {method!r} cannot be read; supported are "
+    if not isinstance(method, str) or method not in FOLDERS:
+        raise ValueError(f"{where}: quant_method {method!r:.60} cannot be read; supported are "
                          f"{', '.join(sorted(FOLDERS))}, GGUF files, and float checkpoints")
     return FOLDERS[method]
