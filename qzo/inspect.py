@@ -204,9 +204,10 @@ def signal(options, wanted):
     survived = survival(model, batch, options.eps, seeds, activations=("float16", "bfloat16"))
     for name, found in survived.items():
         if not found["error"] < LOST:
+            enough = _enough(options.eps, found["error"])
             warnings.warn(f"with eps {options.eps:g} {name} activations eat the signal: the error of the derivatives "
-                          f"is {found['error']:.2f} of their size; raise --eps to {_enough(options.eps, found['error'])}, "
-                          f"or train with --dtype {'float16 or ' if name == 'bfloat16' else ''}float32", stacklevel=2)
+                          f"is {found['error']:.2f} of their size; raise --eps to {enough}, or train with --dtype "
+                          f"{'float16 or ' if name == 'bfloat16' else ''}float32", stacklevel=2)
     return {"eps": options.eps, "directions": options.signal_directions, **survived}
 
 

@@ -82,8 +82,8 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
     format : "compressed-tensors", "gptq" or "awq"
 
     Returns {"layers", "bits", "group_size", "symmetric", "format", "error"}; error: of the weights over their size,
-    None where transformers had to load the model. Raises ValueError or FileNotFoundError for a checkpoint that is not there,
-    is quantized already or cannot be read, a group size that does not fit and a format that is unknown.
+    None where transformers had to load the model. Raises ValueError or FileNotFoundError for a checkpoint that is not
+    there, is quantized already or cannot be read, a group size that does not fit and a format that is unknown.
     """
     from .bench.models import group_for, quantizable
 
