@@ -353,9 +353,7 @@ def _checkpoint(options, device, dtype):
     from ..hf import from_pretrained
     given = {"group_size": options.group_size} if options.group_size else {}
     model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
-    wanted = {name: models.Form(layer.group_size, None if layer.zeros is None else layer.zeros.dtype, layer.bits,
-                                layer.table)
-              for name, layer in layers(model, trainable=None).items()}
+    wanted = {name: models.form_of(layer) for name, layer in layers(model, trainable=None).items()}
     config = model.config
     del model
     gc.collect()

@@ -117,12 +117,20 @@ def quantizable(model):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a layer's memory depends on, beside its shape. zeros: None or the dtype of stored zero points."""
+    """What a layer's memory depends on, beside its shape. zeros: None or the dtype of stored zero points; ordered: its
+    columns are sorted by group (act-order)."""
 
     group_size: int
     zeros: torch.dtype | None = None
     bits: int = 4
     table: tuple | None = None
+    ordered: bool = False
+
+
+def form_of(packed):
+    """Form of a PackedWeight or QZOLinear."""
+    zeros = None if packed.zeros is None else packed.zeros.dtype
+    return Form(packed.group_size, zeros, packed.bits, packed.table, packed.perm is not None)
 
 
 def quantize_empty(model, wanted, cpu=False):
@@ -135,6 +143,7 @@ def quantize_empty(model, wanted, cpu=False):
         k, n = linear.in_features, linear.out_features
         group = check_group_size(form.group_size, k)
         packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table)
+        packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if form.ordered else None
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))
     arena_of(model, exact=True)

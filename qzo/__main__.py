@@ -111,6 +111,14 @@ def build_parser():
     memory = _command(commands, "memory", run_memory, "what a fine-tune holds in memory, foretold or measured",
                       "qzo memory --config llama-2-13b --batch-size 16 --seq-len 512")
     _memory_command().add_options(memory)
+
+    inspect = _command(commands, "inspect", run_inspect, "what a checkpoint holds and what would train, without "
+                       "loading it", "qzo inspect model.gguf --train-layers 6 --signal --eps 1e-3")
+    _inspect_command().add_options(inspect)
+
+    quantize = _command(commands, "quantize", run_quantize, "quantize a float checkpoint, a layer at a time, without "
+                        "data", "qzo quantize llama-3.2-1b --output-dir llama-w4 --bits 4 --group-size 64")
+    _quantize_command().add_options(quantize)
     return parser
 
 
@@ -130,6 +138,24 @@ def _memory_command():
 
 def run_memory(options):
     return _memory_command().execute(options)
+
+
+def _inspect_command():
+    from . import inspect
+    return inspect
+
+
+def run_inspect(options):
+    return _inspect_command().execute(options)
+
+
+def _quantize_command():
+    from . import quantize_folder
+    return quantize_folder
+
+
+def run_quantize(options):
+    return _quantize_command().execute(options)
 
 
 def _command(commands, name, run, text, example):

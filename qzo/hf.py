@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .experts import model_name, split_, stack_of
 from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
@@ -66,12 +67,12 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     table = named_table(table)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    path = _locate(path_or_id)
+    path = locate(path_or_id)
     if path.is_file():
         model, source = _load_gguf(path, device, dtype)
     else:
-        config = _config(path, trust_remote_code)
-        quantization = _quantization(path, config)
+        config = read_config(path, trust_remote_code)
+        quantization = quantization_of(path, config)
         if quantization is None:
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
             model, source = _load_float(path, config, trust_remote_code, options)
@@ -91,13 +92,13 @@ def load_tokenizer(path_or_id):
     """The tokenizer of a folder, GGUF file or Hub id, with its chat template. ValueError if there is none."""
     from transformers import AutoTokenizer
 
-    path = _locate(path_or_id)
+    path = locate(path_or_id)
     if path.is_file():
         return gguf_tokenizer.load(GGUFFile(path))
     return AutoTokenizer.from_pretrained(path)
 
 
-def _locate(path_or_id):
+def locate(path_or_id):
     """The GGUF file or checkpoint folder meant."""
     path = Path(path_or_id).expanduser()
     if path.is_file():
@@ -134,7 +135,8 @@ def _download(name):
     return Path(folder)
 
 
-def _config(folder, trust_remote_code):
+def read_config(folder, trust_remote_code=False):
+    """The transformers config of a folder. ValueError for one that is damaged."""
     from transformers import AutoConfig
 
     quantization = files.read_object(folder / "config.json").get("quantization_config")
@@ -144,7 +146,7 @@ def _config(folder, trust_remote_code):
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def _quantization(folder, config):
+def quantization_of(folder, config):
     """The quantization_config of a folder, empty for HQQ's own files, None for floats.
 
     AutoGPTQ's first folders have it in a file of its own only.
@@ -202,7 +204,7 @@ def _load_quantized(folder, config, quantization, trust_remote_code, device, dty
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     used = {*form.weight_files(folder), folder / "config.json"}
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
-    _check_depth(config, folder, sum(size for _, size in sizes))
+    check_depth(config, folder, sum(size for _, size in sizes))
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
     _fill(model, form.weights(folder, quantization, dtype), folder, device)
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
@@ -211,7 +213,7 @@ def _load_quantized(folder, config, quantization, trust_remote_code, device, dty
     return model, Source(method, folder, sizes, stored)
 
 
-def _check_depth(config, folder, held):
+def check_depth(config, folder, held):
     """ValueError for a config of more layers than the files can hold: even empty ones take memory."""
     depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if not isinstance(depth, int) or depth * LEAST_LAYER_BYTES > held:
@@ -244,6 +246,12 @@ def _fill(model, entries, path, device):
     """Put every entry in its place; ValueError for one that the model lacks and for what stays empty."""
     missing, heap = set(model.state_dict()), Heap()
     for name, value, where in entries:
+        name = model_name(name)
+        stack = None if name in missing else stack_of(model, name)
+        if stack:                                 # the file has a tensor for each expert, the model one for all
+            missing -= {f"{stack}.{part}" for part in model.get_submodule(stack).state_dict()}
+            split_(model, stack)
+            missing |= {f"{stack}.{part}" for part in model.get_submodule(stack).state_dict()}
         if name not in missing:
             ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
             if ignored or _empty_bias(name, value, model):

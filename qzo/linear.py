@@ -7,6 +7,7 @@ from torch import nn
 
 from . import ops
 from .evaluations import Evaluations
+from .experts import split_experts_, stack_widths
 from .heap import Heap
 from .kernels.table import named_table
 from .quantize import quantize_weight
@@ -328,27 +329,36 @@ def evaluating(module, evaluations):
             layer._evaluations = old
 
 
+def _linears(module):
+    return {name: m for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+
+
 def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",), table=None):
     """Replace every nn.Linear inside `module` by a QZOLinear, in place, and return the module.
 
-    skip: layers whose name ends in one of these (a whole dotted part, or several) stay as they are.
-    table: as in QZOLinear.from_linear.
-    Raises ValueError when there is no Linear to replace, or when group_size does not divide a layer's in_features;
-    the module is then unchanged.
+    Stacked experts are split into Linears first (experts.py). skip: what has a name that ends in one of these (a whole
+    dotted part, or several) stays as it is. table: as in QZOLinear.from_linear. Raises ValueError when there is nothing
+    to replace, or when group_size does not divide a layer's in_features; the module is then unchanged.
     """
     check_bits(bits)
     named_table(table)
-    linears = {name: m for name, m in module.named_modules(remove_duplicate=False)
-               if isinstance(m, nn.Linear) and not any(("." + name).endswith("." + s) for s in skip)}
     if isinstance(module, nn.Linear):
         raise ValueError("quantize_ replaces the Linears inside a module; for a bare one use QZOLinear.from_linear")
-    if not linears and not layers(module, trainable=None):
+
+    def kept(name):
+        return any(("." + name).endswith("." + s) for s in skip)
+
+    widths = {name: m.in_features for name, m in _linears(module).items() if not kept(name)}
+    widths |= stack_widths(module, kept)
+    if not widths and not layers(module, trainable=None):
         raise ValueError(f"{type(module).__name__} has no nn.Linear to quantize (skip={tuple(skip)})")
-    for name, linear in linears.items():
+    for name, width in widths.items():
         try:
-            check_group_size(group_size, linear.in_features)
+            check_group_size(group_size, width)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    split_experts_(module, kept)
+    linears = {name: m for name, m in _linears(module).items() if not kept(name)}
     replaced = {}
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")

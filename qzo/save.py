@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .experts import file_name, model_name
 from .formats import FOLDERS, TARGETS, bnb, compressed_tensors, files, gguf, gguf_tokenizer, gptq, safetensors_file
 from .formats.folder import INDEX, dense_entries, scale_dtypes
 from .formats.gguf_file import GGUFFile
@@ -80,7 +81,7 @@ def _packed(name, layer):
 
 def _find(model, tensor):
     """PackedWeight of the layer whose weight has this name, None where the module is no QZOLinear."""
-    name = tensor.removesuffix(".weight")
+    name = model_name(tensor.removesuffix(".weight"))
     layer = model.get_submodule(name)
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
 
@@ -117,7 +118,7 @@ def _rounding_losses(model, batch, rounded):
     zeros = {name: layer.zeros for name, layer in found.items()}
     try:
         for name, scales, zero in rounded:
-            layer = found[name]
+            layer = found[model_name(name)]
             layer.arena.write(layer.arena_name, scales)
             if zero is not None:
                 layer.zeros = zero.contiguous().to(layer.zeros.device)
@@ -151,21 +152,28 @@ def _write_new(model, source, folder, form):
     if (folder / INDEX).exists():
         raise ValueError(f"{folder} holds {INDEX}, which names other files than the one that would be written; give "
                          "another folder")
-    packed = _all_packed(model)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kind = model.config.model_type
+    packed = {file_name(name, kind): weight for name, weight in _all_packed(model).items()}
+    linears = [file_name(name, kind) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantization = form.quantization_config(packed, linears)
     with files.staged(folder) as staging:
         if source.kind != "gguf":
-            _copy_companions(source.path, staging)
+            copy_companions(source.path, staging)
         elif gguf_tokenizer.present(GGUFFile(source.path)):
             load_tokenizer(source.path).save_pretrained(staging)
         entries, dtypes = _dense(model, source, packed)
         for name, weight in packed.items():
             entries += form.entries(name, weight, quantization, dtypes.get(name, torch.float16))
-        safetensors_file.write(staging / "model.safetensors", entries, {"format": "pt"})
-        if form is gptq:
-            _write_json(staging / gptq.CONFIG, quantization)
-        _write_json(staging / "config.json", _config(model, source) | {"quantization_config": quantization})
+        write_into(staging, form, entries, _config(model, source), quantization)
+
+
+def write_into(staging, form, entries, config, quantization):
+    """Weights and configuration of a new folder in the format of the module `form`; entries: as safetensors_file takes
+    them."""
+    safetensors_file.write(staging / "model.safetensors", entries, {"format": "pt"})
+    if form is gptq:
+        _write_json(staging / gptq.CONFIG, quantization)
+    _write_json(staging / "config.json", config | {"quantization_config": quantization})
 
 
 def _write_json(path, content):
@@ -187,7 +195,7 @@ def _dense(model, source, packed):
     """(entries of all tensors that are not in codes, layer -> dtype of its scales where it is not float16)."""
     scales = getattr(FOLDERS.get(source.kind), "SCALES", None)
     if scales is not None:
-        biased = {name for name in packed if model.get_submodule(name).bias is not None}
+        biased = {name for name in packed if model.get_submodule(model_name(name)).bias is not None}
 
         def is_dense(name):
             owner, _, leaf = name.rpartition(".")
@@ -196,9 +204,10 @@ def _dense(model, source, packed):
         return dense_entries(source.path, is_dense), scale_dtypes(source.path, scales)
     dense = dict(model.named_parameters())          # tied tensors once
     buffers = dict(model.named_buffers())
-    own = tuple(f"{name}." for name in packed)
+    own = tuple(f"{name}." for name in layers(model, trainable=None))
     dense |= {name: buffers[name] for name in model.state_dict() if name in buffers and not name.startswith(own)}
-    return [(name, dtype, value.shape, lambda value=value, dtype=dtype: value.detach().to(dtype))
+    kind = model.config.model_type
+    return [(file_name(name, kind), dtype, value.shape, lambda value=value, dtype=dtype: value.detach().to(dtype))
             for name, value in dense.items() for dtype in [_stored_dtype(value, source.dtype)]], {}
 
 
@@ -209,7 +218,7 @@ def _stored_dtype(value, dtype):
     return value.dtype
 
 
-def _copy_companions(folder, staging):
+def copy_companions(folder, staging):
     """Tokenizer, generation settings, licence and the like: every plain file that holds no weights."""
     for path in folder.iterdir():
         weights = path.name.endswith(_WEIGHT_SUFFIXES) or path.name in _CONFIGS

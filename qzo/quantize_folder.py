@@ -1,0 +1,156 @@
+"""`qzo quantize`: a float checkpoint to 2, 4 or 8 bits, a layer at a time from file to file.
+
+Round to nearest with a least-squares refit of the scales (quantize.py): no data is read. The float model never exists
+in memory; where the file's tensors are not named as the model's are, it has to, and transformers loads it.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from .experts import file_name, split_experts_
+from .formats import TARGETS, files, folder, safetensors_file
+from .hf import build_empty, from_pretrained, locate, quantization_of, read_config
+from .linear import layers
+from .quantize import quantize_weight
+from .save import copy_companions, export, write_into
+from .weights import PackedWeight, check_bits, check_group_size
+
+CALIBRATED = """calibrated quantization starts from better codes, with data and a GPU; qzo reads what these write:
+  GPTQModel        m = GPTQModel.load(MODEL, QuantizeConfig(bits=4, group_size=128)); m.quantize(TEXTS); m.save(OUT)
+  auto-round       auto-round --model MODEL --scheme W4A16 --format auto_round --output_dir OUT
+  llm-compressor   oneshot(model=MODEL, dataset=DATA, recipe=GPTQModifier(targets="Linear", scheme="W4A16",
+                   ignore=["lm_head"]), output_dir=OUT)"""
+
+
+class Quantizing:
+    """The entries of a new file, made when their turn comes: a layer is read and quantized for its codes, and its
+    scales and zero points, a few percent of it, are kept until they are written.
+
+    places: tensor -> where it lies, of the float folder; shapes: layer -> PackedWeight on the meta device; form: module
+    of the new format
+    """
+
+    def __init__(self, places, shapes, form, quantization, symmetric):
+        self.places, self.shapes, self.form = places, shapes, form
+        self.quantization, self.symmetric = quantization, symmetric
+        self._made = {}
+        self.squares = [0.0, 0.0]               # of the errors of the weights, and of the weights
+
+    def entries(self):
+        """(name, dtype, shape, make) of every tensor of every layer."""
+        found = []
+        for layer, shape in self.shapes.items():
+            for name, dtype, size, make in self._entries(layer, shape):
+                known = dtype == torch.int64        # N and K: they stand before all codes in the file, and need none
+                found.append((name, dtype, size, make if known else self._later(layer, name)))
+        return found
+
+    def error(self):
+        """The error of all weights over their size, once everything is written."""
+        return (self.squares[0] / self.squares[1]) ** 0.5 if self.squares[1] else 0.0
+
+    def _entries(self, layer, weight):
+        return self.form.entries(layer, weight, self.quantization, torch.float16)
+
+    def _later(self, layer, name):
+        return lambda: self._give(layer, name)
+
+    def _give(self, layer, name):
+        if name not in self._made:
+            shape = self.shapes[layer]
+            weight = safetensors_file.read(*self.places[f"{layer}.weight"])
+            try:
+                packed = quantize_weight(weight, shape.group_size, self.symmetric, shape.bits)
+            except ValueError as error:
+                raise ValueError(f"{layer}: {error}") from None
+            for rows, wanted in zip(packed.dequantize().split(1024), weight.split(1024), strict=True):
+                self.squares[0] += float((rows - wanted.float()).square().sum())
+                self.squares[1] += float(wanted.float().square().sum())
+            self._made |= {name: make() for name, dtype, _, make in self._entries(layer, packed)
+                           if dtype != torch.int64}
+        return self._made.pop(name)
+
+
+def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True, format="compressed-tensors",
+                    trust_remote_code=False):
+    """Write a quantized copy of a float checkpoint, every linear layer but the output head, to the folder `out`.
+
+    bits, symmetric : as in qzo.quantize_
+    group_size : 32, 64, 128 or -1, the whole row; None: the largest of 128, 64, 32 that divides every layer
+    format : "compressed-tensors", "gptq" or "awq"
+
+    Returns {"layers", "bits", "group_size", "symmetric", "format", "error"}; error: of the weights over their size,
+    None where transformers had to load the model. Raises ValueError or FileNotFoundError for a checkpoint that is not
+    there, is quantized already or cannot be read, a group size that does not fit and a format that is unknown.
+    """
+    from .bench.models import group_for, quantizable
+
+    check_bits(bits)
+    if format not in TARGETS:
+        raise ValueError(f"format {format!r} is not known; there are {', '.join(TARGETS)}")
+    path, out = locate(path_or_id), Path(out)
+    known = None if path.is_file() else read_config(path, trust_remote_code)
+    if known is None or quantization_of(path, known) is not None:
+        raise ValueError(f"{path_or_id} is quantized already; qzo export writes it in another format, and a float "
+                         "checkpoint can be quantized")
+    if out.resolve() == path:
+        raise ValueError(f"{out} is where the float model is; the source is never overwritten, give another folder")
+    model = build_empty(known, torch.float32, trust_remote_code=trust_remote_code)
+    split_experts_(model)
+    linears = {file_name(name, known.model_type): m for name, m in quantizable(model).items()}
+    if not linears:
+        raise ValueError(f"{path_or_id}: {type(model).__name__} has no nn.Linear to quantize")
+    group_size = group_for(model, group_size)
+    result = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format}
+    places = folder.tensor_places(path) if any(path.glob("*.safetensors")) else {}
+    if not all(f"{name}.weight" in places for name in linears):
+        model = from_pretrained(path, device="cpu", bits=bits, group_size=group_size, symmetric=symmetric,
+                                trust_remote_code=trust_remote_code)
+        export(model, out, format)
+        return {"layers": len(layers(model)), **result, "error": None}
+    zeros = None if symmetric else torch.uint8
+    shapes = {name: PackedWeight.on_meta(m.out_features, m.in_features, check_group_size(group_size, m.in_features),
+                                         bits, zeros) for name, m in linears.items()}
+    wanted = {file_name(name, known.model_type) for name in model.state_dict()}
+    wanted -= {f"{name}.weight" for name in linears}
+    heads = {file_name(name, known.model_type) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    form = TARGETS[format]
+    quantization = form.quantization_config(shapes, sorted(heads - set(linears)))
+    made = Quantizing(places, shapes, form, quantization, symmetric)
+    with files.staged(out) as staging:
+        copy_companions(path, staging)
+        dense = folder.dense_entries(path, wanted.__contains__)
+        write_into(staging, form, [*dense, *made.entries()], files.read_object(path / "config.json"), quantization)
+    return {"layers": len(shapes), **result, "error": made.error()}
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+def add_options(parser):
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter      # keeps the epilog's lines
+    parser.epilog += f"\n\n{CALIBRATED}"
+    parser.add_argument("model", help="a float checkpoint: a folder, or a hub id that is in the local cache")
+    parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
+    parser.add_argument("--bits", type=int, default=4, help="2, 4 or 8 (default 4)")
+    parser.add_argument("--group-size", type=int, help="32, 64, 128, or -1 for the whole row (default: the largest of "
+                        "128, 64, 32 that divides every layer)")
+    parser.add_argument("--asymmetric", action="store_true", help="with zero points (default: without)")
+    parser.add_argument("--format", choices=sorted(TARGETS), default="compressed-tensors",
+                        help="of the new checkpoint (default compressed-tensors)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code from the checkpoint's folder")
+
+
+def execute(options):
+    """Quantize, and tell; exit status. ValueError for bad input."""
+    found = quantize_folder(options.model, options.output_dir, bits=options.bits, group_size=options.group_size,
+                            symmetric=not options.asymmetric, format=options.format,
+                            trust_remote_code=options.trust_remote_code)
+    if options.json:
+        print(json.dumps({**found, "output_dir": options.output_dir}))
+    else:
+        error = "" if found["error"] is None else f"; the weights are off by {found['error']:.3f} of their size"
+        print(f"{found['layers']} layers of {found['bits']} bits in groups of {found['group_size']} are in "
+              f"{options.output_dir} as {found['format']}{error}")
+    return 0
