@@ -17,13 +17,14 @@ from .data import read_data
 from .kernels.noise import SHARINGS, VERSIONS
 from .oom import explain, is_out_of_memory
 from .ops import LARGE_ROWS
+from .packing import PACKINGS
 from .train import LEARNING_RATE_PER_DIRECTION, PAPER, Settings
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 LESS_MEMORY = ("--sequential holds one evaluation's activations at a time, a smaller --batch-size, --directions, "
                "--max-length or --seq-len less of them; qzo memory tells what is needed")
-CHOICES = {"noise": tuple(VERSIONS), "sharing": SHARINGS, "large_rows": LARGE_ROWS, "recipe": ("paper",),
-           "dtype": ("float32", "float16", "bfloat16")}
+CHOICES = {"noise": tuple(VERSIONS), "sharing": SHARINGS, "large_rows": LARGE_ROWS, "packing": PACKINGS,
+           "recipe": ("paper",), "dtype": ("float32", "float16", "bfloat16")}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -155,6 +156,8 @@ def _add_train_options(parser):
                      "kernel (default), or chunks of 16-bit weights for the library's matmul (blas)")
     run.add_argument("--sequential", action="store_true", default=None, help="run the evaluations of a step one after "
                      "another instead of stacked: activations of one, not of all 2 x directions")
+    run.add_argument("--packing", choices=PACKINGS, help="auto: a batch of unequal lengths is one row without padding "
+                     "where that costs less and the model computes the same (default off)")
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument("--train-layers", type=int, metavar="K", help="train the top K blocks only; the blocks below run "
                      "once per example and their output is kept (default: the whole model trains)")

@@ -158,17 +158,18 @@ def collate(examples, pad_id, device=None):
     """A batch for `losses`: padded on the right. All examples are of one kind (ValueError otherwise)."""
     check_one_kind(examples)
     if examples[0].options is None:
-        return _padded([(e.ids, e.labels) for e in examples], pad_id, device)
+        return padded([(e.ids, e.labels) for e in examples], pad_id, device)
     label = torch.tensor([e.label for e in examples], device=device)
     if all(len(o) == 1 for e in examples for o in e.options):
-        batch = _padded([(e.ids, None) for e in examples], pad_id, device)
+        batch = padded([(e.ids, None) for e in examples], pad_id, device)
         option_ids = torch.tensor([[o[0] for o in e.options] for e in examples], device=device)
         return {**batch, "option_ids": option_ids, "label": label}
     rows = [(e.ids + o, (IGNORED,) * len(e.ids) + o) for e in examples for o in e.options]
-    return {**_padded(rows, pad_id, device), "options": len(examples[0].options), "label": label}
+    return {**padded(rows, pad_id, device), "options": len(examples[0].options), "label": label}
 
 
-def _padded(rows, pad_id, device):
+def padded(rows, pad_id, device):
+    """(ids, labels or None) of each row -> input_ids, attention_mask and perhaps labels, int64 [rows, T]."""
     width = max(len(ids) for ids, _ in rows)
 
     def pad(sequences, value):

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from .formats import files, gguf, gguf_tokenizer, hqq, of_method
 from .formats.gguf_file import GGUFFile
+from .heap import Heap
 from .linear import QZOLinear, arena_of, layers, quantize_
 from .weights import PackedWeight, check_bits
 
@@ -161,10 +162,10 @@ def _load_float(folder, config, trust_remote_code, options):
 
 
 def _load_gguf(path, device, dtype):
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     file = GGUFFile(path)
-    model = build_empty(LlamaConfig(**gguf.config(file)), dtype)
+    model = build_empty(AutoConfig.for_model(**gguf.config(file)), dtype)
     _fill(model, gguf.weights(file, dtype), path, device)
     return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
 
@@ -219,7 +220,7 @@ def build_empty(config, dtype, cls=None, trust_remote_code=False):
 
 def _fill(model, entries, path, device):
     """Put every entry in its place; ValueError for one that the model lacks and for what stays empty."""
-    missing = set(model.state_dict())
+    missing, heap = set(model.state_dict()), Heap()
     for name, value, where in entries:
         if name not in missing:
             ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
@@ -230,6 +231,7 @@ def _fill(model, entries, path, device):
         missing.discard(name)
         put = _put_packed if isinstance(value, PackedWeight) else _put_dense
         put(model, name, value, where, device)
+        heap.took((value.codes if isinstance(value, PackedWeight) else value).nbytes)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
         raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {min(missing)}; the "

@@ -7,6 +7,7 @@ from torch import nn
 
 from . import ops
 from .evaluations import Evaluations
+from .heap import Heap
 from .kernels.codes import plane_shape
 from .quantize import quantize_weight
 from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows, unpack_codes
@@ -35,7 +36,8 @@ class ScaleArena:
     def __init__(self, slots, device):
         self.slots = slots
         quads = sum(slot.quads for slot in slots.values())
-        self.data = torch.zeros(4 * quads, dtype=torch.float32, device=device)
+        # every slot is written next; zeros would take the memory before the layers' own scales have left
+        self.data = torch.empty(4 * quads, dtype=torch.float32, device=device)
         self._layers = None
 
     @classmethod
@@ -275,10 +277,12 @@ def arena_of(module, exact=False):
         raise ValueError(f"the layers lie on {sorted(map(str, devices))}: all that train must be on one device")
     arena = ScaleArena.of_shapes({name: (layer.in_features // layer.group_size, layer.out_features)
                                   for name, layer in found.items()}, devices.pop())
+    heap = Heap()
     for name, layer in found.items():
         if not arena.data.is_meta:
             arena.write(name, layer.read_scales())
         layer.arena, layer.arena_name = arena, name
+        heap.took(4 * arena.slots[name].groups * arena.slots[name].outputs)
     return arena
 
 

@@ -8,10 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
-from .linear import layers
-
 LOGIT_BYTES = 64 << 20       # float32 logits held at once
-NOT_INPUTS = ("labels", "label", "option_ids", "options")
+NOT_INPUTS = ("labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots")
 
 
 class Stacked(dict):
@@ -45,6 +43,13 @@ def losses(model, batch, E):
     labels [B*O, T], options O, label [B]   cross entropy over O options of several tokens each, one row an option,
                                    scored by their mean log-likelihood
 
+    or, in place of `labels` [rows, tokens], rows in which options share a prompt or examples stand behind one another
+    (packing.py): input_ids, position_ids, seen_until [R, T], R a divisor of B, with
+
+    sources, targets, slots [R, N]   the cross entropies of targets that are not -100, read at sources; with options
+                                     and label, slots are the options of the row that they belong to
+    sources [R, B/R], option_ids, label   options of one token, read at sources
+
     Raises ValueError for a batch without labels and for rows that E does not divide.
     """
     if not isinstance(batch, Stacked):
@@ -54,88 +59,98 @@ def losses(model, batch, E):
         raise ValueError(f"the stacked batch has {rows} rows, which {E} evaluations do not divide; use qzo.pair")
     with torch.no_grad():
         if "option_ids" in batch or "options" in batch:
-            scores = option_scores(model, batch)
+            scores = option_scores(model, batch, E)
             each = functional.cross_entropy(scores, batch["label"], reduction="none")
             return each.view(E, -1).mean(1)
-        if "labels" not in batch:
+        if "labels" not in batch and "targets" not in batch:
             raise ValueError(f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
                              "-100 where there is none, or option_ids and label")
         return _label_losses(model, batch, E)
 
 
-def rounding_losses(model, batch, rounded):
-    """{"loss_before", "loss_after"}: the loss of a batch as the model is, and with its layers rounded.
-
-    rounded: (layer's name, scales float32 [G, N], zeros float32 [G, N] or None where they stay) of each layer. The
-    scales are put into the arena for one forward; afterwards the model is as before, bit for bit.
-    """
-    before = float(losses(model, batch, 1))
-    found = layers(model, trainable=None)
-    arenas = {id(layer.arena): (layer.arena, layer.arena.data.clone()) for layer in found.values()}
-    zeros = {name: layer.zeros for name, layer in found.items()}
-    try:
-        for name, scales, zero in rounded:
-            layer = found[name]
-            layer.arena.write(layer.arena_name, scales)
-            if zero is not None:
-                layer.zeros = zero.contiguous().to(layer.zeros.device)
-        after = float(losses(model, batch, 1))
-    finally:
-        for arena, data in arenas.values():
-            arena.data.copy_(data)
-        for name, layer in found.items():
-            layer.zeros = zeros[name]
-    return {"loss_before": before, "loss_after": after}
-
-
-def option_scores(model, batch):
-    """Scores of the options, float32 [B, O]; their softmax is the model's choice."""
+def option_scores(model, batch, E=1):
+    """Scores of the options, float32 [B, O]; their softmax is the model's choice. E: how often the batch is stacked."""
     if "option_ids" in batch:
-        hidden = _hidden(model, batch)
-        attended = batch.get("attention_mask")
-        attended = torch.ones_like(hidden[..., 0], dtype=torch.int64) if attended is None else attended
-        last = attended.shape[1] - 1 - attended.flip(1).argmax(1)
-        picked = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        return _logits(model, picked).gather(1, batch["option_ids"])
-    row, negative = _token_losses(model, batch)
+        return _logits(model, read_states(model, batch, E)).gather(1, batch["option_ids"])
     count = batch["label"].shape[0] * batch["options"]
-    total = torch.zeros(count, device=negative.device).index_add_(0, row, negative)
-    tokens = torch.zeros(count, device=negative.device).index_add_(0, row, torch.ones_like(negative))
+    row, slot, negative = _token_losses(model, batch, E)
+    slot = row * (count // _rows(batch)) + slot
+    total = torch.zeros(count, device=negative.device).index_add_(0, slot, negative)
+    tokens = torch.zeros(count, device=negative.device).index_add_(0, slot, torch.ones_like(negative))
     return -(total / tokens).view(-1, batch["options"])
 
 
+def read_states(model, batch, E=1):
+    """Hidden states that the output head reads for this batch, [positions, H], in the order of the rows."""
+    if "option_ids" not in batch:
+        row, column, _, _ = _labelled(batch)
+        return hidden_states(model, batch, E)[row, column]
+    hidden = hidden_states(model, batch, E)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    if "sources" in batch:
+        return hidden[rows[:, None], batch["sources"]].flatten(0, 1)
+    attended = batch.get("attention_mask")
+    attended = torch.ones_like(hidden[..., 0], dtype=torch.int64) if attended is None else attended
+    return hidden[rows, attended.shape[1] - 1 - attended.flip(1).argmax(1)]
+
+
+def model_inputs(model, batch, E=1):
+    """What the model takes of a batch; seen_until becomes an additive mask [rows, 1, T, T].
+
+    Where each of the E evaluations has one row, its mask [1, 1, T, T] serves them all.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    if "seen_until" in batch:
+        until = batch["seen_until"]
+        until = until[:until.shape[0] // E]                   # the evaluations' rows are alike
+        place = torch.arange(until.shape[1], device=until.device)
+        query, key = place[:, None], place
+        seen = (key <= query) & (query < until[:, None]) | (key == query)        # padding sees itself: no row of NaN
+        dtype = model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=until.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        inputs["attention_mask"] = mask[:, None] if len(mask) == 1 else mask[:, None].repeat(E, 1, 1, 1)
+    return inputs
+
+
 def _label_losses(model, batch, count):
-    if batch["labels"].dim() == 1:
-        logits = model(**_inputs(batch)).logits.float()
+    if "labels" in batch and batch["labels"].dim() == 1:
+        logits = model(**model_inputs(model, batch)).logits.float()
         return functional.cross_entropy(logits, batch["labels"], reduction="none").view(count, -1).mean(1)
-    row, each = _token_losses(model, batch)
+    row, _, each = _token_losses(model, batch, count)
     if not len(each):
         raise ValueError("no position of the batch carries a label: every entry of labels is -100")
-    per_evaluation = batch["labels"].shape[0] // count
-    evaluation = row // per_evaluation
+    evaluation = row // (_rows(batch) // count)
     total = torch.zeros(count, device=each.device).index_add_(0, evaluation, each)
     return total / (len(each) // count)          # every evaluation holds the same labels
 
 
-def _token_losses(model, batch):
-    """-> (row of each labelled position, its cross entropy in float32), rows in order."""
-    labels = batch["labels"][:, 1:]
+def _rows(batch):
+    return batch["targets" if "targets" in batch else "labels"].shape[0]
+
+
+def _labelled(batch):
+    """-> (row, place read, token to predict there, option of the row) of each labelled position, rows in order."""
+    if "targets" in batch:
+        row, at = torch.nonzero(batch["targets"] != -100, as_tuple=True)
+        return row, batch["sources"][row, at], batch["targets"][row, at], batch["slots"][row, at]
+    labels = batch["labels"][:, 1:]                      # position t predicts token t + 1
     row, column = torch.nonzero(labels != -100, as_tuple=True)
-    hidden = _hidden(model, batch)[row, column]          # position t predicts token t + 1
-    target = labels[row, column]
+    return row, column, labels[row, column], torch.zeros_like(row)
+
+
+def _token_losses(model, batch, E):
+    """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
+    row, column, target, slot = _labelled(batch)
+    hidden = hidden_states(model, batch, E)[row, column]
     step = max(1, LOGIT_BYTES // (4 * _vocabulary(model)))
     each = [functional.cross_entropy(_logits(model, hidden[at:at + step]), target[at:at + step], reduction="none")
             for at in range(0, len(target), step)]
-    return row, torch.cat(each) if each else hidden.new_zeros(0, dtype=torch.float32)
+    return row, slot, torch.cat(each) if each else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def _inputs(batch):
-    return {key: value for key, value in batch.items() if key not in NOT_INPUTS}
-
-
-def _hidden(model, batch):
+def hidden_states(model, batch, E=1):
     """Hidden states [rows, T, H] that the output head would see."""
-    return model.base_model(**_inputs(batch), use_cache=False).last_hidden_state
+    return model.base_model(**model_inputs(model, batch, E), use_cache=False).last_hidden_state
 
 
 def _vocabulary(model):

@@ -90,37 +90,41 @@ class PrefixCache:
     Rows are grouped by length once, and a group is always computed whole: a row's states have the same bits whichever
     batch asks first, so a resumed run sees what the unbroken one saw. Groups beyond `max_bytes` are dropped, the least
     recently used first, and made again when needed.
+
+    rows: sequences of tokens; inputs(rows): the model's inputs for some of them, padded on the right.
     """
 
     GROUP = 32
 
-    def __init__(self, prefix, rows, pad_id, device, max_bytes=4 << 30):
-        self.prefix, self.rows, self.pad_id, self.device, self.max_bytes = prefix, rows, pad_id, device, max_bytes
+    def __init__(self, prefix, rows, inputs, max_bytes=4 << 30):
+        self.prefix, self.rows, self.inputs, self.max_bytes = prefix, rows, inputs, max_bytes
         by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         self.groups = [by_length[at:at + self.GROUP] for at in range(0, len(rows), self.GROUP)]
         self.group_of = {i: g for g, members in enumerate(self.groups) for i in members}
         self._held = collections.OrderedDict()
         self._bytes = 0
 
-    def batch(self, indices, width):
-        """States [len(indices), width, hidden] of the rows, zero beyond each row's length."""
-        found = [self._group(self.group_of[i])[i] for i in indices]
+    def batch(self, indices, lengths, width):
+        """States [len(indices), width, hidden] of the rows' first `lengths` tokens, zero beyond."""
+        found = self._states(indices, lengths)
         out = found[0].new_zeros(len(found), width, found[0].shape[1])
         for row, states in zip(out, found, strict=True):
             row[:len(states)] = states
         return out
+
+    def joined(self, indices, lengths):
+        """The same states behind one another: [1, sum of lengths, hidden]."""
+        return torch.cat(self._states(indices, lengths)).unsqueeze(0)
+
+    def _states(self, indices, lengths):
+        return [self._group(self.group_of[i])[i][:length] for i, length in zip(indices, lengths, strict=True)]
 
     def _group(self, number):
         if number in self._held:
             self._held.move_to_end(number)
             return self._held[number]
         members = self.groups[number]
-        width = max(len(self.rows[i]) for i in members)
-        ids = torch.tensor([[*self.rows[i], *[self.pad_id] * (width - len(self.rows[i]))] for i in members],
-                           device=self.device)
-        mask = torch.tensor([[1] * len(self.rows[i]) + [0] * (width - len(self.rows[i])) for i in members],
-                            device=self.device)
-        states = self.prefix.states({"input_ids": ids, "attention_mask": mask})
+        states = self.prefix.states(self.inputs([self.rows[i] for i in members]))
         self._held[number] = {i: s[:len(self.rows[i])].clone() for i, s in zip(members, states, strict=True)}
         self._bytes += self._size(number)
         while self._bytes > self.max_bytes and len(self._held) > 1:

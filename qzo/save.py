@@ -10,7 +10,7 @@ from .formats import FOLDERS, compressed_tensors, files, gguf, gguf_tokenizer
 from .formats.gguf_file import GGUFFile
 from .hf import load_tokenizer
 from .linear import QZOLinear, layers
-from .losses import rounding_losses
+from .losses import losses
 
 _FORMATS = ("compressed-tensors", "gguf")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
@@ -26,7 +26,7 @@ def save_pretrained(model, out_dir, batch=None):
     or out_dir is the source.
     """
     source = _source(model)
-    report = None if batch is None else rounding_losses(model, batch, _rounded(model, source))
+    report = None if batch is None else _rounding_losses(model, batch, _rounded(model, source))
     if source.kind == "float":
         _write_compressed(model, source, Path(out_dir))
     else:
@@ -87,6 +87,31 @@ def _rounded(model, source):
     if source.kind == "gguf":
         return gguf.rounded(GGUFFile(source.path), functools.partial(_find, model))
     return FOLDERS[source.kind].rounded(source.path, functools.partial(_find, model))
+
+
+def _rounding_losses(model, batch, rounded):
+    """{"loss_before", "loss_after"}: the loss of a batch as the model is, and with its layers rounded.
+
+    rounded: (layer's name, scales float32 [G, N], zeros float32 [G, N] or None where they stay) of each layer. The
+    scales are put into the arena for one forward; afterwards the model is as before, bit for bit.
+    """
+    before = float(losses(model, batch, 1))
+    found = layers(model, trainable=None)
+    arenas = {id(layer.arena): (layer.arena, layer.arena.data.clone()) for layer in found.values()}
+    zeros = {name: layer.zeros for name, layer in found.items()}
+    try:
+        for name, scales, zero in rounded:
+            layer = found[name]
+            layer.arena.write(layer.arena_name, scales)
+            if zero is not None:
+                layer.zeros = zero.contiguous().to(layer.zeros.device)
+        after = float(losses(model, batch, 1))
+    finally:
+        for arena, data in arenas.values():
+            arena.data.copy_(data)
+        for name, layer in found.items():
+            layer.zeros = zeros[name]
+    return {"loss_before": before, "loss_after": after}
 
 
 def _copy_with_scales(model, source, folder, name):

@@ -1,26 +1,68 @@
 """A task: examples, the batches made of them, and what the model scores on them; with or without a frozen prefix."""
 import contextlib
+import functools
+import warnings
 
 import torch
 
-from .data import check_one_kind, collate
-from .losses import losses, option_scores, pair
+from .data import check_one_kind, collate, padded
+from .losses import losses, model_inputs, option_scores, pair
+from .packing import PACKINGS, joining_pays, one_token_each, packed_batch, row_of, rows_batch, sharing_pays, why_not
 from .prefix import PrefixCache
 
 
 class Task:
-    """Examples on a model. With a FrozenPrefix, forwards start at the first trained block from cached states."""
+    """Examples on a model. With a FrozenPrefix, forwards start at the first trained block from cached states.
 
-    def __init__(self, model, examples, pad_id, prefix=None):
+    Options of several tokens share one pass of their prompt where that costs less and the model computes the same.
+    packing: "auto", and a batch is one row without padding on the same two conditions (packing.py); or "off".
+    A model that refuses is named in a warning. ValueError for examples of several kinds, or another packing.
+    """
+
+    def __init__(self, model, examples, pad_id, prefix=None, packing="off"):
         check_one_kind(examples)       # now, not at the first step whose batch mixes them
-        self.model, self.examples, self.pad_id, self.prefix = model, examples, pad_id, prefix
+        if packing not in PACKINGS:
+            raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
+        self.model, self.examples, self.pad_id, self.prefix, self.packing = model, examples, pad_id, prefix, packing
         self.device = next(model.parameters()).device
-        if prefix is not None:
-            rows, self._first_row = [], []
-            for example in examples:
-                self._first_row.append(len(rows))
-                rows += _token_rows(example)
-            self.cache = PrefixCache(prefix, rows, pad_id, self.device)
+
+    @functools.cached_property
+    def shares(self):
+        """Whether options stand behind one prompt: decided when first asked, outside of any evaluation."""
+        return _several(self.examples) and sharing_pays(self.examples) and self._packs(self.examples)
+
+    @functools.cached_property
+    def joins(self):
+        """Whether batches that gain by it become one row; decided as `shares` is."""
+        if self.packing == "off":
+            return False
+        return self.shares if _several(self.examples) else self._packs(self.examples)
+
+    def _packs(self, examples):
+        reason = why_not(self.model, examples, self.pad_id, self.device)
+        if reason:
+            warnings.warn(f"{type(self.model).__name__} runs without packed rows: {reason}", stacklevel=4)
+        return reason is None
+
+    def settle(self):
+        """Decide both now, on the scales as they are: a run that is resumed has to decide as the unbroken one did."""
+        return self.shares, self.joins
+
+    @functools.cached_property
+    def cache(self):
+        """(PrefixCache, the first of its rows for each example)."""
+        rows, first_row = [], []
+        several = _several(self.examples)
+        for example in self.examples:
+            first_row.append(len(rows))
+            rows += self._rows(example, several)
+
+        def inputs(some):
+            if several and self.shares:
+                return model_inputs(self.model, rows_batch(some, self.pad_id, self.device))
+            return padded([(ids, None) for ids in some], self.pad_id, self.device)
+
+        return PrefixCache(self.prefix, rows, inputs), first_row
 
     def closure(self, indices, count):
         """A function that returns the loss of each of `count` evaluations over these examples, float32 [count].
@@ -65,12 +107,28 @@ class Task:
 
     def _prepared(self, indices, count):
         """-> (stacked batch, function making the context in which the model runs it)."""
-        batch = collate([self.examples[i] for i in indices], self.pad_id, self.device)
+        examples = [self.examples[i] for i in indices]
+        several = _several(examples)
+        rows = [self._rows(example, several) for example in examples]
+        lengths = [len(row) for some in rows for row in some]
+        join = self.joins and joining_pays(lengths)
+        if join or (several and self.shares):
+            batch = packed_batch(examples, self.pad_id, self.device, join)
+        else:
+            batch = collate(examples, self.pad_id, self.device)
         if self.prefix is None:
             return pair(batch, count), contextlib.nullcontext
-        rows = [self._first_row[i] + k for i in indices for k in range(len(_token_rows(self.examples[i])))]
-        states = pair(self.cache.batch(rows, batch["input_ids"].shape[1]), count)
+        cache, first_row = self.cache
+        numbers = [first_row[i] + k for i, some in zip(indices, rows, strict=True) for k in range(len(some))]
+        found = cache.joined(numbers, lengths) if join else cache.batch(numbers, lengths, batch["input_ids"].shape[1])
+        states = pair(found, count)
         return pair(batch, count), lambda: self.prefix.skipped(states)
+
+    def _rows(self, example, several):
+        """The rows of tokens an example needs: its ids, or its options behind them, in one row or a row each."""
+        if not several:
+            return [example.ids]
+        return [row_of(example)] if self.shares else [example.ids + option for option in example.options]
 
 
 def measure(scores, label):
@@ -98,8 +156,6 @@ def fit_label_bias(scores, label):
     return (bias - bias.mean()).detach().float()
 
 
-def _token_rows(example):
-    """The rows of tokens an example needs: one, or one per option when an option has several tokens."""
-    if example.options is None or all(len(o) == 1 for o in example.options):
-        return [example.ids]
-    return [example.ids + option for option in example.options]
+def _several(examples):
+    """Whether some option has several tokens."""
+    return examples[0].options is not None and not one_token_each(examples)

@@ -46,6 +46,7 @@ class Settings:
     seed: int = 0
     train_layers: int | None = None
     max_length: int = 1024
+    packing: str = "off"
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "directions", "max_length"):
@@ -107,6 +108,7 @@ def fit(task, settings, out, resume=False, show=None):
     if task.prefix is not None:
         batch = data.collate(task.examples[:2], task.pad_id, task.device)
         task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
+    task.settle()
     optimizer = QZO(task.model, settings.learning_rate, settings.eps, settings.clip, settings.noise, settings.relative,
                     settings.sharing, settings.directions, settings.seed, journal=out / "journal.qzo", resume=resume,
                     floor=settings.floor, recipe=recipe(task, settings), large_rows=settings.large_rows,
@@ -139,7 +141,7 @@ def recipe(task, settings):
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
     digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
     kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length", "large_rows",
-            "sequential")
+            "sequential", "packing")
     return {**{name: getattr(settings, name) for name in kept}, "data": "sha256:" + digest}
 
 
@@ -204,7 +206,8 @@ class Progress:
 
 def build_task(model, records, tokenizer, settings, prefix):
     """Records -> Task on the model."""
-    return Task(model, data.tokenize(records, tokenizer, settings.max_length), pad_id(tokenizer), prefix)
+    examples = data.tokenize(records, tokenizer, settings.max_length)
+    return Task(model, examples, pad_id(tokenizer), prefix, settings.packing)
 
 
 def pad_id(tokenizer):

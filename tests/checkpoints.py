@@ -16,18 +16,20 @@ HF_NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v"
             "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
             "ffn_down": "mlp.down_proj"}
 TYPES = gguf.GGMLQuantizationType
+HALVES = {TYPES.Q4_1: (0, 2), TYPES.Q5_1: (0, 2), TYPES.Q4_K: (0, 2), TYPES.Q5_K: (0, 2),
+          TYPES.Q2_K: (80, 82), TYPES.Q3_K: (108,), TYPES.Q6_K: (208,)}    # float16 fields, if not (0,)
 
 
 def blocks(shape, kind, rng):
-    """Random bytes of Q4_0 (both signs of d) or Q4_1 blocks: uint8 [N, bytes of a row]."""
+    """Random bytes of Q4_0 or Q8_0 (both signs of d) or Q4_1 blocks: uint8 [N, bytes of a row]."""
     n, groups = shape[0], shape[1] // 32
-    d = rng.uniform(0.01, 0.03, (n, groups, 1))
-    if kind == TYPES.Q4_0:
+    d = rng.uniform(0.01, 0.03, (n, groups, 1)) / (16 if kind == TYPES.Q8_0 else 1)
+    if kind != TYPES.Q4_1:
         d *= rng.choice([-1, 1], d.shape)
     parts = [d.astype(np.float16).view(np.uint8)]
     if kind == TYPES.Q4_1:
         parts.append((-d * rng.uniform(6, 9, d.shape)).astype(np.float16).view(np.uint8))
-    parts.append(rng.integers(0, 256, (n, groups, 16), dtype=np.uint8))
+    parts.append(rng.integers(0, 256, (n, groups, 32 if kind == TYPES.Q8_0 else 16), dtype=np.uint8))
     return np.concatenate(parts, 2).reshape(n, -1)
 
 

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qzo
-from qzo.formats import gguf_file
+from qzo.formats import gguf_blocks
 from qzo.formats.gguf_file import GGUFFile
 from tests.checkpoints import (
     FFN,
+    HALVES,
     HEADS,
     HIDDEN,
     KV_HEADS,
@@ -28,7 +29,9 @@ from tests.checkpoints import (
     scale_randomly,
     write_gguf,
 )
+from tests.close import assert_same_bits
 
+UP = "blk.0.ffn_up.weight"
 FIXTURE = Path(__file__).parent / "fixtures" / "gguf-q4_1"
 LOGITS_FP32 = 2e-5       # float32 sums in another order; a wrong code, zero point or row gives 1e-2 to 1.4
 
@@ -41,7 +44,7 @@ def load(path):
     return qzo.from_pretrained(path, device="cpu")
 
 
-@pytest.fixture(params=[TYPES.Q4_0, TYPES.Q4_1], ids=["q4_0", "q4_1"])
+@pytest.fixture(params=[TYPES.Q4_0, TYPES.Q4_1, TYPES.Q8_0], ids=lambda kind: kind.name.lower())
 def tiny(request, tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, request.param)
@@ -74,7 +77,7 @@ def test_header_strings_and_arrays(tmp_path):
     assert file.metadata["flag"] is True
     assert file.metadata["wide"] == 0.1
     info = file.tensors["x"]
-    assert gguf_file.dequantize(file.raw(info), info, torch.float32).tolist() == [0, 1, 2, 3, 4]
+    assert file.dense(info, torch.float32).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_fixture_logits():
@@ -129,14 +132,14 @@ def test_saved_scales_and_nothing_else(tiny, tmp_path):
 
 
 def assert_only_scales_differ(before, after):
-    """Every byte outside d and m of the 4-bit blocks is the same, and m only moves where d does."""
+    """Every byte outside d and m of the blocks that train is the same, and m only moves where d does."""
     old, new = np.fromfile(before, np.uint8), np.fromfile(after, np.uint8)
     assert len(old) == len(new)
     allowed = np.zeros(len(old), bool)
     for tensor in gguf.GGUFReader(before).tensors:
-        size = {TYPES.Q4_0: 18, TYPES.Q4_1: 20}.get(tensor.tensor_type)
-        if size:
-            head = size - 16
+        size, head = {TYPES.Q4_0: (18, 2), TYPES.Q4_1: (20, 4), TYPES.Q8_0: (34, 2)}.get(tensor.tensor_type,
+                                                                                         (0, 0))
+        if size and tensor.name.startswith("blk"):
             at = slice(tensor.data_offset, tensor.data_offset + int(tensor.n_bytes))
             moved = (old[at].reshape(-1, size)[:, :2] != new[at].reshape(-1, size)[:, :2]).any(1)
             assert 0 < moved.sum() < len(moved), tensor.name
@@ -159,21 +162,26 @@ def test_minimum_follows_the_rounded_scale(tmp_path):
 
 def test_other_types_stay_dense_and_frozen(tmp_path):
     rng = np.random.default_rng(1)
-    q8 = rng.normal(size=SHAPES["attn_q"]).astype(np.float32)
-    half = rng.normal(size=SHAPES["ffn_up"]).astype(np.float16)
-    embedding = rng.normal(size=(VOCAB, HIDDEN)).astype(np.float32)
+    shapes = {"token_embd": (VOCAB, HIDDEN), "output": (VOCAB, HIDDEN)} | SHAPES
+    frozen = [("blk.0.", "attn_q", TYPES.Q5_0), ("blk.0.", "ffn_down", TYPES.Q5_1),
+              ("blk.1.", "ffn_gate", TYPES.Q5_1), ("blk.1.", "ffn_up", TYPES.F16), ("", "output", TYPES.Q8_0),
+              ("", "token_embd", TYPES.Q8_0)]
     path = tmp_path / "mixed.gguf"
     write_gguf(path, tied=False, change={
-        "blk.0.attn_q.weight": (gguf.quantize(q8, TYPES.Q8_0), TYPES.Q8_0),
-        "blk.1.ffn_up.weight": (half, None),
-        "token_embd.weight": (gguf.quantize(embedding, TYPES.Q8_0), TYPES.Q8_0),
-    })
-    model, expected = load(path), decode_gguf(path)
-    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"):
-        layer = model.get_submodule(name)
+        prefix + name + ".weight": (gguf.quantize(rng.normal(size=shapes[name]).astype("f4"), kind), kind)
+        for prefix, name, kind in frozen})
+    with pytest.warns(UserWarning, match="stay frozen") as warned:
+        model = load(path)
+    assert len(warned) == 1
+    assert ("mixed.gguf: 4 of 14 layers stay frozen (2 Q5_1, 1 Q5_0, 1 F16); only Q4_0, Q4_1, Q8_0 train"
+            in str(warned[0].message))
+    expected = decode_gguf(path)
+    assert type(model.lm_head) is torch.nn.Linear
+    for name in ("0.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.gate_proj", "1.mlp.up_proj"):
+        layer = model.get_submodule("model.layers." + name)
         assert type(layer) is torch.nn.Linear
-        assert torch.equal(layer.weight, expected[name]), name
-    assert len(quantized(model)) == 7 * LAYERS - 2
+        assert torch.equal(layer.weight, expected["model.layers." + name]), name
+    assert len(quantized(model)) == 7 * LAYERS - 4
     assert not any(p.requires_grad for p in model.parameters())
     scale_randomly(model, keep=0.5)
     qzo.save_pretrained(model, tmp_path / "out")
@@ -193,17 +201,24 @@ def test_four_bit_output_is_a_layer_and_four_bit_embedding_dense(tmp_path):
     assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize("kind", [TYPES.Q8_0, TYPES.Q6_K, TYPES.Q4_0, TYPES.Q4_1, TYPES.BF16])
+@pytest.mark.parametrize("kind", [TYPES(kind) for kind in gguf_blocks.BLOCKS], ids=lambda kind: kind.name)
 def test_dequantize(kind):
     weights, size = gguf.GGML_QUANT_SIZES[kind]
-    raw = np.random.default_rng(3).integers(0, 256, (5, 512 // weights * size), dtype=np.uint8)
-    if kind != TYPES.BF16:                       # keep the float16 fields finite
-        at = 209 if kind == TYPES.Q6_K else 1
-        raw.reshape(-1, size)[:, [at, 3] if kind == TYPES.Q4_1 else [at]] &= 0xBF
-    info = gguf_file.TensorInfo("x", int(kind), (5, 512), 0, raw.nbytes)
-    ours = gguf_file.dequantize(torch.from_numpy(raw.flatten()), info, torch.float32)
-    theirs = torch.from_numpy(gguf.dequantize(raw, kind).astype(np.float32))
-    assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+    assert gguf_blocks.BLOCKS[kind] == (weights, size)
+    raw = np.random.default_rng(3).integers(0, 256, (9, 4096 // weights * size), dtype=np.uint8)
+    for at in HALVES.get(kind, (0,)):               # both signs, all exponents but the largest half
+        raw.reshape(-1, size)[:, at + 1 + 2 * (kind == TYPES.F32)] &= 0xBF
+    ours = gguf_blocks.values(torch.from_numpy(raw), int(kind)).float()
+    assert_same_bits(ours, torch.from_numpy(gguf.dequantize(raw, kind).astype(np.float32)))
+
+
+def test_damaged_block_of_a_frozen_layer(tmp_path):
+    raw = np.zeros((FFN, HIDDEN // 32 * 22), np.uint8)
+    raw[3, 23] = 0x7E
+    write_gguf(tmp_path / "n.gguf", change={UP: (raw, TYPES.Q5_0)})
+    message = r"blk\.0\.ffn_up\.weight in n\.gguf: a block holds NaN or infinity"
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="1 of 14 layers stay"):
+        load(tmp_path / "n.gguf")
 
 
 def test_block_of_zeros_stays_zero(tmp_path):
@@ -266,21 +281,21 @@ def test_minimum_too_large_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-BIG = (np.zeros((FFN, HIDDEN // 32 * 22), np.uint8), TYPES.Q5_0)
+UNKNOWN = (np.zeros((FFN, 136), np.uint8), TYPES.IQ4_XS)
 DAMAGED = blocks(SHAPES["ffn_up"], TYPES.Q4_0, np.random.default_rng(6))
 DAMAGED[7, :2] = [0x00, 0x7E]           # NaN
 SMALL = (blocks((FFN, 32), TYPES.Q4_0, np.random.default_rng(7)), TYPES.Q4_0)
-UP = "blk.0.ffn_up.weight"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"metadata": {"architecture": "qwen2"}}, "architecture 'qwen2'; GGUF can be read for 'llama'"),
-    ({"metadata": {"rope.scaling.type": "yarn"}}, r"rotary scaling \(yarn\)"),
-    ({"change": {"rope_freqs.weight": (np.ones(16, np.float32), None)}}, "rope_freqs.weight"),
+    ({"metadata": {"architecture": "mamba"}}, "architecture 'mamba'; those that can be read are gemma2, ge"),
+    ({"metadata": {"rope.scaling.type": "yarn"}}, "rotary scaling 'yarn'; what can be read for Llama"),
+    ({"change": {"rope_freqs.weight": (np.full(16, 2, np.float32), None)}},
+     r"rope_freqs\.weight holds 2 at 0, Llama 3's scaling by 2 has 1;"),
     ({"metadata": {"rope.dimension_count": 16}}, "rotary embedding of 16 of 32"),
     ({"metadata": {"expert_count": 8}}, "8 experts"),
     ({"metadata": {"context_length": None}}, "no metadata llama.context_length"),
-    ({"change": {UP: BIG}}, r"tensor blk\.0\.ffn_up\.weight is Q5_0; supported are Q4_0 and Q4_1"),
+    ({"change": {UP: UNKNOWN}}, r"tensor blk\.0\.ffn_up\.weight is IQ4_XS; types that can be read are F32,"),
     ({"change": {UP: None}}, r"missing, the first is model\.layers\.0\.mlp\.up_proj\.weight"),
     ({"change": {"blk.0.ssm_a.weight": (np.ones(3, np.float32), None)}}, r"blk\.0\.ssm_a\.weight is unknown"),
     ({"change": {"blk.2.attn_norm.weight": (np.ones(HIDDEN, np.float32), None)}},
@@ -291,7 +306,7 @@ UP = "blk.0.ffn_up.weight"
      r"output_norm\..*shape \[5\].*\[96\]"),
     ({"change": {f"blk.{layer}.{name}.weight": (np.ones(shape, np.float32), None)
                  for layer in range(LAYERS) for name, shape in SHAPES.items()}},
-     "holds no 4-bit linear layer"),
+     r"no tensor can be trained: the layers are 14 F32, and only Q4_0, Q4_1, Q8_0 train; make"),
 ])
 def test_refused(tmp_path, arguments, message):
     write_gguf(tmp_path / "bad.gguf", **arguments)

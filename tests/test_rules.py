@@ -16,8 +16,8 @@ PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.gl
 LAYERS = [   # a module may import its own layer's elders and everything above it
     {"kernels.noise", "kernels.codes", "kernels.tiles"}, {"kernels.qmm", "kernels.qmm_torch", "kernels.update"},
     {"kernels.dequantize"},
-    {"weights", "evaluations", "journal", "ops", "oom", "formats"}, {"quantize"}, {"linear"},
-    {"optim", "losses", "hf", "save", "graph"}, {"data", "prefix", "signal"}, {"task"}, {"train"}, {"demo"},
+    {"weights", "evaluations", "journal", "ops", "oom", "heap", "formats"}, {"quantize"}, {"linear"},
+    {"optim", "losses", "hf", "save", "graph"}, {"data", "prefix", "packing", "signal"}, {"task"}, {"train"}, {"demo"},
     {"__main__", "bench"}]
 
 

@@ -1,4 +1,4 @@
-"""The GGUF container: header, tensor directory and block layouts.
+"""The GGUF container: header and tensor directory.
 
 The header is parsed here rather than by gguf.GGUFReader, which makes a numpy view of every token and merge
 and so takes seconds where this takes a tenth of one; the tests hold the two against each other.
@@ -12,16 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .gguf_blocks import BLOCKS, NAMES, values
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS, _DEEPEST_ARRAY = 4, 8
-
-F32, F16, Q4_0, Q4_1, Q8_0, Q6_K, BF16 = 0, 1, 2, 3, 8, 14, 30
-_BLOCKS = {F32: (1, 4), F16: (1, 2), BF16: (1, 2), Q4_0: (32, 18), Q4_1: (32, 20), Q8_0: (32, 34),
-           Q6_K: (256, 210)}                      # type -> weights and bytes of a block
-_NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q4_1: "Q4_1", 6: "Q5_0", 7: "Q5_1", Q8_0: "Q8_0", 10: "Q2_K",
-          11: "Q3_K", 12: "Q4_K", 13: "Q5_K", Q6_K: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-          19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", BF16: "BF16", 39: "MXFP4"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +31,15 @@ class TensorInfo:
 
     @property
     def type_name(self):
-        return _NAMES.get(self.type, f"type {self.type}")
+        return NAMES.get(self.type, f"type {self.type}")
+
+    @property
+    def quantized(self):
+        return BLOCKS[self.type][0] > 1
 
     def blocks(self, raw):
         """Its bytes as uint8 [rows, blocks of a row, bytes of a block]."""
-        weights, size = _BLOCKS[self.type]
+        weights, size = BLOCKS[self.type]
         return raw.view(-1, self.shape[-1] // weights, size)
 
 
@@ -100,14 +99,13 @@ class GGUFFile:
         return name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")
 
     def _info(self, name, shape, kind, offset):
-        if kind not in _BLOCKS:
+        if kind not in BLOCKS:
             found = TensorInfo(name, kind, shape, offset, 0).type_name
-            raise ValueError(f"{self.path}: tensor {name} is {found}; supported are Q4_0 and Q4_1 "
-                             f"(trained), {', '.join(_NAMES[t] for t in _BLOCKS if t not in (Q4_0, Q4_1))} "
-                             "(kept as they are)")
-        weights, size = _BLOCKS[kind]
+            raise ValueError(f"{self.path}: tensor {name} is {found}; types that can be read are "
+                             f"{', '.join(NAMES[t] for t in BLOCKS)}")
+        weights, size = BLOCKS[kind]
         if not shape or shape[-1] % weights:
-            raise ValueError(f"{self.path}: tensor {name} has shape {list(shape)}, which {_NAMES[kind]} "
+            raise ValueError(f"{self.path}: tensor {name} has shape {list(shape)}, which {NAMES[kind]} "
                              f"blocks of {weights} do not fill: the file is damaged")
         nbytes = int(np.prod(shape, dtype=object)) // weights * size
         if offset + nbytes > self.size:
@@ -118,6 +116,22 @@ class GGUFFile:
     def raw(self, info):
         """The tensor's bytes, uint8 [nbytes], read into memory of their own."""
         return torch.from_numpy(np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset))
+
+    def dense(self, info, dtype, order=None, minus=0.0):
+        """A matrix or vector as `dtype`, row order[i] of the file as row i, `minus` taken off in float32.
+
+        Read and converted in blocks of rows, so that what is needed besides the result stays small.
+        """
+        count, width = info.shape if len(info.shape) == 2 else (int(np.prod(info.shape)), 1)
+        nbytes, rows = info.nbytes // count, max(1, (1 << 20) // width)
+        out = torch.empty(count, width, dtype=dtype)
+        places = torch.arange(count) if order is None else order.argsort()
+        for start in range(0, count, rows):
+            taken = min(rows, count - start)
+            data = np.fromfile(self.path, np.uint8, taken * nbytes, offset=info.offset + start * nbytes)
+            part = values(torch.from_numpy(data).view(taken, nbytes), info.type)
+            out[places[start:start + taken]] = (part.float() - minus if minus else part).to(dtype)
+        return out.view(info.shape)
 
 
 class _Cursor:
@@ -157,51 +171,3 @@ class _Cursor:
 @functools.cache
 def _struct(code):
     return struct.Struct("<" + code)
-
-
-# ---------------------------------------------------------------------------------------------- block layouts
-
-def halves(blocks, at):
-    """The float16 that begins at byte `at` of every block: [rows, blocks of a row]."""
-    return blocks[..., at:at + 2].contiguous().view(torch.float16).squeeze(-1)
-
-
-def codes4(blocks, info):
-    """uint8 [N, K] of Q4_0 or Q4_1 blocks: low nibbles are weights 0-15 of the block, high ones 16-31."""
-    nibbles = blocks[..., 2 if info.type == Q4_0 else 4:]
-    return torch.cat([nibbles & 15, nibbles >> 4], -1).flatten(1)
-
-
-def dequantize(raw, info, dtype):
-    """The tensor as `dtype`, in row blocks so that float32 temporaries stay small."""
-    if info.type in (F32, F16, BF16):
-        return raw.view({F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}[info.type]).view(
-            info.shape).to(dtype)
-    blocks = info.blocks(raw)
-    out = torch.empty(blocks.shape[0], info.shape[-1], dtype=dtype)
-    rows = max(1, (1 << 20) // info.shape[-1])
-    for part, target in zip(blocks.split(rows), out.split(rows), strict=True):
-        target.copy_(_block_values(part, info).flatten(1))
-    return out.view(info.shape)
-
-
-def _block_values(blocks, info):
-    d = halves(blocks, 208 if info.type == Q6_K else 0).float().unsqueeze(-1)
-    if info.type == Q8_0:
-        return d * blocks[..., 2:].view(torch.int8).float()
-    if info.type == Q6_K:
-        return _q6_k(blocks, d)
-    codes = codes4(blocks, info).view(*blocks.shape[:2], 32).float()
-    return d * (codes - 8) if info.type == Q4_0 else d * codes + halves(blocks, 2).float().unsqueeze(-1)
-
-
-def _q6_k(blocks, d):
-    """Blocks of 256: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, d; in two halves of 128
-    weights, each of four runs of 32 whose high bits are the four pairs of the same 32 bytes."""
-    low = blocks[..., :128].unflatten(-1, (2, 2, 32))                       # half, run parity, weight
-    high = blocks[..., 128:192].unflatten(-1, (2, 1, 32))
-    low = torch.cat([low & 15, low >> 4], -2)                               # runs 0, 1, 2, 3
-    high = torch.cat([(high >> shift) & 3 for shift in (0, 2, 4, 6)], -2)
-    codes = (low | high << 4).flatten(-3).unflatten(-1, (16, 16)).float() - 32
-    scales = blocks[..., 192:208].contiguous().view(torch.int8).float()
-    return ((d * scales).unsqueeze(-1) * codes).flatten(-2)
