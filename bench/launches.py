@@ -51,6 +51,7 @@ class Case:
     law: str = "rademacher"
     zeros: str = "none"
     bits: int = 4
+    table: tuple | None = None
     relative: bool = True
     bias: bool = False
     wide: bool = False
@@ -80,13 +81,14 @@ class Launch:
         held = {names[i]: value for i, value in self.constants}
         held.pop("ROUNDS_", None)
         if self.kernel != "qmm":
+            held["TABLE"] = bool(held.get("TABLE"))
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
         group = "row" if held["WHOLE_ROW"] else held["GROUP"]
         flags = [f for f in FLAGS if held[f]]
         zeros = {qmm.ZERO_INTEGER: ["ZERO_INTEGER"], qmm.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
-        bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
+        bits = "table " if held["TABLE"] else "" if held["BITS"] == 4 else f"b{held['BITS']} "
         return (
             f"{self.arch} qmm {held['BM']}x{held['BN']} w{self.warps} s{self.stages} {types['x_ptr'][1:]} "
             f"{bits}g{group} {law} {' '.join(flags + zeros).lower()}"
@@ -183,6 +185,7 @@ def matmul(case):
             shared=case.shared,
             pair=case.pair,
             bits=case.bits,
+            table=case.table,
             asm=case.arch.startswith("sm_"),
         )
     return launches

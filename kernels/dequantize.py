@@ -17,17 +17,19 @@ from .codes import TILE_K, load_tile, middle, unpack_planes, word_pointers
 from .noise import NONE, ROUNDS, quad_noise, raw_noise
 from .qmm import WIDE_FROM, ZERO_FLOAT, ZERO_INTEGER, ZERO_NONE, _load_pair, perturb
 from .qmm_torch import perturb_torch
+from .table import look_up, on_device, table_entries, table_text
 
 SCRATCH_BYTES = 32 << 20
 BLOCK = 32                   # output rows of a program
 
 
 @triton.jit(do_not_specialize=["e", "base4", "start", "G"])
-def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, w_ptr, seeds_ptr, coefs_ptr, e: tl.int32, base4: tl.int64,
-                       start: tl.int32, rows: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, tiles: tl.int32,
+def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, table_ptr, w_ptr, seeds_ptr, coefs_ptr, e: tl.int32,
+                       base4: tl.int64, start: tl.int32, rows: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32,
+                       tiles: tl.int32,
                        BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
                        LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
-                       ZERO_: tl.constexpr, ASM: tl.constexpr, ROUNDS_: tl.constexpr):
+                       ZERO_: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, ROUNDS_: tl.constexpr):
     """w [rows, K] = output rows start .. start + rows under evaluation e; grid = (cdiv(rows, BN), quads of groups)."""
     DT: tl.constexpr = w_ptr.dtype.element_ty
     PER_TILE: tl.constexpr = 128 // GROUP           # groups in a tile of 128 k
@@ -59,7 +61,10 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, w_ptr, seeds_ptr, coefs
     for tt in tl.static_range(PERIOD):
         t = quad * PERIOD + tt
         words = word_pointers(codes_ptr, tl.minimum(t, tiles - 1), N, n, BITS)
-        w0, w1, w2, w3 = load_tile(words, BN, BITS, DT, ASM)
+        if TABLE == "":
+            w0, w1, w2, w3 = load_tile(words, BN, BITS, DT, ASM)
+        else:
+            w0, w1, w2, w3 = look_up(tl.load(words), table_ptr, DT, TABLE, ASM)
         planes = (w0, w1, w2, w3)
         for j in tl.static_range(4):
             w = planes[j].to(tl.float32)
@@ -74,7 +79,8 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, w_ptr, seeds_ptr, coefs
             tl.store(to, w.to(DT), mask=(row < rows)[:, None] & (k < K)[None, :])
 
 
-def launch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared, asm, bits=4):
+def launch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared, asm, bits=4,
+           table=None):
     """Fill w [rows, K] with output rows start .. start + rows under evaluation e."""
     rows, k = w.shape
     n, count = codes.shape[1], triton.cdiv(k, TILE_K)
@@ -82,14 +88,16 @@ def launch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law
     period = 4 * (128 if whole_row else group) // TILE_K
     zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
     _dequantize_kernel[(triton.cdiv(rows, BLOCK), triton.cdiv(count, period))](
-        codes, scales, scales if zeros is None else zeros, w, seeds, coefs, e, base4, start, rows, n, k, k // group,
+        codes, scales, scales if zeros is None else zeros, scales if table is None else on_device(table, w.device),
+        w, seeds, coefs, e, base4, start, rows, n, k, k // group,
         count, BN=BLOCK, BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
         RELATIVE=bool(relative), SHARED=bool(shared), WIDE=base4 + scales.shape[0] * n > WIDE_FROM, ZERO_=zero,
-        ASM=bool(asm) and w.dtype != torch.float32, ROUNDS_=ROUNDS, num_warps=4, enable_fp_fusion=False)
+        ASM=bool(asm) and w.dtype != torch.float32, TABLE=table_text(table, w.dtype), ROUNDS_=ROUNDS, num_warps=4,
+        enable_fp_fusion=False)
 
 
 def dequantize_torch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared,
-                     bits=4):
+                     bits=4, table=None):
     """Twin of launch, on any device; the same bits for the integer laws."""
     rows, k = w.shape
     part = slice(start, start + rows)
@@ -102,7 +110,10 @@ def dequantize_torch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, 
             raw = raw[:, :, :1].expand_as(raw)
         p = perturb_torch(p, raw, coefs[e], relative)
     p = p.permute(1, 0, 2).reshape(rows, -1)[:, :k // group]
-    codes = unpack_planes(codes[:, part], k, bits).to(torch.float32).sub_(middle(bits)).view(rows, -1, group)
+    if table is None:
+        codes = unpack_planes(codes[:, part], k, bits).to(torch.float32).sub_(middle(bits)).view(rows, -1, group)
+    else:
+        codes = table_entries(codes, k, start, start + rows, table, w.dtype).view(rows, -1, group)
     if zeros is not None:
         codes = codes - (zeros[:, part].to(torch.float32) - middle(bits)).T.unsqueeze(2)
     w.copy_((codes * p.unsqueeze(2)).view(rows, k))
@@ -114,7 +125,7 @@ def chunk_rows(k, dtype):
 
 
 def matmul(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared, asm,
-           bits=4):
+           bits=4, table=None):
     """Fill y [E*R, N] as qmm.launch does, chunk by chunk and evaluation by evaluation through a library's matmul.
 
     The evaluations' products have one shape, so that what the library rounds is common to both signs.
@@ -128,7 +139,7 @@ def matmul(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
         for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
             if e == 0 or law != NONE:
                 launch(codes, scales, zeros, seeds, coefs, w, e=e, start=start, base4=base4, group=group, law=law,
-                       relative=relative, shared=shared, asm=asm, bits=bits)
+                       relative=relative, shared=shared, asm=asm, bits=bits, table=table)
             if y.dtype == x.dtype:
                 torch.mm(rows, w.T, out=out[:, part])
             else:

@@ -7,6 +7,8 @@ x holds E row blocks, block e runs under evaluation e. Codes go from packed word
 comes from its seed, the scale meets the float32 accumulator once per group: neither the noise nor a perturbed weight
 is ever stored. Paper: QZO, arXiv 2505.13430, section 3; the arithmetic is ours, one rounding per written operation.
 
+With a table (table.py) the code stands for an entry, W_e[n, k] = p_e[g(k), n] * table[code[n, k]].
+
 With one z per output row (row-shared noise) the perturbation leaves the sum, y = (x . W^T) * (1 + c_e * k[n]) + bias,
 with k[n] that of the row's first scale.
 
@@ -27,6 +29,7 @@ import triton.language as tl
 from . import tiles
 from .codes import TILE_K, join_planes2, join_planes4, load_tile, word_pointers
 from .noise import NONE, ROUNDS, quad_noise
+from .table import look_up, on_device, table_text
 
 ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = 0, 1, 2
 WIDE_FROM = 1 << 32          # quad numbers from here on need the second counter word
@@ -87,13 +90,13 @@ def _choose(minus, s, r, PAIR: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["base4", "R", "M", "G", "tiles", "tiles_per_split"])
-def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
+def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, table_ptr, sums_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
                 base4: tl.int64, R: tl.int32, M: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
                 tiles: tl.int32, tiles_per_split: tl.int32,
                 BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
                 LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
                 ZERO: tl.constexpr, RATIO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr,
-                BIAS: tl.constexpr, MASK_K: tl.constexpr, ROUNDS_: tl.constexpr):
+                BIAS: tl.constexpr, MASK_K: tl.constexpr, TABLE: tl.constexpr, ROUNDS_: tl.constexpr):
     """grid = (cdiv(N, BN), row blocks, splits); a tile holds rows of one evaluation, or of a pair.
 
     All outputs of a row block run side by side: x is then read from memory once, and the codes, a quarter of its
@@ -106,7 +109,8 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
     last. PAIR: evaluations 2e and 2e + 1 have one seed; their rows alternate in the tile, so that which coefficient a
     column has is known from the accumulator's register and costs no instruction. SPLIT: y_ptr is float32
     [splits, M, N]. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-m) x - (zero-m) sum x),
-    m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K.
+    m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K. TABLE: the text that looks
+    a code up, or "".
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     DEPTH: tl.constexpr = GROUP if DEEP else 32     # k of one dot
@@ -187,7 +191,10 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, sums_ptr, bias_ptr, y_p
         scales = (s0, s1, s2, s3)
         others = (r0, r1, r2, r3)
 
-        w0, w1, w2, w3 = load_tile(cp, BN, BITS, DT, ASM)
+        if TABLE == "":
+            w0, w1, w2, w3 = load_tile(cp, BN, BITS, DT, ASM)
+        else:
+            w0, w1, w2, w3 = look_up(tl.load(cp), table_ptr, DT, TABLE, ASM)
         if ZERO == 1:
             g = tl.minimum(t * PER_TILE, G - 1)
             g1 = tl.minimum(t * PER_TILE + 1, G - 1)
@@ -300,7 +307,7 @@ def _group_sums_kernel(x_ptr, sums_ptr, M: tl.int32, K: tl.int32, group: tl.int3
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * M + row, acc, mask=row < M)
 
 
-def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, wide, bias, asm):
+def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, wide, bias, asm, table=""):
     """The kernel's compile-time constants: launch and the ahead-of-time compile test both take them from here.
 
     A pair that one tile cannot hold takes two tiles' rows: the product of one row has the same bits in either.
@@ -313,7 +320,7 @@ def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, 
                 BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law, RELATIVE=bool(relative),
                 SHARED=bool(shared), PAIR=bool(pair), WIDE=bool(wide), ZERO=zero, RATIO=ratio,
                 DEEP=tile.deep, ASM=bool(asm), SPLIT=tile.splits > 1, BIAS=bool(bias), MASK_K=k % TILE_K != 0,
-                ROUNDS_=ROUNDS)
+                TABLE=table, ROUNDS_=ROUNDS)
 
 
 def _splits(tile, k, group):
@@ -332,11 +339,12 @@ def scratch_bytes(m, n, k, group, tile, zeros):
 
 
 def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, tile, asm, shared=False,
-           pair=False, bits=4):
+           pair=False, bits=4, table=None):
     """Run the kernels on checked arguments; y [E*R, N] is filled. x is contiguous, E*R > 0.
 
     asm: unpack with inline PTX (NVIDIA, 16-bit x), else with its plain twin. shared: one z per output row.
     pair: seeds[2e] == seeds[2e + 1] for every e, so that one reading of the codes may serve both.
+    table: sixteen floats that 4-bit codes stand for; zeros is None then.
     """
     m, k = x.shape
     n = codes.shape[1]
@@ -347,7 +355,7 @@ def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
     constexprs = constants(tile, bits=bits, rows=rows, k=k, group=group, law=law, relative=relative, shared=shared,
                            pair=pair, zero=zero,
                            wide=base4 + scales.shape[0] * n > WIDE_FROM, bias=bias is not None,
-                           asm=asm and x.dtype != torch.float32)
+                           asm=asm and x.dtype != torch.float32, table=table_text(table, x.dtype))
     out = y
     if constexprs["SPLIT"]:
         out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
@@ -361,7 +369,8 @@ def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
     each = rows * (2 if constexprs["PAIR"] else 1)
     grid = (triton.cdiv(n, tile.outputs), m // each * triton.cdiv(each, constexprs["BM"]), splits)
     _qmm_kernel[grid](
-        x, codes, scales, scales if zeros is None else zeros, sums, scales if bias is None else bias, out, seeds, coefs,
+        x, codes, scales, scales if zeros is None else zeros, scales if table is None else on_device(table, x.device),
+        sums, scales if bias is None else bias, out, seeds, coefs,
         base4, rows, m, n, k, groups, x.stride(0), triton.cdiv(k, TILE_K), per_split,
         **constexprs, **limit, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False)
     if constexprs["SPLIT"]:

@@ -16,6 +16,7 @@ import torch
 
 from .codes import centred_codes, middle
 from .noise import BLOCK_QUADS, NONE, RAW_BYTES, raw_noise
+from .table import table_entries
 
 CHUNK_BYTES = 1 << 20
 THREADED_FROM = 1 << 22       # multiply-adds below which handing chunks to threads costs more than it saves
@@ -82,7 +83,7 @@ def _by_group(p, w):
 
 
 def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared=False,
-              bits=4):
+              bits=4, table=None):
     """Fill y [E*R, N]; arguments as qmm.launch takes them, codes in planes or rows. Sums in float32."""
     m, k = x.shape
     n = y.shape[1]
@@ -109,7 +110,10 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
                 origin = start
                 end = min(start + per_block * step, last)
                 raws = _raw_block(law, distinct, base4, quads, n, start, end, limit)
-            unpacked = centred_codes(codes, k, start, stop, bits).view(stop - start, -1, group)
+            if table is None:
+                unpacked = centred_codes(codes, k, start, stop, bits).view(stop - start, -1, group)
+            else:
+                unpacked = table_entries(codes, k, start, stop, table, x.dtype).view(stop - start, -1, group)
             if zeros is not None:
                 unpacked -= (zeros[:, start:stop].to(torch.float32) - middle(bits)).T.unsqueeze(2)
             s = scales[:, start:stop]                                                  # [quads, rows of W, 4]

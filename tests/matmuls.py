@@ -32,6 +32,7 @@ class Matmul:
     shared: bool = False
     pair: bool = False                 # let the kernel read the codes once for two evaluations
     bits: int = 4
+    table: tuple | None = None         # what 4-bit codes stand for
 
     @property
     def width(self):
@@ -92,7 +93,7 @@ class Matmul:
         law = noise.NONE if self.law is None else noise.LAWS[self.law]
         return ([None if t is None else t.to(device) for t in tensors],
                 dict(base4=self.base4, group=self.width, law=law, relative=self.relative, shared=self.shared,
-                     bits=self.bits))
+                     bits=self.bits, table=self.table))
 
     def kernel(self, tile=TILE, out_dtype=torch.float32, device="cpu", asm=False):
         """qmm.launch: in the interpreter, or on a GPU."""
@@ -119,6 +120,11 @@ class Matmul:
 
     # ---------------------------------------------------------------------------------------------- the truth
 
+    @property
+    def entries(self):
+        """The table, rounded to the type of x."""
+        return None if self.table is None else torch.tensor(self.table, dtype=torch.float64).to(self.dtype)
+
     @functools.cached_property
     def raw_noise(self):
         """float64 [G, N] for each evaluation."""
@@ -141,7 +147,7 @@ class Matmul:
 
         def y(x, k, c):
             p = oracle.perturbed(self.scales, k, c, self.relative)
-            return x @ oracle.weight(self.codes, p, self.zero_points, self.bits).T + bias
+            return x @ oracle.weight(self.codes, p, self.zero_points, self.bits, self.entries).T + bias
         return self._each(y)
 
     def magnitude(self):
@@ -152,7 +158,8 @@ class Matmul:
             s = oracle.perturbed(self.scales.abs(), k.abs(), abs(c), self.relative)
             off = torch.zeros_like(s) if self.zero_points is None else (
                 self.zero_points.double() - 2 ** (self.bits - 1)).abs()
-            w = (oracle.weight(self.codes, s, None, self.bits).abs() + (s * off).T.repeat_interleave(self.width, 1))
+            w = oracle.weight(self.codes, s, None, self.bits, self.entries).abs()
+            w += (s * off).T.repeat_interleave(self.width, 1)
             return x.abs() @ w.T + bias
         return self._each(size)
 

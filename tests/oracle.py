@@ -75,12 +75,13 @@ def perturbed(scales, k, coef, relative):
     return scales.double() * (1 + coef * k) if relative else scales.double() + coef * k
 
 
-def weight(codes, scales, zeros, bits=4):
-    """float64 [N, K] from codes [N, K], float64 scales [G, N], zeros None (all 2^(bits - 1)) or [G, N]."""
+def weight(codes, scales, zeros, bits=4, table=None):
+    """float64 [N, K] from codes [N, K], float64 scales [G, N], zeros None (all 2^(bits - 1)) or [G, N]; or from the
+    float64 entries of a table that the codes stand for."""
     group = codes.shape[1] // scales.shape[0]
     zeros = torch.full_like(scales, 2.0 ** (bits - 1)) if zeros is None else zeros.double()
     spread = [t.double().T.repeat_interleave(group, 1) for t in (scales, zeros)]
-    return spread[0] * (codes.double() - spread[1])
+    return spread[0] * (codes.double() - spread[1] if table is None else table.double()[codes.long()])
 
 
 # ----------------------------------------------------------------------------------------------------- update

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save, save_file
 
 import qzo
 from qzo.formats import folder as folders
-from qzo.formats import hqq, of_method, safetensors_file
+from qzo.formats import gguf, hqq, of_method, safetensors_file
 from qzo.formats.gguf_file import GGUFFile
 from qzo.formats.torch_file import TorchFile
 from tests.checkpoints import TYPES, write_compressed, write_gguf
@@ -196,6 +196,9 @@ def test_safetensors_headers(tmp_path, header, body, longer):
     (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', r"has 4 bytes, which are not F32 \[2\]"),
     (b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', "the header's entry of tensor 'a' is damaged"),
     (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "the header's entry of tensor 'a' is damaged"),
+    (b'{"a\\nb": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', r"entry of tensor 'a\\nb' is damaged"),
+    (b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904, 4611686018427387904], "data_offsets": [0, 0]}}',
+     "the header's entry of tensor 'a' is damaged"),
     (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
      b'"b": {"dtype": "U8", "shape": [2], "data_offsets": [3, 5]}}', "tensors a and b overlap"),
 ])
@@ -363,6 +366,21 @@ def test_hqq(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["qmodel.pt"]
     assert messages.count(None) > 50
     assert len(set(messages)) > 40
+
+
+def test_gguf_models(tmp_path, small_gguf):
+    rng = random.Random(4)
+    head = small_gguf.index(b"output_norm") + 1500
+    read, refused = run(tmp_path / "x", (mutated(small_gguf, rng, head) for _ in range(500)), read_gguf_model)
+    assert read > 20
+    assert refused > 200
+
+
+def read_gguf_model(path):
+    file = GGUFFile(path)
+    gguf.config(file)
+    for _ in gguf.weights(file, torch.half):
+        pass
 
 
 # ------------------------------------------------------------------------------------- folders of shards

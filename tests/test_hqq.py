@@ -167,6 +167,18 @@ def test_bias_and_older_files_with_a_meta_dictionary(tmp_path):
                        older.get_submodule(LAYER).read_scales().half().float())
 
 
+def test_a_file_saved_from_a_gpu(tmp_path, monkeypatch):
+    here = load(write(tmp_path / "cpu"))
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    model = load(write(tmp_path / "gpu"))
+    monkeypatch.undo()
+    assert b"cuda:0" in (tmp_path / "gpu" / "qmodel.pt").read_bytes()
+    for name, layer in quantized(here).items():
+        assert torch.equal(layer.dequantize(), model.get_submodule(name).dequantize()), name
+    qzo.save_pretrained(model, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "gpu")
+
+
 def test_words_that_the_file_calls_floats(tmp_path):
     def floats(modules):
         for state in modules.values():
@@ -302,7 +314,7 @@ def test_bytes_that_an_entry_does_not_hold_are_not_read(tmp_path):
         for name, data in entries.items():
             archive.writestr(name, data[:4] if name.endswith("data/0") else data)
     file = TorchFile(tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"a in x\.pt: the file does not hold the bytes of torch\.float32 \[4\]"):
+    with pytest.raises(ValueError, match=r"a in x\.pt: the bytes of torch\.float32 \[4\] are not where torch\.save"):
         file.read(file.content["a"], "a")
 
 

@@ -1,19 +1,18 @@
 """What rounding the scales to the file's dtype costs: reported by save_pretrained, measured on the model itself."""
 import copy
 import shutil
-import sys
 
 import pytest
 import torch
 
 import qzo
+from qzo import save
 from tests.checkpoints import TYPES, quantized, scale_randomly, write_gguf
 from tests.close import assert_same_bits
 from tests.test_compressed_groups import GROUPS, SCHEMES, write_compressed
 from tests.test_hqq import write as write_hqq
 from tests.tiny import save_checkpoint
 
-LOSSES = sys.modules["qzo.losses"]     # qzo.losses is the function of that name
 IDS = torch.arange(24).view(2, 12)
 BATCH = {"input_ids": IDS, "labels": IDS}
 
@@ -32,7 +31,7 @@ def make_gguf(kind):
 
 
 SOURCES = {"compressed-tensors": make_compressed, "hqq": write_hqq, "float": save_checkpoint,
-           "gguf q4_0": make_gguf(TYPES.Q4_0), "gguf q4_1": make_gguf(TYPES.Q4_1)}
+           "gguf q4_0": make_gguf(TYPES.Q4_0), "gguf q4_1": make_gguf(TYPES.Q4_1), "gguf q8_0": make_gguf(TYPES.Q8_0)}
 
 
 few = pytest.mark.parametrize("model", ["compressed-tensors", "gguf q4_1"], indirect=True)
@@ -67,14 +66,14 @@ def test_nothing_to_round_costs_nothing(model, tmp_path):
 
 @few
 def test_without_a_batch_nothing_is_run(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(LOSSES, "losses", None)
+    monkeypatch.setattr(save, "losses", None)
     assert qzo.save_pretrained(model, tmp_path / "out") is None
 
 
 @few
 def test_the_model_is_as_before_when_the_second_forward_fails(model, tmp_path, monkeypatch):
     scale_randomly(model)
-    before, calls, real = copy.deepcopy(model.state_dict()), [], LOSSES.losses
+    before, calls, real = copy.deepcopy(model.state_dict()), [], save.losses
 
     def fail_at_the_second(*arguments):
         calls.append(arguments)
@@ -82,7 +81,7 @@ def test_the_model_is_as_before_when_the_second_forward_fails(model, tmp_path, m
             raise RuntimeError("planted")
         return real(*arguments)
 
-    monkeypatch.setattr(LOSSES, "losses", fail_at_the_second)
+    monkeypatch.setattr(save, "losses", fail_at_the_second)
     with pytest.raises(RuntimeError, match="planted"):
         qzo.save_pretrained(model, tmp_path / "out", BATCH)
     for name, tensor in model.state_dict().items():

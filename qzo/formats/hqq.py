@@ -83,7 +83,7 @@ def _modules(file):
         raise ValueError(f"{file.path} holds a {type(file.content).__name__}; HQQ saves a dictionary of "
                          "modules")
     for module, state in file.content.items():
-        if not isinstance(module, str) or not isinstance(state, dict):
+        if not isinstance(module, str) or not module.isprintable() or not isinstance(state, dict):
             raise ValueError(f"{file.path}: {module!r:.200} is {_describe(state)}; HQQ saves a dictionary of "
                              "each module's tensors")
         meta = state.get("meta")

@@ -119,8 +119,8 @@ class TorchFile:
         entry = self._by_start.get(getattr(storage, "_checkpoint_offset", None))
         begin, nbytes = tensor.storage_offset() * size, math.prod(tensor.shape) * size
         if entry is None or begin + nbytes > min(entry.size, storage.nbytes()):
-            raise ValueError(f"{at}: the file does not hold the bytes of {tensor.dtype} "
-                             f"{list(tensor.shape)}; fetch it again")
+            raise ValueError(f"{at}: the bytes of {tensor.dtype} {list(tensor.shape)} are not where torch.save "
+                             "puts them; fetch the file again")
         return entry.start + begin, nbytes
 
     def read(self, tensor, name):
