@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .formats import FOLDERS, compressed_tensors, files, gguf, gguf_tokenizer
+from .formats import FOLDERS, compressed_tensors, files, gguf, gguf_tokenizer, hqq, safetensors_file
+from .formats.folder import tensor_places
 from .formats.gguf_file import GGUFFile
 from .hf import load_tokenizer
 from .linear import QZOLinear, layers
@@ -70,9 +71,13 @@ def _packed(name, layer):
 
 
 def _find(model, tensor):
-    """PackedWeight of the layer whose weight has this name, None where the module is no QZOLinear."""
+    """PackedWeight of the layer whose weight has this name in the source, None where the model has no QZOLinear."""
     name = tensor.removesuffix(".weight")
-    layer = model.get_submodule(name)
+    name = dict(model._qzo_source.names).get(name, name)
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:                       # a model without the head that the file has
+        return None
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
 
 
@@ -169,3 +174,70 @@ def _copy_companions(folder, staging):
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_SUFFIXES):
             files.copy(path, staging / path.name)
+
+
+# ---------------------------------------------------------------------------------------------- transformers' own way
+
+def compressed_config(model):
+    """The quantization_config of a model whose source was float."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return compressed_tensors.quantization_config(_all_packed(model), linears)
+
+
+def tensors(model):
+    """name -> tensor of the whole checkpoint, which transformers' save_pretrained writes.
+
+    In the source's format, scales rounded to its dtype; what did not change has the source's own bytes. A float
+    source, or none, gives compressed-tensors. All but the dense tensors are copies in memory, where the package's own
+    save_pretrained patches copies of the files. ValueError for a GGUF file and for HQQ's folders, which transformers
+    does not write, FileNotFoundError or ValueError when the source is gone or has changed.
+    """
+    source, state = getattr(model, "_qzo_source", None), _dense_state(model)
+    if source is None or source.kind == "float":
+        packed = _all_packed(model)
+        symmetric = all(weight.zeros is None for weight in packed.values())
+        if source is not None:
+            state = {name: t.to(source.dtype) if t.is_floating_point() else t for name, t in state.items()}
+        for layer, weight in packed.items():
+            entries = compressed_tensors.layer_entries(layer, weight, symmetric)
+            state |= {name: make() for name, _, _, make in entries}
+        return state
+    if source.kind in ("gguf", hqq.METHOD):
+        raise ValueError(f"this model was loaded from {source.path}, a format that transformers does not write; use "
+                         "qzo.save_pretrained(model, folder)")
+    source.check()
+    names, packed = dict(source.names), layers(model, trainable=None)
+    changed = FOLDERS[source.kind].new_scales(source.path, functools.partial(_find, model))
+    scales, stored = {(file, place): new for _, new, file, place in changed}, {}
+    for name, (file, place) in tensor_places(source.path).items():
+        owner, _, leaf = name.rpartition(".")
+        owner = names.get(owner, owner)
+        inside = f"{owner}.{leaf}"
+        if inside in state:
+            stored[id(state[inside])] = _as_stored(state[inside], file, place)
+        elif owner in packed:
+            new = scales.get((file, place))
+            state[inside] = safetensors_file.read(file, place) if new is None else new
+    return {name: stored.get(id(tensor), tensor) for name, tensor in state.items()}
+
+
+def _dense_state(model):
+    """Parameters and saved buffers; tied ones are one tensor under each of their names.
+
+    state_dict() would make planes of all codes first.
+    """
+    state, detached = {}, {}
+    for owner, module in model.named_modules(remove_duplicate=False):
+        held = module._parameters | {name: buffer for name, buffer in module._buffers.items()
+                                     if name not in module._non_persistent_buffers_set}
+        state |= {f"{owner}.{name}".removeprefix("."): detached.setdefault(id(t), t.detach())
+                  for name, t in held.items() if t is not None}
+    return state
+
+
+def _as_stored(tensor, file, place):
+    """The file's tensor where the model's is the same in another dtype, else the model's."""
+    if safetensors_file.DTYPES.get(place[0]) in (tensor.dtype, None) or list(place[1]) != list(tensor.shape):
+        return tensor
+    stored = safetensors_file.read(file, place)
+    return stored if torch.equal(stored.to(tensor.dtype), tensor.cpu()) else tensor

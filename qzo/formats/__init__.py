@@ -10,6 +10,10 @@ A folder's module has METHOD, its quant_method, and
     weight_files(folder)                    the files that hold it
     save(folder, staging, find)             a copy with the scales of find(name of a weight)
     rounded(folder, find)                   yields (layer, scales, zeros or None) as `save` would write them
+and one that transformers reads (safetensors files, a quantization_config)
+    PARTS                                   the names of a layer's tensors; the first is always there
+    packer(quantization, where)             make(layer, {part: tensor}) -> PackedWeight
+    new_scales(folder, find)                yields (layer, new scales as the file holds them, file, place)
 """
 from . import auto_round, awq, compressed_tensors, gptq, hqq
 

@@ -6,16 +6,17 @@
 The quantizer folds activation scales into norms and into the Linears before: a dense tensor of the file is not that
 of the model it was made from.
 """
-import torch
-
 from ..weights import PackedWeight
-from .folder import read_weights, save_scales, scale_changes
+from .folder import read_weights
 from .folder import weight_files as weight_files
+from .gptq import new_scales as new_scales  # scales have GPTQ's name and order
 from .gptq import check_bits_and_group, check_groups, check_matrix, check_there
+from .gptq import rounded as rounded
+from .gptq import save as save
 from .words import unpack
 
 METHOD = "awq"
-_PARTS = ("qweight", "qzeros", "scales")
+PARTS = ("qweight", "qzeros", "scales")
 _NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)         # where column j of a word's eight lies
 
 
@@ -31,24 +32,18 @@ def check_config(quantization, where):
 
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    size = check_config(quantization, folder)
-    return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(layer, parts, size))
+    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
 
 
-def save(folder, staging, find):
-    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
-    save_scales(folder, staging, scale_changes(folder, find, "scales"))
-
-
-def rounded(folder, find):
-    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in scale_changes(folder, find, "scales"):
-        yield layer, new.to(torch.float32), None
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer. ValueError as check_config."""
+    size = check_config(quantization, where)
+    return lambda layer, parts: _packed(layer, parts, size)
 
 
 def _packed(layer, parts, size):
-    check_there(layer, parts, _PARTS)
-    words, zero_words, scales = (parts[part] for part in _PARTS)
+    check_there(layer, parts, PARTS)
+    words, zero_words, scales = (parts[part] for part in PARTS)
     check_matrix(words, "")
     check_matrix(zero_words, "qzeros ")
     k, n = words.shape[0], 8 * words.shape[1]

@@ -26,7 +26,7 @@ from .words import pack, unpack, word_count
 METHOD = "compressed-tensors"
 _BITS = (2, 3, 4, 8)
 _PATTERN = "re:"
-_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 def check_config(quantization, where):
@@ -95,22 +95,28 @@ def _arguments(layer, by_target):
 
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    by_target = check_config(quantization, folder)
+    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
 
-    def make(layer, parts):
-        return _packed(parts, _arguments(layer, by_target))
 
-    return read_weights(folder, dtype, _PARTS, make)
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer. ValueError as check_config."""
+    by_target = check_config(quantization, where)
+    return lambda layer, parts: _packed(parts, _arguments(layer, by_target))
+
+
+def new_scales(folder, find):
+    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
+    return scale_changes(folder, find, "weight_scale", transposed=True)
 
 
 def save(folder, staging, find):
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
-    save_scales(folder, staging, scale_changes(folder, find, "weight_scale", transposed=True))
+    save_scales(folder, staging, new_scales(folder, find))
 
 
 def rounded(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in scale_changes(folder, find, "weight_scale", transposed=True):
+    for layer, new, _, _ in new_scales(folder, find):
         yield layer, new.T.to(torch.float32), None
 
 
@@ -193,7 +199,7 @@ def write(path, packed, dense, symmetric):
     """A new safetensors file of layers {name: PackedWeight} and tensors {name: tensor}; scales in float16."""
     entries = [(name, value.dtype, value.shape, lambda value=value: value) for name, value in dense.items()]
     for name, weight in packed.items():
-        entries += _entries(name, weight, symmetric)
+        entries += layer_entries(name, weight, symmetric)
     safetensors_file.write(path, entries, {"format": "pt"})
 
 
@@ -203,7 +209,8 @@ def rounded_new(packed):
         yield name, _new_scales(weight, name).T.to(torch.float32), None
 
 
-def _entries(name, weight, symmetric):
+def layer_entries(name, weight, symmetric):
+    """(tensor's name, dtype, shape, make) of the tensors of a layer; make() gives one."""
     n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
     entries = [
         ("packed", torch.int32, (n, word_count(k, bits)), lambda: pack(weight.unpacked(), bits)),
