@@ -32,6 +32,7 @@ from .quantize import quantize_weight
 from .weights import check_bits, check_group_size
 
 METHOD = "qzo"
+_SETTINGS = ("bits", "group_size", "symmetric", "skip")
 STORED = tuple(method for method in FOLDERS if method != hqq.METHOD)    # HQQ's own folders have no quantization_config
 HELD_ELEMENT_BYTES = 0.625        # of a stored weight: 4 bits and a float32 scale for each 32
 
@@ -54,7 +55,7 @@ class QZOConfig(QuantizationConfigMixin):
         if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
             raise TypeError(f"skip={skip!r}: a list of names is wanted, such as ('lm_head',)")
         self.quant_method = METHOD
-        self.bits, self.group_size, self.symmetric, self.skip = bits, group_size, symmetric, tuple(skip)
+        self.bits, self.group_size, self.symmetric, self.skip = bits, group_size, symmetric, list(skip)
         self.source = None
 
     @classmethod
@@ -62,6 +63,9 @@ class QZOConfig(QuantizationConfigMixin):
         """From what `to_dict` gave: its own arguments, or the quantization_config of another format."""
         own = config_dict.get("quant_method", METHOD) == METHOD
         arguments = {name: value for name, value in config_dict.items() if own and name != "quant_method"}
+        unknown = sorted(set(arguments) - set(_SETTINGS))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no settings of QZOConfig, which has {', '.join(_SETTINGS)}")
         made = super().from_dict(arguments, return_unused_kwargs, **kwargs)
         (made[0] if return_unused_kwargs else made).source = None if own else copy.deepcopy(config_dict)
         return made
@@ -70,8 +74,7 @@ class QZOConfig(QuantizationConfigMixin):
         """The arguments, or the source's own dictionary."""
         if self.source is not None:
             return copy.deepcopy(self.source)
-        return {"quant_method": METHOD, "bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric,
-                "skip": list(self.skip)}
+        return {"quant_method": METHOD} | {name: getattr(self, name) for name in _SETTINGS}
 
 
 @contextlib.contextmanager
@@ -121,7 +124,7 @@ class QZOQuantizer(HfQuantizer):
         self._files = [Path(file) for file in checkpoint_files or ()]
         if self.pre_quantized and not all(file.suffix == ".safetensors" for file in self._files):
             raise ValueError(f"{self._files[0]}: 4-bit weights are read from safetensors files only; fetch or make those")
-        skip = self.get_modules_to_not_convert(model, list(self.quantization_config.skip), add_default_skips=True)
+        skip = self.get_modules_to_not_convert(model, self.quantization_config.skip, add_default_skips=True)
         self._linears = {name: module for name, module in model.named_modules()
                          if type(module) is nn.Linear and should_convert_module(name, skip)}
         if self.pre_quantized:

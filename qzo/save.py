@@ -197,7 +197,8 @@ def tensors(model):
         packed = _all_packed(model)
         symmetric = all(weight.zeros is None for weight in packed.values())
         if source is not None:
-            state = {name: t.to(source.dtype) if t.is_floating_point() else t for name, t in state.items()}
+            cast = {id(t): t.to(source.dtype) if t.is_floating_point() else t for t in state.values()}
+            state = {name: cast[id(t)] for name, t in state.items()}
         for layer, weight in packed.items():
             entries = compressed_tensors.layer_entries(layer, weight, symmetric)
             state |= {name: make() for name, _, _, make in entries}
