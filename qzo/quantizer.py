@@ -1,9 +1,9 @@
 """transformers' own front door: its from_pretrained makes QZOLinear, its save_pretrained writes the source's format.
 
 A float checkpoint is quantized with `quantization_config=QZOConfig(...)`; folders of 4-bit weights load inside
-`loading()`. transformers reads, renames and places the tensors and gives each 4-bit weight to the quantizer here, which
-holds them as PackedWeight until the model is whole: transformers itself would make buffers of them and fill those anew.
-The package is imported without transformers; this module is imported when one of its names is first used.
+`loading()`. transformers reads and renames the tensors; the quantizer here takes each layer's as a PackedWeight
+and puts the QZOLinears in when all is read: as buffers of a module, transformers would fill them anew at the end.
+The package is imported without transformers, this module when one of its names is first used.
 """
 import contextlib
 import copy
@@ -33,7 +33,7 @@ from .weights import check_bits, check_group_size
 
 METHOD = "qzo"
 _SETTINGS = ("bits", "group_size", "symmetric", "skip")
-STORED = tuple(method for method in FOLDERS if method != hqq.METHOD)    # HQQ's own folders have no quantization_config
+STORED = tuple(method for method in FOLDERS if method != hqq.METHOD)    # its folders have no quantization_config
 HELD_ELEMENT_BYTES = 0.625        # of a stored weight: 4 bits and a float32 scale for each 32
 
 
@@ -42,11 +42,11 @@ class QZOConfig(QuantizationConfigMixin):
     """How from_pretrained quantizes the Linears of a float checkpoint while it loads.
 
     bits, group_size, symmetric : as in qzo.from_pretrained
-    skip : names of layers that stay dense, beside the output head and what is tied to the embedding: the last dotted
-        parts, or a regular expression of the first
+    skip : layers that stay dense, beside the output head and what is tied to the embedding: how their names end,
+        or regular expressions of how they begin
 
-    A model that is loaded has one with the `source` that is written to its config.json: the quantization_config of the
-    format it is saved in. ValueError for other bits or group sizes, TypeError for a skip that is no list of names.
+    The config of a model that is loaded holds one with a `source`: the quantization_config of the format that the
+    model is saved in. ValueError for other bits or group sizes, TypeError for a skip that is no list of names.
     """
 
     def __init__(self, bits=4, group_size=128, symmetric=True, skip=("lm_head",)):
@@ -55,7 +55,8 @@ class QZOConfig(QuantizationConfigMixin):
         if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
             raise TypeError(f"skip={skip!r}: a list of names is wanted, such as ('lm_head',)")
         self.quant_method = METHOD
-        self.bits, self.group_size, self.symmetric, self.skip = bits, group_size, symmetric, list(skip)
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.skip = list(skip)
         self.source = None
 
     @classmethod
@@ -81,8 +82,8 @@ class QZOConfig(QuantizationConfigMixin):
 def loading():
     """Inside, transformers loads folders of GPTQ, AWQ, auto-round and compressed-tensors weights with QZOLinear.
 
-    For everything that calls from_pretrained: AutoModel classes, pipelines, trainers that are given a path. Other
-    formats load as before. Process-wide; transformers' own quantizers are back on exit, also after an error.
+    That is everything that calls from_pretrained: AutoModel classes, pipelines, trainers that are given a path.
+    It holds for the whole process; transformers' own quantizers are back on exit, also after an error.
     """
     before = {method: AUTO_QUANTIZATION_CONFIG_MAPPING.get(method) for method in STORED}
     AUTO_QUANTIZATION_CONFIG_MAPPING.update(dict.fromkeys(STORED, QZOConfig))
@@ -98,10 +99,10 @@ class QZOQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config, **kwargs):
         super().__init__(quantization_config, **kwargs)
-        self._linears = {}                # name -> nn.Linear that is to be quantized or, stored, may be
-        self._packed = {}                 # name -> (PackedWeight, where it came from)
+        self._linears = {}                # name -> nn.Linear that is quantized or, in a 4-bit folder, may be
+        self._packed = {}                 # name of a weight -> (PackedWeight, where it came from)
         self._names, self._errors = [], []
-        self._files, self._kept_in_float32, self._info = None, None, None
+        self._files = self._make = self._info = self._kept_in_float32 = None
 
     is_trainable = is_qat_trainable = True
 
@@ -116,21 +117,22 @@ class QZOQuantizer(HfQuantizer):
             raise ValueError("config.json: quant_method 'qzo' is no format of weights; save such a model with "
                              "qzo.save_pretrained")
         if self.pre_quantized:
-            of_method(source["quant_method"], "config.json").check_config(source, "config.json")
+            self._make = of_method(source["quant_method"], "config.json").packer(source, "config.json")
         if isinstance(device_map, dict):
             _check_one(device_map.values())
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         self._files = [Path(file) for file in checkpoint_files or ()]
         if self.pre_quantized and not all(file.suffix == ".safetensors" for file in self._files):
-            raise ValueError(f"{self._files[0]}: 4-bit weights are read from safetensors files only; fetch or make those")
+            raise ValueError(f"{self._files[0]}: 4-bit weights are read from safetensors files only; fetch those")
         skip = self.get_modules_to_not_convert(model, self.quantization_config.skip, add_default_skips=True)
         self._linears = {name: module for name, module in model.named_modules()
                          if type(module) is nn.Linear and should_convert_module(name, skip)}
         if self.pre_quantized:
             return
         if not self._linears:
-            raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize (skip={self.quantization_config.skip})")
+            raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize "
+                             f"(skip={self.quantization_config.skip})")
         for name, linear in self._linears.items():
             try:
                 check_group_size(self.quantization_config.group_size, linear.in_features)
@@ -182,18 +184,17 @@ class QZOQuantizer(HfQuantizer):
 
     def take_stored(self, model, name, source, parts, info):
         """The same for the tensors {part: tensor} of the layer that the file calls `source`."""
-        stored, self._info = self.quantization_config.source, info
-        form = FOLDERS[stored["quant_method"]]
-        layer = name.removesuffix(".weight")
+        self._info, layer = info, name.removesuffix(".weight")
+        first = FOLDERS[self.quantization_config.source["quant_method"]].PARTS[0]
         if source != layer:
             self._names.append((source, layer))
 
         def make():
-            if form.PARTS[0] not in parts:
-                raise ValueError(f"no {form.PARTS[0]} beside {' and '.join(sorted(parts))}: the checkpoint is incomplete")
-            return form.packer(stored, "config.json")(source, parts)
+            if first not in parts:
+                raise ValueError(f"not beside {' and '.join(sorted(parts))}: the checkpoint is incomplete")
+            return self._make(source, parts)
 
-        self.take(model, name, make, f"{source}.{form.PARTS[0]}", info.missing_keys)
+        self.take(model, name, make, f"{source}.{first}", info.missing_keys)
 
     # ------------------------------------------------------------------------------------------ after the weights
 
@@ -229,9 +230,9 @@ class QZOQuantizer(HfQuantizer):
             owner = key.removesuffix(".weight")
             while owner and owner not in modules:
                 owner = owner.rpartition(".")[0]
-            if owner and key.endswith(".weight") and any(True for _ in modules[owner].parameters(recurse=False)):
-                raise ValueError(f"{key}: {owner} of {type(model).__name__} is a {type(modules[owner]).__name__}, which "
-                                 "has no nn.Linear for it; 4-bit weights of such models cannot be read")
+            if owner and key.endswith(".weight") and modules[owner]._parameters:
+                raise ValueError(f"{key}: {owner} of {type(model).__name__} is a {type(modules[owner]).__name__}, "
+                                 "which has no nn.Linear for it; 4-bit weights of such models cannot be read")
 
     def _source(self, model):
         """Where the model came from, None if there are no files to tell."""

@@ -9,8 +9,8 @@ of the model it was made from.
 from ..weights import PackedWeight
 from .folder import read_weights
 from .folder import weight_files as weight_files
-from .gptq import new_scales as new_scales  # scales have GPTQ's name and order
 from .gptq import check_bits_and_group, check_groups, check_matrix, check_there
+from .gptq import new_scales as new_scales  # scales have GPTQ's name and order
 from .gptq import rounded as rounded
 from .gptq import save as save
 from .words import unpack
