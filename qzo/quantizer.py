@@ -102,7 +102,7 @@ class QZOQuantizer(HfQuantizer):
         self._linears = {}                # name -> nn.Linear that is quantized or, in a 4-bit folder, may be
         self._packed = {}                 # name of a weight -> (PackedWeight, where it came from)
         self._names, self._errors = [], []
-        self._files = self._make = self._info = self._kept_in_float32 = None
+        self._files = self._make = self._info = self._kept_in_float32 = self._heap = None
 
     is_trainable = is_qat_trainable = True
 
@@ -122,7 +122,7 @@ class QZOQuantizer(HfQuantizer):
             _check_one(device_map.values())
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
-        self._files = [Path(file) for file in checkpoint_files or ()]
+        self._files, self._heap = [Path(file) for file in checkpoint_files or ()], Heap()
         if self.pre_quantized and not all(file.suffix == ".safetensors" for file in self._files):
             raise ValueError(f"{self._files[0]}: 4-bit weights are read from safetensors files only; fetch those")
         skip = self.get_modules_to_not_convert(model, self.quantization_config.skip, add_default_skips=True)
@@ -176,7 +176,9 @@ class QZOQuantizer(HfQuantizer):
         A ValueError of it is raised after loading: here transformers would make a report of many lines of it.
         """
         try:
-            self._packed[name] = make(), where
+            packed = make()
+            self._packed[name] = packed, where
+            self._heap.took(packed.codes.nbytes)
         except ValueError as error:
             self._errors.append(f"{where}: {error}")
         model.get_parameter(name)._is_hf_initialized = True       # it stays on the meta device
@@ -206,12 +208,12 @@ class QZOQuantizer(HfQuantizer):
         if self._errors:
             raise ValueError(self._errors[0])
         self._check_homes(model)
-        device, heap = _device(model), Heap()
+        device = _device(model)
         while self._packed:
             name, (packed, where) = self._packed.popitem()
             put_packed(model, name, packed, where, device)
-            heap.took(packed.codes.nbytes)
-        self._linears, self._info = {}, None
+            self._heap.took(packed.codes.nbytes)
+        self._linears, self._info, self._heap = {}, None, None
         if not layers(model, trainable=None):
             raise ValueError(f"{type(model).__name__}: the checkpoint holds no 4-bit linear layer of this model")
         model.requires_grad_(False)
