@@ -9,7 +9,7 @@ from .launches import Case
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Most instructions per step, group 128, bf16."""
+    """Most instructions per step, bf16; group 128, but 64 for NF4."""
 
     name: str
     case: Case
@@ -34,20 +34,30 @@ REGIMES = {  # rows per evaluation -> a step of the tile that runs them, a pair 
     "sm_100": {8: 442, 16: 456, 32: 361, 64: 361, 512: 368},
     "sm_120": {8: 218, 16: 252, 32: 326, 64: 319, 512: 512},
 }
-OTHER_BITS = {  # the same with 2- and 8-bit codes
-    ("sm_80", 2): {16: 269, 64: 335, 512: 534},
-    ("sm_80", 8): {16: 301, 64: 364, 512: 605},
-    ("sm_86", 2): {16: 270, 64: 334, 512: 516},
-    ("sm_86", 8): {16: 300, 64: 363, 512: 584},
-    ("sm_89", 2): {16: 270, 64: 334, 512: 516},
-    ("sm_89", 8): {16: 300, 64: 363, 512: 584},
-    ("sm_90", 2): {16: 402, 64: 297, 128: 269, 512: 450},
-    ("sm_90", 8): {16: 456, 64: 328, 128: 306, 512: 479},
-    ("sm_100", 2): {16: 477, 64: 386, 512: 391},
-    ("sm_100", 8): {16: 516, 64: 393, 512: 393},
-    ("sm_120", 2): {16: 255, 64: 326, 512: 508},
-    ("sm_120", 8): {16: 288, 64: 353, 512: 569},
+OTHER_CODES = {  # the same with other codes
+    ("sm_80", "int2"): {16: 269, 64: 335, 512: 534},
+    ("sm_80", "int8"): {16: 301, 64: 364, 512: 605},
+    ("sm_86", "int2"): {16: 270, 64: 334, 512: 516},
+    ("sm_86", "int8"): {16: 300, 64: 363, 512: 584},
+    ("sm_89", "int2"): {16: 270, 64: 334, 512: 516},
+    ("sm_89", "int8"): {16: 300, 64: 363, 512: 584},
+    ("sm_90", "int2"): {16: 402, 64: 297, 128: 269, 512: 450},
+    ("sm_90", "int8"): {16: 456, 64: 328, 128: 306, 512: 479},
+    ("sm_100", "int2"): {16: 477, 64: 386, 512: 391},
+    ("sm_100", "int8"): {16: 516, 64: 393, 512: 393},
+    ("sm_120", "int2"): {16: 255, 64: 326, 512: 508},
+    ("sm_120", "int8"): {16: 288, 64: 353, 512: 569},
+    ("sm_80", "nf4"): {8: 430, 16: 474, 64: 556, 512: 567},
+    ("sm_89", "nf4"): {8: 431, 16: 473, 64: 554, 512: 550},
+    ("sm_90", "nf4"): {8: 711, 16: 757, 64: 526, 512: 758},
+    ("sm_100", "nf4"): {8: 770, 16: 789, 64: 546, 512: 600},
+    ("sm_120", "nf4"): {8: 422, 16: 476, 64: 546, 512: 547},
 }
+GROUP_64 = {  # int4 in groups of 64, what NF4 is held against
+    "sm_80": {8: 286, 16: 321, 64: 399, 512: 407},
+    "sm_90": {8: 406, 16: 454, 64: 366, 512: 598},
+}
+TABLE_COSTS = 1.8  # times the instructions of an int4 step, at the most
 BUDGETS = (
     *(_budget("sm_90 two accumulators", "sm_90", law, 330, deep=True) for law in ("none", *NOISE_ADDS)),
     *(_budget("sm_90 ratio", "sm_90", law, 350, deep=True, ratio=True) for law in ("none", *NOISE_ADDS)),
@@ -58,8 +68,13 @@ BUDGETS = (
         for rows, most in regimes.items()
     ),
     *(
-        Budget(f"{arch} {rows} rows {bits} bits", Case(arch, rows, bits=bits), most)
-        for (arch, bits), regimes in OTHER_BITS.items()
+        Budget(f"{arch} {rows} rows {codes}", Case(arch, rows, codes=codes, group=64 if codes == "nf4" else 128), most)
+        for (arch, codes), regimes in OTHER_CODES.items()
+        for rows, most in regimes.items()
+    ),
+    *(
+        Budget(f"{arch} {rows} rows group 64", Case(arch, rows, group=64), most)
+        for arch, regimes in GROUP_64.items()
         for rows, most in regimes.items()
     ),
 )
@@ -73,9 +88,19 @@ def over_budget(figures_of):
         if step > budget.most:
             bad.append(f"{budget.name}: {step} instructions a step, at most {budget.most} wanted")
         law, form = budget.case.law, dataclasses.replace(budget.case, law="none")
-        added = step - next((s for b, s in steps.items() if b.case == form), step)
+        added = step - (steps_of(steps, form) or step)
         if law in NOISE_ADDS and added > NOISE_ADDS[law]:
             bad.append(
                 f"{budget.name}: the noise adds {added} instructions a step, at most {NOISE_ADDS[law]} wanted"
             )
+        plain = steps_of(steps, dataclasses.replace(budget.case, codes="int4"))
+        if budget.case.codes == "nf4" and plain and step > TABLE_COSTS * plain:
+            bad.append(
+                f"{budget.name}: {step} instructions a step, {TABLE_COSTS} times the {plain} of int4 at the most"
+            )
     return bad
+
+
+def steps_of(steps, case):
+    """The step of a case among those of the budgets, or None."""
+    return next((step for budget, step in steps.items() if budget.case == case), None)

@@ -199,7 +199,7 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
     def _qmm_scratch(self, x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype,
-                     shared=False, pair=False, blas=False, bits=4):
+                     shared=False, pair=False, blas=False, bits=4, table=None):
         m, k = x.shape
         n = scales.shape[1]
         if self.device == "cpu":
@@ -208,7 +208,7 @@ class Ledger(TorchDispatchMode):
         if blas and m // seeds.numel() >= tiles.BLAS_FROM:
             return dequantize.scratch_bytes(n, k, x.dtype)
         points = None if zeros is None else zeros.dtype
-        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits)
+        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits, table is not None)
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
         return copy + qmm.scratch_bytes(m, n, k, group, tile, points)
 

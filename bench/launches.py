@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import codes, dequantize, noise, qmm, tiles, update
+from ..kernels import codes, dequantize, noise, qmm, table, tiles, update
 from . import cases
 
 ARCHES = tuple(tiles.PROCESSORS)
@@ -33,6 +33,7 @@ ROWS = tuple(sorted({*cases.ROWS, 32}))
 WHOLE_ROW = -1
 GROUPS = (*tiles.GROUPS, WHOLE_ROW)
 ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
+CODES = {"int4": (4, None), "int2": (2, None), "int8": (8, None), "nf4": (4, table.NF4)}  # bits, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     law: str = "rademacher"
     zeros: str = "none"
-    bits: int = 4
-    table: tuple | None = None
+    codes: str = "int4"
     relative: bool = True
     bias: bool = False
     wide: bool = False
@@ -164,13 +164,14 @@ def matmul(case):
     groups = case.k // group
     x = _meta(2 * case.rows, case.k, dtype=case.dtype)
     zeros = None if case.zeros == "none" else _meta(groups, case.n, dtype=ZEROS[case.zeros])
+    bits, entries = CODES[case.codes]
     tile = case.tile or tiles.pick(
-        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], case.bits
+        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], bits, entries is not None
     )
     with recorded(case.arch) as launches:
         qmm.launch(
             x,
-            _meta(*codes.plane_shape(case.n, case.k, case.bits), dtype=torch.int16),
+            _meta(*codes.plane_shape(case.n, case.k, bits), dtype=torch.int16),
             _meta(-(-groups // 4), case.n, 4),
             zeros,
             _meta(case.n, dtype=case.dtype) if case.bias else None,
@@ -184,8 +185,8 @@ def matmul(case):
             tile=tile,
             shared=case.shared,
             pair=case.pair,
-            bits=case.bits,
-            table=case.table,
+            bits=bits,
+            table=entries,
             asm=case.arch.startswith("sm_"),
         )
     return launches
@@ -197,18 +198,21 @@ def chunks(
     dtypes=(torch.bfloat16, torch.float16),
     relative=(True, False),
     zero_points=tuple(ZEROS),
-    bits=(4,),
+    kinds=("int4",),
 ):
     """The launches that large_rows="blas" makes, for every group size."""
     found = []
-    for law, group, dtype, zeros, relative_, each in itertools.product(
-        laws, GROUPS, dtypes, zero_points, relative, bits
+    for law, group, dtype, zeros, relative_, kind in itertools.product(
+        laws, GROUPS, dtypes, zero_points, relative, kinds
     ):
+        bits, entries = CODES[kind]
+        if entries and zeros != "none":
+            continue
         k, n = 4096, 4096
         groups = 1 if group == WHOLE_ROW else k // group
         with recorded(arch) as launches:
             dequantize.launch(
-                _meta(*codes.plane_shape(n, k, each), dtype=torch.int16),
+                _meta(*codes.plane_shape(n, k, bits), dtype=torch.int16),
                 _meta(-(-groups // 4), n, 4),
                 None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
                 _meta(2, dtype=torch.int64),
@@ -221,7 +225,8 @@ def chunks(
                 law=noise.LAWS[law],
                 relative=relative_,
                 shared=False,
-                bits=each,
+                bits=bits,
+                table=entries,
                 asm=arch.startswith("sm_"),
             )
         found += launches
@@ -257,6 +262,8 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
 
 def _fits(case):
     if case.shared and not (case.relative and case.law != "none"):
+        return False
+    if case.codes == "nf4" and case.zeros != "none":
         return False
     return case.group == WHOLE_ROW or case.k % case.group == 0
 
@@ -308,11 +315,11 @@ AXES = {
 }
 
 
-OTHER_BITS = {
+OTHER_CODES = {
     "rows": (16, 64, 512),
     "group": GROUPS,
     "zeros": tuple(ZEROS),
-    "bits": (2, 8),
+    "codes": ("int2", "int8", "nf4"),
 }
 
 

@@ -10,6 +10,7 @@ import json
 import torch
 
 from ..evaluations import Evaluations
+from ..kernels.codes import BITS
 from ..kernels.noise import step_seed
 from ..kernels.update import scratch_bytes
 from ..linear import arena_of, evaluating, layers
@@ -262,6 +263,7 @@ def add_options(parser):
     what.add_argument("--config", help="a config.json, or one that comes with qzo: " + ", ".join(models.shipped()))
     what.add_argument("--model", help="a checkpoint: it is loaded and measured as well")
     what.add_argument("--group-size", type=int, help="(default: the largest of 128, 64, 32 that fits)")
+    what.add_argument("--bits", type=int, choices=BITS, default=4, help="of a code (default 4)")
     what.add_argument("--zeros", choices=models.ZEROS, default="none",
                       help="zero points that are stored (default none: symmetric)")
     what.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
@@ -314,7 +316,7 @@ def make_report(options):
     if options.model:
         load, model = _checkpoint(options, device, dtype)
     else:
-        load, model = random_model(options.config, options.group_size, options.zeros, device, dtype)
+        load, model = random_model(options.config, options.group_size, options.zeros, device, dtype, options.bits)
     run = Run(options.batch_size, options.seq_len or models.usual_tokens(model), options.labels, options.directions,
               options.sequential, options.large_rows)
     predicted = predict(model, run, device, chip)
@@ -334,14 +336,14 @@ def this_chip():
     return "sm_90"
 
 
-def random_model(config, group_size, zeros, device, dtype):
+def random_model(config, group_size, zeros, device, dtype, bits=4):
     """(load() -> the config's model with random weights on `device`, the same on the meta device)."""
     config = models.read_config(config)
 
     def empty():
         model = models.empty_model(config, dtype)
         group = models.group_for(model, group_size)
-        wanted = dict.fromkeys(models.quantizable(model), (group, models.ZEROS[zeros]))
+        wanted = dict.fromkeys(models.quantizable(model), models.Form(group, models.ZEROS[zeros], bits))
         return models.quantize_empty(model, wanted, cpu=device == "cpu")
     return lambda: models.fill_random(empty(), device), empty()
 
@@ -351,7 +353,8 @@ def _checkpoint(options, device, dtype):
     from ..hf import from_pretrained
     given = {"group_size": options.group_size} if options.group_size else {}
     model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
-    wanted = {name: (layer.group_size, None if layer.zeros is None else layer.zeros.dtype)
+    wanted = {name: models.Form(layer.group_size, None if layer.zeros is None else layer.zeros.dtype, layer.bits,
+                                layer.table)
               for name, layer in layers(model, trainable=None).items()}
     config = model.config
     del model

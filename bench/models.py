@@ -3,6 +3,7 @@
 Configs are those of Hugging Face: a transformers config.json, or that of a diffusers SD3 transformer. configs/ holds
 those of the models in the README.
 """
+import dataclasses
 import json
 from pathlib import Path
 
@@ -114,21 +115,26 @@ def quantizable(model):
             if type(m) is nn.Linear and m is not head and name.rpartition(".")[2] != "lm_head"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a layer's memory depends on, beside its shape. zeros: None or the dtype of stored zero points."""
+
+    group_size: int
+    zeros: torch.dtype | None = None
+    bits: int = 4
+    table: tuple | None = None
+
+
 def quantize_empty(model, wanted, cpu=False):
-    """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> (group_size, dtype of the zeros).
+    """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> Form.
 
     cpu: codes as the CPU keeps them, else as the GPU does.
     """
-    for name, (group, zeros) in wanted.items():
+    for name, form in wanted.items():
         linear = model.get_submodule(name)
         k, n = linear.in_features, linear.out_features
-        group = check_group_size(group, k)
-        packed = PackedWeight.__new__(PackedWeight)            # on meta there are no values to check
-        packed.codes = (torch.empty(n, (k + 1) // 2 + 4, dtype=torch.uint8, device="meta") if cpu else
-                        torch.empty(-(-k // 128), n, 32, dtype=torch.int16, device="meta"))
-        packed.scales = torch.empty(k // group, n, device="meta")
-        packed.zeros = None if zeros is None else torch.empty(k // group, n, dtype=zeros, device="meta")
-        packed.in_features = k
+        group = check_group_size(form.group_size, k)
+        packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table)
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))
     arena_of(model, exact=True)
@@ -145,14 +151,14 @@ def fill_random(model, device, seed=0):
     arena.data = torch.zeros_like(arena.data, device=device)
     for name, layer in layers(model).items():
         k, n = layer.in_features, layer.out_features
-        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator, device=device)
-        size = k**-0.5 / 4.6                                # 4.6: standard deviation of a uniform code
+        codes = torch.randint(0, 1 << layer.bits, (n, k), dtype=torch.uint8, generator=generator, device=device)
+        size = k**-0.5 / (0.29 * 2**layer.bits)             # 0.29 * 2^bits: standard deviation of a uniform code
         scales = torch.empty(k // layer.group_size, n, device=device).uniform_(0.9 * size, 1.1 * size,
                                                                                generator=generator)
-        layer.codes = PackedWeight.from_codes(codes, scales).codes
+        layer.codes = PackedWeight.from_codes(codes, scales, bits=layer.bits).codes
         arena.write(name, scales)
         if layer.zeros is not None:
-            layer.zeros = torch.full(layer.zeros.shape, 8, dtype=layer.zeros.dtype, device=device)
+            layer.zeros = torch.full(layer.zeros.shape, 1 << layer.bits - 1, dtype=layer.zeros.dtype, device=device)
     for owner in model.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_meta:

@@ -25,7 +25,7 @@ import tempfile
 
 import triton
 
-from ..kernels import codes, noise, tiles
+from ..kernels import noise, tiles
 from . import launches
 from .budgets import BUDGETS, over_budget
 
@@ -214,8 +214,8 @@ def form_faults(launch, figures):
             f"{figures['wgmma'] - figures['wgmma_registers']} of {figures['wgmma']} wgmma read their weights "
             "from shared memory"
         )
-    if launch.arch == "sm_100" and launch.constant("BITS") == 2:  # runs of 16 k have no way into tensor memory
-        return bad
+    if launch.arch == "sm_100" and (launch.constant("BITS") == 2 or launch.constant("TABLE")):
+        return bad  # not all of them find a way into tensor memory
     # one number per output, a scale or a zero point, may pass through shared memory; unpacked weights not
     weights = launch.constant("BN") * 128 * 2 // (32 * launch.warps)
     if figures["stored_bytes"] > weights // 4:
@@ -249,16 +249,16 @@ def launch_set(name, archs):
             points = ("none",) if name == "tiles" else tuple(launches.ZEROS)
             usual = ("rademacher",), (launches.torch.bfloat16,), (True,)
             found += launches.chunks(arch, *usual, points)
-            found += launches.chunks(arch, *usual, ("none",), (2, 8))
+            found += launches.chunks(arch, *usual, ("none",), ("int2", "int8", "nf4"))
         if name == "quick" and arch in PAIRED:
             cases += launches.pairwise(arch)
-            cases += launches.pairwise(arch, launches.OTHER_BITS)
+            cases += launches.pairwise(arch, launches.OTHER_CODES)
         if name == "every":
             cases += launches.every(arch)
         if name == "quick":
             found += launches.updates(arch, tuple(noise.VERSIONS) if arch in PAIRED else ("rademacher",))
         if name == "every":
-            found += launches.updates(arch) + launches.chunks(arch, bits=codes.BITS)
+            found += launches.updates(arch) + launches.chunks(arch, kinds=tuple(launches.CODES))
         found += [launch for case in cases for launch in launches.matmul(case)]
     return launches.distinct(found)
 

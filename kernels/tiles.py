@@ -53,11 +53,11 @@ def architecture(device):
     return f"sm_{properties.major}{properties.minor}"
 
 
-def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4):
+def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4, table=False):
     """The tile for `rows` rows per evaluation, an [n, k] weight in groups of `group` (k: whole row), on `arch`.
 
     zeros: dtype of the zero points, None where all are the middle code; torch.uint8 and torch.float32 ones take
-    registers. bits: of a code.
+    registers. bits: of a code; table: whether codes stand for a table's entries.
     Raises ValueError for a group size no kernel has. An architecture that is not listed runs as its nearest elder.
     """
     if group not in GROUPS and group != k:
@@ -67,7 +67,7 @@ def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4):
     known = _nearest(arch)
     if dtype == torch.float32:      # exact float32 products without tensor cores: correct, not fast
         return Tile(rows=16 if rows <= 16 else 32, outputs=32, warps=8, stages=2)
-    tile = _table(known, rows, n, group if group in GROUPS else 128, zeros if group in GROUPS else None, bits)
+    tile = _table(known, rows, n, group if group in GROUPS else 128, zeros if group in GROUPS else None, bits, table)
     return dataclasses.replace(tile, splits=_splits(tile, rows, n, k, group, known))
 
 
@@ -88,11 +88,12 @@ def _fills(arch, rows, n, tile):
     return 8 * -(-rows // tile.rows) * -(-n // tile.outputs) >= 3 * PROCESSORS[arch]
 
 
-def _table(arch, rows, n, group, zeros, bits):
+def _table(arch, rows, n, group, zeros, bits, table):
     """Tiles that compile without spilling a register, whatever the flags: bench/sass.py tells."""
-    short = group < 128          # a second accumulator beside several groups a step spills in the large tiles
+    # a second accumulator beside several groups a step, or beside a table, spills in the large tiles
+    short = group < 128 or (table and not arch.startswith(("sm_90", "sm_100")))
     float_zeros = zeros == torch.float32
-    registers = 255 if group == 32 or bits != 4 else 0
+    registers = 255 if group == 32 or bits != 4 or table else 0
     if arch == "sm_90":
         if rows <= 16:
             return Tile(16, 128, 4, 6, deep=True)
@@ -103,7 +104,8 @@ def _table(arch, rows, n, group, zeros, bits):
         # a step's instructions per product fall with the rows: 262, 323, 427 for 64, 128, 256
         large = Tile(256, 128, 8, 3, deep=True, ratio=True)
         medium = Tile(128, 128, 8, 3, deep=True, ratio=True)
-        if rows > 256 and (zeros is None or (short and not float_zeros)) and _fills(arch, rows, n, large):
+        roomy = (zeros is None or (short and not float_zeros)) and (short or not table)
+        if rows > 256 and roomy and _fills(arch, rows, n, large):
             return large
         if rows > 128 and not float_zeros and _fills(arch, rows, n, medium):
             return medium
@@ -116,7 +118,7 @@ def _table(arch, rows, n, group, zeros, bits):
     if arch == "gfx942":
         if rows <= 16:
             return Tile(16, 64, 4, 2)
-        return Tile(64, 64, 4, 2) if rows <= 64 or float_zeros else Tile(128, 128, 8, 2)
+        return Tile(64, 64, 4, 2) if rows <= 64 or float_zeros or table else Tile(128, 128, 8, 2)
     if rows <= 16:
         return Tile(16, 64, 4, 4, registers=registers)
     if rows <= 32:

@@ -94,6 +94,15 @@ def build_parser():
     replay.add_argument("--until", type=int, help="stop before this step (default: all)")
     _add_model_options(replay)
 
+    export = _command(commands, "export", run_export, "write a quantized model in another format, weight for weight",
+                      "qzo export model-awq --to gptq --output-dir model-gptq --journal out/journal.qzo")
+    export.add_argument("model", help="a checkpoint: a folder, a .gguf file, or a hub id")
+    export.add_argument("--to", required=True, metavar="FORMAT", help="awq, compressed-tensors, gptq, or (from a GGUF "
+                        "file) gguf; refused with the reason where it cannot hold the model exactly")
+    export.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
+    export.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    _add_model_options(export)
+
     bench = commands.add_parser("bench", help="time qzo beside its rivals", description="Time qzo beside its rivals.",
                                 epilog="example: qzo bench run --filter 4096x11008 --rows 1 16 --out results.jsonl")
     bench.set_defaults(run=run_bench)
@@ -156,8 +165,8 @@ def _add_train_options(parser):
                      "kernel (default), or chunks of 16-bit weights for the library's matmul (blas)")
     run.add_argument("--sequential", action="store_true", default=None, help="run the evaluations of a step one after "
                      "another instead of stacked: activations of one, not of all 2 x directions")
-    run.add_argument("--packing", choices=PACKINGS, help="auto: a batch of unequal lengths is one row without padding "
-                     "where that costs less and the model computes the same (default off)")
+    run.add_argument("--packing", choices=PACKINGS, help="auto: a batch of unequal lengths is one row without "
+                     "padding where that costs less and the model computes the same (default off)")
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument("--train-layers", type=int, metavar="K", help="train the top K blocks only; the blocks below run "
                      "once per example and their output is kept (default: the whole model trains)")
@@ -295,26 +304,47 @@ def _new_folder(name):
 
 
 def run_replay(options):
-    from .journal import read
-    from .optim import replay
     from .save import save_pretrained
-    found = read(options.journal)
-    if found is None:
-        raise ValueError(f"{options.journal} has no whole header: the run ended before its first step")
     if options.until is not None and options.until < 0:
         raise ValueError(f"--until {options.until}: a step number >= 0 is wanted")
-    model = load(options.base, vars(options))
-    trained = set(found[0]["arena"])
-    from .linear import layers, train_only
-    if trained <= set(layers(model, trainable=None)):
-        train_only(model, trained.__contains__)
-    steps = replay(model, options.journal, options.until)
+    model, steps = replayed(options.base, options.journal, options.until, vars(options))
     save_pretrained(model, options.output_dir)
     if options.json:
         print(json.dumps({"steps": steps, "output_dir": options.output_dir}))
     else:
         print(f"{steps} steps applied; the tuned model is in {options.output_dir}")
     return 0
+
+
+def run_export(options):
+    from .save import check_format, export
+    check_format(options.to)
+    if options.journal:
+        model, steps = replayed(options.model, options.journal, None, vars(options))
+    else:
+        model, steps = load(options.model, vars(options)), 0
+    export(model, options.output_dir, options.to)
+    if options.json:
+        print(json.dumps({"format": options.to, "steps": steps, "output_dir": options.output_dir}))
+    else:
+        after = f" after {steps} steps" if options.journal else ""
+        print(f"the model{after} is in {options.output_dir} as {options.to}")
+    return 0
+
+
+def replayed(base, journal, until, own):
+    """(the model at `base` with the steps of a journal, how many these are); options of the model as for `load`."""
+    from .journal import read
+    from .linear import layers, train_only
+    from .optim import replay
+    found = read(journal)
+    if found is None:
+        raise ValueError(f"{journal} has no whole header: the run ended before its first step")
+    model = load(base, own)
+    trained = set(found[0]["arena"])
+    if trained <= set(layers(model, trainable=None)):
+        train_only(model, trained.__contains__)
+    return model, replay(model, journal, until)
 
 
 def table(rows):

@@ -7,14 +7,16 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .formats import files, gguf, gguf_tokenizer, hqq, of_method
+from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
+from .kernels.table import named_table
 from .linear import QZOLinear, arena_of, layers, quantize_
 from .weights import PackedWeight, check_bits
 
 LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
+_QUANTIZED = (".qweight", ".weight_packed", ".W_q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +49,15 @@ class Source:
                                  f"{file.stat().st_size} now; saving copies it, put the old file back")
 
 
-def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True,
+def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True, table=None,
                     trust_remote_code=False):
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
     path_or_id : a checkpoint folder, a .gguf file, a folder holding exactly one, or a Hugging Face Hub id
     device : where to; a GPU if there is one, else the CPU
     dtype : of dense tensors and activations; float16 on a GPU, float32 on the CPU
-    bits, group_size, symmetric : how float weights are quantized; 4-bit checkpoints load as they are
+    bits, group_size, symmetric, table : how float weights are quantized, as in QZOLinear.from_linear; a quantized
+        checkpoint loads as it is
     trust_remote_code : as in transformers
 
     Returns a transformers.PreTrainedModel that needs no gradients. Raises FileNotFoundError for a path that
@@ -62,19 +65,20 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     key.
     """
     check_bits(bits)
+    table = named_table(table)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    path = _locate(path_or_id)
+    path, quantization = _locate(path_or_id), None
     if path.is_file():
         model, source = _load_gguf(path, device, dtype)
     else:
         config = _config(path, trust_remote_code)
-        quantized = getattr(config, "quantization_config", None) is not None
-        if not quantized and not (path / hqq.FILE).is_file():
-            options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        quantization = _quantization(path, config)
+        if quantization is None:
+            options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
             model, source = _load_float(path, config, trust_remote_code, options)
         else:
-            model, source = _load_quantized(path, config, trust_remote_code, device, dtype)
+            model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)
     if not layers(model, trainable=None):
         raise ValueError(f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit "
                          "or a float checkpoint")
@@ -84,7 +88,7 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     arena_of(model, exact=True)
     model._qzo_source = source
     from .quantizer import attach
-    attach(model)
+    attach(model, quantization)
     return model
 
 
@@ -154,6 +158,21 @@ def _config(folder, trust_remote_code):
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
+def _quantization(folder, config):
+    """The quantization_config of a folder, empty for HQQ's own files, None for floats.
+
+    AutoGPTQ's first folders have it in a file of its own only.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        return dict(found)
+    if (folder / hqq.FILE).is_file():
+        return {}
+    if (folder / gptq.CONFIG).is_file():
+        return {"quant_method": gptq.METHOD} | files.read_object(folder / gptq.CONFIG)
+    return None
+
+
 def _auto_class(config):
     """The transformers class that the checkpoint's architecture asks for."""
     import transformers
@@ -165,6 +184,10 @@ def _auto_class(config):
 
 
 def _load_float(folder, config, trust_remote_code, options):
+    for name in (name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)):
+        if name.endswith(_QUANTIZED):              # transformers would put random weights in their place
+            raise ValueError(f"{folder} holds the quantized tensor {name}, and its config.json has no "
+                             "quantization_config that tells how to read it; fetch the checkpoint again")
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     cls = _auto_class(config)
     model = cls.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
@@ -184,12 +207,11 @@ def _load_gguf(path, device, dtype):
     return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
 
 
-def _load_quantized(folder, config, trust_remote_code, device, dtype):
-    quantization = dict(getattr(config, "quantization_config", None) or {})
+def _load_quantized(folder, config, quantization, trust_remote_code, device, dtype):
     method = quantization.get("quant_method") if quantization else hqq.METHOD
     form = of_method(method, folder)
     form.check_config(quantization, folder)
-    if quantization:
+    if hasattr(config, "quantization_config"):
         del config.quantization_config            # the model in memory is not of that kind
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     used = {*form.weight_files(folder), folder / "config.json"}
@@ -271,6 +293,10 @@ def put_packed(model, name, packed, where, device):
     if type(linear) is not nn.Linear or leaf != "weight":
         raise ValueError(f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only "
                          "nn.Linear can be replaced")
+    tied = model.all_tied_weights_keys.get(name)
+    if tied is not None:
+        raise ValueError(f"{where}: {owner} is quantized, but the config ties it to {tied}; if the quantized one is "
+                         "meant, set tie_word_embeddings to false in config.json")
     if (packed.out_features, packed.in_features) != (linear.out_features, linear.in_features):
         raise ValueError(f"{where}: has shape {[packed.out_features, packed.in_features]}, {owner} of this "
                          f"model needs {[linear.out_features, linear.in_features]}")

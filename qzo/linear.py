@@ -8,7 +8,7 @@ from torch import nn
 from . import ops
 from .evaluations import Evaluations
 from .heap import Heap
-from .kernels.codes import plane_shape
+from .kernels.table import named_table
 from .quantize import quantize_weight
 from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows, unpack_codes
 
@@ -115,11 +115,7 @@ class QZOLinear(nn.Module):
         group_size = check_group_size(group_size, in_features)
         device = torch.device(device or torch.get_default_device())
         if device.type == "meta":
-            groups = in_features // group_size
-            packed = PackedWeight.__new__(PackedWeight)      # no values to check yet
-            packed.codes = torch.empty(plane_shape(out_features, in_features, bits), dtype=torch.int16, device=device)
-            packed.scales = torch.empty(groups, out_features, device=device)
-            packed.zeros, packed.in_features, packed.bits, packed.perm = None, in_features, bits, None
+            packed = PackedWeight.on_meta(out_features, in_features, group_size, bits)
             source_bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         else:
             linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=torch.float32)
@@ -129,7 +125,7 @@ class QZOLinear(nn.Module):
 
     def _take(self, packed, bias, dtype):
         self.in_features, self.out_features, self.bits = packed.in_features, packed.scales.shape[1], packed.bits
-        self.group_size = packed.in_features // packed.scales.shape[0]
+        self.group_size, self.table = packed.in_features // packed.scales.shape[0], packed.table
         self.out_dtype = dtype
         self.trainable = True
         self.register_buffer("codes", packed.codes, persistent=False)
@@ -151,16 +147,21 @@ class QZOLinear(nn.Module):
         return layer
 
     @classmethod
-    def from_linear(cls, linear, bits=4, group_size=128, symmetric=True):
-        """Quantize an nn.Linear: round to nearest with a least-squares refit of the scales (quantize.py)."""
+    def from_linear(cls, linear, bits=4, group_size=128, symmetric=True, table=None):
+        """Quantize an nn.Linear: round to nearest with a least-squares refit of the scales (quantize.py).
+
+        table: "nf4", "fp4" or sixteen numbers that the 4-bit codes stand for; None: the codes are integers.
+        """
         check_bits(bits)
         group_size = check_group_size(group_size, linear.in_features)
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls.from_packed(quantize_weight(linear.weight.detach(), group_size, symmetric, bits), bias)
+        return cls.from_packed(quantize_weight(linear.weight.detach(), group_size, symmetric, bits,
+                                               named_table(table)), bias)
 
     def packed(self):
         """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
-        return PackedWeight(self.codes, self.read_scales(), self.zeros, self.in_features, self.bits, self.perm)
+        return PackedWeight(self.codes, self.read_scales(), self.zeros, self.in_features, self.bits, self.perm,
+                            self.table)
 
     def dequantize(self):
         """float32 [out_features, in_features] on the layer's device: a whole matrix, for tests and export only."""
@@ -181,14 +182,14 @@ class QZOLinear(nn.Module):
             x = x.index_select(-1, self.perm)
         y = ops.matmul(x.reshape(-1, x.shape[-1]), self.codes, self.arena.quads(self.arena_name), self.zeros, self.bias,
                        evaluations, base4=self.arena.slots[self.arena_name].base4, group=self.group_size,
-                       out_dtype=self.out_dtype, trains=self.trainable, bits=self.bits)
+                       out_dtype=self.out_dtype, trains=self.trainable, bits=self.bits, table=self.table)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
         zeros = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
         order = "" if self.perm is None else "sorted columns, "
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"bits={self.bits}, group_size={self.group_size}, {zeros}, {order}"
+                f"bits={self.bits}, group_size={self.group_size}, {'table' if self.table else zeros}, {order}"
                 f"{'trained' if self.trainable else 'frozen'}")
 
     # ------------------------------------------------------------------------------------ moving and saving
@@ -217,12 +218,15 @@ class QZOLinear(nn.Module):
             destination[prefix + "zeros"] = self.zeros
         if self.perm is not None:
             destination[prefix + "perm"] = self.perm
+        if self.table is not None:
+            destination[prefix + "table"] = torch.tensor(self.table)
         if self.bits != 4:
             destination[prefix + "bits"] = torch.tensor(self.bits)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs):
-        own = {name: state_dict.pop(prefix + name, None) for name in ("codes", "scales", "zeros", "bits", "perm")}
+        own = {name: state_dict.pop(prefix + name, None)
+               for name in ("codes", "scales", "zeros", "bits", "perm", "table")}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
         missing_keys += [prefix + name for name in ("codes", "scales") if own[name] is None]
@@ -233,7 +237,7 @@ class QZOLinear(nn.Module):
             if bits != self.bits:
                 raise ValueError(f"holds codes of {bits} bits, the layer has {self.bits}")
             loaded = PackedWeight(own["codes"], own["scales"].to(torch.float32), own["zeros"], self.in_features,
-                                  self.bits, own["perm"])
+                                  self.bits, own["perm"], None if own["table"] is None else own["table"].tolist())
             if (loaded.out_features, loaded.group_size) != (self.out_features, self.group_size):
                 raise ValueError(f"holds {loaded.out_features} outputs in groups of {loaded.group_size}, the layer has "
                                  f"{self.out_features} in groups of {self.group_size}")
@@ -247,6 +251,7 @@ class QZOLinear(nn.Module):
         self.codes = form(codes, self.in_features, self.bits).clone()
         self.zeros = None if loaded.zeros is None else loaded.zeros.to(device, copy=True)
         self.perm = None if loaded.perm is None else loaded.perm.to(device, copy=True)
+        self.table = loaded.table
         self.arena.write(self.arena_name, loaded.scales)
 
 
@@ -323,14 +328,16 @@ def evaluating(module, evaluations):
             layer._evaluations = old
 
 
-def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",)):
+def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",), table=None):
     """Replace every nn.Linear inside `module` by a QZOLinear, in place, and return the module.
 
     skip: layers whose name ends in one of these (a whole dotted part, or several) stay as they are.
+    table: as in QZOLinear.from_linear.
     Raises ValueError when there is no Linear to replace, or when group_size does not divide a layer's in_features;
     the module is then unchanged.
     """
     check_bits(bits)
+    named_table(table)
     linears = {name: m for name, m in module.named_modules(remove_duplicate=False)
                if isinstance(m, nn.Linear) and not any(("." + name).endswith("." + s) for s in skip)}
     if isinstance(module, nn.Linear):
@@ -346,7 +353,7 @@ def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",))
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         if id(linear) not in replaced:
-            replaced[id(linear)] = QZOLinear.from_linear(linear, bits, group_size, symmetric)
+            replaced[id(linear)] = QZOLinear.from_linear(linear, bits, group_size, symmetric, table)
         setattr(module.get_submodule(parent), child, replaced[id(linear)])
     arena_of(module, exact=True)
     return module
@@ -373,3 +380,5 @@ def digest_parts(model):
             yield name, "zeros", layer.zeros
         if layer.perm is not None:
             yield name, "perm", layer.perm
+        if layer.table is not None:
+            yield name, "table", torch.tensor(layer.table)

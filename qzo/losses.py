@@ -43,11 +43,11 @@ def losses(model, batch, E):
     labels [B*O, T], options O, label [B]   cross entropy over O options of several tokens each, one row an option,
                                    scored by their mean log-likelihood
 
-    or, in place of `labels` [rows, tokens], rows in which options share a prompt or examples stand behind one another
-    (packing.py): input_ids, position_ids, seen_until [R, T], R a divisor of B, with
+    or, in place of `labels` [rows, tokens], rows in which options share a prompt or examples stand behind one
+    another (packing.py): input_ids, position_ids, seen_until [R, T], R a divisor of B, with
 
-    sources, targets, slots [R, N]   the cross entropies of targets that are not -100, read at sources; with options
-                                     and label, slots are the options of the row that they belong to
+    sources, targets, slots [R, N]   the cross entropies of targets that are not -100, read at sources; with
+                                     options and label, slots are the options of the row that they belong to
     sources [R, B/R], option_ids, label   options of one token, read at sources
 
     Raises ValueError for a batch without labels and for rows that E does not divide.
@@ -69,7 +69,7 @@ def losses(model, batch, E):
 
 
 def option_scores(model, batch, E=1):
-    """Scores of the options, float32 [B, O]; their softmax is the model's choice. E: how often the batch is stacked."""
+    """Scores of the options, float32 [B, O]; their softmax is the model's choice. E: evaluations in the batch."""
     if "option_ids" in batch:
         return _logits(model, read_states(model, batch, E)).gather(1, batch["option_ids"])
     count = batch["label"].shape[0] * batch["options"]
@@ -105,9 +105,10 @@ def model_inputs(model, batch, E=1):
         until = until[:until.shape[0] // E]                   # the evaluations' rows are alike
         place = torch.arange(until.shape[1], device=until.device)
         query, key = place[:, None], place
-        seen = (key <= query) & (query < until[:, None]) | (key == query)        # padding sees itself: no row of NaN
+        seen = (key <= query) & (query < until[:, None]) | (key == query)    # padding sees itself: no row of NaN
         dtype = model.get_input_embeddings().weight.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=until.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=until.device)
+        mask.masked_fill_(~seen, torch.finfo(dtype).min)
         inputs["attention_mask"] = mask[:, None] if len(mask) == 1 else mask[:, None].repeat(E, 1, 1, 1)
     return inputs
 
@@ -129,7 +130,7 @@ def _rows(batch):
 
 
 def _labelled(batch):
-    """-> (row, place read, token to predict there, option of the row) of each labelled position, rows in order."""
+    """-> (row, place read, token to predict there, option of the row) of each labelled position, row by row."""
     if "targets" in batch:
         row, at = torch.nonzero(batch["targets"] != -100, as_tuple=True)
         return row, batch["sources"][row, at], batch["targets"][row, at], batch["slots"][row, at]

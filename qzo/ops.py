@@ -6,6 +6,7 @@ coefficients are tensors: a new seed never recompiles.
 import contextlib
 import contextvars
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -73,7 +74,7 @@ def _architecture(device):
     return "interpreter" if device.type == "cpu" or interpreted() else tiles.architecture(device)
 
 
-def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits):
+def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table):
     """Shapes and dtypes of qmm; returns (rows, outputs). Called by the operator and by its fake."""
     if x.dim() != 2 or not x.is_floating_point() or x.dtype == torch.float64:
         raise TypeError(f"x must be float16, bfloat16 or float32 [rows, in_features], got {x.dtype} {list(x.shape)}")
@@ -91,6 +92,9 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits):
         raise ValueError(f"scales must be float32 {[-(-groups // 4), n, 4]}, got {scales.dtype} {list(scales.shape)}")
     if zeros is not None and (zeros.dtype not in (torch.uint8, torch.float32) or list(zeros.shape) != [groups, n]):
         raise ValueError(f"zeros must be uint8 or float32 {[groups, n]}, got {zeros.dtype} {list(zeros.shape)}")
+    if table is not None and (len(table) != 16 or bits != 4 or zeros is not None):
+        raise ValueError(f"a table of 16 entries goes with 4-bit codes and no zeros, got {len(table)} entries, {bits} "
+                         "bits" + ("" if zeros is None else " and zeros"))
     if bias is not None and list(bias.shape) != [n]:
         raise ValueError(f"bias must have shape {[n]}, got {list(bias.shape)}")
     if evaluations != coefs.numel() or evaluations == 0:
@@ -110,8 +114,9 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits):
 def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
            bias: torch.Tensor | None, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, group: int, law: int,
            relative: bool, out_dtype: torch.dtype, shared: bool = False, pair: bool = False,
-           blas: bool = False, bits: int = 4) -> torch.Tensor:
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits)
+           blas: bool = False, bits: int = 4, table: Sequence[float] | None = None) -> torch.Tensor:
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table)
+    table = None if table is None else tuple(table)
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -121,7 +126,7 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
         raise ValueError(f"backend(tile={asked}): {why} has no tiles; ask for one of the two")
     if not uses_triton(x.device):
         qmm_torch.qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
-                            relative=relative, shared=shared, bits=bits)
+                            relative=relative, shared=shared, bits=bits, table=table)
         return y
     if codes.dtype != torch.int16:
         raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
@@ -132,19 +137,19 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
     asm = arch.startswith("sm_")
     if blas and m // seeds.numel() >= tiles.BLAS_FROM:
         dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
-                          relative=relative, shared=shared, asm=asm, bits=bits)
+                          relative=relative, shared=shared, asm=asm, bits=bits, table=table)
         return y
     tile = asked or tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
-                               None if zeros is None else zeros.dtype, bits)
+                               None if zeros is None else zeros.dtype, bits, table is not None)
     qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
-               tile=tile, asm=asm, shared=shared, pair=pair, bits=bits)
+               tile=tile, asm=asm, shared=shared, pair=pair, bits=bits, table=table)
     return y
 
 
 @qmm_op.register_fake
 def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype, shared=False, pair=False,
-      blas=False, bits=4):
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits)
+      blas=False, bits=4, table=None):
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table)
     return x.new_empty(m, n, dtype=out_dtype)
 
 
@@ -171,7 +176,8 @@ def _check_update(scales, seeds, coefs):
                          f"{coefs.dtype} {list(coefs.shape)}")
 
 
-def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None, trains=True, bits=4):
+def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None, trains=True, bits=4,
+           table=None):
     """y = x . W^T + bias [rows, N] under `evaluations` (None: the scales as they are). Shapes as in kernels/qmm.py.
 
     trains=False: the scales as they are for every evaluation, whose number still fixes what rows belong together.
@@ -180,10 +186,10 @@ def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtyp
     if evaluations is None:
         plain = _plain(x.device)
         return qmm_op(x, codes, scales, zeros, bias, *plain, base4, group, noise.NONE, True, out_dtype or x.dtype,
-                      blas=blas, bits=bits)
+                      blas=blas, bits=bits, table=table)
     return qmm_op(x, codes, scales, zeros, bias, evaluations.seeds, evaluations.kernel_coefs, base4, group,
                   evaluations.law if trains else noise.NONE, evaluations.relative, out_dtype or x.dtype,
-                  trains and evaluations.sharing == "row", evaluations.pairs, blas, bits)
+                  trains and evaluations.sharing == "row", evaluations.pairs, blas, bits, table)
 
 
 @functools.cache

@@ -2,14 +2,15 @@
 
 A token at place j of a row is seen from places j to seen_until[j] - 1. That one number per token says it all:
 
-    shared    [prompt | option 1 | option 2 ...]    the prompt is seen to the row's end, an option to its own end
+    shared    [prompt | option 1 | option 2 ...]    the prompt is seen to the row's end, an option to its own
     joined    [example 1 | example 2 ...]           an example, in either form, is seen to its own end
     padding                                         a token of padding is seen by itself
 
-Positions start again at 0 with each example, and after the prompt with each option, so that every token sees what it
-would see in a row of its own. Attention, though, is computed for all pairs of a row, seen or not: `price` weighs that
-against the tokens saved. And not every model can do it (sliding windows, ALiBi, recurrent layers, kernels that take no
-such mask): `why_not` compares hidden states on real examples, and where it objects, rows stay as they are.
+Positions start again at 0 with each example, and after the prompt with each option, so that every token sees
+what it would see in a row of its own. Attention, though, is computed for all pairs of a row, seen or not:
+`price` weighs that against the tokens saved. And not every model can do it (sliding windows, ALiBi, recurrent
+layers, kernels that take no such mask): `why_not` compares hidden states on real examples, and where it
+objects, rows stay as they are.
 """
 import dataclasses
 import itertools
@@ -21,7 +22,7 @@ from .losses import hidden_states
 from .oom import is_out_of_memory
 
 PACKINGS = ("off", "auto")
-PAIRS_PER_TOKEN = 1024       # pairs of attention that cost what a token's way through the linears costs, or less
+PAIRS_PER_TOKEN = 1024       # pairs of attention that cost a token's way through the linears; 2200 measured
 LONGEST = 4096               # tokens of a joined row: its mask holds 64 MB of float32
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
 
@@ -47,7 +48,7 @@ class Row:
 
 
 def row_of(example, one_token=False):
-    """The row of an example. one_token: only the prompt's last token is read, for options of one token each."""
+    """The row of an example. one_token: the prompt alone, read at its end, for options of one token each."""
     ids, width = example.ids, len(example.ids)
     if example.options is None:
         read = [t for t in range(width - 1) if example.labels[t + 1] != IGNORED]
@@ -63,12 +64,14 @@ def row_of(example, one_token=False):
         sources += [width - 1, *range(start, end - 1)]
         targets += option
         slots += [slot] * len(option)
-    return Row(ids + tuple(itertools.chain(*example.options)), *map(tuple, (positions, seen_until, sources, targets,
-                                                                           slots)))
+    ids += tuple(itertools.chain(*example.options))
+    return Row(ids, tuple(positions), tuple(seen_until), tuple(sources), tuple(targets), tuple(slots))
 
 
 def _causal(ids, sources, targets):
-    return Row(ids, tuple(range(len(ids))), (len(ids),) * len(ids), tuple(sources), tuple(targets), (0,) * len(sources))
+    width = len(ids)
+    seen_until, slots = (width,) * width, (0,) * len(sources)
+    return Row(ids, tuple(range(width)), seen_until, tuple(sources), tuple(targets), slots)
 
 
 def joined(rows, slots=1):
@@ -83,7 +86,7 @@ def joined(rows, slots=1):
 
 
 def packed_batch(examples, pad_id, device=None, join=False):
-    """A batch for `losses` in which options share their prompt; join: and all examples one row, without padding.
+    """A batch for `losses` in which options share their prompt; join: and all examples one row, unpadded.
 
     int64 [R, T], R the number of examples or 1: input_ids, position_ids, seen_until
     int64 [R, N]: sources, and for labels and options of several tokens targets (-100: none) and slots
@@ -146,12 +149,12 @@ def joining_pays(lengths):
 
 
 def why_not(model, examples, pad_id, device=None):
-    """None when the model computes packed rows of these examples as it computes plain ones, else why not, in words.
+    """None when the model computes packed rows of these examples as it computes plain ones; else why not.
 
-    The longest and behind it the shortest example, joined, against plain rows: the hidden states of every token may
-    be apart by 8 eps of their norm, eps that of the activations, but by 1e-4 in float32. SmolLM2-135M's rounding came
-    to 1.6e-6 in float32, 0.0025 in float16 (allowed: 0.0078), 0.033 in bfloat16 (0.0625); another mask or position
-    gives 0.1 and more.
+    The longest and behind it the shortest example, joined, against plain rows: the hidden states of every
+    token may be apart by 8 eps of their norm, eps that of the activations, but by 1e-4 in float32.
+    SmolLM2-135M's rounding came to 1.6e-6 in float32, 0.0025 in float16 (allowed: 0.0078), 0.033 in bfloat16
+    (0.0625); another mask or position gives 0.1 and more.
     """
     attention = model.config.get_text_config()._attn_implementation
     if attention not in ("sdpa", "eager"):

@@ -23,7 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import save
-from .formats import FOLDERS, files, hqq, of_method
+from .formats import GATHERED
 from .heap import Heap
 from .hf import Source, put_packed
 from .kernels.tiles import GROUPS
@@ -33,7 +33,6 @@ from .weights import check_bits, check_group_size
 
 METHOD = "qzo"
 _SETTINGS = ("bits", "group_size", "symmetric", "skip")
-STORED = tuple(method for method in FOLDERS if method != hqq.METHOD)    # its folders have no quantization_config
 HELD_ELEMENT_BYTES = 0.625        # of a stored weight: 4 bits and a float32 scale for each 32
 
 
@@ -85,8 +84,8 @@ def loading():
     That is everything that calls from_pretrained: AutoModel classes, pipelines, trainers that are given a path.
     It holds for the whole process; transformers' own quantizers are back on exit, also after an error.
     """
-    before = {method: AUTO_QUANTIZATION_CONFIG_MAPPING.get(method) for method in STORED}
-    AUTO_QUANTIZATION_CONFIG_MAPPING.update(dict.fromkeys(STORED, QZOConfig))
+    before = {method: AUTO_QUANTIZATION_CONFIG_MAPPING.get(method) for method in GATHERED}
+    AUTO_QUANTIZATION_CONFIG_MAPPING.update(dict.fromkeys(GATHERED, QZOConfig))
     try:
         yield
     finally:
@@ -117,7 +116,7 @@ class QZOQuantizer(HfQuantizer):
             raise ValueError("config.json: quant_method 'qzo' is no format of weights; save such a model with "
                              "qzo.save_pretrained")
         if self.pre_quantized:
-            self._make = of_method(source["quant_method"], "config.json").packer(source, "config.json")
+            self._make = GATHERED[source["quant_method"]].packer(source, "config.json")
         if isinstance(device_map, dict):
             _check_one(device_map.values())
 
@@ -163,7 +162,7 @@ class QZOQuantizer(HfQuantizer):
     def get_weight_conversions(self):
         if not self.pre_quantized:
             return []
-        form = FOLDERS[self.quantization_config.source["quant_method"]]
+        form = GATHERED[self.quantization_config.source["quant_method"]]
         # on the CPU until they are packed: a device would hold all of the file's tensors beside the packed ones
         return [_Stored([rf"\.{part}$" for part in form.PARTS], ".weight", [_IdentityOp()], force_cpu=True)]
 
@@ -187,7 +186,7 @@ class QZOQuantizer(HfQuantizer):
     def take_stored(self, model, name, source, parts, info):
         """The same for the tensors {part: tensor} of the layer that the file calls `source`."""
         self._info, layer = info, name.removesuffix(".weight")
-        first = FOLDERS[self.quantization_config.source["quant_method"]].PARTS[0]
+        first = GATHERED[self.quantization_config.source["quant_method"]].PARTS[0]
         if source != layer:
             self._names.append((source, layer))
 
@@ -222,7 +221,7 @@ class QZOQuantizer(HfQuantizer):
         if source is not None:
             model._qzo_source = source
         if not self.pre_quantized:
-            self.quantization_config = QZOConfig.from_dict(save.compressed_config(model))
+            self.quantization_config = QZOConfig.from_dict(save.own_config(model))
             model.config.quantization_config = self.quantization_config
 
     def _check_homes(self, model):
@@ -293,15 +292,16 @@ def _device(model):
     return held[0]
 
 
-def attach(model):
-    """Let transformers' save_pretrained write a model that qzo.from_pretrained loaded: `save.tensors` tells how."""
-    source, quantization = model._qzo_source, None
-    if source.kind == "float":
-        quantization = save.compressed_config(model)
-    elif source.kind in STORED:
-        quantization = files.read_object(source.path / "config.json")["quantization_config"]
+def attach(model, quantization):
+    """Let transformers' save_pretrained write a model that qzo.from_pretrained loaded: `save.tensors` tells how.
+
+    quantization: the quantization_config of its folder; None or empty where there is none.
+    """
+    if model._qzo_source.kind == "float":
+        quantization = save.own_config(model)
+    else:
         model._weight_conversions = []            # it has the names of the files
-    config = QZOConfig() if quantization is None else QZOConfig.from_dict(quantization)
-    if quantization is not None:
+    config = QZOConfig.from_dict(quantization or {})
+    if quantization:
         model.config.quantization_config = config
     model.hf_quantizer = QZOQuantizer(config)

@@ -6,53 +6,72 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .formats import FOLDERS, compressed_tensors, files, gguf, gguf_tokenizer, hqq, safetensors_file
-from .formats.folder import tensor_places
+from .formats import (
+    FOLDERS,
+    GATHERED,
+    TARGETS,
+    bnb,
+    compressed_tensors,
+    files,
+    gguf,
+    gguf_tokenizer,
+    gptq,
+    safetensors_file,
+)
+from .formats.folder import INDEX, dense_entries, scale_dtypes, tensor_places
 from .formats.gguf_file import GGUFFile
+from .formats.rounding import new_scales
 from .hf import load_tokenizer
 from .linear import QZOLinear, layers
 from .losses import losses
 
-_FORMATS = ("compressed-tensors", "gguf")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_CONFIGS = (gptq.CONFIG, "quantization_config.json", "quant_config.json")      # of the source's own format
+_EXPORTS = (*TARGETS, "gguf")
 
 
 def save_pretrained(model, out_dir, batch=None):
     """Save in the format the model came from: the source's files with new scales, all else byte for byte.
 
-    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized). Files of other
-    names in out_dir are left alone. Scales are rounded once, to the file's own dtype: with a batch (as
-    `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None. Raises ValueError or
-    FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has changed or is gone,
-    or out_dir is the source.
+    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized), or as bitsandbytes
+    with NF4 or FP4 codes. Files of other names in out_dir are left alone. Scales are rounded once, to the file's own
+    dtype: with a batch (as `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None.
+    Raises ValueError or FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has
+    changed or is gone, or out_dir is the source.
     """
     source = _source(model)
     report = None if batch is None else _rounding_losses(model, batch, _rounded(model, source))
     if source.kind == "float":
-        _write_compressed(model, source, Path(out_dir))
+        _write_new(model, source, Path(out_dir), _own_form(model))
     else:
         _copy_with_scales(model, source, Path(out_dir), source.path.name)
     return report
 
 
 def export(model, out, format="compressed-tensors"):
-    """Save as `format`: "compressed-tensors" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf file).
+    """Save as "awq", "compressed-tensors" or "gptq" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf file).
 
-    Raises ValueError naming what is supported for a conversion that cannot be done.
+    Nothing is quantized again: the new files hold the same weights, exactly, in another arrangement; scales are rounded
+    to the dtype that the source has them in. ValueError naming the layer and the reason where the format cannot hold
+    them: a float minimum, an order of columns, bits, group sizes or sizes of a layer that it does not have.
     """
     source, out = _source(model), Path(out)
-    if format not in _FORMATS:
-        raise ValueError(f"export to {format!r} is not supported; supported are "
-                         f"{' and '.join(map(repr, _FORMATS))}")
+    check_format(format)
     if format == "gguf":
         if source.kind != "gguf":
-            raise ValueError(f"export to 'gguf' needs a model that was loaded from a GGUF file, this one is "
-                             f"{source.kind}; use format='compressed-tensors'")
+            raise ValueError(f"export to 'gguf' needs a model that was loaded from a GGUF file, whose metadata and "
+                             f"tokenizer it copies; this one is {source.kind}; use {', '.join(map(repr, TARGETS))}")
         folder, name = (out.parent, out.name) if out.suffix == ".gguf" else (out, source.path.name)
         return _copy_with_scales(model, source, folder, name)
-    if source.kind == "compressed-tensors":
+    if source.kind == format:
         return _copy_with_scales(model, source, out, None)
-    return _write_compressed(model, source, out)
+    return _write_new(model, source, out, TARGETS[format])
+
+
+def check_format(format):
+    """ValueError unless it is a format that `export` knows."""
+    if format not in _EXPORTS:
+        raise ValueError(f"export to {format!r} is not supported; supported are {', '.join(map(repr, _EXPORTS))}")
 
 
 def _source(model):
@@ -81,6 +100,11 @@ def _find(model, tensor):
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
 
 
+def _own_form(model):
+    """What a float source is saved as: compressed-tensors, or bitsandbytes where codes stand for entries of a table."""
+    return bnb if any(layer.table for layer in layers(model, trainable=None).values()) else compressed_tensors
+
+
 def _all_packed(model):
     return {name: _packed(name, layer) for name, layer in layers(model, trainable=None).items()}
 
@@ -88,7 +112,9 @@ def _all_packed(model):
 def _rounded(model, source):
     """(layer, scales, zeros or None) of each layer as `save_pretrained` writes them."""
     if source.kind == "float":
-        return compressed_tensors.rounded_new(_all_packed(model))
+        packed = _all_packed(model).items()
+        return ((name, new_scales(weight.scales, torch.float32 if weight.table else torch.float16, name).float(), None)
+                for name, weight in packed)
     if source.kind == "gguf":
         return gguf.rounded(GGUFFile(source.path), functools.partial(_find, model))
     return FOLDERS[source.kind].rounded(source.path, functools.partial(_find, model))
@@ -132,83 +158,112 @@ def _copy_with_scales(model, source, folder, name):
             FOLDERS[source.kind].save(source.path, staging, find)
 
 
-def _write_compressed(model, source, folder):
-    """A new compressed-tensors folder from any model whose zero points are integers."""
+def _write_new(model, source, folder, form):
+    """A new folder in the format of the module `form`."""
     if folder.resolve() == source.path:
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} holds {INDEX}, which names other files than the one that would be written; give "
+                         "another folder")
     packed = _all_packed(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    quantization = compressed_tensors.quantization_config(packed, linears)
-    symmetric = quantization["config_groups"]["group_0"]["weights"]["symmetric"]
+    quantization = form.quantization_config(packed, linears)
     with files.staged(folder) as staging:
-        if source.kind == "float":
+        if source.kind != "gguf":
             _copy_companions(source.path, staging)
         elif gguf_tokenizer.present(GGUFFile(source.path)):
             load_tokenizer(source.path).save_pretrained(staging)
-        dense = _dense(model, source.dtype)
-        compressed_tensors.write(staging / "model.safetensors", packed, dense, symmetric)
-        config = _stored_config(model, source)
-        config |= {"dtype": str(source.dtype).removeprefix("torch."), "quantization_config": quantization}
-        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        entries, dtypes = _dense(model, source, packed)
+        for name, weight in packed.items():
+            entries += form.entries(name, weight, quantization, dtypes.get(name, torch.float16))
+        safetensors_file.write(staging / "model.safetensors", entries, {"format": "pt"})
+        if form is gptq:
+            _write_json(staging / gptq.CONFIG, quantization)
+        _write_json(staging / "config.json", _config(model, source) | {"quantization_config": quantization})
 
 
-def _stored_config(model, source):
-    if source.kind == "float":
-        return files.read_object(source.path / "config.json")
-    return json.loads(model.config.to_json_string())
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _dense(model, dtype):
-    """Everything that is not in a QZOLinear's codes, by name, tied tensors once, floats in `dtype`."""
-    dense = dict(model.named_parameters())
+def _config(model, source):
+    """The config.json of a new folder."""
+    if source.kind == "gguf":
+        config = json.loads(model.config.to_json_string())
+    else:
+        config = files.read_object(source.path / "config.json")
+    if source.kind in FOLDERS:
+        return config                              # dense tensors are the file's own, and so is what it says of them
+    return config | {"dtype": str(source.dtype).removeprefix("torch.")}
+
+
+def _dense(model, source, packed):
+    """(entries of all tensors that are not in codes, layer -> dtype of its scales where it is not float16)."""
+    scales = getattr(FOLDERS.get(source.kind), "SCALES", None)
+    if scales is not None:
+        biased = {name for name in packed if model.get_submodule(name).bias is not None}
+
+        def is_dense(name):
+            owner, _, leaf = name.rpartition(".")
+            return owner not in packed or (leaf == "bias" and owner in biased)
+
+        return dense_entries(source.path, is_dense), scale_dtypes(source.path, scales)
+    dense = dict(model.named_parameters())          # tied tensors once
     buffers = dict(model.named_buffers())
-    own = tuple(f"{name}." for name in layers(model, trainable=None))
-    saved = [name for name in model.state_dict() if name in buffers and not name.startswith(own)]
-    dense |= {name: buffers[name] for name in saved}
-    return {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in dense.items()}
+    own = tuple(f"{name}." for name in packed)
+    dense |= {name: buffers[name] for name in model.state_dict() if name in buffers and not name.startswith(own)}
+    return [(name, dtype, value.shape, lambda value=value, dtype=dtype: value.detach().to(dtype))
+            for name, value in dense.items() for dtype in [_stored_dtype(value, source.dtype)]], {}
+
+
+def _stored_dtype(value, dtype):
+    """`dtype` if it holds these floats exactly, else their own; the own dtype of integers."""
+    if not value.is_floating_point() or torch.equal(value.to(dtype).to(value.dtype), value):
+        return dtype if value.is_floating_point() else value.dtype
+    return value.dtype
 
 
 def _copy_companions(folder, staging):
     """Tokenizer, generation settings, licence and the like: every plain file that holds no weights."""
     for path in folder.iterdir():
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_SUFFIXES):
+        weights = path.name.endswith(_WEIGHT_SUFFIXES) or path.name in _CONFIGS
+        if path.is_file() and not path.name.startswith(".") and not weights:
             files.copy(path, staging / path.name)
 
 
 # ---------------------------------------------------------------------------------------------- transformers' own way
 
-def compressed_config(model):
-    """The quantization_config of a model whose source was float."""
+def own_config(model):
+    """The quantization_config that a model from a float source is saved with."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return compressed_tensors.quantization_config(_all_packed(model), linears)
+    return _own_form(model).quantization_config(_all_packed(model), linears)
 
 
 def tensors(model):
     """name -> tensor of the whole checkpoint, which transformers' save_pretrained writes.
 
     In the source's format, scales rounded to its dtype; what did not change has the source's own bytes. A float
-    source, or none, gives compressed-tensors. All but the dense tensors are copies in memory, where the package's own
-    save_pretrained patches copies of the files. ValueError for a GGUF file and for HQQ's folders, which transformers
-    does not write, FileNotFoundError or ValueError when the source is gone or has changed.
+    source, or none, gives what `save_pretrained` here writes for one. All but the dense tensors are copies in memory,
+    where `save_pretrained` here patches copies of the files. ValueError for other formats than formats.GATHERED,
+    FileNotFoundError or ValueError when the source is gone or has changed.
     """
     source, state = getattr(model, "_qzo_source", None), _dense_state(model)
     if source is None or source.kind == "float":
-        packed = _all_packed(model)
-        symmetric = all(weight.zeros is None for weight in packed.values())
+        form, quantization = _own_form(model), own_config(model)
         if source is not None:
-            cast = {id(t): t.to(source.dtype) if t.is_floating_point() else t for t in state.values()}
+            cast = {id(t): t.to(_stored_dtype(t, source.dtype)) for t in state.values()}
             state = {name: cast[id(t)] for name, t in state.items()}
-        for layer, weight in packed.items():
-            entries = compressed_tensors.layer_entries(layer, weight, symmetric)
+        for layer, weight in _all_packed(model).items():
+            entries = form.entries(layer, weight, quantization, torch.float16)
             state |= {name: make() for name, _, _, make in entries}
         return state
-    if source.kind in ("gguf", hqq.METHOD):
-        raise ValueError(f"this model was loaded from {source.path}, a format that transformers does not write; use "
-                         "qzo.save_pretrained(model, folder)")
+    if source.kind not in GATHERED:
+        raise ValueError(f"this model was loaded from {source.path} ({source.kind}), which transformers' "
+                         "save_pretrained cannot write; use qzo.save_pretrained(model, folder)")
     source.check()
     names, packed = dict(source.names), layers(model, trainable=None)
-    changed = FOLDERS[source.kind].new_scales(source.path, functools.partial(_find, model))
+    changed = GATHERED[source.kind].changed_scales(source.path, functools.partial(_find, model))
     scales, stored = {(file, place): new for _, new, file, place in changed}, {}
     for name, (file, place) in tensor_places(source.path).items():
         owner, _, leaf = name.rpartition(".")

@@ -7,15 +7,24 @@ import torch
 
 from .data import check_one_kind, collate, padded
 from .losses import losses, model_inputs, option_scores, pair
-from .packing import PACKINGS, joining_pays, one_token_each, packed_batch, row_of, rows_batch, sharing_pays, why_not
+from .packing import (
+    PACKINGS,
+    joining_pays,
+    one_token_each,
+    packed_batch,
+    row_of,
+    rows_batch,
+    sharing_pays,
+    why_not,
+)
 from .prefix import PrefixCache
 
 
 class Task:
     """Examples on a model. With a FrozenPrefix, forwards start at the first trained block from cached states.
 
-    Options of several tokens share one pass of their prompt where that costs less and the model computes the same.
-    packing: "auto", and a batch is one row without padding on the same two conditions (packing.py); or "off".
+    Options of several tokens share one pass of their prompt where that costs less and the model computes the
+    same. packing: "auto", and a batch is one row without padding on the same two conditions (packing.py); or "off".
     A model that refuses is named in a warning. ValueError for examples of several kinds, or another packing.
     """
 
@@ -23,7 +32,8 @@ class Task:
         check_one_kind(examples)       # now, not at the first step whose batch mixes them
         if packing not in PACKINGS:
             raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
-        self.model, self.examples, self.pad_id, self.prefix, self.packing = model, examples, pad_id, prefix, packing
+        self.model, self.examples, self.pad_id = model, examples, pad_id
+        self.prefix, self.packing = prefix, packing
         self.device = next(model.parameters()).device
 
     @functools.cached_property
@@ -45,7 +55,7 @@ class Task:
         return reason is None
 
     def settle(self):
-        """Decide both now, on the scales as they are: a run that is resumed has to decide as the unbroken one did."""
+        """Decide both now, on the scales as they are: a resumed run has to decide as the unbroken one did."""
         return self.shares, self.joins
 
     @functools.cached_property
@@ -120,12 +130,12 @@ class Task:
             return pair(batch, count), contextlib.nullcontext
         cache, first_row = self.cache
         numbers = [first_row[i] + k for i, some in zip(indices, rows, strict=True) for k in range(len(some))]
-        found = cache.joined(numbers, lengths) if join else cache.batch(numbers, lengths, batch["input_ids"].shape[1])
-        states = pair(found, count)
+        width = batch["input_ids"].shape[1]
+        states = pair(cache.joined(numbers, lengths) if join else cache.batch(numbers, lengths, width), count)
         return pair(batch, count), lambda: self.prefix.skipped(states)
 
     def _rows(self, example, several):
-        """The rows of tokens an example needs: its ids, or its options behind them, in one row or a row each."""
+        """The rows of tokens an example needs: its ids, or its options behind them in one row or a row each."""
         if not several:
             return [example.ids]
         return [row_of(example)] if self.shares else [example.ids + option for option in example.options]

@@ -2,6 +2,7 @@
 
     W[n, perm[j]] = scales[g, n] * (code[n, j] - zero[g, n]),   g = j // group_size
 
+With a table (NF4, FP4) the code stands for an entry: W[n, k] = scales[g, n] * table[code[n, k]].
 perm is there for codes whose columns were sorted by group (GPTQ's act-order), else column j is input j.
 Readers (formats/) and the quantizer (quantize.py) make it, QZOLinear runs it, writers take it back.
 """
@@ -10,6 +11,7 @@ import dataclasses
 import torch
 
 from .kernels.codes import BITS, middle, pack_planes, pack_rows, plane_shape, row_shape, unpack_planes, unpack_rows
+from .kernels.table import check_table
 from .kernels.tiles import GROUPS
 
 
@@ -44,6 +46,7 @@ class PackedWeight:
     in_features : K, which the padded codes do not tell
     bits : of a code
     perm : int64 [K], the input that column j of the codes belongs to, or None: j
+    table : sixteen floats that 4-bit codes stand for, or None; there are no zero points then
     """
 
     codes: torch.Tensor
@@ -52,6 +55,7 @@ class PackedWeight:
     in_features: int
     bits: int = 4
     perm: torch.Tensor | None = None
+    table: tuple | None = None
 
     def __post_init__(self):
         check_bits(self.bits)
@@ -69,13 +73,18 @@ class PackedWeight:
         check_codes(self.codes, n, self.in_features, self.bits)
         if self.perm is not None:
             check_perm(self.perm, self.in_features)
+        if self.table is not None:
+            self.table = check_table(self.table)
+            if self.bits != 4 or self.zeros is not None:
+                raise ValueError(f"a table goes with 4-bit codes and no zero points, got {self.bits} bits"
+                                 + (" and zeros" if self.zeros is not None else ""))
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("scales hold NaN or infinity: the checkpoint is damaged")
 
     @classmethod
-    def from_codes(cls, codes, scales, zeros=None, bits=4, perm=None):
+    def from_codes(cls, codes, scales, zeros=None, bits=4, perm=None, table=None):
         """From plain codes: uint8 [N, K] below 2^bits, scales [G, N], zeros None or [G, N], integers or floats; perm:
-        None or [K]."""
+        None or [K]; table: None or sixteen floats."""
         check_bits(bits)
         if codes.dtype != torch.uint8 or codes.dim() != 2 or (codes.numel() and int(codes.max()) >> bits):
             raise ValueError(f"codes must be uint8 [N, K] in 0..{(1 << bits) - 1}, got {codes.dtype} "
@@ -85,7 +94,19 @@ class PackedWeight:
             if zeros.dtype == torch.uint8 and bool((zeros == middle(bits)).all()):
                 zeros = None
         pack = pack_rows if codes.device.type == "cpu" else pack_planes
-        return cls(pack(codes, bits), scales.to(torch.float32).contiguous(), zeros, codes.shape[1], bits, perm)
+        return cls(pack(codes, bits), scales.to(torch.float32).contiguous(), zeros, codes.shape[1], bits, perm,
+                   table)
+
+    @classmethod
+    def on_meta(cls, n, k, group, bits=4, zeros=None, rows=False, table=None):
+        """Shapes without values, which nothing checks. zeros: None or their dtype; rows: codes as a CPU keeps them."""
+        packed = cls.__new__(cls)
+        shape, dtype = (row_shape, torch.uint8) if rows else (plane_shape, torch.int16)
+        packed.codes = torch.empty(shape(n, k, bits), dtype=dtype, device="meta")
+        packed.scales = torch.empty(k // group, n, device="meta")
+        packed.zeros = None if zeros is None else torch.empty(k // group, n, dtype=zeros, device="meta")
+        packed.in_features, packed.bits, packed.perm, packed.table = k, bits, None, table
+        return packed
 
     @property
     def out_features(self):
@@ -100,12 +121,20 @@ class PackedWeight:
         return unpack_codes(self.codes, self.in_features, self.bits)
 
     def dequantize(self):
-        """float32 [N, K]: scale * (code - zero), the subtraction first; columns in the order of the inputs."""
+        """float32 [N, K]: scale * (code - zero), the subtraction first, or scale * table[code]; columns in the order of
+        the inputs."""
         g = self.group_size
-        codes = self.unpacked().to(torch.float32).unflatten(1, (-1, g))
-        zeros = middle(self.bits) if self.zeros is None else self.zeros.to(torch.float32).T.unsqueeze(2)
-        stored = ((codes - zeros) * self.scales.T.unsqueeze(2)).flatten(1)
-        return stored if self.perm is None else torch.empty_like(stored).index_copy_(1, self.perm, stored)
+        codes = self.unpacked()
+        if self.table is not None:
+            values = torch.tensor(self.table, device=codes.device)[codes.to(torch.int64)].unflatten(1, (-1, g))
+        else:
+            zeros = middle(self.bits) if self.zeros is None else self.zeros.to(torch.float32).T.unsqueeze(2)
+            values = codes.to(torch.float32).unflatten(1, (-1, g)) - zeros
+        return self.by_input((values * self.scales.T.unsqueeze(2)).flatten(1))
+
+    def by_input(self, columns):
+        """[N, K] in the order of the codes' columns -> in the order of the inputs."""
+        return columns if self.perm is None else torch.empty_like(columns).index_copy_(1, self.perm, columns)
 
 
 def check_codes(codes, n, k, bits):

@@ -33,6 +33,11 @@ def awq_words(values):
     return pack_stream(values.view(len(values), -1, 8)[..., list(AWQ_COLUMNS)].flatten(1), 4)
 
 
+def awq_layer(codes, zeros, scales, bits):
+    """The tensors of a layer in AWQ's layout; bits are 4."""
+    return {"qweight": awq_words(codes.T), "qzeros": awq_words(zeros), "scales": scales}
+
+
 def decode_folder(folder):
     """{name of a Linear: float32 [N, K]} of a folder in GPTQ's or AWQ's layout, code by code."""
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -109,3 +114,8 @@ def write_gptq(folder, bits=4, size=32, *, zeros="any", change=None, seed=0, hea
     content = llama.to_dict() | {"dtype": "float16", "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(content))
     return folder
+
+
+def write_awq(folder, **options):
+    """As write_gptq, in AWQ's layout."""
+    return write_gptq(folder, **{"layer": awq_layer, "quant_method": "awq", "version": "gemm", **options})

@@ -161,7 +161,7 @@ def steps_under(monkeypatch, steps):
     monkeypatch.setattr(budgets.launches, "matmul", lambda case: [case])
 
     def figures(case):
-        form = (case.rows, case.bits) if case.tile is None else "ratio" if case.tile.ratio else "two"
+        form = (case.rows, case.codes) if case.tile is None else "ratio" if case.tile.ratio else "two"
         return {"step": steps.get((form, case.law), 200)}
 
     return budgets.over_budget(figures)
@@ -177,12 +177,19 @@ KEPT = {
 }
 
 
+def test_a_table_too_dear(monkeypatch):
+    assert steps_under(monkeypatch, KEPT | {((8, "nf4"), "rademacher"): 360}) == []
+    over = steps_under(monkeypatch, KEPT | {((8, "nf4"), "rademacher"): 361})
+    assert over == [f"{arch} 8 rows nf4: 361 instructions a step, 1.8 times the 200 of int4 at the most"
+                    for arch in ("sm_80", "sm_90")]
+
+
 def test_budgets_that_are_kept(monkeypatch):
     assert steps_under(monkeypatch, KEPT) == []
 
 
 def test_a_step_too_long(monkeypatch):
-    over = steps_under(monkeypatch, KEPT | {("ratio", "none"): 351, ((128, 4), "rademacher"): 276})
+    over = steps_under(monkeypatch, KEPT | {("ratio", "none"): 351, ((128, "int4"), "rademacher"): 276})
     assert over == [
         "sm_90 ratio none: 351 instructions a step, at most 350 wanted",
         "sm_90 128 rows: 276 instructions a step, at most 275 wanted",

@@ -13,13 +13,14 @@ import qzo
 from qzo.formats import safetensors_file
 from tests.checkpoints import quantized, relative_error, scale_randomly
 from tests.close import ULP, assert_close, assert_same_bits
-from tests.gptq_checkpoints import awq_words, decode_folder, gptq_layer, write_gptq
+from tests.gptq_checkpoints import awq_layer, decode_folder, gptq_layer, write_awq, write_gptq
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["gptqmodel-gptq-sym-g128", "gptqmodel-gptq-asym-g32-v2", "gptqmodel-gptq-sym-g64-desc",
          "gptqmodel-gptq-3bit-sym-g64", "autoround-ar-sym-g128", "autoround-awq-zp-g128"]
 LOGITS_FP32 = 2e-5       # float32 sums in another order; one zero point off in a group gives 1e-2
 LAYER = "model.layers.0.mlp.up_proj"
+IDS = torch.arange(24).view(2, 12)
 
 
 def load(path):
@@ -36,9 +37,8 @@ def fixture(request):
 
 
 def step(model, lr):
-    ids = torch.arange(24).view(2, 12)
     optimizer = qzo.QZO(model, lr=lr, directions=2)
-    optimizer.step(lambda: qzo.losses(model, {"input_ids": ids, "labels": ids}, 4))
+    optimizer.step(lambda: qzo.losses(model, {"input_ids": IDS, "labels": IDS}, 4))
 
 
 def test_logits(fixture):
@@ -100,6 +100,24 @@ def test_a_step_changes_scales_and_nothing_else(fixture, tmp_path):
         assert torch.equal(layer.dequantize(), decoded[name]), name
 
 
+def test_a_journal_of_an_act_order_model(tmp_path):
+    """Replayed on the base it gives the same scales, and on a base of another order it is refused."""
+    model = load(FIXTURES / NAMES[2])
+    optimizer = qzo.QZO(model, lr=1e-2, journal=tmp_path / "journal.qzo")
+    for _ in range(2):
+        optimizer.step(lambda: qzo.losses(model, {"input_ids": IDS, "labels": IDS}, 2))
+    optimizer.close()
+    again = load(FIXTURES / NAMES[2])
+    assert qzo.replay(again, tmp_path / "journal.qzo") == 2
+    for name, scales in qzo.scales(again).items():
+        assert_same_bits(scales, qzo.scales(model)[name])
+    other = load(FIXTURES / NAMES[2])
+    perm = other.get_submodule(LAYER).perm
+    perm[:2] = perm[:2].flip(0)
+    with pytest.raises(qzo.JournalError, match="another model"):
+        qzo.replay(other, tmp_path / "journal.qzo")
+
+
 def test_what_the_fixtures_are_there_for():
     assert int((load_file(FIXTURES / NAMES[2] / "model.safetensors")[f"{LAYER}.g_idx"].diff() < 0).sum()) > 50
     assert quantized(load(FIXTURES / NAMES[2]))[LAYER].perm is not None
@@ -115,9 +133,8 @@ def test_rounding_report(name, tmp_path):
     """save_pretrained(batch=...) knows the scales that it writes."""
     model = load(FIXTURES / name)
     scale_randomly(model)
-    ids = torch.arange(24).view(2, 12)
-    report = qzo.save_pretrained(model, tmp_path / "out", batch={"input_ids": ids, "labels": ids})
-    saved = qzo.losses(load(tmp_path / "out"), {"input_ids": ids, "labels": ids}, 1)
+    report = qzo.save_pretrained(model, tmp_path / "out", batch={"input_ids": IDS, "labels": IDS})
+    saved = qzo.losses(load(tmp_path / "out"), {"input_ids": IDS, "labels": IDS}, 1)
     assert report["loss_after"] == float(saved)
 
 
@@ -211,11 +228,32 @@ def test_a_quantized_head_and_the_zero_biases_of_old_files(tmp_path):
         load(folder)
 
 
+def test_a_config_of_its_own(tmp_path):
+    """AutoGPTQ's first folders: one file of any name, and a quantize_config.json without a quant_method."""
+    folder = write_gptq(tmp_path / "in")
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    content = json.loads((folder / "config.json").read_text())
+    beside = content.pop("quantization_config")
+    del beside["quant_method"]
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"holds the quantized tensor model\.layers.*has no quantization_config that"):
+        load(folder)
+    (folder / "quantize_config.json").write_text(json.dumps(beside))
+    model = load(folder)
+    step(model, 0.0)
+    qzo.save_pretrained(model, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(folder)
+    (folder / "quantize_config.json").write_text(json.dumps(beside | {"quant_method": ["gptq"]}))
+    with pytest.raises(ValueError, match=r"quant_method \['gptq'\] cannot be read"):
+        load(folder)
+    qzo.export(model, tmp_path / "awq", "awq")
+    assert not (tmp_path / "awq" / "quantize_config.json").exists()
+    expected = decode_folder(write_gptq(tmp_path / "again"))
+    for name, layer in quantized(load(tmp_path / "awq")).items():
+        assert torch.equal(layer.dequantize(), expected[name]), name
+
+
 # ------------------------------------------------------------------------------------- AWQ and auto-round
-
-def awq_layer(codes, zeros, scales, bits):
-    return {"qweight": awq_words(codes.T), "qzeros": awq_words(zeros), "scales": scales}
-
 
 @pytest.mark.parametrize(("size", "config"), [
     (32, {"version": "gemm", "zero_point": True}), (-1, {"version": "GEMM", "zero_point": True}),
@@ -231,8 +269,7 @@ def test_awq(tmp_path, size, config):
 
 def test_awq_takes_dense_tensors_of_any_dtype(tmp_path):
     norm = torch.randn(96)
-    folder = write_gptq(tmp_path / "in", layer=awq_layer, quant_method="awq", version="gemm",
-                        change=lambda tensors: tensors.update({"model.norm.weight": norm}))
+    folder = write_awq(tmp_path / "in", change=lambda tensors: tensors.update({"model.norm.weight": norm}))
     model = load(folder)
     assert_same_bits(model.model.norm.weight.detach(), norm)
     step(model, 0.0)
@@ -330,6 +367,14 @@ def test_gptq_refused(tmp_path, config, tensors, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_quantized_head_that_is_tied_is_refused(tmp_path):
+    folder = write_gptq(tmp_path / "in", head=True)
+    content = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^lm_head\.qweight in .*the config ties it to model\.embed_tokens\.weight"):
+        load(folder)
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -33,10 +33,10 @@ def report(*arguments):
     return json.loads(done.stdout)
 
 
-def foretold(config, **run):
+def foretold(config, bits=4, **run):
     """The parts that are foretold for a shipped config on an H100, in float16."""
     model = models.empty_model(models.read_config(config), torch.float16)
-    wanted = dict.fromkeys(models.quantizable(model), (models.group_for(model), None))
+    wanted = dict.fromkeys(models.quantizable(model), models.Form(models.group_for(model), bits=bits))
     models.quantize_empty(model, wanted)
     return memory.predict(model, memory.Run(**run), "cuda", "sm_90"), model
 
@@ -49,6 +49,12 @@ def test_batch_one_fits_the_targets(config, gigabytes):
     numbers, _ = foretold(config)
     assert 0.9 * gigabytes < numbers["total"] / 1e9 <= gigabytes
     assert sum(numbers[part] for part in memory.PARTS) == numbers["total"]
+
+
+def test_13b_in_2_bits_fits_the_papers_6_gb():
+    numbers, _ = foretold("llama-2-13b", bits=2)
+    assert 4e9 < numbers["total"] < 5.8e9
+    assert numbers["codes"] == pytest.approx(foretold("llama-2-13b")[0]["codes"] / 2, rel=1e-3)
 
 
 def test_13b_at_16_rows_of_512_tokens_fits_24_gb():
@@ -186,7 +192,7 @@ def test_the_updates_scratch_is_as_its_formula():
 def test_a_tiny_image_transformer_trains():
     pytest.importorskip("diffusers")
     model = models.empty_model(TINY_SD3, torch.float32)
-    wanted = dict.fromkeys(models.quantizable(model), (32, None))
+    wanted = dict.fromkeys(models.quantizable(model), models.Form(32))
     models.fill_random(models.quantize_empty(model, wanted, cpu=True), "cpu")
     batch = models.example_batch(model, 2, 8, 1, "cpu")
     before = qzo.scales(model)

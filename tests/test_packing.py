@@ -1,4 +1,4 @@
-"""Packed rows against plain ones: the same losses for every evaluation, or a model that is refused by name."""
+"""Packed rows against plain ones: the same losses for every evaluation, or a model refused by name."""
 import json
 import random
 import warnings
@@ -62,7 +62,8 @@ def examples_of(kind, count=5, longest=14):
 def tokens_run(model, run):
     """How many tokens the model's embedding sees in run()."""
     seen = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
     try:
         run()
     finally:
@@ -70,15 +71,15 @@ def tokens_run(model, run):
     return sum(seen)
 
 
-# ------------------------------------------------------------------------------------------------ the form
+# --------------------------------------------------------------------------------------------------- the form
 
 def test_who_sees_whom_by_a_plain_loop(llama):
-    """Token i sees token j, in one row of two examples, when j stands before i in its example, and not in another
-    option than i's."""
+    """Token i sees token j, in a row of two examples, when j stands before it in its example, in no option but
+    i's."""
     first, second = (Example((5,) * n, options=((6, 6), (7,), (8, 8, 8)), label=0) for n in (3, 2))
     batch = packing.packed_batch([first, second], 0, join=True)
-    owner = [(e, option) for e, prompt in ((0, 3), (1, 2)) for option, n in ((None, prompt), (0, 2), (1, 1), (2, 3))
-             for _ in range(n)]
+    owner = [(example, option) for example, prompt in ((0, 3), (1, 2))
+             for option, n in ((None, prompt), (0, 2), (1, 1), (2, 3)) for _ in range(n)]
     mask = model_inputs(llama, batch)["attention_mask"]
     assert mask.shape == (1, 1, 17, 17)
     for i, (example, option) in enumerate(owner):
@@ -100,10 +101,11 @@ def test_padding_sees_itself_only(llama):
     assert torch.equal(mask[0, 0, short:] == 0, torch.eye(20, dtype=torch.bool)[short:])
 
 
-# ------------------------------------------------------------------------------------------------ the same losses
+# -------------------------------------------------------------------------------------------- the same losses
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("kind", "join"), [("labels", True), ("one", True), ("several", False), ("several", True)])
+@pytest.mark.parametrize(("kind", "join"), [("labels", True), ("one", True), ("several", False),
+                                            ("several", True)])
 def test_every_evaluation_has_the_loss_of_plain_rows(model, kind, join, attention):
     examples = examples_of(kind)
     model.set_attn_implementation(attention)
@@ -115,7 +117,8 @@ def test_every_evaluation_has_the_loss_of_plain_rows(model, kind, join, attentio
     states = [read_states(model, batch) for batch in (plain, packed)]
     assert torch.allclose(*states, atol=1e-4)
     if kind != "labels":
-        assert torch.allclose(option_scores(model, Stacked(packed)), option_scores(model, Stacked(plain)), atol=3e-5)
+        scores = [option_scores(model, Stacked(batch)) for batch in (plain, packed)]
+        assert torch.allclose(*scores, atol=3e-5)
     assert packing.why_not(model, examples, 0) is None
 
 
@@ -139,7 +142,7 @@ def test_the_prompt_runs_once_and_padding_not_at_all(llama):
     assert tokens_run(llama, here.closure(range(5), 2)) == 2 * 5 * 3 * (14 + 3)
 
 
-# ------------------------------------------------------------------------------------------------ tasks
+# ------------------------------------------------------------------------------------------------------ tasks
 
 @pytest.mark.parametrize("kind", ["labels", "one", "several"])
 @pytest.mark.parametrize("train_layers", [None, 1])
@@ -187,10 +190,11 @@ def test_what_needs_no_packing_is_not_tried(llama):
         Task(llama, examples_of("one"), 0, packing="on")
 
 
-# ------------------------------------------------------------------------------------------------ models that cannot
+# ----------------------------------------------------------------------------------------- models that cannot
 
 def sliding(window):
-    return lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**ROTARY, sliding_window=window))
+    config = transformers.MistralConfig(**ROTARY, sliding_window=window)
+    return lambda: transformers.MistralForCausalLM(config)
 
 
 REFUSED = {
@@ -206,13 +210,14 @@ def test_a_model_that_computes_something_else_keeps_plain_rows(name):
     build, said = REFUSED[name]
     model, examples = made(build, "eager"), examples_of("several")
     here = Task(model, examples, 0, packing="auto")
-    with pytest.warns(UserWarning, match=f"runs without packed rows: .*{said}"):
+    with pytest.warns(UserWarning, match=f"runs without packed rows: .*{said}") as told:
         scores = here.scores()
+    assert len(told) == 1
     assert (here.shares, here.joins) == (False, False)
     plain = collate(sorted(examples, key=lambda e: len(e.ids)), 0)
     assert torch.equal(scores.sort(0)[0], option_scores(model, plain).sort(0)[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")               # it was said once
+        warnings.simplefilter("error")               # it was said
         here.closure([0, 1], 2)()
 
 
@@ -229,7 +234,7 @@ def test_kernels_that_take_no_mask_are_not_tried(llama):
         llama.config._attn_implementation = "sdpa"
 
 
-# ------------------------------------------------------------------------------------------------ the price
+# -------------------------------------------------------------------------------------------------- the price
 
 def test_it_is_done_where_it_pays():
     assert not packing.joining_pays([50] * 8)                      # nothing to save
@@ -242,7 +247,18 @@ def test_it_is_done_where_it_pays():
     assert not packing.sharing_pays([Example(prompt[:1], options=(word * 20,) * 40, label=0)])
 
 
-# ------------------------------------------------------------------------------------------------ qzo train
+def test_rows_that_are_cheaper_than_sharing_stay_rows(llama):
+    rng = random.Random(0)
+    examples = [Example((5,), label=0, options=tuple(tuple(rng.randrange(3, VOCABULARY) for _ in range(n))
+                                                     for n in (40, 40, 1) * 10)) for _ in range(2)]
+    prefix = choose_layers(llama, 1)
+    here = Task(llama, examples, 0, prefix, "auto")
+    assert here.settle() == (False, False)
+    assert torch.allclose(here.scores(), Task(llama, examples, 0).scores(), atol=3e-5)
+    choose_layers(llama, None)
+
+
+# -------------------------------------------------------------------------------------------------- qzo train
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -251,12 +267,12 @@ def base(tmp_path_factory):
 
 def trained(base, tmp_path, name, *more, records=None):
     """The losses of a run's steps."""
-    records = records or [{"prompt": "red " * (1 + i % 9) + record["prompt"], "completion": "warm cold up"[:4 + i % 9]}
-                          for i, record in enumerate(tiny.RECORDS)]
+    records = records or [{"prompt": "red " * (1 + i % 9) + record["prompt"],
+                           "completion": "warm cold up"[:4 + i % 9]} for i, record in enumerate(tiny.RECORDS)]
     data = tiny.write_jsonl(tmp_path / "train.jsonl", records)
     status = main(["train", "--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / name),
-                   "--group-size", "32", "--device", "cpu", "--max-steps", "6", "--batch-size", "6", "--directions",
-                   "2", "--learning-rate", "0.02", *more])
+                   "--group-size", "32", "--device", "cpu", "--max-steps", "6", "--batch-size", "6",
+                   "--directions", "2", "--learning-rate", "0.02", *more])
     assert status == 0
     return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 

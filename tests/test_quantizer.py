@@ -28,13 +28,15 @@ from transformers.quantizers import auto
 from transformers.trainer_utils import validate_quantization_for_training
 
 import qzo
+from qzo.formats import GATHERED
 from qzo.linear import QZOLinear, arena_of, layers
 from qzo.quantizer import HELD_ELEMENT_BYTES, QZOQuantizer
 from tests.checkpoints import TYPES, scale_randomly, write_gguf
 from tests.gptq_checkpoints import gptq_layer, write_gptq
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FOLDERS = sorted(path.name for path in FIXTURES.iterdir() if (path / "model.safetensors").exists())
+FOLDERS = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists() and json.loads(
+    (path / "config.json").read_text()).get("quantization_config", {}).get("quant_method") in GATHERED)
 GPTQ = FIXTURES / "gptqmodel-gptq-sym-g128"
 IDS = torch.arange(24).view(2, 12)
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -322,6 +324,31 @@ def test_a_float_source_is_saved_as_compressed_tensors(tmp_path, name):
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
 
 
+def test_a_float_source_on_a_table_is_saved_as_bitsandbytes(tmp_path):
+    model = qzo.from_pretrained(make("llama", tmp_path / "float"), device="cpu", group_size=32, table="nf4")
+    scale_randomly(model)
+    model.save_pretrained(tmp_path / "out")
+    qzo.save_pretrained(model, tmp_path / "by-qzo")
+    same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "by-qzo"))
+    assert config_of(tmp_path / "out")["quantization_config"]["quant_method"] == "bitsandbytes"
+
+
+def test_a_config_in_a_file_of_its_own_is_written_to_config_json(tmp_path):
+    """AutoGPTQ's first folders have it in quantize_config.json only, where transformers does not look."""
+    write_gptq(tmp_path / "in")
+    config = config_of(tmp_path / "in")
+    quantization = config.pop("quantization_config")
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "in" / "quantize_config.json").write_text(json.dumps(quantization))
+    model = qzo.from_pretrained(tmp_path / "in", device="cpu", dtype=torch.float16)
+    model.save_pretrained(tmp_path / "out")
+    same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "in"))
+    assert config_of(tmp_path / "out")["quantization_config"] == quantization
+    assert torch.equal(logits(load(tmp_path / "out")), logits(model))
+    with pytest.raises(ValueError, match="the checkpoint holds no 4-bit linear layer of this model"):
+        quantize(tmp_path / "in")
+
+
 def test_transformers_reads_what_is_saved(tmp_path):
     pytest.importorskip("compressed_tensors")
     model = quantize(make("llama", tmp_path / "float"), dtype=torch.float32)
@@ -379,8 +406,8 @@ def test_biases_of_zeros_that_the_model_lacks_come_along(tmp_path):
 
 def test_formats_that_transformers_does_not_write(tmp_path):
     write_gguf(tmp_path / "m.gguf", TYPES.Q4_0)
-    for source in (tmp_path / "m.gguf", FIXTURES / "hqq-own-g64"):
-        with pytest.raises(ValueError, match=r"transformers does not write; use qzo\.save_pretrained"):
+    for source in (tmp_path / "m.gguf", FIXTURES / "hqq-own-g64", FIXTURES / "bnb-nf4"):
+        with pytest.raises(ValueError, match=r"save_pretrained cannot write; use qzo\.save_pretrained\(model"):
             qzo.from_pretrained(source, device="cpu").save_pretrained(tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 

@@ -32,7 +32,7 @@ def prmt(a, b, selector):
 
 def run_ptx(source, words):
     """The four registers that a lookup gives for registers of two words each, as int64 arrays."""
-    held = {"$4": words}
+    held = {"$4": words, "%lanemask_eq": np.full_like(words, 1 << 5)}
 
     def value(name):
         return held[name] if name in held else np.full_like(words, int(name, 0))
@@ -43,7 +43,11 @@ def run_ptx(source, words):
             continue
         to, *read = operands
         a = [value(name) for name in read]
-        if operation == "and.b32":
+        if operation == "mov.u32":
+            held[to] = a[0]
+        elif operation == "xor.b32":
+            held[to] = a[0] ^ a[1]
+        elif operation == "and.b32":
             held[to] = a[0] & a[1]
         elif operation == "shr.u32":
             held[to] = a[0] >> a[1]

@@ -244,8 +244,11 @@ def test_the_frozen_prefix_gives_the_bits_of_the_whole(loaded):
     prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
     assert torch.allclose(split.scores(), whole.scores(), atol=1e-5)
     rows = [e.ids for e in examples]
-    one, other = (PrefixCache(prefix, rows, lambda some: data.padded([(ids, None) for ids in some], 0, "cpu"), size)
-                  for size in (1 << 30, 1))
+
+    def inputs(some):
+        return data.padded([(ids, None) for ids in some], 0, "cpu")
+
+    one, other = (PrefixCache(prefix, rows, inputs, max_bytes=size) for size in (1 << 30, 1))
     lengths = [len(rows[i]) for i in (5, 1, 20)]
     first = one.batch([5, 1, 20], lengths, 6)
     other.batch([9], [len(rows[9])], 6)

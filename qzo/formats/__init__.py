@@ -10,19 +10,24 @@ A folder's module has METHOD, its quant_method, and
     weight_files(folder)                    the files that hold it
     save(folder, staging, find)             a copy with the scales of find(name of a weight)
     rounded(folder, find)                   yields (layer, scales, zeros or None) as `save` would write them
-and one that transformers reads (safetensors files, a quantization_config)
+One that a model of another format can be exported to has also SCALES, the name of a layer's scales, and
+    quantization_config(packed, ignore)         of a new folder; ValueError for what it cannot hold exactly
+    entries(name, weight, quantization, dtype)  the tensors of a layer in its file
+One whose layers transformers gathers, tensor by tensor, has
     PARTS                                   the names of a layer's tensors; the first is always there
     packer(quantization, where)             make(layer, {part: tensor}) -> PackedWeight
-    new_scales(folder, find)                yields (layer, new scales as the file holds them, file, place)
+    changed_scales(folder, find)            yields (layer, scales as the file holds them, file, place)
 """
-from . import auto_round, awq, compressed_tensors, gptq, hqq
+from . import auto_round, awq, bnb, compressed_tensors, gptq, hqq
 
-FOLDERS = {form.METHOD: form for form in (auto_round, awq, compressed_tensors, gptq, hqq)}
+FOLDERS = {form.METHOD: form for form in (auto_round, awq, bnb, compressed_tensors, gptq, hqq)}
+GATHERED = {form.METHOD: form for form in (auto_round, awq, compressed_tensors, gptq)}
+TARGETS = {form.METHOD: form for form in (awq, bnb, compressed_tensors, gptq)}
 
 
 def of_method(method, where):
     """The module of a quant_method. ValueError naming what it is and what can be read."""
-    if method not in FOLDERS:
-        raise ValueError(f"{where}: quant_method {method!r} cannot be read; supported are "
+    if not isinstance(method, str) or method not in FOLDERS:
+        raise ValueError(f"{where}: quant_method {method!r:.60} cannot be read; supported are "
                          f"{', '.join(sorted(FOLDERS))}, GGUF files, and float checkpoints")
     return FOLDERS[method]

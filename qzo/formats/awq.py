@@ -1,28 +1,31 @@
-"""AWQ in the GEMM layout: 4-bit integers with a scale per group of inputs, as AutoAWQ and GPTQModel write them.
+"""AWQ in the GEMM layout: 4-bit integers with a scale per group of inputs, as AutoAWQ and GPTQModel write it.
 
-    qweight  int32 [K, N/8]    eight codes a word along N; columns 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up
+    qweight  int32 [K, N/8]    eight codes a word along N: columns 0, 2, 4, 6, 1, 3, 5, 7, lowest bits first
     qzeros   int32 [G, N/8]    zero points, packed alike; all 8 where zero_point is false
     scales   [G, N]
-The quantizer folds activation scales into norms and into the Linears before: a dense tensor of the file is not that
-of the model it was made from.
+The quantizer folds activation scales into norms and into the Linears before: a dense tensor of the file is not
+that of the model it was made from.
 """
+import torch
+
 from ..weights import PackedWeight
-from .folder import read_weights
+from .folder import read_weights, save_scales, scale_changes
 from .folder import weight_files as weight_files
-from .gptq import check_bits_and_group, check_groups, check_matrix, check_there
-from .gptq import new_scales as new_scales  # scales have GPTQ's name and order
-from .gptq import rounded as rounded
-from .gptq import save as save
-from .words import unpack
+from .gptq import check_bits_and_group, check_groups, check_matrix, check_there, integer_zeros
+from .limits import check_integers, check_order, check_whole_words, group_sizes
+from .rounding import new_scales
+from .words import pack, unpack
 
 METHOD = "awq"
+SCALES = "scales"
 PARTS = ("qweight", "qzeros", "scales")
 _NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)         # where column j of a word's eight lies
+_COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)         # the column that lies there
 
 
 def check_config(quantization, where):
-    """The group size (None: the whole row) of a quantization_config that can be read; ValueError naming what cannot."""
-    layout = quantization.get("version") or quantization.get("checkpoint_format") or quantization.get("format")
+    """The group size (None: the whole row) of a quantization_config that can be read, else ValueError."""
+    layout = next(filter(None, map(quantization.get, ("version", "checkpoint_format", "format"))), None)
     if not isinstance(layout, str) or layout.lower() != "gemm":
         raise ValueError(f"{where}: AWQ weights in version {layout!r:.60}; supported is 'gemm'")
     size = quantization.get("group_size")
@@ -36,9 +39,26 @@ def weights(folder, quantization, dtype):
 
 
 def packer(quantization, where):
-    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer. ValueError as check_config."""
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     size = check_config(quantization, where)
     return lambda layer, parts: _packed(layer, parts, size)
+
+
+def changed_scales(folder, find):
+    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
+    return scale_changes(folder, find, SCALES)
+
+
+def save(folder, staging, find):
+    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
+    gives."""
+    save_scales(folder, staging, changed_scales(folder, find))
+
+
+def rounded(folder, find):
+    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
+    for layer, new, _, _ in changed_scales(folder, find):
+        yield layer, new.to(torch.float32), None
 
 
 def _packed(layer, parts, size):
@@ -57,3 +77,45 @@ def _columns(words):
     """int32 [R, N/8] -> uint8 [R, N] in the order of the columns."""
     nibbles = unpack(words, 8 * words.shape[1]).unflatten(1, (-1, 8))
     return nibbles[..., list(_NIBBLE)].flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+def quantization_config(packed, ignore):
+    """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
+
+    zero_point is true for symmetric layers as well: servers then read the zero points, all 8. ValueError for
+    what cannot be held exactly.
+    """
+    sizes = group_sizes(packed)
+    for name, weight in packed.items():
+        if weight.bits != 4:
+            raise ValueError(f"{name} has {weight.bits} bits, and awq holds 4; save it as gptq or "
+                             "compressed-tensors")
+        if name.endswith("lm_head"):
+            raise ValueError(f"{name} is quantized, and awq keeps it dense; save it as gptq or "
+                             "compressed-tensors")
+        check_order(name, weight, METHOD)
+        check_integers(name, weight, METHOD)
+        check_whole_words(name, weight, METHOD, inputs=False)
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the layers have group sizes {sorted(set(sizes.values()))} (-1: the whole row), and "
+                         "awq holds one for all; save it as gptq or compressed-tensors")
+    return {"quant_method": METHOD, "bits": 4, "group_size": next(iter(sizes.values())), "zero_point": True,
+            "version": "gemm", "modules_to_not_convert": ignore}
+
+
+def entries(name, weight, quantization, dtype):
+    """The tensors of a layer for a new file, as safetensors_file.write takes them; scales in `dtype`."""
+    n, k, groups = weight.out_features, weight.in_features, weight.scales.shape[0]
+    made = [
+        ("qweight", torch.int32, (k, n // 8), lambda: _words(weight.unpacked().cpu().T)),
+        ("qzeros", torch.int32, (groups, n // 8), lambda: _words(integer_zeros(weight))),
+        (SCALES, dtype, (groups, n), lambda: new_scales(weight.scales.cpu(), dtype, name)),
+    ]
+    return [(f"{name}.{part}", *rest) for part, *rest in made]
+
+
+def _words(columns):
+    """Inverse of _columns."""
+    return pack(columns.unflatten(1, (-1, 8))[..., list(_COLUMN)].flatten(1))

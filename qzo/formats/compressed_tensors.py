@@ -16,14 +16,15 @@ import torch
 
 from ..kernels.codes import middle
 from ..weights import PackedWeight
-from . import safetensors_file
 from .folder import read_weights, save_scales, scale_changes
 from .folder import weight_files as weight_files
+from .limits import check_integers, check_order, group_sizes
 from .order import perm_of
-from .rounding import stored_scales
+from .rounding import new_scales
 from .words import pack, unpack, word_count
 
 METHOD = "compressed-tensors"
+SCALES = "weight_scale"
 _BITS = (2, 3, 4, 8)
 _PATTERN = "re:"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
@@ -99,24 +100,24 @@ def weights(folder, quantization, dtype):
 
 
 def packer(quantization, where):
-    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer. ValueError as check_config."""
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     by_target = check_config(quantization, where)
     return lambda layer, parts: _packed(parts, _arguments(layer, by_target))
 
 
-def new_scales(folder, find):
+def changed_scales(folder, find):
     """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
-    return scale_changes(folder, find, "weight_scale", transposed=True)
+    return scale_changes(folder, find, SCALES, transposed=True)
 
 
 def save(folder, staging, find):
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
-    save_scales(folder, staging, new_scales(folder, find))
+    save_scales(folder, staging, changed_scales(folder, find))
 
 
 def rounded(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in new_scales(folder, find):
+    for layer, new, _, _ in changed_scales(folder, find):
         yield layer, new.T.to(torch.float32), None
 
 
@@ -166,19 +167,11 @@ def quantization_config(packed, ignore):
     layers. All have zero points or none has: servers fuse layers, and what they fuse has to be of one kind.
     ValueError for float zero points and for columns in another order.
     """
+    alike, sizes = {}, group_sizes(packed)
     for name, weight in packed.items():
-        if weight.perm is not None:
-            raise ValueError(f"{name} has its columns sorted by group (act-order), which compressed-tensors does "
-                             "not hold any more; save it in its own format (qzo.save_pretrained)")
-        if weight.zeros is not None and weight.zeros.is_floating_point():
-            raise ValueError(f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which "
-                             "compressed-tensors' integer zero points cannot hold; save it in its own format "
-                             "(qzo.save_pretrained), or start from another file, such as a Q4_0 one")
-    sizes = {weight.group_size for weight in packed.values() if weight.group_size != weight.in_features}
-    alike = {}
-    for name, weight in packed.items():
-        size = weight.group_size if weight.group_size in sizes else None
-        alike.setdefault((weight.bits, size), []).append(name)
+        check_order(name, weight, METHOD)
+        check_integers(name, weight, METHOD)
+        alike.setdefault((weight.bits, sizes[name]), []).append(name)
     symmetric = all(weight.zeros is None for weight in packed.values())
     groups = {f"group_{i}": _config_group(["Linear"] if len(alike) == 1 else names, *kind, symmetric)
               for i, (kind, names) in enumerate(alike.items())}
@@ -189,44 +182,25 @@ def quantization_config(packed, ignore):
 
 def _config_group(targets, bits, size, symmetric):
     arguments = {"num_bits": bits, "type": "int", "symmetric": symmetric,
-                 "strategy": "group" if size else "channel", "group_size": size, "dynamic": False,
-                 "actorder": None}
+                 "strategy": "channel" if size == -1 else "group",
+                 "group_size": None if size == -1 else size, "dynamic": False, "actorder": None}
     return {"targets": targets, "format": "pack-quantized", "weights": arguments, "input_activations": None,
             "output_activations": None}
 
 
-def write(path, packed, dense, symmetric):
-    """A new safetensors file of layers {name: PackedWeight} and tensors {name: tensor}; scales in float16."""
-    entries = [(name, value.dtype, value.shape, lambda value=value: value) for name, value in dense.items()]
-    for name, weight in packed.items():
-        entries += layer_entries(name, weight, symmetric)
-    safetensors_file.write(path, entries, {"format": "pt"})
-
-
-def rounded_new(packed):
-    """Yield (layer, float32 scales [G, N], None) as `write` would write them."""
-    for name, weight in packed.items():
-        yield name, _new_scales(weight, name).T.to(torch.float32), None
-
-
-def layer_entries(name, weight, symmetric):
-    """(tensor's name, dtype, shape, make) of the tensors of a layer; make() gives one."""
+def entries(name, weight, quantization, dtype):
+    """The tensors of a layer for a new file, as safetensors_file.write takes them; scales in `dtype`."""
     n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
-    entries = [
-        ("packed", torch.int32, (n, word_count(k, bits)), lambda: pack(weight.unpacked(), bits)),
-        ("scale", torch.float16, (n, groups), lambda: _new_scales(weight, name)),
+    made = [
+        ("packed", torch.int32, (n, word_count(k, bits)), lambda: pack(weight.unpacked().cpu(), bits)),
+        ("scale", dtype, (n, groups), lambda: new_scales(weight.scales.T.cpu(), dtype, name)),
         ("shape", torch.int64, (2,), lambda: torch.tensor([n, k])),
     ]
-    if not symmetric:
-        entries.append(("zero_point", torch.int32, (word_count(n, bits), groups), lambda: _packed_zeros(weight)))
-    return [(f"{name}.weight_{part}", *rest) for part, *rest in entries]
-
-
-def _new_scales(weight, name):
-    scales = weight.scales.T.cpu()
-    return stored_scales(scales, torch.zeros_like(scales, dtype=torch.float16), name)
+    if not quantization["config_groups"]["group_0"]["weights"]["symmetric"]:
+        made.append(("zero_point", torch.int32, (word_count(n, bits), groups), lambda: _packed_zeros(weight)))
+    return [(f"{name}.weight_{part}", *rest) for part, *rest in made]
 
 
 def _packed_zeros(weight):
     zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
-    return pack(zeros.to(torch.uint8), weight.bits).T
+    return pack(zeros.to(torch.uint8).cpu(), weight.bits).T

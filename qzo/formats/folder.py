@@ -1,4 +1,5 @@
 """What every folder of safetensors files shares: where tensors lie, dense ones in, new scales out."""
+import functools
 from pathlib import Path
 
 from . import files, safetensors_file
@@ -101,6 +102,19 @@ def scale_changes(folder, find, part, transposed=False):
         if packed is not None:
             scales = packed.scales.T if transposed else packed.scales
             yield layer, stored_scales(scales.cpu(), safetensors_file.read(file, place), name), file, place
+
+
+def dense_entries(folder, is_dense):
+    """The tensors for whose names `is_dense(name)`, as safetensors_file.write takes them, unchanged."""
+    return [(name, safetensors_file.DTYPES[place[0]], place[1],
+             functools.partial(safetensors_file.read, file, place))
+            for name, (file, place) in tensor_places(folder).items() if is_dense(name)]
+
+
+def scale_dtypes(folder, part):
+    """layer -> dtype of its scales; part: their name."""
+    return {name.removesuffix(f".{part}"): safetensors_file.DTYPES[place[0]]
+            for name, (_, place) in tensor_places(folder).items() if name.endswith(f".{part}")}
 
 
 def copy_all(folder, staging):

@@ -19,3 +19,8 @@ def stored_scales(scales, stored, name):
                          f"{str(stored.dtype).removeprefix('torch.')} (largest {limits.max:g}); the run has "
                          "diverged, nothing was written")
     return torch.where(scales == stored.to(torch.float32), stored, rounded)
+
+
+def new_scales(scales, dtype, name):
+    """float32 `scales` in the dtype of a file that is written anew; as `stored_scales`."""
+    return stored_scales(scales, torch.zeros_like(scales, dtype=dtype), name)
