@@ -28,6 +28,7 @@ class Source:
     path: the GGUF file or the folder
     sizes: (file name, bytes) of the files that the result is copied from
     dtype: of dense tensors in a file written anew
+    names: (layer in the files, layer in the model) where transformers names them differently
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Source:
     sizes: tuple
     dtype: torch.dtype
     options: tuple = ()
+    names: tuple = ()
 
     def check(self):
         """FileNotFoundError or ValueError when the files are not those that were loaded."""
@@ -67,7 +69,7 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     table = named_table(table)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    path = locate(path_or_id)
+    path, quantization = locate(path_or_id), None
     if path.is_file():
         model, source = _load_gguf(path, device, dtype)
     else:
@@ -81,11 +83,23 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     if not layers(model, trainable=None):
         raise ValueError(f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit "
                          "or a float checkpoint")
-    model.to(device=device, dtype=dtype)
+    _cast(model, dtype)
+    model.to(device=device)
     model.requires_grad_(False).eval()
     arena_of(model, exact=True)
     model._qzo_source = source
+    from .quantizer import attach
+    attach(model, quantization)
     return model
+
+
+def _cast(model, dtype):
+    """Parameters and saved buffers to `dtype`; computed ones keep theirs: rotary angles need float32."""
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            kept = tensor is None or not tensor.is_floating_point() or name in module._non_persistent_buffers_set
+            if not kept:
+                tensor.data = tensor.data.to(dtype)
 
 
 def load_tokenizer(path_or_id):
@@ -259,7 +273,7 @@ def _fill(model, entries, path, device):
             raise ValueError(f"{where}: {type(model).__name__} has no tensor {name}; the file is of another "
                              "architecture")
         missing.discard(name)
-        put = _put_packed if isinstance(value, PackedWeight) else _put_dense
+        put = put_packed if isinstance(value, PackedWeight) else _put_dense
         put(model, name, value, where, device)
         heap.took((value.codes if isinstance(value, PackedWeight) else value).nbytes)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -280,7 +294,8 @@ def _empty_bias(name, value, model):
     return isinstance(dict(model.named_modules()).get(owner), nn.Linear | QZOLinear)
 
 
-def _put_packed(model, name, packed, where, device):
+def put_packed(model, name, packed, where, device):
+    """Replace the nn.Linear whose weight has this name by a QZOLinear. ValueError if it is none or of other shape."""
     owner, _, leaf = name.rpartition(".")
     linear = model.get_submodule(owner)
     if type(linear) is not nn.Linear or leaf != "weight":

@@ -7,8 +7,19 @@ import torch
 from torch import nn
 
 from .experts import file_name, model_name
-from .formats import FOLDERS, TARGETS, bnb, compressed_tensors, files, gguf, gguf_tokenizer, gptq, safetensors_file
-from .formats.folder import INDEX, dense_entries, scale_dtypes
+from .formats import (
+    FOLDERS,
+    GATHERED,
+    TARGETS,
+    bnb,
+    compressed_tensors,
+    files,
+    gguf,
+    gguf_tokenizer,
+    gptq,
+    safetensors_file,
+)
+from .formats.folder import INDEX, dense_entries, scale_dtypes, tensor_places
 from .formats.gguf_file import GGUFFile
 from .formats.rounding import new_scales
 from .hf import load_tokenizer
@@ -80,9 +91,13 @@ def _packed(name, layer):
 
 
 def _find(model, tensor):
-    """PackedWeight of the layer whose weight has this name, None where the module is no QZOLinear."""
-    name = model_name(tensor.removesuffix(".weight"))
-    layer = model.get_submodule(name)
+    """PackedWeight of the layer whose weight has this name in the source, None where the model has no QZOLinear."""
+    name = tensor.removesuffix(".weight")
+    name = model_name(dict(model._qzo_source.names).get(name, name))
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:                       # a model without the head that the file has
+        return None
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
 
 
@@ -224,3 +239,70 @@ def copy_companions(folder, staging):
         weights = path.name.endswith(_WEIGHT_SUFFIXES) or path.name in _CONFIGS
         if path.is_file() and not path.name.startswith(".") and not weights:
             files.copy(path, staging / path.name)
+
+
+# ---------------------------------------------------------------------------------------------- transformers' own way
+
+def own_config(model):
+    """The quantization_config that a model from a float source is saved with."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return _own_form(model).quantization_config(_all_packed(model), linears)
+
+
+def tensors(model):
+    """name -> tensor of the whole checkpoint, which transformers' save_pretrained writes.
+
+    In the source's format, scales rounded to its dtype; what did not change has the source's own bytes. A float
+    source, or none, gives what `save_pretrained` here writes for one. All but the dense tensors are copies in memory,
+    where `save_pretrained` here patches copies of the files. ValueError for other formats than formats.GATHERED,
+    FileNotFoundError or ValueError when the source is gone or has changed.
+    """
+    source, state = getattr(model, "_qzo_source", None), _dense_state(model)
+    if source is None or source.kind == "float":
+        form, quantization = _own_form(model), own_config(model)
+        if source is not None:
+            cast = {id(t): t.to(_stored_dtype(t, source.dtype)) for t in state.values()}
+            state = {name: cast[id(t)] for name, t in state.items()}
+        for layer, weight in _all_packed(model).items():
+            entries = form.entries(layer, weight, quantization, torch.float16)
+            state |= {name: make() for name, _, _, make in entries}
+        return state
+    if source.kind not in GATHERED:
+        raise ValueError(f"this model was loaded from {source.path} ({source.kind}), which transformers' "
+                         "save_pretrained cannot write; use qzo.save_pretrained(model, folder)")
+    source.check()
+    names, packed = dict(source.names), layers(model, trainable=None)
+    changed = GATHERED[source.kind].changed_scales(source.path, functools.partial(_find, model))
+    scales, stored = {(file, place): new for _, new, file, place in changed}, {}
+    for name, (file, place) in tensor_places(source.path).items():
+        owner, _, leaf = name.rpartition(".")
+        owner = names.get(owner, owner)
+        inside = f"{owner}.{leaf}"
+        if inside in state:
+            stored[id(state[inside])] = _as_stored(state[inside], file, place)
+        elif owner in packed:
+            new = scales.get((file, place))
+            state[inside] = safetensors_file.read(file, place) if new is None else new
+    return {name: stored.get(id(tensor), tensor) for name, tensor in state.items()}
+
+
+def _dense_state(model):
+    """Parameters and saved buffers; tied ones are one tensor under each of their names.
+
+    state_dict() would make planes of all codes first.
+    """
+    state, detached = {}, {}
+    for owner, module in model.named_modules(remove_duplicate=False):
+        held = module._parameters | {name: buffer for name, buffer in module._buffers.items()
+                                     if name not in module._non_persistent_buffers_set}
+        state |= {f"{owner}.{name}".removeprefix("."): detached.setdefault(id(t), t.detach())
+                  for name, t in held.items() if t is not None}
+    return state
+
+
+def _as_stored(tensor, file, place):
+    """The file's tensor where the model's is the same in another dtype, else the model's."""
+    if safetensors_file.DTYPES.get(place[0]) in (tensor.dtype, None) or list(place[1]) != list(tensor.shape):
+        return tensor
+    stored = safetensors_file.read(file, place)
+    return stored if torch.equal(stored.to(tensor.dtype), tensor.cpu()) else tensor

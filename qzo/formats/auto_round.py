@@ -6,7 +6,9 @@ import re
 
 from . import awq, gptq
 from .folder import weight_files as weight_files
-from .gptq import rounded as rounded  # both layouts have scales of one name and order
+from .gptq import PARTS as PARTS  # AWQ's and a g_idx that is never there
+from .gptq import changed_scales as changed_scales  # both layouts have scales of one name and order
+from .gptq import rounded as rounded
 from .gptq import save as save
 
 METHOD = "auto-round"
@@ -44,3 +46,9 @@ def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
     form, plain = check_config(quantization, folder)
     return form.weights(folder, plain, dtype)
+
+
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    form, plain = check_config(quantization, where)
+    return form.packer(plain, where)

@@ -18,7 +18,7 @@ from .words import pack, unpack
 
 METHOD = "awq"
 SCALES = "scales"
-_PARTS = ("qweight", "qzeros", "scales")
+PARTS = ("qweight", "qzeros", "scales")
 _NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)         # where column j of a word's eight lies
 _COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)         # the column that lies there
 
@@ -35,25 +35,35 @@ def check_config(quantization, where):
 
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    size = check_config(quantization, folder)
-    return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(layer, parts, size))
+    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
+
+
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    size = check_config(quantization, where)
+    return lambda layer, parts: _packed(layer, parts, size)
+
+
+def changed_scales(folder, find):
+    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
+    return scale_changes(folder, find, SCALES)
 
 
 def save(folder, staging, find):
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
     gives."""
-    save_scales(folder, staging, scale_changes(folder, find, SCALES))
+    save_scales(folder, staging, changed_scales(folder, find))
 
 
 def rounded(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in scale_changes(folder, find, SCALES):
+    for layer, new, _, _ in changed_scales(folder, find):
         yield layer, new.to(torch.float32), None
 
 
 def _packed(layer, parts, size):
-    check_there(layer, parts, _PARTS)
-    words, zero_words, scales = (parts[part] for part in _PARTS)
+    check_there(layer, parts, PARTS)
+    words, zero_words, scales = (parts[part] for part in PARTS)
     check_matrix(words, "")
     check_matrix(zero_words, "qzeros ")
     k, n = words.shape[0], 8 * words.shape[1]

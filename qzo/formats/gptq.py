@@ -29,7 +29,7 @@ METHOD = "gptq"
 SCALES = "scales"
 CONFIG = "quantize_config.json"               # where GPTQModel repeats the quantization_config
 BITS = (2, 3, 4, 8)
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}      # a one in every field of a word
 _SKIPPED, _CHANGED = "-:", "+:"
@@ -82,19 +82,29 @@ def _plain(pattern):
 
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    settings = check_config(quantization, folder)
-    return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(layer, parts, settings))
+    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
+
+
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    settings = check_config(quantization, where)
+    return lambda layer, parts: _packed(layer, parts, settings)
+
+
+def changed_scales(folder, find):
+    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
+    return scale_changes(folder, find, SCALES)
 
 
 def save(folder, staging, find):
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
     gives."""
-    save_scales(folder, staging, scale_changes(folder, find, SCALES))
+    save_scales(folder, staging, changed_scales(folder, find))
 
 
 def rounded(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in scale_changes(folder, find, SCALES):
+    for layer, new, _, _ in changed_scales(folder, find):
         yield layer, new.to(torch.float32), None
 
 
@@ -109,9 +119,9 @@ def _arguments(layer, settings):
 
 def _packed(layer, parts, settings):
     bits, size = _arguments(layer, settings)
-    wanted = _PARTS if settings["ordered"] else _PARTS[:3]
+    wanted = PARTS if settings["ordered"] else PARTS[:3]
     check_there(layer, parts, wanted)
-    words, zero_words, scales, g_idx = (parts.get(part) for part in _PARTS)
+    words, zero_words, scales, g_idx = (parts.get(part) for part in PARTS)
     check_matrix(words, "")
     n = words.shape[1]
     check_matrix(zero_words, "qzeros ")
