@@ -21,7 +21,7 @@ setup(
     install_requires=["torch>=2.8", "triton>=3.4", "transformers>=5.17", "safetensors", "gguf>=0.17", "numpy", "tqdm",
                       "pyyaml", "matplotlib"],
     extras_require={"test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77",
-                             "diffusers"],
+                             "diffusers", "compressed-tensors"],
                     "diffusion": ["diffusers"],
                     "dev": ["ruff", "mypy"]},
     entry_points={"console_scripts": ["qzo = qzo.__main__:main"]},

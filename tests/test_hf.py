@@ -195,8 +195,8 @@ def test_refused_exports(tmp_path, llama):
     for model, form, message in (
             (gguf_model, "compressed-tensors", "has a float minimum"), (float_model, "gguf", "loaded from a "
                                                                                              "GGUF file"),
-            (float_model, "exl2", "export to 'exl2' is not supported; supported are 'awq', 'compressed-tensors', "
-                                  "'gptq', 'gguf'")):
+            (float_model, "exl2", "export to 'exl2' is not supported; supported are 'awq', 'bitsandbytes', "
+                                  "'compressed-tensors', 'gptq', 'gguf'")):
         with pytest.raises(ValueError, match=message):
             qzo.export(model, tmp_path / "out", format=form)
     assert not (tmp_path / "out").exists()
