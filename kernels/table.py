@@ -20,6 +20,18 @@ FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 
        0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25)
 
 
+NAMED = {"nf4": NF4, "fp4": FP4}
+
+
+def named_table(table):
+    """The table of a name, or the one given as sixteen numbers, or None. ValueError for another name or length."""
+    if isinstance(table, str):
+        if table not in NAMED:
+            raise ValueError(f"table={table!r}: the named tables are {', '.join(map(repr, NAMED))}; or give 16 numbers")
+        return NAMED[table]
+    return None if table is None else check_table(table)
+
+
 def check_table(table):
     """The table as a tuple of sixteen floats. ValueError for another length or a number that is not finite."""
     values = tuple(float(v) for v in table)

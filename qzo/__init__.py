@@ -15,6 +15,15 @@ from .save import export, save_pretrained
 from .weights import PackedWeight
 
 __version__ = "0.1.0.dev0"
-__all__ = ["QZO", "Evaluations", "JournalError", "PackedWeight", "QZOLinear", "ScaleArena", "backend", "evaluating",
-           "export", "from_pretrained", "load_tokenizer", "losses", "noise", "pair", "quantize_", "replay",
-           "save_pretrained", "scale_index", "scales", "train_only"]
+_FROM_QUANTIZER = ("QZOConfig", "loading")
+__all__ = ["QZO", "Evaluations", "JournalError", "PackedWeight", "QZOConfig", "QZOLinear", "ScaleArena", "backend",
+           "evaluating", "export", "from_pretrained", "load_tokenizer", "loading", "losses", "noise", "pair",
+           "quantize_", "replay", "save_pretrained", "scale_index", "scales", "train_only"]
+
+
+def __getattr__(name):
+    """The names that need transformers, which is imported when one of them is first used."""
+    if name not in _FROM_QUANTIZER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import quantizer
+    return getattr(quantizer, name)

@@ -11,6 +11,7 @@ from .experts import model_name, split_, stack_of
 from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
+from .kernels.table import named_table
 from .linear import QZOLinear, arena_of, layers, quantize_
 from .weights import PackedWeight, check_bits
 
@@ -27,6 +28,7 @@ class Source:
     path: the GGUF file or the folder
     sizes: (file name, bytes) of the files that the result is copied from
     dtype: of dense tensors in a file written anew
+    names: (layer in the files, layer in the model) where transformers names them differently
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Source:
     sizes: tuple
     dtype: torch.dtype
     options: tuple = ()
+    names: tuple = ()
 
     def check(self):
         """FileNotFoundError or ValueError when the files are not those that were loaded."""
@@ -47,14 +50,15 @@ class Source:
                                  f"{file.stat().st_size} now; saving copies it, put the old file back")
 
 
-def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True,
+def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True, table=None,
                     trust_remote_code=False):
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
     path_or_id : a checkpoint folder, a .gguf file, a folder holding exactly one, or a Hugging Face Hub id
     device : where to; a GPU if there is one, else the CPU
     dtype : of dense tensors and activations; float16 on a GPU, float32 on the CPU
-    bits, group_size, symmetric : how float weights are quantized; 4-bit checkpoints load as they are
+    bits, group_size, symmetric, table : how float weights are quantized, as in QZOLinear.from_linear; a quantized
+        checkpoint loads as it is
     trust_remote_code : as in transformers
 
     Returns a transformers.PreTrainedModel that needs no gradients. Raises FileNotFoundError for a path that
@@ -62,27 +66,40 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     key.
     """
     check_bits(bits)
+    table = named_table(table)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    path = locate(path_or_id)
+    path, quantization = locate(path_or_id), None
     if path.is_file():
         model, source = _load_gguf(path, device, dtype)
     else:
         config = read_config(path, trust_remote_code)
         quantization = quantization_of(path, config)
         if quantization is None:
-            options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+            options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
             model, source = _load_float(path, config, trust_remote_code, options)
         else:
             model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)
     if not layers(model, trainable=None):
         raise ValueError(f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit "
                          "or a float checkpoint")
-    model.to(device=device, dtype=dtype)
+    _cast(model, dtype)
+    model.to(device=device)
     model.requires_grad_(False).eval()
     arena_of(model, exact=True)
     model._qzo_source = source
+    from .quantizer import attach
+    attach(model, quantization)
     return model
+
+
+def _cast(model, dtype):
+    """Parameters and saved buffers to `dtype`; computed ones keep theirs: rotary angles need float32."""
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            kept = tensor is None or not tensor.is_floating_point() or name in module._non_persistent_buffers_set
+            if not kept:
+                tensor.data = tensor.data.to(dtype)
 
 
 def load_tokenizer(path_or_id):
@@ -256,7 +273,7 @@ def _fill(model, entries, path, device):
             raise ValueError(f"{where}: {type(model).__name__} has no tensor {name}; the file is of another "
                              "architecture")
         missing.discard(name)
-        put = _put_packed if isinstance(value, PackedWeight) else _put_dense
+        put = put_packed if isinstance(value, PackedWeight) else _put_dense
         put(model, name, value, where, device)
         heap.took((value.codes if isinstance(value, PackedWeight) else value).nbytes)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -277,7 +294,8 @@ def _empty_bias(name, value, model):
     return isinstance(dict(model.named_modules()).get(owner), nn.Linear | QZOLinear)
 
 
-def _put_packed(model, name, packed, where, device):
+def put_packed(model, name, packed, where, device):
+    """Replace the nn.Linear whose weight has this name by a QZOLinear. ValueError if it is none or of other shape."""
     owner, _, leaf = name.rpartition(".")
     linear = model.get_submodule(owner)
     if type(linear) is not nn.Linear or leaf != "weight":

@@ -9,6 +9,7 @@ from . import ops
 from .evaluations import Evaluations
 from .experts import split_experts_, stack_widths
 from .heap import Heap
+from .kernels.table import named_table
 from .quantize import quantize_weight
 from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows, unpack_codes
 
@@ -147,12 +148,16 @@ class QZOLinear(nn.Module):
         return layer
 
     @classmethod
-    def from_linear(cls, linear, bits=4, group_size=128, symmetric=True):
-        """Quantize an nn.Linear: round to nearest with a least-squares refit of the scales (quantize.py)."""
+    def from_linear(cls, linear, bits=4, group_size=128, symmetric=True, table=None):
+        """Quantize an nn.Linear: round to nearest with a least-squares refit of the scales (quantize.py).
+
+        table: "nf4", "fp4" or sixteen numbers that the 4-bit codes stand for; None: the codes are integers.
+        """
         check_bits(bits)
         group_size = check_group_size(group_size, linear.in_features)
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls.from_packed(quantize_weight(linear.weight.detach(), group_size, symmetric, bits), bias)
+        return cls.from_packed(quantize_weight(linear.weight.detach(), group_size, symmetric, bits,
+                                               named_table(table)), bias)
 
     def packed(self):
         """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
@@ -328,14 +333,15 @@ def _linears(module):
     return {name: m for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
 
 
-def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",)):
+def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",), table=None):
     """Replace every nn.Linear inside `module` by a QZOLinear, in place, and return the module.
 
     Stacked experts are split into Linears first (experts.py). skip: what has a name that ends in one of these (a whole
-    dotted part, or several) stays as it is. Raises ValueError when there is nothing to replace, or when group_size does
-    not divide a layer's in_features; the module is then unchanged.
+    dotted part, or several) stays as it is. table: as in QZOLinear.from_linear. Raises ValueError when there is nothing
+    to replace, or when group_size does not divide a layer's in_features; the module is then unchanged.
     """
     check_bits(bits)
+    named_table(table)
     if isinstance(module, nn.Linear):
         raise ValueError("quantize_ replaces the Linears inside a module; for a bare one use QZOLinear.from_linear")
 
@@ -357,7 +363,7 @@ def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",))
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         if id(linear) not in replaced:
-            replaced[id(linear)] = QZOLinear.from_linear(linear, bits, group_size, symmetric)
+            replaced[id(linear)] = QZOLinear.from_linear(linear, bits, group_size, symmetric, table)
         setattr(module.get_submodule(parent), child, replaced[id(linear)])
     arena_of(module, exact=True)
     return module

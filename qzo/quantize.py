@@ -5,13 +5,14 @@ Calibrated methods (GPTQ, AWQ, auto-round) start from better codes; this is the 
 import torch
 
 from .kernels.codes import middle
+from .kernels.table import check_table
 from .weights import PackedWeight, check_bits, check_group_size
 
 ROUNDS = 3                   # of rounding and refitting in turn; the error stops falling after two or three
 BLOCK_ROWS = 1024            # output rows quantized at a time: temporaries stay a fraction of the matrix
 
 
-def quantize_weight(weight, group_size=128, symmetric=True, bits=4):
+def quantize_weight(weight, group_size=128, symmetric=True, bits=4, table=None):
     """Quantize a float matrix [N, K] to 2, 4 or 8 bits in groups along K.
 
     symmetric: w ~ s * (code - 2^(bits - 1)), the widest magnitude on the first or the last code; else
@@ -19,17 +20,38 @@ def quantize_weight(weight, group_size=128, symmetric=True, bits=4):
     codes, sum(w c) / sum(c c), and the two alternate. Scales are rounded to float16, so that a checkpoint can hold them
     as they are.
 
+    table: sixteen numbers that 4-bit codes stand for (kernels/table.py has NF4 and FP4). Then w ~ s * table[code] with
+    the widest magnitude of a group on the table's, in float32, as bitsandbytes has it; symmetric is not used.
+
     Returns a PackedWeight on the weight's device. Raises ValueError for other bits, a group size that does not
     divide K and weights that are not finite.
     """
     check_bits(bits)
+    table = None if table is None else check_table(table)
     group = check_group_size(group_size, weight.shape[1])
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight holds NaN or infinity: it cannot be quantized")
+    if table is not None:
+        return _on_table(weight, group, table)
     parts = [_quantize_block(block.to(torch.float32).unflatten(1, (-1, group)), symmetric, bits)
              for block in weight.split(BLOCK_ROWS)]
     codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     return PackedWeight.from_codes(codes, scales.T, None if symmetric else zeros.T, bits)
+
+
+def _on_table(weight, group, table):
+    """Each weight's nearest entry, the lower code of two alike."""
+    entries = torch.tensor(table, device=weight.device)
+    ordered, order = entries.sort(stable=True)
+    middles = (ordered[1:] + ordered[:-1]) / 2
+    codes, scales = [], []
+    for block in weight.split(BLOCK_ROWS):
+        w = block.to(torch.float32).unflatten(1, (-1, group))
+        scale = w.abs().amax(2) / entries.abs().max()
+        unit = w / torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(2)
+        codes.append(order[torch.bucketize(unit, middles)].flatten(1).to(torch.uint8))
+        scales.append(scale)
+    return PackedWeight.from_codes(torch.cat(codes), torch.cat(scales).T, table=table)
 
 
 def _quantize_block(w, symmetric, bits):

@@ -12,6 +12,7 @@ import torch
 from .experts import file_name, split_experts_
 from .formats import TARGETS, files, folder, safetensors_file
 from .hf import build_empty, from_pretrained, locate, quantization_of, read_config
+from .kernels.table import NAMED, named_table
 from .linear import layers
 from .quantize import quantize_weight
 from .save import copy_companions, export, write_into
@@ -62,7 +63,7 @@ class Quantizing:
             shape = self.shapes[layer]
             weight = safetensors_file.read(*self.places[f"{layer}.weight"])
             try:
-                packed = quantize_weight(weight, shape.group_size, self.symmetric, shape.bits)
+                packed = quantize_weight(weight, shape.group_size, self.symmetric, shape.bits, shape.table)
             except ValueError as error:
                 raise ValueError(f"{layer}: {error}") from None
             for rows, wanted in zip(packed.dequantize().split(1024), weight.split(1024), strict=True):
@@ -73,21 +74,25 @@ class Quantizing:
         return self._made.pop(name)
 
 
-def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True, format="compressed-tensors",
+def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True, format=None, table=None,
                     trust_remote_code=False):
     """Write a quantized copy of a float checkpoint, every linear layer but the output head, to the folder `out`.
 
     bits, symmetric : as in qzo.quantize_
     group_size : 32, 64, 128 or -1, the whole row; None: the largest of 128, 64, 32 that divides every layer
-    format : "compressed-tensors", "gptq" or "awq"
+    format : "compressed-tensors" (the default), "gptq" or "awq"; "bitsandbytes" with a table
+    table : None, or "nf4" or "fp4", whose groups are 64 by default
 
-    Returns {"layers", "bits", "group_size", "symmetric", "format", "error"}; error: of the weights over their size,
-    None where transformers had to load the model. Raises ValueError or FileNotFoundError for a checkpoint that is not
-    there, is quantized already or cannot be read, a group size that does not fit and a format that is unknown.
+    Returns {"layers", "bits", "group_size", "symmetric", "table", "format", "error"}; error: of the weights over their
+    size, None where transformers had to load the model. Raises ValueError or FileNotFoundError for a checkpoint that is
+    not there, is quantized already or cannot be read, a group size that does not fit and a format that is unknown or
+    cannot hold these codes.
     """
     from .bench.models import group_for, quantizable
 
     check_bits(bits)
+    entries = named_table(table)
+    format = format or ("compressed-tensors" if table is None else "bitsandbytes")
     if format not in TARGETS:
         raise ValueError(f"format {format!r} is not known; there are {', '.join(TARGETS)}")
     path, out = locate(path_or_id), Path(out)
@@ -102,17 +107,17 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
     linears = {file_name(name, known.model_type): m for name, m in quantizable(model).items()}
     if not linears:
         raise ValueError(f"{path_or_id}: {type(model).__name__} has no nn.Linear to quantize")
-    group_size = group_for(model, group_size)
-    result = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format}
+    group_size = group_for(model, group_size if table is None else group_size or 64)
+    result = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table, "format": format}
     places = folder.tensor_places(path) if any(path.glob("*.safetensors")) else {}
     if not all(f"{name}.weight" in places for name in linears):
         model = from_pretrained(path, device="cpu", bits=bits, group_size=group_size, symmetric=symmetric,
-                                trust_remote_code=trust_remote_code)
+                                table=table, trust_remote_code=trust_remote_code)
         export(model, out, format)
         return {"layers": len(layers(model)), **result, "error": None}
-    zeros = None if symmetric else torch.uint8
+    zeros = None if symmetric or table is not None else torch.uint8
     shapes = {name: PackedWeight.on_meta(m.out_features, m.in_features, check_group_size(group_size, m.in_features),
-                                         bits, zeros) for name, m in linears.items()}
+                                         bits, zeros, table=entries) for name, m in linears.items()}
     wanted = {file_name(name, known.model_type) for name in model.state_dict()}
     wanted -= {f"{name}.weight" for name in linears}
     heads = {file_name(name, known.model_type) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -137,8 +142,10 @@ def add_options(parser):
     parser.add_argument("--group-size", type=int, help="32, 64, 128, or -1 for the whole row (default: the largest of "
                         "128, 64, 32 that divides every layer)")
     parser.add_argument("--asymmetric", action="store_true", help="with zero points (default: without)")
-    parser.add_argument("--format", choices=sorted(TARGETS), default="compressed-tensors",
-                        help="of the new checkpoint (default compressed-tensors)")
+    parser.add_argument("--format", choices=sorted(TARGETS), help="of the new checkpoint (default compressed-tensors; "
+                        "bitsandbytes with a table)")
+    parser.add_argument("--table", choices=sorted(NAMED), help="4-bit codes that stand for its entries, in groups of "
+                        "64, as bitsandbytes has them (default: codes are integers)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code from the checkpoint's folder")
 
 
@@ -146,11 +153,12 @@ def execute(options):
     """Quantize, and tell; exit status. ValueError for bad input."""
     found = quantize_folder(options.model, options.output_dir, bits=options.bits, group_size=options.group_size,
                             symmetric=not options.asymmetric, format=options.format,
-                            trust_remote_code=options.trust_remote_code)
+                            table=options.table, trust_remote_code=options.trust_remote_code)
     if options.json:
         print(json.dumps({**found, "output_dir": options.output_dir}))
     else:
         error = "" if found["error"] is None else f"; the weights are off by {found['error']:.3f} of their size"
-        print(f"{found['layers']} layers of {found['bits']} bits in groups of {found['group_size']} are in "
+        bits = found["table"] or f"{found['bits']} bits"
+        print(f"{found['layers']} layers of {bits} in groups of {found['group_size']} are in "
               f"{options.output_dir} as {found['format']}{error}")
     return 0

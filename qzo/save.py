@@ -7,8 +7,19 @@ import torch
 from torch import nn
 
 from .experts import file_name, model_name
-from .formats import FOLDERS, TARGETS, compressed_tensors, files, gguf, gguf_tokenizer, gptq, safetensors_file
-from .formats.folder import dense_entries, scale_dtypes
+from .formats import (
+    FOLDERS,
+    GATHERED,
+    TARGETS,
+    bnb,
+    compressed_tensors,
+    files,
+    gguf,
+    gguf_tokenizer,
+    gptq,
+    safetensors_file,
+)
+from .formats.folder import INDEX, dense_entries, scale_dtypes, tensor_places
 from .formats.gguf_file import GGUFFile
 from .formats.rounding import new_scales
 from .hf import load_tokenizer
@@ -23,16 +34,16 @@ _EXPORTS = (*TARGETS, "gguf")
 def save_pretrained(model, out_dir, batch=None):
     """Save in the format the model came from: the source's files with new scales, all else byte for byte.
 
-    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized). Files of other
-    names in out_dir are left alone. Scales are rounded once, to the file's own dtype: with a batch (as
-    `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None. Raises ValueError or
-    FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has changed or is gone,
-    or out_dir is the source.
+    A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized), or as bitsandbytes
+    with NF4 or FP4 codes. Files of other names in out_dir are left alone. Scales are rounded once, to the file's own
+    dtype: with a batch (as `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None.
+    Raises ValueError or FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has
+    changed or is gone, or out_dir is the source.
     """
     source = _source(model)
     report = None if batch is None else _rounding_losses(model, batch, _rounded(model, source))
     if source.kind == "float":
-        _write_new(model, source, Path(out_dir), compressed_tensors)
+        _write_new(model, source, Path(out_dir), _own_form(model))
     else:
         _copy_with_scales(model, source, Path(out_dir), source.path.name)
     return report
@@ -80,10 +91,19 @@ def _packed(name, layer):
 
 
 def _find(model, tensor):
-    """PackedWeight of the layer whose weight has this name, None where the module is no QZOLinear."""
-    name = model_name(tensor.removesuffix(".weight"))
-    layer = model.get_submodule(name)
+    """PackedWeight of the layer whose weight has this name in the source, None where the model has no QZOLinear."""
+    name = tensor.removesuffix(".weight")
+    name = model_name(dict(model._qzo_source.names).get(name, name))
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:                       # a model without the head that the file has
+        return None
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
+
+
+def _own_form(model):
+    """What a float source is saved as: compressed-tensors, or bitsandbytes where codes stand for entries of a table."""
+    return bnb if any(layer.table for layer in layers(model, trainable=None).values()) else compressed_tensors
 
 
 def _all_packed(model):
@@ -94,7 +114,8 @@ def _rounded(model, source):
     """(layer, scales, zeros or None) of each layer as `save_pretrained` writes them."""
     if source.kind == "float":
         packed = _all_packed(model).items()
-        return ((name, new_scales(weight.scales, torch.float16, name).float(), None) for name, weight in packed)
+        return ((name, new_scales(weight.scales, torch.float32 if weight.table else torch.float16, name).float(), None)
+                for name, weight in packed)
     if source.kind == "gguf":
         return gguf.rounded(GGUFFile(source.path), functools.partial(_find, model))
     return FOLDERS[source.kind].rounded(source.path, functools.partial(_find, model))
@@ -143,6 +164,9 @@ def _write_new(model, source, folder, form):
     if folder.resolve() == source.path:
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} holds {INDEX}, which names other files than the one that would be written; give "
+                         "another folder")
     kind = model.config.model_type
     packed = {file_name(name, kind): weight for name, weight in _all_packed(model).items()}
     linears = [file_name(name, kind) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -215,3 +239,70 @@ def copy_companions(folder, staging):
         weights = path.name.endswith(_WEIGHT_SUFFIXES) or path.name in _CONFIGS
         if path.is_file() and not path.name.startswith(".") and not weights:
             files.copy(path, staging / path.name)
+
+
+# ---------------------------------------------------------------------------------------------- transformers' own way
+
+def own_config(model):
+    """The quantization_config that a model from a float source is saved with."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return _own_form(model).quantization_config(_all_packed(model), linears)
+
+
+def tensors(model):
+    """name -> tensor of the whole checkpoint, which transformers' save_pretrained writes.
+
+    In the source's format, scales rounded to its dtype; what did not change has the source's own bytes. A float
+    source, or none, gives what `save_pretrained` here writes for one. All but the dense tensors are copies in memory,
+    where `save_pretrained` here patches copies of the files. ValueError for other formats than formats.GATHERED,
+    FileNotFoundError or ValueError when the source is gone or has changed.
+    """
+    source, state = getattr(model, "_qzo_source", None), _dense_state(model)
+    if source is None or source.kind == "float":
+        form, quantization = _own_form(model), own_config(model)
+        if source is not None:
+            cast = {id(t): t.to(_stored_dtype(t, source.dtype)) for t in state.values()}
+            state = {name: cast[id(t)] for name, t in state.items()}
+        for layer, weight in _all_packed(model).items():
+            entries = form.entries(layer, weight, quantization, torch.float16)
+            state |= {name: make() for name, _, _, make in entries}
+        return state
+    if source.kind not in GATHERED:
+        raise ValueError(f"this model was loaded from {source.path} ({source.kind}), which transformers' "
+                         "save_pretrained cannot write; use qzo.save_pretrained(model, folder)")
+    source.check()
+    names, packed = dict(source.names), layers(model, trainable=None)
+    changed = GATHERED[source.kind].changed_scales(source.path, functools.partial(_find, model))
+    scales, stored = {(file, place): new for _, new, file, place in changed}, {}
+    for name, (file, place) in tensor_places(source.path).items():
+        owner, _, leaf = name.rpartition(".")
+        owner = names.get(owner, owner)
+        inside = f"{owner}.{leaf}"
+        if inside in state:
+            stored[id(state[inside])] = _as_stored(state[inside], file, place)
+        elif owner in packed:
+            new = scales.get((file, place))
+            state[inside] = safetensors_file.read(file, place) if new is None else new
+    return {name: stored.get(id(tensor), tensor) for name, tensor in state.items()}
+
+
+def _dense_state(model):
+    """Parameters and saved buffers; tied ones are one tensor under each of their names.
+
+    state_dict() would make planes of all codes first.
+    """
+    state, detached = {}, {}
+    for owner, module in model.named_modules(remove_duplicate=False):
+        held = module._parameters | {name: buffer for name, buffer in module._buffers.items()
+                                     if name not in module._non_persistent_buffers_set}
+        state |= {f"{owner}.{name}".removeprefix("."): detached.setdefault(id(t), t.detach())
+                  for name, t in held.items() if t is not None}
+    return state
+
+
+def _as_stored(tensor, file, place):
+    """The file's tensor where the model's is the same in another dtype, else the model's."""
+    if safetensors_file.DTYPES.get(place[0]) in (tensor.dtype, None) or list(place[1]) != list(tensor.shape):
+        return tensor
+    stored = safetensors_file.read(file, place)
+    return stored if torch.equal(stored.to(tensor.dtype), tensor.cpu()) else tensor

@@ -273,8 +273,8 @@ def test_what_a_format_cannot_hold(tmp_path):
     refused(load(mixed(tmp_path / "mixed")), out, "awq", "up_proj has 8 bits, and awq holds 4; save it as gptq or comp")
     sizes = write_gptq(tmp_path / "sizes", by_layer={"up_proj": (4, -1)}, dynamic={".*up_proj": {"group_size": -1}})
     refused(load(sizes), out, "awq", r"the layers have group sizes \[-1, 32\] \(-1: the whole row\), and awq holds one")
-    refused(load(SYM), out, "gguf", "needs a model that was loaded from a GGUF file, .*this one is gptq; use 'awq', 'c")
-    refused(load(SYM), out, "exl2", "export to 'exl2' is not supported; supported are 'awq', 'compressed-tensors', 'gp")
+    refused(load(SYM), out, "gguf", "needs a model that was loaded from a GGUF file, .*this one is gptq; use 'awq', 'b")
+    refused(load(SYM), out, "exl2", "export to 'exl2' is not supported; supported are 'awq', 'bitsandbytes', 'comp")
     refused(torch.nn.Linear(2, 2), out, "gptq", r"was not loaded by qzo\.from_pretrained")
 
 

@@ -43,6 +43,7 @@ def both(folder, tmp_path, capsys, *options, **loaded):
     (["--bits", 8, "--group-size", -1], {"bits": 8, "group_size": -1}),
     (["--format", "gptq", "--asymmetric", "--group-size", 32],
      {"form": "gptq", "symmetric": False, "group_size": 32}),
+    (["--table", "nf4"], {"form": "bitsandbytes", "table": "nf4"}),
     (["--format", "gptq", "--bits", 8], {"form": "gptq", "bits": 8})])
 def test_the_same_bytes_as_a_loaded_model(words, tmp_path, capsys, options, loaded):
     found, streamed, whole = both(words, tmp_path, capsys, *options, **{"group_size": 64} | loaded)

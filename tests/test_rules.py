@@ -17,7 +17,8 @@ LAYERS = [   # a module may import its own layer's elders and everything above i
     {"kernels.noise", "kernels.codes", "kernels.tiles"}, {"kernels.table"},
     {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.dequantize"},
     {"weights", "evaluations", "journal", "ops", "oom", "heap", "experts", "formats"}, {"quantize"}, {"linear"},
-    {"optim", "losses", "hf", "save", "graph"}, {"data", "prefix", "packing", "signal"}, {"task"}, {"train"}, {"demo"},
+    {"optim", "losses", "hf", "save", "quantizer", "graph"}, {"data", "prefix", "packing", "signal"}, {"task"},
+    {"train"}, {"demo"},
     {"__main__", "bench", "inspect", "quantize_folder"}]
 
 

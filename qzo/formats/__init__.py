@@ -13,11 +13,16 @@ A folder's module has METHOD, its quant_method, and
 One that a model of another format can be exported to has also SCALES, the name of a layer's scales, and
     quantization_config(packed, ignore)         of a new folder; ValueError for what it cannot hold exactly
     entries(name, weight, quantization, dtype)  the tensors of a layer in its file
+One whose layers transformers gathers, tensor by tensor, has
+    PARTS                                   the names of a layer's tensors; the first is always there
+    packer(quantization, where)             make(layer, {part: tensor}) -> PackedWeight
+    changed_scales(folder, find)            yields (layer, scales as the file holds them, file, place)
 """
-from . import auto_round, awq, compressed_tensors, gptq, hqq
+from . import auto_round, awq, bnb, compressed_tensors, gptq, hqq
 
-FOLDERS = {form.METHOD: form for form in (auto_round, awq, compressed_tensors, gptq, hqq)}
-TARGETS = {form.METHOD: form for form in (awq, compressed_tensors, gptq)}
+FOLDERS = {form.METHOD: form for form in (auto_round, awq, bnb, compressed_tensors, gptq, hqq)}
+GATHERED = {form.METHOD: form for form in (auto_round, awq, compressed_tensors, gptq)}
+TARGETS = {form.METHOD: form for form in (awq, bnb, compressed_tensors, gptq)}
 
 
 def of_method(method, where):

@@ -6,24 +6,26 @@ import re
 
 from . import awq, gptq
 from .folder import weight_files as weight_files
-from .gptq import rounded as rounded  # both layouts have scales of one name and order
+from .gptq import PARTS as PARTS  # AWQ's and a g_idx that is never there
+from .gptq import changed_scales as changed_scales  # both layouts have scales of one name and order
+from .gptq import rounded as rounded
 from .gptq import save as save
 
 METHOD = "auto-round"
 SCALES = gptq.SCALES
 _FORMS = {"auto_round:auto_gptq": gptq, "auto_round:auto_awq": awq}
-_PATTERN = set("*+?^$()[]{}|\\")            # a name of extra_config with one of these is a pattern, found anywhere
+_PATTERN = set("*+?^$()[]{}|\\")     # a name of extra_config with one of these is a pattern, found anywhere
 
 
 def check_config(quantization, where):
     """(module, quantization_config as that module reads it). ValueError naming what cannot be read."""
     packing, kind = str(quantization.get("packing_format")), quantization.get("data_type", "int")
     if packing not in _FORMS or kind != "int":
-        raise ValueError(f"{where}: auto-round weights of data_type {kind!r:.40} in packing_format {packing!r:.60}; "
-                         f"supported are int in {' and '.join(_FORMS)}")
+        raise ValueError(f"{where}: auto-round weights of data_type {kind!r:.40} in packing_format "
+                         f"{packing!r:.60}; supported are int in {' and '.join(_FORMS)}")
     if quantization.get("act_bits") not in (None, 16, 32):
-        raise ValueError(f"{where}: activations are quantized too (act_bits {quantization['act_bits']!r:.40}); only "
-                         "weights can be")
+        raise ValueError(f"{where}: activations are quantized too (act_bits {quantization['act_bits']!r:.40}); "
+                         "only weights can be")
     form = _FORMS[packing]
     plain = {name: quantization.get(name) for name in ("bits", "group_size")}
     extra = _dynamic(quantization.get("extra_config") or {}, where)
@@ -44,3 +46,9 @@ def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
     form, plain = check_config(quantization, folder)
     return form.weights(folder, plain, dtype)
+
+
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    form, plain = check_config(quantization, where)
+    return form.packer(plain, where)

@@ -1,10 +1,10 @@
-"""AWQ in the GEMM layout: 4-bit integers with a scale per group of inputs, as AutoAWQ and GPTQModel write them.
+"""AWQ in the GEMM layout: 4-bit integers with a scale per group of inputs, as AutoAWQ and GPTQModel write it.
 
-    qweight  int32 [K, N/8]    eight codes a word along N; columns 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up
+    qweight  int32 [K, N/8]    eight codes a word along N: columns 0, 2, 4, 6, 1, 3, 5, 7, lowest bits first
     qzeros   int32 [G, N/8]    zero points, packed alike; all 8 where zero_point is false
     scales   [G, N]
-The quantizer folds activation scales into norms and into the Linears before: a dense tensor of the file is not that
-of the model it was made from.
+The quantizer folds activation scales into norms and into the Linears before: a dense tensor of the file is not
+that of the model it was made from.
 """
 import torch
 
@@ -18,14 +18,14 @@ from .words import pack, unpack
 
 METHOD = "awq"
 SCALES = "scales"
-_PARTS = ("qweight", "qzeros", "scales")
+PARTS = ("qweight", "qzeros", "scales")
 _NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)         # where column j of a word's eight lies
 _COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)         # the column that lies there
 
 
 def check_config(quantization, where):
-    """The group size (None: the whole row) of a quantization_config that can be read; ValueError naming what cannot."""
-    layout = quantization.get("version") or quantization.get("checkpoint_format") or quantization.get("format")
+    """The group size (None: the whole row) of a quantization_config that can be read, else ValueError."""
+    layout = next(filter(None, map(quantization.get, ("version", "checkpoint_format", "format"))), None)
     if not isinstance(layout, str) or layout.lower() != "gemm":
         raise ValueError(f"{where}: AWQ weights in version {layout!r:.60}; supported is 'gemm'")
     size = quantization.get("group_size")
@@ -35,24 +35,35 @@ def check_config(quantization, where):
 
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    size = check_config(quantization, folder)
-    return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(layer, parts, size))
+    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
+
+
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    size = check_config(quantization, where)
+    return lambda layer, parts: _packed(layer, parts, size)
+
+
+def changed_scales(folder, find):
+    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
+    return scale_changes(folder, find, SCALES)
 
 
 def save(folder, staging, find):
-    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
-    save_scales(folder, staging, scale_changes(folder, find, SCALES))
+    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
+    gives."""
+    save_scales(folder, staging, changed_scales(folder, find))
 
 
 def rounded(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in scale_changes(folder, find, SCALES):
+    for layer, new, _, _ in changed_scales(folder, find):
         yield layer, new.to(torch.float32), None
 
 
 def _packed(layer, parts, size):
-    check_there(layer, parts, _PARTS)
-    words, zero_words, scales = (parts[part] for part in _PARTS)
+    check_there(layer, parts, PARTS)
+    words, zero_words, scales = (parts[part] for part in PARTS)
     check_matrix(words, "")
     check_matrix(zero_words, "qzeros ")
     k, n = words.shape[0], 8 * words.shape[1]
@@ -73,21 +84,23 @@ def _columns(words):
 def quantization_config(packed, ignore):
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
 
-    zero_point is true for symmetric layers as well: servers then read the zero points, all 8. ValueError for what
-    cannot be held exactly.
+    zero_point is true for symmetric layers as well: servers then read the zero points, all 8. ValueError for
+    what cannot be held exactly.
     """
     sizes = group_sizes(packed)
     for name, weight in packed.items():
         if weight.bits != 4:
-            raise ValueError(f"{name} has {weight.bits} bits, and awq holds 4; save it as gptq or compressed-tensors")
+            raise ValueError(f"{name} has {weight.bits} bits, and awq holds 4; save it as gptq or "
+                             "compressed-tensors")
         if name.endswith("lm_head"):
-            raise ValueError(f"{name} is quantized, and awq keeps it dense; save it as gptq or compressed-tensors")
+            raise ValueError(f"{name} is quantized, and awq keeps it dense; save it as gptq or "
+                             "compressed-tensors")
         check_order(name, weight, METHOD)
         check_integers(name, weight, METHOD)
         check_whole_words(name, weight, METHOD, inputs=False)
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"the layers have group sizes {sorted(set(sizes.values()))} (-1: the whole row), and awq "
-                         "holds one for all; save it as gptq or compressed-tensors")
+        raise ValueError(f"the layers have group sizes {sorted(set(sizes.values()))} (-1: the whole row), and "
+                         "awq holds one for all; save it as gptq or compressed-tensors")
     return {"quant_method": METHOD, "bits": 4, "group_size": next(iter(sizes.values())), "zero_point": True,
             "version": "gemm", "modules_to_not_convert": ignore}
 

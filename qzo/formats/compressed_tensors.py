@@ -27,7 +27,7 @@ METHOD = "compressed-tensors"
 SCALES = "weight_scale"
 _BITS = (2, 3, 4, 8)
 _PATTERN = "re:"
-_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 def check_config(quantization, where):
@@ -96,22 +96,28 @@ def _arguments(layer, by_target):
 
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    by_target = check_config(quantization, folder)
+    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
 
-    def make(layer, parts):
-        return _packed(parts, _arguments(layer, by_target))
 
-    return read_weights(folder, dtype, _PARTS, make)
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    by_target = check_config(quantization, where)
+    return lambda layer, parts: _packed(parts, _arguments(layer, by_target))
+
+
+def changed_scales(folder, find):
+    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
+    return scale_changes(folder, find, SCALES, transposed=True)
 
 
 def save(folder, staging, find):
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
-    save_scales(folder, staging, scale_changes(folder, find, SCALES, transposed=True))
+    save_scales(folder, staging, changed_scales(folder, find))
 
 
 def rounded(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in scale_changes(folder, find, SCALES, transposed=True):
+    for layer, new, _, _ in changed_scales(folder, find):
         yield layer, new.T.to(torch.float32), None
 
 

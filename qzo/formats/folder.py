@@ -105,8 +105,9 @@ def scale_changes(folder, find, part, transposed=False):
 
 
 def dense_entries(folder, is_dense):
-    """The tensors for whose names `is_dense(name)`, as safetensors_file.write takes them, dtypes as they are."""
-    return [(name, safetensors_file.DTYPES[place[0]], place[1], functools.partial(safetensors_file.read, file, place))
+    """The tensors for whose names `is_dense(name)`, as safetensors_file.write takes them, unchanged."""
+    return [(name, safetensors_file.DTYPES[place[0]], place[1],
+             functools.partial(safetensors_file.read, file, place))
             for name, (file, place) in tensor_places(folder).items() if is_dense(name)]
 
 

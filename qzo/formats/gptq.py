@@ -1,15 +1,15 @@
-"""GPTQ: integers of b bits with a scale per group of inputs, as AutoGPTQ, GPTQModel and auto-round write them.
+"""GPTQ: integers of b bits with a scale per group of inputs, as AutoGPTQ, GPTQModel and auto-round write it.
 
     qweight  int32 [K*b/32, N]      one stream of codes along K, lowest bits first
     qzeros   int32 [G, N*b/32]      zero points along N, each less one in version 1 (checkpoint_format "gptq")
     scales   [G, N]
     g_idx    int32 [K]              the group of each input; not there or 0, 0, ..., 1, 1, ... unless desc_act
 
-Version 1 takes the one off in one of two ways, which differ where a zero point is 0: GPTQModel from the whole word, so
-that it borrows from the neighbour; the others from each field by itself. Saving never writes qzeros.
+Version 1 takes the one off in one of two ways, which differ where a zero point is 0: GPTQModel from the whole
+word, so that it borrows from the neighbour; the others from each field by itself. Saving never writes qzeros.
 
-A layer is quantized where these tensors exist. Its bits and group size are the config's, unless the first pattern of
-`dynamic` that fits its name has others; the tensors' shapes have to agree.
+A layer is quantized where these tensors exist. Its bits and group size are the config's, unless the first
+pattern of `dynamic` that fits its name has others; the tensors' shapes have to agree.
 """
 import collections
 import re
@@ -29,7 +29,7 @@ METHOD = "gptq"
 SCALES = "scales"
 CONFIG = "quantize_config.json"               # where GPTQModel repeats the quantization_config
 BITS = (2, 3, 4, 8)
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}      # a one in every field of a word
 _SKIPPED, _CHANGED = "-:", "+:"
@@ -47,7 +47,8 @@ def check_config(quantization, where):
         raise ValueError(f"{where}: GPTQ weights in checkpoint_format {stored!r:.60}; supported are "
                          f"{' and '.join(_VERSIONS)}")
     if quantization.get("pack_dtype", "int32") != "int32":
-        raise ValueError(f"{where}: GPTQ weights packed in {quantization['pack_dtype']!r:.60}; supported is int32")
+        raise ValueError(f"{where}: GPTQ weights packed in {quantization['pack_dtype']!r:.60}; supported is "
+                         "int32")
     for name in ("adapter", "rotation"):
         if quantization.get(name):
             raise ValueError(f"{where}: quantization_config has an {name}, which is not supported")
@@ -68,7 +69,7 @@ def check_config(quantization, where):
 
 
 def check_bits_and_group(bits, size, where, supported):
-    """ValueError unless bits are supported and size is a whole number above 0, or -1 or None: the whole row."""
+    """ValueError unless bits are supported and size is a number above 0, or -1 or None: the whole row."""
     if type(bits) is not int or bits not in supported:
         raise ValueError(f"{where}: bits is {bits!r:.40}; supported are {', '.join(map(str, supported))}")
     if size is not None and (type(size) is not int or (size < 1 and size != -1)):
@@ -81,18 +82,29 @@ def _plain(pattern):
 
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    settings = check_config(quantization, folder)
-    return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(layer, parts, settings))
+    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
+
+
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    settings = check_config(quantization, where)
+    return lambda layer, parts: _packed(layer, parts, settings)
+
+
+def changed_scales(folder, find):
+    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
+    return scale_changes(folder, find, SCALES)
 
 
 def save(folder, staging, find):
-    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
-    save_scales(folder, staging, scale_changes(folder, find, SCALES))
+    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
+    gives."""
+    save_scales(folder, staging, changed_scales(folder, find))
 
 
 def rounded(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in scale_changes(folder, find, SCALES):
+    for layer, new, _, _ in changed_scales(folder, find):
         yield layer, new.to(torch.float32), None
 
 
@@ -107,21 +119,23 @@ def _arguments(layer, settings):
 
 def _packed(layer, parts, settings):
     bits, size = _arguments(layer, settings)
-    wanted = _PARTS if settings["ordered"] else _PARTS[:3]
+    wanted = PARTS if settings["ordered"] else PARTS[:3]
     check_there(layer, parts, wanted)
-    words, zero_words, scales, g_idx = (parts.get(part) for part in _PARTS)
+    words, zero_words, scales, g_idx = (parts.get(part) for part in PARTS)
     check_matrix(words, "")
     n = words.shape[1]
     check_matrix(zero_words, "qzeros ")
     fitting = [b for b in BITS if words.shape[0] * 32 % b == 0 and zero_words.shape[1] == word_count(n, b)
                and (g_idx is None or g_idx.numel() * b == words.shape[0] * 32)]
     if bits not in fitting:
-        raise ValueError(f"int32 {list(words.shape)} with qzeros {list(zero_words.shape)} are not {bits} bits, which "
-                         f"the config says, but {' or '.join(map(str, fitting)) or 'none that fit together'}")
+        raise ValueError(f"int32 {list(words.shape)} with qzeros {list(zero_words.shape)} are not {bits} bits, "
+                         "which the config says, but "
+                         f"{' or '.join(map(str, fitting)) or 'none that fit together'}")
     k = words.shape[0] * 32 // bits
     size = check_groups(scales, n, k, size)
     if zero_words.shape[0] != k // size:
-        raise ValueError(f"qzeros are {list(zero_words.shape)}, scales {list(scales.shape)}: the groups differ")
+        raise ValueError(f"qzeros are {list(zero_words.shape)}, scales {list(scales.shape)}: the groups "
+                         "differ")
     codes, zeros = unpack(words.T, k, bits), _zeros(zero_words, n, bits, settings)
     if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, zeros + 4, 4
@@ -143,14 +157,14 @@ def check_matrix(words, name):
 
 
 def check_groups(scales, n, k, size):
-    """The group size of an [n, k] matrix with scales [G, n]; `size` is what the config says, None the whole row."""
+    """The group size of an [n, k] matrix with scales [G, n]; `size` is the config's, None the whole row."""
     size = size or k
     if k % size:
-        raise ValueError(f"in_features {k} is no multiple of group_size {size}: a last group that is shorter cannot be "
-                         "read")
+        raise ValueError(f"in_features {k} is no multiple of group_size {size}: a last group that is shorter "
+                         "cannot be read")
     if not scales.is_floating_point() or list(scales.shape) != [k // size, n]:
-        raise ValueError(f"scales must be floats {[k // size, n]} for {k} inputs in groups of {size} and {n} outputs, "
-                         f"got {scales.dtype} {list(scales.shape)}")
+        raise ValueError(f"scales must be floats {[k // size, n]} for {k} inputs in groups of {size} and {n} "
+                         f"outputs, got {scales.dtype} {list(scales.shape)}")
     return size
 
 
@@ -159,7 +173,7 @@ def _zeros(words, n, bits, settings):
     if settings["version"] == 2:
         return unpack(words, n, bits)
     if settings["whole_words"] and bits in _ONES:
-        return unpack(words + _ONES[bits], n, bits)         # int32 wraps, as it did when the ones were taken off
+        return unpack(words + _ONES[bits], n, bits)       # int32 wraps, as it did when they were taken off
     return unpack(words, n, bits) + 1 & (1 << bits) - 1
 
 
@@ -168,9 +182,9 @@ def _zeros(words, n, bits, settings):
 def quantization_config(packed, ignore):
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
 
-    What most layers have is said once, what the others have in `dynamic`. Version 1 for symmetric layers, else
-    version 2: readers of version 1 differ where a zero point is 0, and GPTQModel reads no asymmetric one that is not
-    its own. ValueError for what cannot be held exactly.
+    What most layers have is said once, what the others have in `dynamic`. Version 1 for symmetric layers,
+    else version 2: readers of version 1 differ where a zero point is 0, and GPTQModel reads no asymmetric one
+    that is not its own. ValueError for what cannot be held exactly.
     """
     for name, weight in packed.items():
         check_integers(name, weight, METHOD)
@@ -197,7 +211,8 @@ def entries(name, weight, quantization, dtype):
     made = [
         ("qweight", torch.int32, (word_count(k, bits), n),
          lambda: pack(weight.by_input(weight.unpacked()).cpu(), bits).T),
-        ("qzeros", torch.int32, (groups, word_count(n, bits)), lambda: pack(integer_zeros(weight) - less, bits)),
+        ("qzeros", torch.int32, (groups, word_count(n, bits)),
+         lambda: pack(integer_zeros(weight) - less, bits)),
         (SCALES, dtype, (groups, n), lambda: new_scales(weight.scales.cpu(), dtype, name)),
         ("g_idx", torch.int32, (k,), lambda: g_idx_of(weight.perm, k, weight.group_size)),
     ]

@@ -1,5 +1,4 @@
-"""The group of each input, as files of act-order checkpoints have it, and the order of columns that PackedWeight
-has."""
+"""The group of each input, as act-order checkpoints have it, and the order of columns, as PackedWeight has it."""
 import torch
 
 
@@ -16,7 +15,8 @@ def perm_of(g_idx, k, size, name="g_idx"):
     members = torch.bincount(g_idx, minlength=count)
     odd = (members != size).nonzero().flatten().tolist()
     if odd:
-        raise ValueError(f"{name} gives group {odd[0]} {int(members[odd[0]])} columns; every group has {size}")
+        raise ValueError(f"{name} gives group {odd[0]} {int(members[odd[0]])} columns; every group has "
+                         f"{size}")
     perm = g_idx.argsort(stable=True)
     return None if torch.equal(perm, torch.arange(k)) else perm
 

@@ -35,6 +35,13 @@ def places(path):
     return found
 
 
+def metadata(path):
+    """The file's own {text: text}, or None."""
+    with open(path, "rb") as file:
+        header, _ = _header(file, path.stat().st_size)
+    return header.get("__metadata__")
+
+
 def _header(file, size):
     """(dictionary, where the tensors' bytes begin); None instead of what is no dictionary."""
     length = int.from_bytes(file.read(8), "little")
@@ -101,7 +108,7 @@ def write(path, entries, metadata):
     Wide elements come first: every tensor then begins at a multiple of its element size.
     """
     entries = sorted(entries, key=lambda entry: -entry[1].itemsize)
-    header, at = {"__metadata__": metadata}, 0
+    header, at = {} if metadata is None else {"__metadata__": metadata}, 0
     for name, dtype, shape, _ in entries:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, at + nbytes]}
