@@ -10,6 +10,7 @@ import json
 import torch
 
 from ..evaluations import Evaluations
+from ..experts import split_experts_
 from ..kernels.codes import BITS
 from ..kernels.noise import step_seed
 from ..kernels.update import scratch_bytes
@@ -357,5 +358,7 @@ def _checkpoint(options, device, dtype):
     config = model.config
     del model
     gc.collect()
-    empty = models.quantize_empty(models.build_empty(config, dtype).eval(), wanted, cpu=device == "cpu")
+    empty = models.build_empty(config, dtype).eval()
+    split_experts_(empty)
+    models.quantize_empty(empty, wanted, cpu=device == "cpu")
     return lambda: from_pretrained(options.model, device=device, dtype=dtype, **given), empty

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..experts import split_experts_
 from ..hf import build_empty
 from ..linear import QZOLinear, arena_of, layers
 from ..losses import losses, pair
@@ -87,7 +88,9 @@ def empty_model(config, dtype):
             known = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
         except ValueError:
             raise ValueError(f"model_type {kind!r} is not known to the installed transformers") from None
-        return build_empty(known, dtype).eval()
+        model = build_empty(known, dtype).eval()
+        split_experts_(model)                      # as from_pretrained does
+        return model
     try:
         import diffusers
     except ImportError:

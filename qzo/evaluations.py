@@ -50,8 +50,11 @@ class Evaluations:
         return len(self.seeds)
 
     def __getitem__(self, some):
-        """The evaluations of a slice."""
-        return dataclasses.replace(self, seeds=self.seeds[some], coefs=self.coefs[some])
+        """The evaluations of a slice. What was checked is not checked again: nothing waits for a GPU."""
+        part = copy.copy(self)
+        vars(part).pop("pairs", None)
+        vars(part).update(seeds=self.seeds[some], coefs=self.coefs[some], kernel_coefs=self.kernel_coefs[some])
+        return part
 
     @property
     def law(self):

@@ -18,7 +18,8 @@ from transformers import (
 
 import qzo
 from qzo import experts
-from qzo.linear import QZOLinear, evaluating, layers
+from qzo.bench import memory, models
+from qzo.linear import QZOLinear, arena_of, evaluating, layers
 
 TINY = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "hidden_size": 64,
         "intermediate_size": 96, "initializer_range": 0.2, "num_experts_per_tok": 2}
@@ -200,3 +201,19 @@ def test_rows_that_do_not_divide_are_refused(folder):
         layer._evaluations = qzo.Evaluations([1, 1], [0.1, -0.1])
     with pytest.raises(ValueError, match="5 rows do not divide into 2 evaluations"):
         module(torch.zeros(5, 64), index, weights)
+
+
+def test_memory_is_foretold_with_split_experts(folder):
+    """Codes and scales are those of the loaded model; routing is not known, so rows are spread evenly."""
+    loaded = load(folder)
+    _, empty = memory.random_model(str(folder), 32, "none", "cpu", torch.float32)
+    found = memory.predict(empty, memory.Run(rows=2, tokens=16), "cpu", "sm_90")
+    sizes = {"codes": sum(layer.codes.nbytes for layer in layers(loaded).values()),
+             "scales": arena_of(loaded).data.nbytes}
+    for part, held in sizes.items():
+        assert held <= found[part] <= held + 64 * len(layers(loaded)) + 4096       # what an allocator rounds to
+    wanted = {name: models.form_of(layer) for name, layer in layers(loaded).items()}
+    again = models.build_empty(loaded.config, torch.float32)
+    experts.split_experts_(again)
+    models.quantize_empty(again, wanted, cpu=True)
+    assert memory.predict(again, memory.Run(rows=2, tokens=16), "cpu", "sm_90")["total"] == found["total"]

@@ -12,6 +12,7 @@ from qzo import __main__ as command
 from qzo import quantize_folder
 from qzo.linear import layers
 from qzo.quantize import quantize_weight
+from qzo.quantize_folder import Quantizing
 from tests import test_experts, tiny
 
 
@@ -93,9 +94,12 @@ def test_tensors_are_read_one_at_a_time_and_once(words, tmp_path, monkeypatch):
         read.append(place)
         return tensor
 
+    made = []
+    monkeypatch.setattr(quantize_folder, "Quantizing", lambda *a: made.append(Quantizing(*a)) or made[0])
     monkeypatch.setattr(quantize_folder.safetensors_file, "read", watched)
     monkeypatch.setattr(quantize_folder, "from_pretrained", None)
     quantize_folder.quantize_folder(words, tmp_path / "out")
+    assert not made[0]._made             # nothing that is written stays
     assert len(read) == len(set(read)) == len(load_file(words / "model.safetensors"))
 
 
@@ -150,7 +154,7 @@ def test_help_points_to_calibrated_quantizers(capsys):
 @pytest.mark.parametrize(("arguments", "said"), [
     ("nowhere", "no such file"), ("{words} --bits 3", "bits=3"), ("{words} --group-size 128", "use 32, 64, -1"),
     ("{words} --format awq --bits 8", "4"), ("{quantized}", "is quantized already"), ("{gpt2}", "no nn.Linear"),
-    ("{nan}", "NaN or infinity")])
+    ("{nan}", "model.layers.1.mlp.up_proj: the weight holds NaN or infinity")])
 def test_bad_input_is_one_line_and_leaves_nothing(words, tmp_path, capsys, arguments, said):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
     quantize_folder.quantize_folder(words, tmp_path / "quantized")
