@@ -22,6 +22,7 @@ def check(directory):
     sys.path[:0] = [directory, str(Path(__file__).resolve().parent.parent)]
     import qzo
     from qzo.kernels.codes import pack_planes, pack_rows, unpack_rows
+    from qzo.kernels.table import NF4
     from tests import test_update
     from tests.close import assert_same_bits
     from tests.test_qmm import RATIO, SPLIT, TILE, Matmul
@@ -36,6 +37,7 @@ def check(directory):
                          (Matmul(k=128, shared=True, **common), TILE),
                          (Matmul(k=256, group=64, bits=2, zeros="uint8", **common), TILE),
                          (Matmul(k=256, group=128, bits=8, **common), TILE),
+                         (Matmul(k=128, group=64, table=NF4, **common), TILE),
                          (Matmul(k=200, group=0, zeros="float32", **common), SPLIT)):
         for y in (matmul.kernel(tile), matmul.twin(pack_rows), matmul.twin(pack_planes)):
             matmul.assert_true(y)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from qzo.kernels import noise, tiles, update
+from qzo.kernels.table import NF4
 from tests import oracle
 from tests.close import assert_same_bits
 from tests.matmuls import Matmul
@@ -16,7 +17,8 @@ def picked(matmul):
     """The tile that the package would run, and whether it unpacks with inline PTX."""
     arch = tiles.architecture(torch.device("cuda"))
     points = None if matmul.zero_points is None else matmul.zero_points.dtype
-    tile = tiles.pick(matmul.rows, matmul.n, matmul.k, matmul.width, matmul.dtype, arch, points, matmul.bits)
+    tile = tiles.pick(matmul.rows, matmul.n, matmul.k, matmul.width, matmul.dtype, arch, points, matmul.bits,
+                      matmul.table is not None)
     return dict(tile=tile, device="cuda", asm=arch.startswith("sm_"))
 
 
@@ -36,6 +38,14 @@ def test_compiled_matmul_is_true(dtype, group, rows, zeros):
 @pytest.mark.parametrize("zeros", [None, "uint8", "float32"])
 def test_compiled_matmul_of_other_bits_is_true(bits, dtype, group, rows, zeros):
     matmul = Matmul(k=640, n=192, rows=rows, group=group, zeros=zeros, dtype=dtype, bias=True, law="ih4", bits=bits)
+    matmul.assert_true(matmul.kernel(**picked(matmul)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("group", [32, 64, 128, 0])
+@pytest.mark.parametrize("rows", [1, 24, 60, 150])
+def test_compiled_lookup_is_true(dtype, group, rows):
+    matmul = Matmul(k=640, n=192, rows=rows, group=group, dtype=dtype, bias=True, law="ih4", table=NF4)
     matmul.assert_true(matmul.kernel(**picked(matmul)))
 
 
