@@ -174,16 +174,18 @@ def report(options):
 
 
 def _kinds(model):
-    """[{"bits", "group_size", "zeros", "layers", "scales", "weights"}] of layers alike, the most weights first."""
+    """[{"bits", "group_size", "zeros", "table", "layers", "scales", "weights"}] of layers alike, most weights first."""
     alike = {}
     for layer in layers(model, trainable=None).values():
         zeros = "none" if layer.zeros is None else "float" if layer.zeros.is_floating_point() else "integer"
         size = "row" if layer.group_size == layer.in_features else layer.group_size
-        kind = alike.setdefault((layer.bits, size, zeros), {"layers": 0, "scales": 0, "weights": 0})
+        key = layer.bits, size, zeros, layer.table is not None
+        kind = alike.setdefault(key, {"layers": 0, "scales": 0, "weights": 0})
         kind["layers"] += 1
         kind["scales"] += layer.in_features // layer.group_size * layer.out_features
         kind["weights"] += layer.in_features * layer.out_features
-    named = [{"bits": bits, "group_size": size, "zeros": zeros, **kind} for (bits, size, zeros), kind in alike.items()]
+    named = [{**dict(zip(("bits", "group_size", "zeros", "table"), key, strict=True)), **kind}
+             for key, kind in alike.items()]
     return sorted(named, key=lambda kind: -kind["weights"])
 
 
@@ -225,7 +227,8 @@ def table(found):
              + ("" if found["quantized"] else "; what would be quantized on the way in:"), ""]
     for kind in found["layers"]:
         size = "one group a row" if kind["group_size"] == "row" else f"groups of {kind['group_size']}"
-        lines.append(f"layers      {kind['layers']} of {kind['bits']} bits, {size}, zero points {kind['zeros']}: "
+        lines.append(f"layers      {kind['layers']} of {kind['bits']} bits, {size}, "
+                     f"{'a table of values' if kind['table'] else 'zero points ' + kind['zeros']}: "
                      f"{kind['weights']:,} weights, {kind['scales']:,} scales")
     lines.append("act-order   " + (f"{found['act_order']} of {count} layers" if found["act_order"] else "no"))
     if found["scales"]:

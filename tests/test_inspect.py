@@ -26,7 +26,7 @@ def look(capsys, *arguments):
 
 
 @pytest.fixture(params=["gguf-q4_0", "gguf-q4_1", "ct-w4a16-sym-g64-bias-tied", "ct-w4a16-asym-g128-rtn",
-                        "gptqmodel-gptq-sym-g64-desc", "hqq-own-g64"])
+                        "gptqmodel-gptq-sym-g64-desc", "hqq-own-g64", "bnb-nf4"])
 def checkpoint(request, tmp_path):
     if request.param.startswith("gguf"):
         wide = {"blk.1.ffn_up.weight": (np.zeros((160, 96 // 32 * 34), np.uint8), TYPES.Q8_0)}
@@ -50,6 +50,7 @@ def test_it_tells_what_loading_shows(checkpoint, capsys):
     zeros = {"none" if m.zeros is None else "float" if m.zeros.is_floating_point() else "integer"
              for m in held.values()}
     assert {kind["zeros"] for kind in found["layers"]} == zeros
+    assert [kind["table"] for kind in found["layers"]] == [checkpoint.name == "bnb-nf4"] * len(found["layers"])
     assert found["act_order"] == sum(m.perm is not None for m in held.values())
     assert found["scales"] == {
         "count": len(scales), "smallest": float(size.min()), "largest": float(size.max()),
@@ -80,7 +81,7 @@ def test_a_float_checkpoint_shows_what_would_be_quantized(tmp_path, capsys):
     found = look(capsys, folder, "--bits", 8)
     assert (found["format"], found["quantized"], found["scales"], found["bytes"]) == ("float", False, None, None)
     [kind] = found["layers"]
-    assert kind == {"bits": 8, "group_size": "row", "zeros": "none", "layers": len(layers(model)),
+    assert kind == {"bits": 8, "group_size": "row", "zeros": "none", "table": False, "layers": len(layers(model)),
                     "scales": sum(m.out_features for m in layers(model).values()),
                     "weights": sum(m.in_features * m.out_features for m in layers(model).values())}
     [kind] = look(capsys, folder, "--group-size", 32)["layers"]
