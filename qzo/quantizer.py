@@ -23,6 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import save
+from .experts import stack_widths
 from .formats import GATHERED
 from .heap import Heap
 from .hf import Source, put_packed
@@ -129,6 +130,9 @@ class QZOQuantizer(HfQuantizer):
                          if type(module) is nn.Linear and should_convert_module(name, skip)}
         if self.pre_quantized:
             return
+        if stack_widths(model):
+            raise ValueError(f"{type(model).__name__} keeps its experts in one tensor, which cannot be quantized while "
+                             "transformers loads it; use qzo.from_pretrained")
         if not self._linears:
             raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize "
                              f"(skip={self.quantization_config.skip})")
@@ -233,7 +237,7 @@ class QZOQuantizer(HfQuantizer):
                 owner = owner.rpartition(".")[0]
             if owner and key.endswith(".weight") and modules[owner]._parameters:
                 raise ValueError(f"{key}: {owner} of {type(model).__name__} is a {type(modules[owner]).__name__}, "
-                                 "which has no nn.Linear for it; 4-bit weights of such models cannot be read")
+                                 "which has no nn.Linear for it; load such a model with qzo.from_pretrained")
 
     def _source(self, model):
         """Where the model came from, None if there are no files to tell."""
@@ -299,8 +303,7 @@ def attach(model, quantization):
     """
     if model._qzo_source.kind == "float":
         quantization = save.own_config(model)
-    else:
-        model._weight_conversions = []            # it has the names of the files
+    model._weight_conversions = []                # `save.tensors` gives the names of the files
     config = QZOConfig.from_dict(quantization or {})
     if quantization:
         model.config.quantization_config = config

@@ -245,8 +245,10 @@ def copy_companions(folder, staging):
 
 def own_config(model):
     """The quantization_config that a model from a float source is saved with."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return _own_form(model).quantization_config(_all_packed(model), linears)
+    kind = model.config.model_type
+    linears = [file_name(name, kind) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    packed = {file_name(name, kind): weight for name, weight in _all_packed(model).items()}
+    return _own_form(model).quantization_config(packed, linears)
 
 
 def tensors(model):
@@ -257,14 +259,15 @@ def tensors(model):
     where `save_pretrained` here patches copies of the files. ValueError for other formats than formats.GATHERED,
     FileNotFoundError or ValueError when the source is gone or has changed.
     """
-    source, state = getattr(model, "_qzo_source", None), _dense_state(model)
+    source, state, kind = getattr(model, "_qzo_source", None), _dense_state(model), model.config.model_type
     if source is None or source.kind == "float":
         form, quantization = _own_form(model), own_config(model)
         if source is not None:
             cast = {id(t): t.to(_stored_dtype(t, source.dtype)) for t in state.values()}
             state = {name: cast[id(t)] for name, t in state.items()}
+        state = {file_name(name, kind): t for name, t in state.items()}
         for layer, weight in _all_packed(model).items():
-            entries = form.entries(layer, weight, quantization, torch.float16)
+            entries = form.entries(file_name(layer, kind), weight, quantization, torch.float16)
             state |= {name: make() for name, _, _, make in entries}
         return state
     if source.kind not in GATHERED:
@@ -276,14 +279,14 @@ def tensors(model):
     scales, stored = {(file, place): new for _, new, file, place in changed}, {}
     for name, (file, place) in tensor_places(source.path).items():
         owner, _, leaf = name.rpartition(".")
-        owner = names.get(owner, owner)
+        owner = model_name(names.get(owner, owner))
         inside = f"{owner}.{leaf}"
         if inside in state:
             stored[id(state[inside])] = _as_stored(state[inside], file, place)
         elif owner in packed:
             new = scales.get((file, place))
             state[inside] = safetensors_file.read(file, place) if new is None else new
-    return {name: stored.get(id(tensor), tensor) for name, tensor in state.items()}
+    return {file_name(name, kind): stored.get(id(tensor), tensor) for name, tensor in state.items()}
 
 
 def _dense_state(model):

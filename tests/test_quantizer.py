@@ -32,7 +32,7 @@ from qzo.formats import GATHERED
 from qzo.linear import QZOLinear, arena_of, layers
 from qzo.quantizer import HELD_ELEMENT_BYTES, QZOQuantizer
 from tests.checkpoints import TYPES, scale_randomly, write_gguf
-from tests.gptq_checkpoints import gptq_layer, write_gptq
+from tests.gptq_checkpoints import write_gptq
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDERS = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists() and json.loads(
@@ -473,22 +473,32 @@ def test_folders_that_cannot_be_read(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_experts_in_one_tensor_are_refused_not_left_random(tmp_path):
+@pytest.fixture
+def mixtral(tmp_path):
+    """A folder of a float Mixtral, whose files have a tensor for each expert and other names than the model."""
+    torch.manual_seed(0)
     config = MixtralConfig(**TINY | {"intermediate_size": 64}, num_local_experts=2)
-    MixtralForCausalLM(config).half().save_pretrained(tmp_path)
-    tensors = {}
-    for name, weight in load_file(tmp_path / "model.safetensors").items():
-        owner, (n, k) = name.removesuffix(".weight"), weight.shape if weight.dim() == 2 else (0, 0)
-        if ".experts." in name or "_proj" in name:
-            layer = gptq_layer(torch.randint(16, (n, k)), torch.full((k // 32, n), 8), torch.rand(k // 32, n).half(), 4)
-            tensors |= {f"{owner}.{part}": t.contiguous() for part, t in layer.items()}
-        else:
-            tensors[name] = weight
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
-    (tmp_path / "config.json").write_text(json.dumps(config_of(tmp_path) | {"quantization_config": quantization}))
+    MixtralForCausalLM(config).half().save_pretrained(tmp_path / "mixtral")
+    return tmp_path / "mixtral"
+
+
+def test_experts_in_one_tensor_are_refused_not_left_random(mixtral, tmp_path):
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM keeps its experts in one tensor.*qzo\.from_pretrained"):
+        quantize(mixtral)
+    qzo.save_pretrained(qzo.from_pretrained(mixtral, device="cpu", group_size=32), tmp_path / "out")
     with pytest.raises(ValueError, match=r"experts of MixtralForCausalLM is a MixtralExperts, which has no nn\.Linear"):
-        load(tmp_path)
+        load(tmp_path / "out")
+
+
+def test_experts_that_qzo_loaded_are_saved_by_the_names_of_the_files(mixtral, tmp_path):
+    model = qzo.from_pretrained(mixtral, device="cpu", group_size=32)
+    for step in ("float", "compressed"):
+        scale_randomly(model)
+        qzo.save_pretrained(model, tmp_path / f"{step}-qzo")
+        model.save_pretrained(tmp_path / step)
+        same(tensors_of(tmp_path / step), tensors_of(tmp_path / f"{step}-qzo"))
+        model = qzo.from_pretrained(tmp_path / step, device="cpu")
+    assert sum(".experts." in name for name in layers(model)) == 2 * 2 * 3
 
 
 # ------------------------------------------------------------------------------------- the configuration
