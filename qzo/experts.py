@@ -146,9 +146,9 @@ def _stacked(module):
 
 
 def _known(module):
-    flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True,
-             "has_post_expert_norm": False}
+    flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     gate = getattr(type(module), "_apply_gate", None)
     return (all(getattr(module, name, None) == wanted for name, wanted in flags.items())
+            and not getattr(module, "has_post_expert_norm", False)         # transformers 5.17 has none
             and getattr(gate, "__name__", "") == "_default_apply_gate"
             and {name for name, _ in module.named_parameters(recurse=False)} == {"gate_up_proj", "down_proj"})

@@ -235,7 +235,9 @@ class QZOQuantizer(HfQuantizer):
             owner = key.removesuffix(".weight")
             while owner and owner not in modules:
                 owner = owner.rpartition(".")[0]
-            if owner and key.endswith(".weight") and modules[owner]._parameters:
+            held = [p for p in modules[owner]._parameters.values() if p is not None] if owner else []
+            stacked = any(p.dim() == 3 for p in held)          # transformers 5.17 has other names for what it gathers
+            if held and (key.endswith(".weight") or stacked):
                 raise ValueError(f"{key}: {owner} of {type(model).__name__} is a {type(modules[owner]).__name__}, "
                                  "which has no nn.Linear for it; load such a model with qzo.from_pretrained")
 
