@@ -9,10 +9,12 @@ from torch.overrides import TorchFunctionMode
 
 from .experts import model_name, split_, stack_of
 from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
+from .formats.folder import tensor_places
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
 from .kernels.table import named_table
-from .linear import QZOLinear, arena_of, layers, quantize_
+from .linear import QZOLinear, arena_of, layers, quantizable_, quantize_
+from .quantize import quantize_weight
 from .weights import PackedWeight, check_bits
 
 LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
@@ -77,7 +79,7 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
         quantization = quantization_of(path, config)
         if quantization is None:
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
-            model, source = _load_float(path, config, trust_remote_code, options)
+            model, source = _load_float(path, config, trust_remote_code, options, device, dtype)
         else:
             model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)
     if not layers(model, trainable=None):
@@ -185,19 +187,61 @@ def _auto_class(config):
     return getattr(transformers, names[0], transformers.AutoModel)
 
 
-def _load_float(folder, config, trust_remote_code, options):
+def _load_float(folder, config, trust_remote_code, options, device, dtype):
     for name in (name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)):
         if name.endswith(_QUANTIZED):              # transformers would put random weights in their place
             raise ValueError(f"{folder} holds the quantized tensor {name}, and its config.json has no "
                              "quantization_config that tells how to read it; fetch the checkpoint again")
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    cls = _auto_class(config)
-    model = cls.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = [name for name, module in model.named_modules() if module is output and output is not None]
-    quantize_(model, **options, skip=("lm_head", *heads))
+    model = _quantize_streamed(folder, config, trust_remote_code, options, device, dtype)
+    if model is None:
+        model = _auto_class(config).from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+        quantize_(model, **options, skip=("lm_head", *_heads(model)))
     sizes = (("config.json", (folder / "config.json").stat().st_size),)
     return model, Source("float", folder, sizes, stored, tuple(sorted(options.items())))
+
+
+def _heads(model):
+    """Names of the output head's module."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [name for name, module in model.named_modules() if module is output and output is not None]
+
+
+def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype):
+    """The model, each weight quantized when it is read: the float model never is in memory.
+
+    None where transformers has more to do than to take tensors by the model's own names (prefixes, other layouts,
+    pickles): that is left to it.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return None
+    places = tensor_places(folder)
+    model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
+    heads = _heads(model)
+    linears = quantizable_(model, options["group_size"], ("lm_head", *heads))
+    there, wanted = {model_name(name) for name in places}, set(model.state_dict())
+    tied = {f"{head}.weight" for head in heads} if config.get_text_config().tie_word_embeddings else set()
+    if there - wanted or wanted - there - tied or any(type(linear) is not nn.Linear for linear in linears.values()):
+        return None
+
+    def entries():
+        for name, (file, place) in places.items():
+            tensor, layer = safetensors_file.read(file, place), model_name(name).removesuffix(".weight")
+            if layer in linears and name.endswith(".weight"):
+                tensor = quantize_weight(tensor, **options)
+            elif tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            yield name, tensor, f"{name} in {file.name}"
+
+    _fill(model, entries(), folder, device)
+    _take_generation_config(model, folder)
+    return model
+
+
+def _take_generation_config(model, folder):
+    if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _load_gguf(path, device, dtype):
@@ -221,9 +265,7 @@ def _load_quantized(folder, config, quantization, trust_remote_code, device, dty
     check_depth(config, folder, sum(size for _, size in sizes))
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
     _fill(model, form.weights(folder, quantization, dtype), folder, device)
-    if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
-        from transformers import GenerationConfig
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    _take_generation_config(model, folder)
     return model, Source(method, folder, sizes, stored)
 
 

@@ -342,6 +342,18 @@ def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",),
     """
     check_bits(bits)
     named_table(table)
+    replaced = {}
+    for name, linear in quantizable_(module, group_size, skip).items():
+        parent, _, child = name.rpartition(".")
+        if id(linear) not in replaced:
+            replaced[id(linear)] = QZOLinear.from_linear(linear, bits, group_size, symmetric, table)
+        setattr(module.get_submodule(parent), child, replaced[id(linear)])
+    arena_of(module, exact=True)
+    return module
+
+
+def quantizable_(module, group_size, skip):
+    """name -> nn.Linear of all that `quantize_` replaces; experts are split for that, in place. Raises as it does."""
     if isinstance(module, nn.Linear):
         raise ValueError("quantize_ replaces the Linears inside a module; for a bare one use QZOLinear.from_linear")
 
@@ -358,15 +370,7 @@ def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",),
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     split_experts_(module, kept)
-    linears = {name: m for name, m in _linears(module).items() if not kept(name)}
-    replaced = {}
-    for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
-        if id(linear) not in replaced:
-            replaced[id(linear)] = QZOLinear.from_linear(linear, bits, group_size, symmetric, table)
-        setattr(module.get_submodule(parent), child, replaced[id(linear)])
-    arena_of(module, exact=True)
-    return module
+    return {name: m for name, m in _linears(module).items() if not kept(name)}
 
 
 def scales(model):

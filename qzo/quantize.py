@@ -9,7 +9,7 @@ from .kernels.table import check_table
 from .weights import PackedWeight, check_bits, check_group_size
 
 ROUNDS = 3                   # of rounding and refitting in turn; the error stops falling after two or three
-BLOCK_ROWS = 1024            # output rows quantized at a time: temporaries stay a fraction of the matrix
+BLOCK = 1 << 19              # weights quantized at a time: temporaries stay a few megabytes, in the cache
 
 
 def quantize_weight(weight, group_size=128, symmetric=True, bits=4, table=None):
@@ -34,7 +34,7 @@ def quantize_weight(weight, group_size=128, symmetric=True, bits=4, table=None):
     if table is not None:
         return _on_table(weight, group, table)
     parts = [_quantize_block(block.to(torch.float32).unflatten(1, (-1, group)), symmetric, bits)
-             for block in weight.split(BLOCK_ROWS)]
+             for block in weight.split(max(1, BLOCK // weight.shape[1]))]
     codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     return PackedWeight.from_codes(codes, scales.T, None if symmetric else zeros.T, bits)
 
@@ -45,7 +45,7 @@ def _on_table(weight, group, table):
     ordered, order = entries.sort(stable=True)
     middles = (ordered[1:] + ordered[:-1]) / 2
     codes, scales = [], []
-    for block in weight.split(BLOCK_ROWS):
+    for block in weight.split(max(1, BLOCK // weight.shape[1])):
         w = block.to(torch.float32).unflatten(1, (-1, group))
         scale = w.abs().amax(2) / entries.abs().max()
         unit = w / torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(2)
