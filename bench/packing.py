@@ -37,7 +37,7 @@ def cases():
     """name -> records."""
     read = articles()
     return {
-        "headlines, five topics of 3 or 4 tokens": [
+        "headlines, five topics of several tokens": [
             {"prompt": f"Headline: {h}\nTopic:", "options": PHRASES, "label": t} for h, _, t in read],
         "headlines and leads in turn, five topics of one token": [
             {"prompt": f"{lead if i % 2 else 'Headline: ' + h}\nTopic:", "options": demo.OPTIONS, "label": t}

@@ -33,6 +33,12 @@ def pytest_terminal_summary(terminalreporter):
                                     "`pytest -m gpu`", yellow=True)
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Random data without a generator of its own is the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def nan_poison():
     """torch.empty gives NaN (the largest integer for integers), so that an element nobody writes is seen."""

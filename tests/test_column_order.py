@@ -29,7 +29,8 @@ def ordered(bias=True, **shape):
     perm = group.argsort(stable=True)
     packed = PackedWeight.from_codes(codes[:, perm], scales, zeros, perm=perm)
     want = torch.stack([scales[g] * (codes[:, k].float() - zeros[g]) for k, g in enumerate(group)], 1)
-    return QZOLinear.from_packed(packed, torch.randn(len(codes)) if bias else None), want
+    values = torch.randn(len(codes), generator=torch.Generator().manual_seed(1)) if bias else None
+    return QZOLinear.from_packed(packed, values), want
 
 
 def test_dequantize_gives_the_inputs_order():
@@ -43,11 +44,12 @@ def test_dequantize_gives_the_inputs_order():
 @pytest.mark.parametrize("shape", [(K,), (3, K), (2, 3, K), (2, 0, K)])
 def test_forward(backend, dtype, shape):
     layer, weight = ordered()
-    x = torch.randn(shape).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     want = x.double() @ weight.double().T + layer.bias.double()
     size = x.double().abs() @ weight.double().abs().T + layer.bias.double().abs()
     with qzo.backend(backend):
-        assert_close(layer.to(dtype)(x), want, want.abs() + 1e-2 * size, torch.finfo(dtype).eps + 64 * ULP)
+        # rounding the result, and a sum of 128 terms: 4 ULP of its magnitude
+        assert_close(layer.to(dtype)(x), want, want.abs() + 1e-2 * size, torch.finfo(dtype).eps + 400 * ULP)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
