@@ -37,7 +37,8 @@ def losses(model, batch, E):
 
     batch is a mapping of model inputs [B, T] (stacked here unless `pair` has done it) and one of
 
-    labels [B, T]                  next-token cross entropy where labels are not -100, as in transformers
+    labels [B, T]                  next-token cross entropy where labels are not -100, as in transformers; for an
+                                   encoder-decoder model those of the decoder, its inputs made of them if not given
     labels [B]                     class labels of a model that returns logits [B, classes]
     option_ids [B, O], label [B]   cross entropy over O next tokens after each row's last attended position
     labels [B*O, T], options O, label [B]   cross entropy over O options of several tokens each, one row an option,
@@ -70,6 +71,9 @@ def losses(model, batch, E):
 
 def option_scores(model, batch, E=1):
     """Scores of the options, float32 [B, O]; their softmax is the model's choice. E: evaluations in the batch."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} has an encoder: options are scored by decoder-only models; give "
+                         "labels [rows, tokens] of the decoder")
     if "option_ids" in batch:
         return _logits(model, read_states(model, batch, E)).gather(1, batch["option_ids"])
     count = batch["label"].shape[0] * batch["options"]
@@ -117,12 +121,27 @@ def _label_losses(model, batch, count):
     if "labels" in batch and batch["labels"].dim() == 1:
         logits = model(**model_inputs(model, batch)).logits.float()
         return functional.cross_entropy(logits, batch["labels"], reduction="none").view(count, -1).mean(1)
-    row, _, each = _token_losses(model, batch, count)
+    if getattr(model.config, "is_encoder_decoder", False):
+        row, each = _decoder_losses(model, batch)
+    else:
+        row, _, each = _token_losses(model, batch, count)
     if not len(each):
         raise ValueError("no position of the batch carries a label: every entry of labels is -100")
     evaluation = row // (_rows(batch) // count)
     total = torch.zeros(count, device=each.device).index_add_(0, evaluation, each)
     return total / (len(each) // count)          # every evaluation holds the same labels
+
+
+def _decoder_losses(model, batch):
+    """-> (row of each labelled position of the decoder, its cross entropy); the logits of all positions exist here."""
+    if "targets" in batch:
+        raise ValueError("packed rows are for decoder-only models; give labels [rows, tokens] of the decoder")
+    inputs, labels = model_inputs(model, batch), batch["labels"]
+    if "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    row, column = torch.nonzero(labels != -100, as_tuple=True)
+    logits = model(**inputs, use_cache=False).logits[row, column].float()
+    return row, functional.cross_entropy(logits, labels[row, column], reduction="none")
 
 
 def _rows(batch):

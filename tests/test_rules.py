@@ -16,9 +16,9 @@ PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.gl
 LAYERS = [   # a module may import its own layer's elders and everything above it
     {"kernels.noise", "kernels.codes", "kernels.tiles"}, {"kernels.table"},
     {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.dequantize"},
-    {"weights", "evaluations", "journal", "ops", "oom", "heap", "experts", "formats"}, {"quantize"}, {"linear"},
-    {"optim", "losses", "hf", "save", "quantizer", "graph"}, {"data", "prefix", "packing", "signal"}, {"task"},
-    {"train"}, {"demo"},
+    {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "experts", "formats"}, {"quantize"},
+    {"linear"}, {"optim", "losses", "hf", "save", "quantizer", "graph"}, {"data", "prefix", "packing", "signal"},
+    {"task"}, {"train"}, {"demo"},
     {"__main__", "bench", "inspect", "quantize_folder"}]
 
 

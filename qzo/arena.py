@@ -1,0 +1,82 @@
+"""ScaleArena, the one flat tensor of all scales that train: only it knows where a layer's lie."""
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A layer's place in the arena: quads base4 .. base4 + ceil(groups / 4) * outputs."""
+
+    base4: int
+    groups: int
+    outputs: int
+
+    @property
+    def quads(self):
+        return -(-self.groups // 4) * self.outputs
+
+
+class ScaleArena:
+    """Every trained scale in one flat float32 tensor; layer by layer in the sorted order of names, [ceil(G/4), N, 4].
+
+    Scale (g, n) of a layer has the global index 4 * (base4 + (g // 4) * N + n) + g % 4: what the noise law sees. One
+    launch updates everything, and traversal order, tiles and devices cannot change a scale's noise.
+    """
+
+    def __init__(self, slots, device):
+        self.slots = slots
+        quads = sum(slot.quads for slot in slots.values())
+        # every slot is written next; zeros would take the memory before the layers' own scales have left
+        self.data = torch.empty(4 * quads, dtype=torch.float32, device=device)
+        self._layers = None
+
+    @classmethod
+    def of_shapes(cls, shapes, device):
+        """shapes: name -> (groups, outputs)."""
+        slots, base4 = {}, 0
+        for name in sorted(shapes):
+            slots[name] = Slot(base4, *shapes[name])
+            base4 += slots[name].quads
+        return cls(slots, device)
+
+    def quads(self, name):
+        """The layer's scales as the kernels read them: a view, [ceil(G/4), N, 4]."""
+        slot = self.slots[name]
+        return self.data[4 * slot.base4:4 * (slot.base4 + slot.quads)].view(-1, slot.outputs, 4)
+
+    def read(self, name):
+        """A copy of the layer's scales, float32 [G, N]."""
+        slot = self.slots[name]
+        return self.quads(name).permute(0, 2, 1).reshape(-1, slot.outputs)[:slot.groups].clone()
+
+    def write(self, name, scales):
+        """Set the layer's scales from [G, N]."""
+        slot = self.slots[name]
+        padded = torch.zeros(-(-slot.groups // 4) * 4, slot.outputs, dtype=torch.float32, device=self.data.device)
+        padded[:slot.groups] = scales
+        self.quads(name).copy_(padded.view(-1, 4, slot.outputs).permute(0, 2, 1))
+
+    def index(self, name):
+        """Global scale indices, int64 [G, N]."""
+        slot = self.slots[name]
+        g = torch.arange(slot.groups, device=self.data.device)[:, None]
+        n = torch.arange(slot.outputs, device=self.data.device)
+        return 4 * (slot.base4 + (g // 4) * slot.outputs + n) + g % 4
+
+    def layers(self):
+        """int64 [L, 3] on the arena's device: first quad, end and outputs of each layer, for noise shared by rows."""
+        if self._layers is None or self._layers.device != self.data.device:
+            rows = [(slot.base4, slot.base4 + slot.quads, slot.outputs) for slot in self.slots.values()]
+            self._layers = torch.tensor(rows, dtype=torch.int64, device=self.data.device)
+        return self._layers
+
+    def move(self, apply):
+        """Follow nn.Module._apply to another device, but never to another dtype: the masters stay float32."""
+        device = apply(torch.empty(0, device=self.data.device)).device
+        if device == self.data.device:
+            return
+        if self.data.is_meta:
+            self.data = torch.empty_like(self.data, device=device)
+        else:
+            self.data = self.data.to(device)
