@@ -14,6 +14,28 @@ from .quantize import quantize_weight
 from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows, unpack_codes
 
 
+class _NoValues(torch.Tensor):
+    """Stands for a matrix that is never made: what it is like can be asked, nothing can be computed with it."""
+
+    @staticmethod
+    def __new__(cls, rows, columns, dtype, device):
+        return torch.Tensor._make_wrapper_subclass(cls, (rows, columns), dtype=dtype, device=device)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("__get__", "size", "dim", "numel", "is_floating_point"):
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise RuntimeError(f"{function.__name__}: the weight of a QZOLinear is codes and scales and has no values of its "
+                        "own; layer(x) multiplies by it, layer.dequantize() makes it")
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(f"{function}: the weight of a QZOLinear has no values of its own; use layer.dequantize()")
+
+    def __repr__(self):
+        return f"weight of a QZOLinear: {list(self.shape)}, {self.dtype}, no values (see dequantize)"
+
+
 class QZOLinear(nn.Module):
     """A quantized linear layer whose forward runs under perturbed scales inside `evaluating`.
 
@@ -96,12 +118,10 @@ class QZOLinear(nn.Module):
 
     @property
     def weight(self):
-        """Shape and dtype only, on the meta device, for models that ask for a Linear's dtype, as T5 does.
-
-        What is computed with it has no values either; `dequantize` gives them.
-        """
+        """Shape, dtype and device, for models that ask a Linear for them as T5 does. It has no values:
+        RuntimeError for whatever is computed with it."""
         dtype = self.out_dtype or (torch.float32 if self.bias is None else self.bias.dtype)
-        return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        return _NoValues(self.out_features, self.in_features, dtype, self.codes.device)
 
     def forward(self, x):
         evaluations = self._evaluations

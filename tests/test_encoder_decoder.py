@@ -56,10 +56,14 @@ def test_it_learns_and_is_saved(model, tmp_path):
 
 def test_a_weight_tells_shape_and_dtype_and_nothing_else():
     layer = qzo.QZOLinear(64, 8, group_size=32)
-    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device.type) == ((8, 64), torch.float32, "meta")
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device.type) == ((8, 64), torch.float32, "cpu")
+    assert isinstance(layer.weight, torch.Tensor)
+    assert "no values" in repr(layer.weight)
     assert qzo.QZOLinear(64, 8, group_size=32, dtype=torch.float16).weight.dtype == torch.float16
-    with pytest.raises(RuntimeError, match="meta"):
-        float((torch.ones(1, 64) @ layer.weight.T).sum())
+    for compute in (lambda w: torch.ones(1, 64) @ w.T, lambda w: torch.nn.functional.linear(torch.ones(1, 64), w),
+                    lambda w: w * 2, lambda w: w.to(torch.float16), lambda w: w[0], lambda w: w.tolist()):
+        with pytest.raises(RuntimeError, match="QZOLinear"):
+            compute(layer.weight)
     assert "weight" not in layer.state_dict()
     assert_same_bits(layer.dequantize(), layer.packed().dequantize())
 
