@@ -25,8 +25,8 @@ class _NoValues(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function.__name__ in ("__get__", "size", "dim", "numel", "is_floating_point"):
             return super().__torch_function__(function, types, args, kwargs or {})
-        raise RuntimeError(f"{function.__name__}: the weight of a QZOLinear is codes and scales and has no values of its "
-                        "own; layer(x) multiplies by it, layer.dequantize() makes it")
+        raise RuntimeError(f"{function.__name__}: the weight of a QZOLinear is codes and scales and has no values of "
+                           "its own; layer(x) multiplies by it, layer.dequantize() makes it")
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
