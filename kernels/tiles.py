@@ -90,8 +90,8 @@ def _fills(arch, rows, n, tile):
 
 def _table(arch, rows, n, group, zeros, bits, table):
     """Tiles that compile without spilling a register, whatever the flags: bench/sass.py tells."""
-    # a second accumulator beside several groups a step, or beside a table, spills in the large tiles
-    short = group < 128 or (table and not arch.startswith(("sm_90", "sm_100")))
+    # a second accumulator beside several groups a step, a table or eight codes a word spills in the large tiles
+    short = group < 128 or ((table or bits == 2) and arch not in ("sm_90", "sm_100"))
     float_zeros = zeros == torch.float32
     registers = 255 if group == 32 or bits != 4 or table else 0
     if arch == "sm_90":
@@ -104,7 +104,7 @@ def _table(arch, rows, n, group, zeros, bits, table):
         # a step's instructions per product fall with the rows: 262, 323, 427 for 64, 128, 256
         large = Tile(256, 128, 8, 3, deep=True, ratio=True)
         medium = Tile(128, 128, 8, 3, deep=True, ratio=True)
-        roomy = (zeros is None or (short and not float_zeros)) and (short or not table)
+        roomy = (zeros is None or (short and not float_zeros)) and (short or not (table or bits == 8))
         if rows > 256 and roomy and _fills(arch, rows, n, large):
             return large
         if rows > 128 and not float_zeros and _fills(arch, rows, n, medium):
