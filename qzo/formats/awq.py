@@ -9,9 +9,12 @@ that of the model it was made from.
 import torch
 
 from ..weights import PackedWeight
-from .folder import read_weights, save_scales, scale_changes
+from .folder import read_weights
 from .folder import weight_files as weight_files
+from .gptq import changed_scales as changed_scales  # scales have GPTQ's name and order
 from .gptq import check_bits_and_group, check_groups, check_matrix, check_there, integer_zeros
+from .gptq import rounded as rounded
+from .gptq import save as save
 from .limits import check_integers, check_order, check_whole_words, group_sizes
 from .rounding import new_scales
 from .words import pack, unpack
@@ -42,23 +45,6 @@ def packer(quantization, where):
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     size = check_config(quantization, where)
     return lambda layer, parts: _packed(layer, parts, size)
-
-
-def changed_scales(folder, find):
-    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
-    return scale_changes(folder, find, SCALES)
-
-
-def save(folder, staging, find):
-    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
-    gives."""
-    save_scales(folder, staging, changed_scales(folder, find))
-
-
-def rounded(folder, find):
-    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in changed_scales(folder, find):
-        yield layer, new.to(torch.float32), None
 
 
 def _packed(layer, parts, size):
