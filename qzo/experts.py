@@ -118,21 +118,19 @@ def stack_of(module, name):
 
 def model_name(name):
     """The name in the model of a tensor or layer of a file."""
-    if ".block_sparse_moe." not in name:
-        return name
-    dotted = f"{name}."
-    for old, new in _RENAMED.items():
-        dotted = dotted.replace(old, new)
-    return dotted.removesuffix(".")
+    return _renamed(name, _RENAMED.items()) if ".block_sparse_moe." in name else name
 
 
 def file_name(name, model_type):
     """The name in a new file of a tensor or layer of a model of this type: `model_name` undone."""
-    if model_type != "mixtral" or ".mlp." not in name:
-        return name
-    dotted = f"{name}."
-    for old, new in _RENAMED.items():
-        dotted = dotted.replace(new, old)
+    undone = [(new, old) for old, new in _RENAMED.items()]
+    return _renamed(name, undone) if model_type == "mixtral" and ".mlp." in name else name
+
+
+def _renamed(name, pairs):
+    dotted = f"{name}."                       # a layer's name may end where a tensor's goes on
+    for old, new in pairs:
+        dotted = dotted.replace(old, new)
     return dotted.removesuffix(".")
 
 
