@@ -12,7 +12,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.mark.parametrize("name", ["ct-w4a16-sym-g128-gptq", "ct-w4a16-sym-g64-bias-tied"])
 def test_compressed_tensors_gives_our_logits(name, tmp_path):
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors", reason="the compressed-tensors library is not installed")
     from transformers import AutoModelForCausalLM
 
     model = qzo.from_pretrained(FIXTURES / name, device="cpu")

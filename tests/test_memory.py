@@ -84,7 +84,7 @@ def test_what_a_model_holds_is_its_arithmetic():
 
 
 def test_the_image_transformer_fits_24_gb():
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="diffusers, which has the SD3 transformer, is not installed")
     numbers, model = foretold("sd3.5-large", tokens=333)
     weights = sum(m.in_features * m.out_features for m in layers(model).values())
     assert weights == pytest.approx(8.06e9, rel=0.01)
@@ -190,7 +190,7 @@ def test_the_updates_scratch_is_as_its_formula():
 # ---------------------------------------------------------------------------------------------- an image model trains
 
 def test_a_tiny_image_transformer_trains():
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="diffusers, which has the SD3 transformer, is not installed")
     model = models.empty_model(TINY_SD3, torch.float32)
     wanted = dict.fromkeys(models.quantizable(model), models.Form(32))
     models.fill_random(models.quantize_empty(model, wanted, cpu=True), "cpu")

@@ -98,7 +98,7 @@ def test_a_config_in_a_file_of_its_own_is_written_to_config_json(tmp_path):
 
 
 def test_transformers_reads_what_is_saved(tmp_path):
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors", reason="the compressed-tensors library is not installed")
     model = quantize(make("llama", tmp_path / "float"), dtype=torch.float32)
     model.save_pretrained(tmp_path / "out")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
