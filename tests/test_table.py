@@ -77,7 +77,7 @@ MATMULS = [Matmul(k=256, group=64, table=table.NF4), Matmul(k=192, group=64, tab
            Matmul(k=320, group=64, table=ODD, relative=False, coefs=(0.01, -0.01, 0.003)),
            Matmul(k=96, group=32, table=table.NF4, shared=True), Matmul(k=256, group=128, table=ODD, law=None),
            Matmul(k=200, group=0, table=table.NF4), Matmul(k=256, group=64, table=table.NF4, dtype=torch.float32),
-           Matmul(k=256, group=64, table=table.NF4, exact=True, pair=True),
+           Matmul(k=256, group=64, table=table.NF4, exact=True, seeds=(5, 5), coefs=(0.1, -0.1), pair=True),
            Matmul(k=192, group=32, table=ODD, exact=True, law="ih4")]
 
 
