@@ -199,16 +199,18 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
     def _qmm_scratch(self, x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype,
-                     shared=False, pair=False, blas=False, bits=4, table=None):
+                     shared=False, pair=False, blas=False, bits=4, table=None, exact=False, codebooks=None):
         m, k = x.shape
         n = scales.shape[1]
         if self.device == "cpu":
             return qmm_torch.scratch_bytes(m, n, k, group, seeds.numel(), x.dtype, law, shared,
-                                           scales.untyped_storage().nbytes(), self.threads)
+                                           scales.untyped_storage().nbytes(), self.threads, table=table is not None,
+                                           books=0 if codebooks is None else codebooks.shape[-3], bits=bits)
         if blas and m // seeds.numel() >= tiles.BLAS_FROM:
             return dequantize.scratch_bytes(n, k, x.dtype)
         points = None if zeros is None else zeros.dtype
-        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits, table is not None)
+        lookup = "vectors" if codebooks is not None else "table" if table is not None else None
+        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits, lookup)
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
         return copy + qmm.scratch_bytes(m, n, k, group, tile, points)
 

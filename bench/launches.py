@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import codes, dequantize, noise, qmm, table, tiles, update
+from ..kernels import codes, dequantize, noise, qmm, table, tiles, update, vectors
 from . import cases
 
 ARCHES = tuple(tiles.PROCESSORS)
@@ -33,7 +33,41 @@ ROWS = tuple(sorted({*cases.ROWS, 32}))
 WHOLE_ROW = -1
 GROUPS = (*tiles.GROUPS, WHOLE_ROW)
 ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
-CODES = {"int4": (4, None), "int2": (2, None), "int8": (8, None), "nf4": (4, table.NF4)}  # bits, table
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """What is multiplied: codes of `bits`, entries of a table, or vectors of `books` codebooks."""
+
+    bits: int = 4
+    table: tuple | None = None
+    exact: bool = False
+    books: int = 0
+
+    @property
+    def lookup(self):
+        """As tiles.pick takes it."""
+        return "vectors" if self.books else None if self.table is None else "table"
+
+    def form(self, n, k, dtype):
+        """(codes of an [n, k] matrix, what the launchers take of the rest), on the meta device."""
+        held = dict(bits=self.bits, table=self.table, exact=self.exact)
+        if not self.books:
+            return _meta(*codes.plane_shape(n, k, self.bits), dtype=torch.int16), held
+        words = _meta(*vectors.vector_shape(n, k, self.books, self.bits), dtype=torch.int16)
+        return words, held | {"codebooks": _meta(self.books, 1 << self.bits, 8, dtype=dtype)}
+
+
+CODES = {
+    "int4": Codes(),
+    "int2": Codes(2),
+    "int8": Codes(8),
+    "nf4": Codes(table=table.NF4),
+    "nf4-exact": Codes(table=table.NF4, exact=True),
+    "aqlm-1x16": Codes(16, books=1),
+    "aqlm-2x8": Codes(8, books=2),
+    "aqlm-3x8": Codes(8, books=3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +115,18 @@ class Launch:
         held = {names[i]: value for i, value in self.constants}
         held.pop("ROUNDS_", None)
         if self.kernel != "qmm":
-            held["TABLE"] = bool(held.get("TABLE"))
+            held |= {name: bool(held[name]) for name in ("TABLE", "LAST") if name in held}
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
         group = "row" if held["WHOLE_ROW"] else held["GROUP"]
         flags = [f for f in FLAGS if held[f]]
         zeros = {qmm.ZERO_INTEGER: ["ZERO_INTEGER"], qmm.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
-        bits = "table " if held["TABLE"] else "" if held["BITS"] == 4 else f"b{held['BITS']} "
+        bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
+        if held["BOOKS"]:
+            bits = f"{held['BOOKS']}x{held['BITS']} "
+        elif held["TABLE"]:
+            bits = "exact table " if held["PASSES"] > 1 else "table "
         return (
             f"{self.arch} qmm {held['BM']}x{held['BN']} w{self.warps} s{self.stages} {types['x_ptr'][1:]} "
             f"{bits}g{group} {law} {' '.join(flags + zeros).lower()}"
@@ -164,14 +202,15 @@ def matmul(case):
     groups = case.k // group
     x = _meta(2 * case.rows, case.k, dtype=case.dtype)
     zeros = None if case.zeros == "none" else _meta(groups, case.n, dtype=ZEROS[case.zeros])
-    bits, entries = CODES[case.codes]
+    kind = CODES[case.codes]
+    planes, form = kind.form(case.n, case.k, case.dtype)
     tile = case.tile or tiles.pick(
-        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], bits, entries is not None
+        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], kind.bits, kind.lookup
     )
     with recorded(case.arch) as launches:
         qmm.launch(
             x,
-            _meta(*codes.plane_shape(case.n, case.k, bits), dtype=torch.int16),
+            planes,
             _meta(-(-groups // 4), case.n, 4),
             zeros,
             _meta(case.n, dtype=case.dtype) if case.bias else None,
@@ -185,9 +224,8 @@ def matmul(case):
             tile=tile,
             shared=case.shared,
             pair=case.pair,
-            bits=bits,
-            table=entries,
             asm=case.arch.startswith("sm_"),
+            **form,
         )
     return launches
 
@@ -205,14 +243,14 @@ def chunks(
     for law, group, dtype, zeros, relative_, kind in itertools.product(
         laws, GROUPS, dtypes, zero_points, relative, kinds
     ):
-        bits, entries = CODES[kind]
-        if entries and zeros != "none":
+        if not _stands(kind, group, zeros):
             continue
         k, n = 4096, 4096
+        planes, form = CODES[kind].form(n, k, dtype)
         groups = 1 if group == WHOLE_ROW else k // group
         with recorded(arch) as launches:
             dequantize.launch(
-                _meta(*codes.plane_shape(n, k, bits), dtype=torch.int16),
+                planes,
                 _meta(-(-groups // 4), n, 4),
                 None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
                 _meta(2, dtype=torch.int64),
@@ -225,9 +263,8 @@ def chunks(
                 law=noise.LAWS[law],
                 relative=relative_,
                 shared=False,
-                bits=bits,
-                table=entries,
                 asm=arch.startswith("sm_"),
+                **form,
             )
         found += launches
     return found
@@ -260,10 +297,16 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
     return launches
 
 
+def _stands(kind, group, zeros):
+    """Whether there are such codes: tables and vectors have no zero points, vectors one scale to an output."""
+    looked_up = CODES[kind].table or CODES[kind].books
+    return not (looked_up and zeros != "none") and (group == WHOLE_ROW or not CODES[kind].books)
+
+
 def _fits(case):
     if case.shared and not (case.relative and case.law != "none"):
         return False
-    if case.codes == "nf4" and case.zeros != "none":
+    if not _stands(case.codes, case.group, case.zeros):
         return False
     return case.group == WHOLE_ROW or case.k % case.group == 0
 
@@ -319,7 +362,7 @@ OTHER_CODES = {
     "rows": (16, 64, 512),
     "group": GROUPS,
     "zeros": tuple(ZEROS),
-    "codes": ("int2", "int8", "nf4"),
+    "codes": tuple(CODES)[1:],
 }
 
 

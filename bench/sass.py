@@ -249,7 +249,7 @@ def launch_set(name, archs):
             points = ("none",) if name == "tiles" else tuple(launches.ZEROS)
             usual = ("rademacher",), (launches.torch.bfloat16,), (True,)
             found += launches.chunks(arch, *usual, points)
-            found += launches.chunks(arch, *usual, ("none",), ("int2", "int8", "nf4"))
+            found += launches.chunks(arch, *usual, ("none",), tuple(launches.CODES)[1:])
         if name == "quick" and arch in PAIRED:
             cases += launches.pairwise(arch)
             cases += launches.pairwise(arch, launches.OTHER_CODES)

@@ -308,10 +308,9 @@ def unpack8(q, DT: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def word_pointers(codes_ptr, t, N, n, BITS: tl.constexpr):
-    """Pointers to the first words, [n, 16] with 2 bits and else [n, 32], of tile t of 128 k and output rows n."""
-    WORDS: tl.constexpr = 8 * BITS
-    return codes_ptr + t.to(tl.int64) * N * WORDS + n[:, None] * WORDS + tl.arange(0, 16 if BITS == 2 else 32)[None, :]
+def word_pointers(codes_ptr, t, N, n, WORDS: tl.constexpr, FIRST: tl.constexpr):
+    """Pointers to the first words, [n, FIRST], of tile t of 128 k and output rows n, WORDS in all."""
+    return codes_ptr + t.to(tl.int64) * N * WORDS + n[:, None] * WORDS + tl.arange(0, FIRST)[None, :]
 
 
 @triton.jit

@@ -13,27 +13,31 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .codes import TILE_K, load_tile, middle, unpack_planes, word_pointers
+from .codes import TILE_K, middle, unpack_planes, word_pointers
+from .lookup import load_planes, lookups
 from .noise import NONE, ROUNDS, quad_noise, raw_noise
 from .qmm import WIDE_FROM, ZERO_FLOAT, ZERO_INTEGER, ZERO_NONE, _load_pair, perturb
 from .qmm_torch import perturb_torch
-from .table import look_up, on_device, table_entries, table_text
+from .table import table_entries
+from .vectors import order, vector_rows
 
 SCRATCH_BYTES = 32 << 20
 BLOCK = 32                   # output rows of a program
 
 
 @triton.jit(do_not_specialize=["e", "base4", "start", "G"])
-def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, table_ptr, w_ptr, seeds_ptr, coefs_ptr, e: tl.int32,
+def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, entries_ptr, w_ptr, seeds_ptr, coefs_ptr, e: tl.int32,
                        base4: tl.int64, start: tl.int32, rows: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32,
                        tiles: tl.int32,
                        BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
                        LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
-                       ZERO_: tl.constexpr, ASM: tl.constexpr, TABLE: tl.constexpr, ROUNDS_: tl.constexpr):
+                       ZERO_: tl.constexpr, ASM: tl.constexpr, BOOKS: tl.constexpr, PASSES: tl.constexpr,
+                       TABLE: tl.constexpr, LAST: tl.constexpr, ROUNDS_: tl.constexpr):
     """w [rows, K] = output rows start .. start + rows under evaluation e; grid = (cdiv(rows, BN), quads of groups)."""
     DT: tl.constexpr = w_ptr.dtype.element_ty
     PER_TILE: tl.constexpr = 128 // GROUP           # groups in a tile of 128 k
     PERIOD: tl.constexpr = 4 // PER_TILE            # tiles in a quad of groups
+    WORDS: tl.constexpr = 16 * PASSES if BOOKS else 8 * BITS
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(start + row, N - 1)
     quad = tl.program_id(1)
@@ -57,47 +61,49 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, table_ptr, w_ptr, seeds
         p2 = perturb(p2, k2, coef, RELATIVE)
         p3 = perturb(p3, k3, coef, RELATIVE)
     scales = (p0, p1, p2, p3)
-    i = tl.arange(0, 32)
+    i = order(tl.arange(0, 32)) if BOOKS else tl.arange(0, 32)
     for tt in tl.static_range(PERIOD):
         t = quad * PERIOD + tt
-        words = word_pointers(codes_ptr, tl.minimum(t, tiles - 1), N, n, BITS)
-        if TABLE == "":
-            w0, w1, w2, w3 = load_tile(words, BN, BITS, DT, ASM)
-        else:
-            w0, w1, w2, w3 = look_up(tl.load(words), table_ptr, DT, TABLE, ASM)
-        planes = (w0, w1, w2, w3)
+        words = word_pointers(codes_ptr, tl.minimum(t, tiles - 1), N, n, WORDS, 16 if BOOKS or BITS == 2 else 32)
+        w0, w1, w2, w3 = load_planes(words, entries_ptr, 0, BN, BITS, BOOKS, DT, TABLE if PASSES > 1 else LAST, ASM)
+        planes = (w0.to(tl.float32), w1.to(tl.float32), w2.to(tl.float32), w3.to(tl.float32))
+        for turn in tl.static_range(1, PASSES):
+            w0, w1, w2, w3 = load_planes(words, entries_ptr, turn, BN, BITS, BOOKS, DT,
+                                         TABLE if turn < PASSES - 1 else LAST, ASM)
+            planes = (planes[0] + w0, planes[1] + w1, planes[2] + w2, planes[3] + w3)
         for j in tl.static_range(4):
-            w = planes[j].to(tl.float32)
+            w = planes[j]
             if ZERO_ != 0:
                 zp = zeros_ptr + n
                 if not WHOLE_ROW:
                     zp += tl.minimum(quad * 4 + tt * PER_TILE + j * PER_TILE // 4, G - 1).to(tl.int64) * N
                 w = w - (tl.load(zp).to(tl.float32) - (1 << BITS - 1))[:, None]
-            w = w * scales[tt * PER_TILE + j * PER_TILE // 4][:, None]
-            k = t * 128 + j * 32 + i
+            w = w * scales[tt * PER_TILE + (0 if BOOKS else j * PER_TILE // 4)][:, None]
+            k = t * 128 + j * (4 if BOOKS else 32) + i
             to = w_ptr + row[:, None].to(tl.int64) * K + k[None, :]
             tl.store(to, w.to(DT), mask=(row < rows)[:, None] & (k < K)[None, :])
 
 
 def launch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared, asm, bits=4,
-           table=None):
+           table=None, exact=False, codebooks=None):
     """Fill w [rows, K] with output rows start .. start + rows under evaluation e."""
     rows, k = w.shape
     n, count = codes.shape[1], triton.cdiv(k, TILE_K)
     whole_row = group not in tiles.GROUPS or group == k
     period = 4 * (128 if whole_row else group) // TILE_K
     zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
+    own = codebooks[e] if codebooks is not None and codebooks.dim() == 4 else codebooks
+    entries, lookup = lookups(_dequantize_kernel, scales, w.dtype, table, exact, own)
     _dequantize_kernel[(triton.cdiv(rows, BLOCK), triton.cdiv(count, period))](
-        codes, scales, scales if zeros is None else zeros, scales if table is None else on_device(table, w.device),
-        w, seeds, coefs, e, base4, start, rows, n, k, k // group,
-        count, BN=BLOCK, BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
+        codes, scales, scales if zeros is None else zeros, entries, w, seeds, coefs, e, base4, start, rows, n, k,
+        k // group, count, BN=BLOCK, BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
         RELATIVE=bool(relative), SHARED=bool(shared), WIDE=base4 + scales.shape[0] * n > WIDE_FROM, ZERO_=zero,
-        ASM=bool(asm) and w.dtype != torch.float32, TABLE=table_text(table, w.dtype), ROUNDS_=ROUNDS, num_warps=4,
+        ASM=bool(asm) and w.dtype != torch.float32, ROUNDS_=ROUNDS, **lookup, num_warps=4,
         enable_fp_fusion=False)
 
 
 def dequantize_torch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared,
-                     bits=4, table=None):
+                     bits=4, table=None, exact=False, codebooks=None):
     """Twin of launch, on any device; the same bits for the integer laws."""
     rows, k = w.shape
     part = slice(start, start + rows)
@@ -110,10 +116,13 @@ def dequantize_torch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, 
             raw = raw[:, :, :1].expand_as(raw)
         p = perturb_torch(p, raw, coefs[e], relative)
     p = p.permute(1, 0, 2).reshape(rows, -1)[:, :k // group]
-    if table is None:
-        codes = unpack_planes(codes[:, part], k, bits).to(torch.float32).sub_(middle(bits)).view(rows, -1, group)
+    if codebooks is not None:
+        codes = vector_rows(codes, k, start, start + rows, codebooks[e] if codebooks.dim() == 4 else codebooks, w.dtype)
+    elif table is not None:
+        codes = table_entries(codes, k, start, start + rows, table, w.dtype, exact)
     else:
-        codes = table_entries(codes, k, start, start + rows, table, w.dtype).view(rows, -1, group)
+        codes = unpack_planes(codes[:, part], k, bits).to(torch.float32).sub_(middle(bits))
+    codes = codes.view(rows, -1, group)
     if zeros is not None:
         codes = codes - (zeros[:, part].to(torch.float32) - middle(bits)).T.unsqueeze(2)
     w.copy_((codes * p.unsqueeze(2)).view(rows, k))
@@ -125,10 +134,11 @@ def chunk_rows(k, dtype):
 
 
 def matmul(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared, asm,
-           bits=4, table=None):
+           **form):
     """Fill y [E*R, N] as qmm.launch does, chunk by chunk and evaluation by evaluation through a library's matmul.
 
-    The evaluations' products have one shape, so that what the library rounds is common to both signs.
+    The evaluations' products have one shape, so that what the library rounds is common to both signs. form: bits,
+    table, exact and codebooks, as in qmm.launch.
     """
     k, n, count = x.shape[1], y.shape[1], seeds.numel()
     step = min(n, chunk_rows(k, x.dtype))
@@ -139,7 +149,7 @@ def matmul(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
         for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
             if e == 0 or law != NONE:
                 launch(codes, scales, zeros, seeds, coefs, w, e=e, start=start, base4=base4, group=group, law=law,
-                       relative=relative, shared=shared, asm=asm, bits=bits, table=table)
+                       relative=relative, shared=shared, asm=asm, **form)
             if y.dtype == x.dtype:
                 torch.mm(rows, w.T, out=out[:, part])
             else:

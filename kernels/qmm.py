@@ -7,7 +7,8 @@ x holds E row blocks, block e runs under evaluation e. Codes go from packed word
 comes from its seed, the scale meets the float32 accumulator once per group: neither the noise nor a perturbed weight
 is ever stored. Paper: QZO, arXiv 2505.13430, section 3; the arithmetic is ours, one rounding per written operation.
 
-With a table (table.py) the code stands for an entry, W_e[n, k] = p_e[g(k), n] * table[code[n, k]].
+With a table (table.py) the code stands for an entry, W_e[n, k] = p_e[g(k), n] * table[code[n, k]]. With codebooks
+(vectors.py) codes stand for eight weights, W_e[n, 8j + i] = p_e[n] * sum over c of codebooks[c, code[n, j, c], i].
 
 With one z per output row (row-shared noise) the perturbation leaves the sum, y = (x . W^T) * (1 + c_e * k[n]) + bias,
 with k[n] that of the row's first scale.
@@ -27,9 +28,10 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .codes import TILE_K, join_planes2, join_planes4, load_tile, word_pointers
+from .codes import TILE_K, join_planes2, join_planes4, word_pointers
+from .lookup import PLAIN, load_planes, lookups
 from .noise import NONE, ROUNDS, quad_noise
-from .table import look_up, on_device, table_text
+from .vectors import order
 
 ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = 0, 1, 2
 WIDE_FROM = 1 << 32          # quad numbers from here on need the second counter word
@@ -90,13 +92,14 @@ def _choose(minus, s, r, PAIR: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["base4", "R", "M", "G", "tiles", "tiles_per_split"])
-def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, table_ptr, sums_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
+def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
                 base4: tl.int64, R: tl.int32, M: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
                 tiles: tl.int32, tiles_per_split: tl.int32,
                 BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
                 LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
                 ZERO: tl.constexpr, RATIO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr,
-                BIAS: tl.constexpr, MASK_K: tl.constexpr, TABLE: tl.constexpr, ROUNDS_: tl.constexpr):
+                BIAS: tl.constexpr, MASK_K: tl.constexpr, BOOKS: tl.constexpr, PASSES: tl.constexpr,
+                TABLE: tl.constexpr, LAST: tl.constexpr, ROUNDS_: tl.constexpr):
     """grid = (cdiv(N, BN), row blocks, splits); a tile holds rows of one evaluation, or of a pair.
 
     All outputs of a row block run side by side: x is then read from memory once, and the codes, a quarter of its
@@ -109,8 +112,8 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, table_ptr, sums_ptr, bi
     last. PAIR: evaluations 2e and 2e + 1 have one seed; their rows alternate in the tile, so that which coefficient a
     column has is known from the accumulator's register and costs no instruction. SPLIT: y_ptr is float32
     [splits, M, N]. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-m) x - (zero-m) sum x),
-    m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K. TABLE: the text that looks
-    a code up, or "".
+    m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K. BOOKS, PASSES,
+    TABLE, LAST and entries_ptr: what codes stand for, see lookup.lookups.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     DEPTH: tl.constexpr = GROUP if DEEP else 32     # k of one dot
@@ -119,6 +122,8 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, table_ptr, sums_ptr, bi
     EACH: tl.constexpr = 2 if PAIR else 1           # evaluations in a tile
     NOISE: tl.constexpr = 0 if SHARED else LAW      # law of the noise inside the loop
     MIDDLE: tl.constexpr = 1 << BITS - 1
+    WORDS: tl.constexpr = 16 * PASSES if BOOKS else 8 * BITS        # of an output row in a tile
+    NEXT: tl.constexpr = DEPTH // 8 if BOOKS else DEPTH             # inputs from one dot's first to the next one's
     blocks = tl.cdiv(R * EACH, BM)
     e = tl.program_id(1) // blocks * EACH
     column = (tl.program_id(1) % blocks) * BM + tl.arange(0, BM)
@@ -135,9 +140,9 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, table_ptr, sums_ptr, bi
 
     first = tl.program_id(2) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tiles)
-    k = tl.arange(0, DEPTH)
+    k = order(tl.arange(0, DEPTH)) if BOOKS else tl.arange(0, DEPTH)
     xp = x_ptr + row[None, :].to(tl.int64) * stride_x + first * 128 + k[:, None]
-    cp = word_pointers(codes_ptr, first, N, n, BITS)
+    cp = word_pointers(codes_ptr, first, N, n, WORDS, 16 if BOOKS or BITS == 2 else 32)
     acc = tl.zeros((BN, BM), tl.float32)
     prev = tl.full((BN,), 1.0, tl.float32)
     s0 = tl.zeros((BN,), tl.float32)
@@ -191,67 +196,66 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, table_ptr, sums_ptr, bi
         scales = (s0, s1, s2, s3)
         others = (r0, r1, r2, r3)
 
-        if TABLE == "":
-            w0, w1, w2, w3 = load_tile(cp, BN, BITS, DT, ASM)
-        else:
-            w0, w1, w2, w3 = look_up(tl.load(cp), table_ptr, DT, TABLE, ASM)
-        if ZERO == 1:
-            g = tl.minimum(t * PER_TILE, G - 1)
-            g1 = tl.minimum(t * PER_TILE + 1, G - 1)
-            if WHOLE_ROW:
-                g = g * 0
-            z0 = _centred_zero(zeros_ptr, g, N, n, MIDDLE, DT)
-            z1 = z0
-            z2 = z0
-            z3 = z0
-            if PER_TILE == 2:
-                z2 = _centred_zero(zeros_ptr, g1, N, n, MIDDLE, DT)
-                z3 = z2
-            if PER_TILE == 4:
-                z1 = _centred_zero(zeros_ptr, g1, N, n, MIDDLE, DT)
-                z2 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 2, G - 1), N, n, MIDDLE, DT)
-                z3 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 3, G - 1), N, n, MIDDLE, DT)
-            w0 = w0 - z0
-            w1 = w1 - z1
-            w2 = w2 - z2
-            w3 = w3 - z3
-        if DEPTH == 128:
-            planes = (join_planes4(w0, w1, w2, w3, BN),)
-        elif DEPTH == 64:
-            planes = (join_planes2(w0, w1, BN), join_planes2(w2, w3, BN))
-        else:
-            planes = (w0, w1, w2, w3)
-
         partial = acc
-        for h in tl.static_range(128 // DEPTH):
-            if not WHOLE_ROW and (h * DEPTH) % GROUP == 0:              # a group begins
-                s = scales[h * DEPTH // GROUP]
-                if RATIO:
-                    acc, prev = _rescale(acc, prev, s, ASM)
-                    partial = acc
-                else:
-                    partial = tl.zeros((BN, BM), tl.float32)
-            if MASK_K:
-                xk = tl.load(xp + h * DEPTH, mask=(t * 128 + h * DEPTH + k < K)[:, None], other=0.0)
+        for turn in tl.static_range(PASSES):
+            w0, w1, w2, w3 = load_planes(cp, entries_ptr, turn, BN, BITS, BOOKS, DT,
+                                         TABLE if turn < PASSES - 1 else LAST, ASM)
+            if ZERO == 1:
+                g = tl.minimum(t * PER_TILE, G - 1)
+                g1 = tl.minimum(t * PER_TILE + 1, G - 1)
+                if WHOLE_ROW:
+                    g = g * 0
+                z0 = _centred_zero(zeros_ptr, g, N, n, MIDDLE, DT)
+                z1 = z0
+                z2 = z0
+                z3 = z0
+                if PER_TILE == 2:
+                    z2 = _centred_zero(zeros_ptr, g1, N, n, MIDDLE, DT)
+                    z3 = z2
+                if PER_TILE == 4:
+                    z1 = _centred_zero(zeros_ptr, g1, N, n, MIDDLE, DT)
+                    z2 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 2, G - 1), N, n, MIDDLE, DT)
+                    z3 = _centred_zero(zeros_ptr, tl.minimum(t * PER_TILE + 3, G - 1), N, n, MIDDLE, DT)
+                w0 = w0 - z0
+                w1 = w1 - z1
+                w2 = w2 - z2
+                w3 = w3 - z3
+            if DEPTH == 128:
+                planes = (join_planes4(w0, w1, w2, w3, BN),)
+            elif DEPTH == 64:
+                planes = (join_planes2(w0, w1, BN), join_planes2(w2, w3, BN))
             else:
-                xk = tl.load(xp + h * DEPTH)
-            partial = tl.dot(planes[h], xk, partial, input_precision="ieee")
-            if not WHOLE_ROW and ((h + 1) * DEPTH) % GROUP == 0:        # and ends
-                if ZERO == 2:
-                    group = t * PER_TILE + h * DEPTH // GROUP
-                    g = tl.minimum(group, G - 1).to(tl.int64)
-                    # a group past the last has no x, but absolute noise gives even it a scale
-                    shift = tl.where(group < G, MIDDLE - tl.load(zeros_ptr + g * N + n), 0.0)
-                    partial = tl.fma(shift[:, None], tl.load(sums_ptr + g * M + row)[None, :], partial)
-                if RATIO:
-                    acc = partial
+                planes = (w0, w1, w2, w3)
+
+            for h in tl.static_range(128 // DEPTH):
+                if not WHOLE_ROW and (h * DEPTH) % GROUP == 0:              # a group begins
+                    s = scales[h * DEPTH // GROUP]
+                    if RATIO:
+                        acc, prev = _rescale(acc, prev, s, ASM)
+                        partial = acc
+                    else:
+                        partial = tl.zeros((BN, BM), tl.float32)
+                if MASK_K:
+                    xk = tl.load(xp + h * NEXT, mask=(t * 128 + h * NEXT + k < K)[:, None], other=0.0)
                 else:
-                    factor = _choose(minus, s, others[h * DEPTH // GROUP], PAIR and NOISE != 0)
-                    acc = tl.fma(partial, tl.broadcast_to(factor, partial.shape), acc)
+                    xk = tl.load(xp + h * NEXT)
+                partial = tl.dot(planes[h], xk, partial, input_precision="ieee")
+                if not WHOLE_ROW and ((h + 1) * DEPTH) % GROUP == 0:        # and ends
+                    if ZERO == 2:
+                        group = t * PER_TILE + h * DEPTH // GROUP
+                        g = tl.minimum(group, G - 1).to(tl.int64)
+                        # a group past the last has no x, but absolute noise gives even it a scale
+                        shift = tl.where(group < G, MIDDLE - tl.load(zeros_ptr + g * N + n), 0.0)
+                        partial = tl.fma(shift[:, None], tl.load(sums_ptr + g * M + row)[None, :], partial)
+                    if RATIO:
+                        acc = partial
+                    else:
+                        factor = _choose(minus, s, others[h * DEPTH // GROUP], PAIR and NOISE != 0)
+                        acc = tl.fma(partial, tl.broadcast_to(factor, partial.shape), acc)
         if WHOLE_ROW:
             acc = partial
         xp += 128
-        cp += N * 8 * BITS
+        cp += N * WORDS
 
     if WHOLE_ROW:
         if ZERO == 2:   # noqa: SIM102  known at compile time, the other is not
@@ -307,10 +311,11 @@ def _group_sums_kernel(x_ptr, sums_ptr, M: tl.int32, K: tl.int32, group: tl.int3
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * M + row, acc, mask=row < M)
 
 
-def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, wide, bias, asm, table=""):
+def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, wide, bias, asm, lookup=None):
     """The kernel's compile-time constants: launch and the ahead-of-time compile test both take them from here.
 
     A pair that one tile cannot hold takes two tiles' rows: the product of one row has the same bits in either.
+    lookup: the constants of lookup.lookups, PLAIN ones without.
     """
     whole_row = group not in tiles.GROUPS or group == k
     ratio = tile.ratio and not whole_row
@@ -320,7 +325,8 @@ def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, 
                 BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law, RELATIVE=bool(relative),
                 SHARED=bool(shared), PAIR=bool(pair), WIDE=bool(wide), ZERO=zero, RATIO=ratio,
                 DEEP=tile.deep, ASM=bool(asm), SPLIT=tile.splits > 1, BIAS=bool(bias), MASK_K=k % TILE_K != 0,
-                TABLE=table, ROUNDS_=ROUNDS)
+                ROUNDS_=ROUNDS,
+                **(lookup or PLAIN))
 
 
 def _splits(tile, k, group):
@@ -339,23 +345,30 @@ def scratch_bytes(m, n, k, group, tile, zeros):
 
 
 def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, tile, asm, shared=False,
-           pair=False, bits=4, table=None):
+           pair=False, bits=4, table=None, exact=False, codebooks=None):
     """Run the kernels on checked arguments; y [E*R, N] is filled. x is contiguous, E*R > 0.
 
     asm: unpack with inline PTX (NVIDIA, 16-bit x), else with its plain twin. shared: one z per output row.
     pair: seeds[2e] == seeds[2e + 1] for every e, so that one reading of the codes may serve both.
-    table: sixteen floats that 4-bit codes stand for; zeros is None then.
+    table: sixteen floats that 4-bit codes stand for; zeros is None then. exact: without rounding them to x's dtype.
+    codebooks: [C, 2^bits, 8] in x's dtype, or [E, C, 2^bits, 8], a set for each evaluation: each has launches of its
+    own then.
     """
+    if codebooks is not None and codebooks.dim() == 4:
+        for e, (own, rows, out) in enumerate(zip(codebooks, x.chunk(len(seeds)), y.chunk(len(seeds)), strict=True)):
+            launch(rows, codes, scales, zeros, bias, seeds[e:e + 1], coefs[e:e + 1], out, base4=base4, group=group,
+                   law=law, relative=relative, tile=tile, asm=asm, shared=shared, bits=bits, codebooks=own)
+        return
     m, k = x.shape
     n = codes.shape[1]
     groups = k // group
     rows = m if law == NONE else m // seeds.numel()       # without noise all rows are one block
     zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
     splits, per_split = _splits(tile, k, group)
+    entries, lookup = lookups(_qmm_kernel, scales, x.dtype, table, exact, codebooks)
     constexprs = constants(tile, bits=bits, rows=rows, k=k, group=group, law=law, relative=relative, shared=shared,
-                           pair=pair, zero=zero,
-                           wide=base4 + scales.shape[0] * n > WIDE_FROM, bias=bias is not None,
-                           asm=asm and x.dtype != torch.float32, table=table_text(table, x.dtype))
+                           pair=pair, zero=zero, wide=base4 + scales.shape[0] * n > WIDE_FROM,
+                           bias=bias is not None, asm=asm and x.dtype != torch.float32, lookup=lookup)
     out = y
     if constexprs["SPLIT"]:
         out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
@@ -369,7 +382,7 @@ def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
     each = rows * (2 if constexprs["PAIR"] else 1)
     grid = (triton.cdiv(n, tile.outputs), m // each * triton.cdiv(each, constexprs["BM"]), splits)
     _qmm_kernel[grid](
-        x, codes, scales, scales if zeros is None else zeros, scales if table is None else on_device(table, x.device),
+        x, codes, scales, scales if zeros is None else zeros, entries,
         sums, scales if bias is None else bias, out, seeds, coefs,
         base4, rows, m, n, k, groups, x.stride(0), triton.cdiv(k, TILE_K), per_split,
         **constexprs, **limit, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False)

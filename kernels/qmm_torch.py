@@ -17,6 +17,7 @@ import torch
 from .codes import centred_codes, middle
 from .noise import BLOCK_QUADS, NONE, RAW_BYTES, raw_noise
 from .table import table_entries
+from .vectors import decoding_bytes, vector_rows
 
 CHUNK_BYTES = 1 << 20
 THREADED_FROM = 1 << 22       # multiply-adds below which handing chunks to threads costs more than it saves
@@ -54,11 +55,12 @@ def _noise_limit(arena_bytes):
     return max(1, min(BLOCK_QUADS, arena_bytes // 64))
 
 
-def scratch_bytes(m, n, k, group, evaluations, dtype, law, shared, arena_bytes, threads):
+def scratch_bytes(m, n, k, group, evaluations, dtype, law, shared, arena_bytes, threads, *, table=False, books=0,
+                  bits=4):
     """Bytes that qmm_torch holds for a while beside x [m, k] and y [m, n] in `dtype`, on `threads` threads.
 
-    Each thread: a chunk of the weight, unpacked and scaled; its part of y where that is not written in place; the raw
-    noise of one seed per pair of evaluations, and what it is made through.
+    Each thread: a chunk of the weight, unpacked and scaled, and what it is looked up by; its part of y where that is
+    not written in place; the raw noise of one seed per pair of evaluations, and what it is made through.
     """
     rows, step = m // evaluations, chunk_rows(n, k)
     workers = 1 if m * n * k < THREADED_FROM else min(threads, -(-n // step))
@@ -67,8 +69,9 @@ def scratch_bytes(m, n, k, group, evaluations, dtype, law, shared, arena_bytes, 
     if law != NONE:
         quads, seeds, limit = 1 if shared else -(-k // (4 * group)), -(-evaluations // 2), _noise_limit(arena_bytes)
         noise = 16 * max(min(limit, seeds * quads * n), seeds * quads * step) + RAW_BYTES * min(limit, quads * n)
+    looked_up = decoding_bytes(step, k, books, bits) if books else 2 * step * k if table else 0
     copies = 0 if dtype == torch.float32 and rows * k % 16 == 0 else 4 * m * k
-    return copies + workers * (8 * step * k + (0 if direct else 4 * rows * step) + noise)
+    return copies + workers * (8 * step * k + looked_up + (0 if direct else 4 * rows * step) + noise)
 
 
 def perturb_torch(s, k, coef, relative):
@@ -83,7 +86,7 @@ def _by_group(p, w):
 
 
 def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared=False,
-              bits=4, table=None):
+              bits=4, table=None, exact=False, codebooks=None):
     """Fill y [E*R, N]; arguments as qmm.launch takes them, codes in planes or rows. Sums in float32."""
     m, k = x.shape
     n = y.shape[1]
@@ -97,6 +100,7 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
     limit = _noise_limit(scales.untyped_storage().nbytes())
     quads = 1 if shared else len(scales)                                # of noise, for an output row
     per_block = max(1, limit // (quads * len(turns) * step))
+    one_set = codebooks is None or codebooks.dim() == 3
     direct = y.dtype == torch.float32 and rows * n % 16 == 0       # every block of y starts on a 64-byte boundary
 
     def run(first, last):
@@ -110,10 +114,13 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
                 origin = start
                 end = min(start + per_block * step, last)
                 raws = _raw_block(law, distinct, base4, quads, n, start, end, limit)
-            if table is None:
-                unpacked = centred_codes(codes, k, start, stop, bits).view(stop - start, -1, group)
+            if codebooks is not None:
+                unpacked = vector_rows(codes, k, start, stop, codebooks if one_set else codebooks[0], x.dtype)
+            elif table is not None:
+                unpacked = table_entries(codes, k, start, stop, table, x.dtype, exact)
             else:
-                unpacked = table_entries(codes, k, start, stop, table, x.dtype).view(stop - start, -1, group)
+                unpacked = centred_codes(codes, k, start, stop, bits)
+            unpacked = unpacked.view(stop - start, -1, group)
             if zeros is not None:
                 unpacked -= (zeros[:, start:stop].to(torch.float32) - middle(bits)).T.unsqueeze(2)
             s = scales[:, start:stop]                                                  # [quads, rows of W, 4]
@@ -123,6 +130,8 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
             for turn, raw in zip(turns, raws, strict=True):
                 here = None if raw is None else raw[:, start - origin:stop - origin]
                 for e in turn:
+                    if not one_set and e:
+                        unpacked = vector_rows(codes, k, start, stop, codebooks[e], x.dtype).view(unpacked.shape)
                     if here is not None and not shared:
                         torch.mul(unpacked, _by_group(perturb_torch(s, here, coef_list[e], relative), w), out=w)
                     target = y[e * rows:(e + 1) * rows, start:stop]

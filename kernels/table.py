@@ -3,6 +3,8 @@
     W[n, k] = p[g(k), n] * table[code[n, k]]
 
 The table is rounded once, to the type of the activations; the scale meets the float32 accumulator as everywhere.
+Exact tables are an option: the entries as a sum of two numbers of that type, the second for what rounding the first
+left, each with a pass of its own over the tile (float16: 2^-23 of an entry is left, bfloat16: 2^-17).
 NF4: QLoRA, arXiv 2305.14314, appendix E; FP4 as bitsandbytes orders its codes.
 """
 import functools
@@ -76,31 +78,47 @@ def ptx(table, dtype):
     return _PTX.format(low=low, high=high)
 
 
-def table_text(table, dtype):
-    """What a kernel is compiled with: "" without a table, and a mark that one is read where it is not in the text."""
-    return "" if table is None else "read" if dtype == torch.float32 else ptx(table, dtype)
+@functools.cache
+def parts(table, dtype, exact=False):
+    """The table rounded to `dtype`, as a tuple; exact: and what that left of each entry, rounded to it too."""
+    wanted = torch.tensor(table, dtype=torch.float64)
+    high = wanted.to(dtype).to(torch.float64)
+    low = (wanted - high).to(dtype)
+    return (tuple(high.tolist()), tuple(low.tolist())) if exact and dtype != torch.float32 else (tuple(high.tolist()),)
+
+
+def table_texts(table, dtype, exact=False):
+    """What a kernel is compiled with, a text for each pass: "" without a table, a mark where it reads one."""
+    if table is None:
+        return ("",)
+    return tuple("read" if dtype == torch.float32 else ptx(part, dtype) for part in parts(table, dtype, exact))
 
 
 @functools.cache
-def on_device(table, device):
-    """The table as float32 [16]."""
-    return torch.tensor(table, dtype=torch.float32, device=device)
+def on_device(table, dtype, exact, device):
+    """float32 [16] or, exact, [2, 16]: the table's parts."""
+    return torch.tensor(parts(table, dtype, exact), dtype=torch.float32, device=device)
+
+
+def _sums(table, dtype, exact, device):
+    """float32 [16]: what the kernel's passes add up to."""
+    return on_device(table, dtype, exact, device).sum(0)
 
 
 @functools.cache
-def _of_bytes(table, dtype):
-    """float32 [256, 2]: the entries, rounded to dtype, of both codes of a byte."""
-    entries = torch.tensor(table, dtype=torch.float64).to(dtype).to(torch.float32)
-    every = torch.arange(256)
+def _of_bytes(table, dtype, exact, device):
+    """float32 [256, 2]: the entries of both codes of a byte."""
+    entries, every = _sums(table, dtype, exact, device), torch.arange(256, device=device)
     return torch.stack([entries[every & 15], entries[every >> 4]], 1)
 
 
-def table_entries(codes, k, start, stop, table, dtype):
-    """float32 [stop - start, K]: the entries, rounded to dtype, of output rows start..stop of 4-bit rows or planes."""
+def table_entries(codes, k, start, stop, table, dtype, exact=False):
+    """float32 [stop - start, K]: the entries, rounded to dtype or, if exact, nearly not, of output rows start..stop of
+    4-bit rows or planes."""
     if codes.dtype == torch.uint8:
         body = codes[start:stop, :-4].to(torch.int32)
-        return torch.nn.functional.embedding(body, _of_bytes(table, dtype).to(codes.device)).flatten(1)[:, :k]
-    entries = on_device(table, codes.device).to(dtype).to(torch.float32)
+        return torch.nn.functional.embedding(body, _of_bytes(table, dtype, exact, codes.device)).flatten(1)[:, :k]
+    entries = _sums(table, dtype, exact, codes.device)
     return entries[unpack_planes(codes[:, start:stop], k).to(torch.int64)]
 
 
@@ -108,7 +126,7 @@ def table_entries(codes, k, start, stop, table, dtype):
 def look_up(q, table_ptr, DT: tl.constexpr, PTX: tl.constexpr, ASM: tl.constexpr):
     """int16 words [n, 32] -> the four planes [n, 32] of table entries in DT.
 
-    PTX: the table as `ptx` writes it; table_ptr: float32 [16], read where there is no inline assembly.
+    PTX: the table as `ptx` writes it; table_ptr: float32 [16], exact in DT, read where there is no inline assembly.
     """
     if not ASM:
         return (tl.load(table_ptr + (q & 15)).to(DT), tl.load(table_ptr + ((q >> 4) & 15)).to(DT),

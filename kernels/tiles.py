@@ -53,11 +53,11 @@ def architecture(device):
     return f"sm_{properties.major}{properties.minor}"
 
 
-def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4, table=False):
+def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4, lookup=None):
     """The tile for `rows` rows per evaluation, an [n, k] weight in groups of `group` (k: whole row), on `arch`.
 
     zeros: dtype of the zero points, None where all are the middle code; torch.uint8 and torch.float32 ones take
-    registers. bits: of a code; table: whether codes stand for a table's entries.
+    registers. bits: of a code; lookup: "table" or "vectors" where codes stand for something else.
     Raises ValueError for a group size no kernel has. An architecture that is not listed runs as its nearest elder.
     """
     if group not in GROUPS and group != k:
@@ -67,7 +67,7 @@ def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4, table=False):
     known = _nearest(arch)
     if dtype == torch.float32:      # exact float32 products without tensor cores: correct, not fast
         return Tile(rows=16 if rows <= 16 else 32, outputs=32, warps=8, stages=2)
-    tile = _table(known, rows, n, group if group in GROUPS else 128, zeros if group in GROUPS else None, bits, table)
+    tile = _table(known, rows, n, group if group in GROUPS else 128, zeros if group in GROUPS else None, bits, lookup)
     return dataclasses.replace(tile, splits=_splits(tile, rows, n, k, group, known))
 
 
@@ -88,9 +88,10 @@ def _fills(arch, rows, n, tile):
     return 8 * -(-rows // tile.rows) * -(-n // tile.outputs) >= 3 * PROCESSORS[arch]
 
 
-def _table(arch, rows, n, group, zeros, bits, table):
+def _table(arch, rows, n, group, zeros, bits, lookup):
     """Tiles that compile without spilling a register, whatever the flags: bench/sass.py tells."""
     # a second accumulator beside several groups a step, a table or eight codes a word spills in the large tiles
+    table = lookup is not None
     short = group < 128 or ((table or bits == 2) and arch not in ("sm_90", "sm_100"))
     float_zeros = zeros == torch.float32
     registers = 255 if group == 32 or bits != 4 or table else 0
@@ -121,6 +122,8 @@ def _table(arch, rows, n, group, zeros, bits, table):
         return Tile(64, 64, 4, 2) if rows <= 64 or float_zeros or table else Tile(128, 128, 8, 2)
     if rows <= 16:
         return Tile(16, 64, 4, 4, registers=registers)
+    if lookup == "vectors":     # several codebooks spill in four warps, even in the 64 columns of a pair of 32
+        return Tile(32 if rows <= 32 else 64, 128, 8, 3, registers=registers)
     if rows <= 32:
         return Tile(32, 64, 4, 4, registers=registers)
     if rows <= 64 or float_zeros:

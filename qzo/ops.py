@@ -11,17 +11,19 @@ from collections.abc import Sequence
 import torch
 
 from .kernels import codes as code_layouts
-from .kernels import dequantize, noise, qmm, qmm_torch, tiles, update
+from .kernels import dequantize, noise, qmm, qmm_torch, tiles, update, vectors
 
 _BACKENDS = ("auto", "torch", "triton")
 LARGE_ROWS = ("fused", "blas")
+TABLES = ("rounded", "exact")
 _backend = contextvars.ContextVar("qzo_backend", default="auto")
 _large_rows = contextvars.ContextVar("qzo_large_rows", default="fused")
+_tables = contextvars.ContextVar("qzo_tables", default="rounded")
 _tile = contextvars.ContextVar("qzo_tile", default=None)
 
 
 @contextlib.contextmanager
-def backend(name=None, *, large_rows=None, tile=None):
+def backend(name=None, *, large_rows=None, tables=None, tile=None):
     """Choose what runs inside the block; None leaves a choice as it is.
 
     name : "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton". "triton" on CPU tensors needs Triton's
@@ -29,6 +31,9 @@ def backend(name=None, *, large_rows=None, tile=None):
     large_rows : what the Triton backend does from 512 rows per evaluation on. "fused" (the default) never stores a
         perturbed weight. "blas" writes a chunk of at most 32 MB of them for the library's matmul: faster where the
         tensor cores are the limit, but each weight is rounded to 16 bits. The torch backend works by chunks anyway.
+    tables : "rounded" (the default): the entries of a table (NF4, FP4) are rounded once to the type of the activations.
+        "exact": they are multiplied as the sum of two such numbers, which leaves 2^-17 of an entry in bfloat16 and
+        2^-23 in float16, and takes a second pass over each tile. float32 activations need neither.
     tile : a kernels.tiles.Tile that every matmul is to run with, in place of the one that tiles.pick chooses
 
     Raises ValueError for another value; for a tile that cannot be, and where a matmul inside would run without it.
@@ -36,9 +41,11 @@ def backend(name=None, *, large_rows=None, tile=None):
     if name not in (None, *_BACKENDS):
         raise ValueError(f"backend({name!r}): the backends are {', '.join(map(repr, _BACKENDS))}")
     check_large_rows(large_rows or LARGE_ROWS[0])
+    if tables not in (None, *TABLES):
+        raise ValueError(f"tables={tables!r}: {' or '.join(map(repr, TABLES))} is wanted")
     if tile is not None:
         tile.check()
-    chosen = {_backend: name, _large_rows: large_rows, _tile: tile}
+    chosen = {_backend: name, _large_rows: large_rows, _tables: tables, _tile: tile}
     before = {variable: variable.set(value or variable.get()) for variable, value in chosen.items()}
     try:
         yield
@@ -74,15 +81,19 @@ def _architecture(device):
     return "interpreter" if device.type == "cpu" or interpreted() else tiles.architecture(device)
 
 
-def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table):
+def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks):
     """Shapes and dtypes of qmm; returns (rows, outputs). Called by the operator and by its fake."""
     if x.dim() != 2 or not x.is_floating_point() or x.dtype == torch.float64:
         raise TypeError(f"x must be float16, bfloat16 or float32 [rows, in_features], got {x.dtype} {list(x.shape)}")
     m, k = x.shape
     n = codes.shape[0] if codes.dtype == torch.uint8 else codes.shape[1]
     evaluations = seeds.numel()
-    shape_of = code_layouts.row_shape if codes.dtype == torch.uint8 else code_layouts.plane_shape
-    if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != shape_of(n, k, bits):
+    if codebooks is not None:
+        _check_codebooks(codebooks, bits, k, group, zeros, table, evaluations)
+        wanted = vectors.vector_shape(n, k, codebooks.shape[-3], bits)
+    else:
+        wanted = (code_layouts.row_shape if codes.dtype == torch.uint8 else code_layouts.plane_shape)(n, k, bits)
+    if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != wanted:
         raise ValueError(f"x has {k} columns, which does not fit {bits}-bit codes {codes.dtype} {list(codes.shape)}: "
                          "in_features of the layer and the last dimension of its input must agree")
     if k % group:
@@ -102,21 +113,36 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table):
     if m % evaluations:
         raise ValueError(f"{m} rows do not divide into {evaluations} evaluations: stack the batch {evaluations} times "
                          "along its first dimension (qzo.pair does it)")
-    for name, t in (("codes", codes), ("scales", scales), ("zeros", zeros), ("bias", bias), ("seeds", seeds),
-                    ("coefs", coefs)):
+    for name, t in (("codes", codes), ("scales", scales), ("zeros", zeros), ("bias", bias), ("codebooks", codebooks),
+                    ("seeds", seeds), ("coefs", coefs)):
         if t is not None and t.device != x.device:
             raise ValueError(f"x is on {x.device} but the layer's {name} on {t.device}: move the whole model with "
                              "model.to(device)")
     return m, n
 
 
+def _check_codebooks(codebooks, bits, k, group, zeros, table, evaluations):
+    """ValueError unless they are one set, or one of each evaluation, for codes of `bits`, one scale to an output."""
+    sets, shape = codebooks.shape[:-3], list(codebooks.shape[-2:])
+    if codebooks.dim() not in (3, 4) or shape != [1 << bits, vectors.LENGTH] or (sets and sets[0] != evaluations):
+        raise ValueError(f"codebooks must be [C, {1 << bits}, {vectors.LENGTH}] for codes of {bits} bits, or that for "
+                         f"each of {evaluations} evaluations, got {list(codebooks.shape)}")
+    if group != k or zeros is not None or table is not None:
+        also = ("" if zeros is None else ", zeros") + ("" if table is None else ", a table")
+        raise ValueError(f"codebooks go with one scale to an output row (group_size {k}), no zeros and no table, got "
+                         f"group_size {group}{also}")
+
+
 @torch.library.custom_op("qzo::qmm", mutates_args=())
 def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
            bias: torch.Tensor | None, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, group: int, law: int,
            relative: bool, out_dtype: torch.dtype, shared: bool = False, pair: bool = False,
-           blas: bool = False, bits: int = 4, table: Sequence[float] | None = None) -> torch.Tensor:
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table)
+           blas: bool = False, bits: int = 4, table: Sequence[float] | None = None, exact: bool = False,
+           codebooks: torch.Tensor | None = None) -> torch.Tensor:
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks)
     table = None if table is None else tuple(table)
+    codebooks = None if codebooks is None else codebooks.to(x.dtype).contiguous()
+    form = dict(bits=bits, table=table, exact=exact, codebooks=codebooks)
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -126,7 +152,7 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
         raise ValueError(f"backend(tile={asked}): {why} has no tiles; ask for one of the two")
     if not uses_triton(x.device):
         qmm_torch.qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
-                            relative=relative, shared=shared, bits=bits, table=table)
+                            relative=relative, shared=shared, **form)
         return y
     if codes.dtype != torch.int16:
         raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
@@ -137,19 +163,20 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
     asm = arch.startswith("sm_")
     if blas and m // seeds.numel() >= tiles.BLAS_FROM:
         dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
-                          relative=relative, shared=shared, asm=asm, bits=bits, table=table)
+                          relative=relative, shared=shared, asm=asm, **form)
         return y
+    lookup = "vectors" if codebooks is not None else "table" if table is not None else None
     tile = asked or tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
-                               None if zeros is None else zeros.dtype, bits, table is not None)
+                               None if zeros is None else zeros.dtype, bits, lookup)
     qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
-               tile=tile, asm=asm, shared=shared, pair=pair, bits=bits, table=table)
+               tile=tile, asm=asm, shared=shared, pair=pair, **form)
     return y
 
 
 @qmm_op.register_fake
 def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype, shared=False, pair=False,
-      blas=False, bits=4, table=None):
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table)
+      blas=False, bits=4, table=None, exact=False, codebooks=None):
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks)
     return x.new_empty(m, n, dtype=out_dtype)
 
 
@@ -177,19 +204,20 @@ def _check_update(scales, seeds, coefs):
 
 
 def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None, trains=True, bits=4,
-           table=None):
+           table=None, codebooks=None):
     """y = x . W^T + bias [rows, N] under `evaluations` (None: the scales as they are). Shapes as in kernels/qmm.py.
 
     trains=False: the scales as they are for every evaluation, whose number still fixes what rows belong together.
     """
     blas = _large_rows.get() == "blas"
+    form = dict(bits=bits, table=table, exact=_tables.get() == "exact", codebooks=codebooks)
     if evaluations is None:
         plain = _plain(x.device)
         return qmm_op(x, codes, scales, zeros, bias, *plain, base4, group, noise.NONE, True, out_dtype or x.dtype,
-                      blas=blas, bits=bits, table=table)
+                      blas=blas, **form)
     return qmm_op(x, codes, scales, zeros, bias, evaluations.seeds, evaluations.kernel_coefs, base4, group,
                   evaluations.law if trains else noise.NONE, evaluations.relative, out_dtype or x.dtype,
-                  trains and evaluations.sharing == "row", evaluations.pairs, blas, bits, table)
+                  trains and evaluations.sharing == "row", evaluations.pairs, blas, **form)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import torch
 
 from qzo.kernels import dequantize, noise, qmm, qmm_torch, tiles
 from qzo.kernels.codes import pack_planes, pack_rows
+from qzo.kernels.vectors import pack_vectors
 from tests import oracle
 from tests.close import ULP, assert_close
 
@@ -33,6 +34,9 @@ class Matmul:
     pair: bool = False                 # let the kernel read the codes once for two evaluations
     bits: int = 4
     table: tuple | None = None         # what 4-bit codes stand for
+    exact: bool = False                # the table unrounded
+    books: int = 0                     # codebooks, whose entries codes of `bits` choose; group is 0 then
+    own: bool = False                  # other codebooks for each evaluation
 
     @property
     def width(self):
@@ -52,6 +56,8 @@ class Matmul:
 
     @functools.cached_property
     def codes(self):
+        if self.books:
+            return torch.randint(0, 1 << self.bits, (self.n, self.k // 8, self.books), generator=self._random)
         return torch.randint(0, 1 << self.bits, (self.n, self.k), generator=self._random).to(torch.uint8)
 
     @functools.cached_property
@@ -59,6 +65,14 @@ class Matmul:
         """[G, N], every one different, both signs, over a factor of 8."""
         size = 0.005 * 8 ** torch.rand(self.groups, self.n, generator=self._random)
         return torch.where(torch.rand(self.groups, self.n, generator=self._random) < 0.5, -size, size)
+
+    @functools.cached_property
+    def codebooks(self):
+        """[C, 2^bits, 8], or [E, C, 2^bits, 8]."""
+        if not self.books:
+            return None
+        shape = (len(self.seeds),) * self.own + (self.books, 1 << self.bits, 8)
+        return torch.randn(shape, generator=self._random).to(self.dtype)
 
     @functools.cached_property
     def zero_points(self):
@@ -93,37 +107,52 @@ class Matmul:
         law = noise.NONE if self.law is None else noise.LAWS[self.law]
         return ([None if t is None else t.to(device) for t in tensors],
                 dict(base4=self.base4, group=self.width, law=law, relative=self.relative, shared=self.shared,
-                     bits=self.bits, table=self.table))
+                     bits=self.bits, table=self.table, exact=self.exact,
+                     codebooks=None if self.codebooks is None else self.codebooks.to(device)))
+
+    def packed(self, form=pack_planes):
+        """The codes as a kernel reads them; form: of those that are no vectors."""
+        return pack_vectors(self.codes, self.bits) if self.books else form(self.codes, self.bits)
 
     def kernel(self, tile=TILE, out_dtype=torch.float32, device="cpu", asm=False):
         """qmm.launch: in the interpreter, or on a GPU."""
         y = torch.empty(len(self.x), self.n, dtype=out_dtype, device=device)
         tensors, numbers = self.arguments(device)
-        planes = pack_planes(self.codes, self.bits).to(device)
-        qmm.launch(self.x.to(device), planes, *tensors, y, **numbers, tile=tile, asm=asm, pair=self.pair)
+        codes = self.packed().to(device)
+        qmm.launch(self.x.to(device), codes, *tensors, y, **numbers, tile=tile, asm=asm, pair=self.pair)
         return y.cpu()
 
     def twin(self, form=pack_rows, out_dtype=torch.float32):
         """qmm_torch, on CPU rows or on planes."""
         y = torch.empty(len(self.x), self.n, dtype=out_dtype)
         tensors, numbers = self.arguments()
-        qmm_torch.qmm_torch(self.x, form(self.codes, self.bits), *tensors, y, **numbers)
+        qmm_torch.qmm_torch(self.x, self.packed(form), *tensors, y, **numbers)
         return y
 
     def chunked(self, device="cpu", asm=False):
         """dequantize.matmul: what large_rows="blas" runs; y has x's type."""
         y = torch.empty(len(self.x), self.n, dtype=self.dtype, device=device)
         tensors, numbers = self.arguments(device)
-        planes = pack_planes(self.codes, self.bits).to(device)
-        dequantize.matmul(self.x.to(device), planes, *tensors, y, **numbers, asm=asm)
+        dequantize.matmul(self.x.to(device), self.packed().to(device), *tensors, y, **numbers, asm=asm)
         return y.cpu()
 
     # ---------------------------------------------------------------------------------------------- the truth
 
     @property
     def entries(self):
-        """The table, rounded to the type of x."""
-        return None if self.table is None else torch.tensor(self.table, dtype=torch.float64).to(self.dtype)
+        """The table, rounded to the type of x, or to the sum of two numbers of that type."""
+        if self.table is None:
+            return None
+        table = torch.tensor(self.table, dtype=torch.float64)
+        rounded = table.to(self.dtype).double()
+        return rounded + (table - rounded).to(self.dtype).double() if self.exact else rounded
+
+    def weight(self, e, p, zeros=None):
+        """float64 [N, K] of evaluation e with scales p."""
+        if self.books:
+            books = self.codebooks[e] if self.own else self.codebooks
+            return oracle.vector_weight(self.codes, p, books, self.bits)
+        return oracle.weight(self.codes, p, zeros, self.bits, self.entries)
 
     @functools.cached_property
     def raw_noise(self):
@@ -136,29 +165,28 @@ class Matmul:
         return [oracle.raw_at(self.law, seed, at) for seed in self.seeds]
 
     def _each(self, function):
-        """function(rows of x in float64, raw noise, coefficient) of every evaluation, stacked."""
+        """function(number, rows of x in float64, raw noise, coefficient) of every evaluation, stacked."""
         blocks = self.x.double().split(self.rows) if self.rows else [self.x.double()] * len(self.seeds)
-        return torch.cat([function(x, k, c) for x, k, c in
-                          zip(blocks, self.raw_noise, self.raw_coefs.tolist(), strict=True)])
+        return torch.cat([function(e, x, k, c) for e, (x, k, c) in
+                          enumerate(zip(blocks, self.raw_noise, self.raw_coefs.tolist(), strict=True))])
 
     def want(self):
         """y in float64."""
         bias = 0.0 if self.bias_values is None else self.bias_values.double()
 
-        def y(x, k, c):
-            p = oracle.perturbed(self.scales, k, c, self.relative)
-            return x @ oracle.weight(self.codes, p, self.zero_points, self.bits, self.entries).T + bias
+        def y(e, x, k, c):
+            return x @ self.weight(e, oracle.perturbed(self.scales, k, c, self.relative), self.zero_points).T + bias
         return self._each(y)
 
     def magnitude(self):
         """Sum of the absolute values that an output adds up: its rounding errors are proportional to it."""
         bias = 0.0 if self.bias_values is None else self.bias_values.double().abs()
 
-        def size(x, k, c):
+        def size(e, x, k, c):
             s = oracle.perturbed(self.scales.abs(), k.abs(), abs(c), self.relative)
             off = torch.zeros_like(s) if self.zero_points is None else (
                 self.zero_points.double() - 2 ** (self.bits - 1)).abs()
-            w = oracle.weight(self.codes, s, None, self.bits, self.entries).abs()
+            w = self.weight(e, s).abs()
             w += (s * off).T.repeat_interleave(self.width, 1)
             return x.abs() @ w.T + bias
         return self._each(size)

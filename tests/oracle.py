@@ -84,6 +84,19 @@ def weight(codes, scales, zeros, bits=4, table=None):
     return spread[0] * (codes.double() - spread[1] if table is None else table.double()[codes.long()])
 
 
+def vector_weight(codes, scales, codebooks, bits):
+    """float64 [N, K] from codes [N, K/8, C], float64 scales [1, N] and codebooks [C, 2^bits, 8] of float16 or so.
+
+    Up to 8 bits, the entries of two codebooks, of 0 and 1, 2 and 3 .., are added and rounded to the codebooks' type.
+    """
+    together = 2 if bits <= 8 else 1
+    total = 0.0
+    for first in range(0, codes.shape[2], together):
+        books = range(first, min(first + together, codes.shape[2]))
+        total = total + sum(codebooks[c].double()[codes[:, :, c].long()] for c in books).to(codebooks.dtype).double()
+    return scales.T * total.flatten(1)
+
+
 # ----------------------------------------------------------------------------------------------------- update
 
 def _float32(values):

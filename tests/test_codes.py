@@ -147,7 +147,8 @@ def test_plain_twin_on_every_word(dtype, bits):
 def _tile_kernel(codes_ptr, out_ptr, t, N, BITS: tl.constexpr, DT: tl.constexpr):
     """out [16, 128] = tile t of output rows 0..15."""
     n = tl.arange(0, 16)
-    planes = codes.load_tile(codes.word_pointers(codes_ptr, t + tl.program_id(0), N, n, BITS), 16, BITS, DT, False)
+    planes = codes.load_tile(codes.word_pointers(codes_ptr, t + tl.program_id(0), N, n, 8 * BITS,
+                                                        16 if BITS == 2 else 32), 16, BITS, DT, False)
     for j in tl.static_range(4):
         tl.store(out_ptr + n[:, None] * 128 + 32 * j + tl.arange(0, 32)[None, :], planes[j].to(tl.float32))
 

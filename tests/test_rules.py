@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("qzo/*.py"),
                   *ROOT.glob("qzo/formats/*.py")])
 LAYERS = [   # a module may import its own layer's elders and everything above it
-    {"kernels.noise", "kernels.codes", "kernels.tiles"}, {"kernels.table"},
+    {"kernels.noise", "kernels.codes", "kernels.tiles"}, {"kernels.table", "kernels.vectors"}, {"kernels.lookup"},
     {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.dequantize"},
     {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "experts", "formats"}, {"quantize"},
     {"linear"}, {"optim", "losses", "hf", "save", "quantizer", "graph"}, {"data", "prefix", "packing", "signal"},

@@ -76,18 +76,26 @@ def test_inline_ptx_on_every_word(name, dtype, neighbour):
 MATMULS = [Matmul(k=256, group=64, table=table.NF4), Matmul(k=192, group=64, table=table.FP4, law="ih4", bias=True),
            Matmul(k=320, group=64, table=ODD, relative=False, coefs=(0.01, -0.01, 0.003)),
            Matmul(k=96, group=32, table=table.NF4, shared=True), Matmul(k=256, group=128, table=ODD, law=None),
-           Matmul(k=200, group=0, table=table.NF4), Matmul(k=256, group=64, table=table.NF4, dtype=torch.float32)]
+           Matmul(k=200, group=0, table=table.NF4), Matmul(k=256, group=64, table=table.NF4, dtype=torch.float32),
+           Matmul(k=256, group=64, table=table.NF4, exact=True, seeds=(5, 5), coefs=(0.1, -0.1), pair=True),
+           Matmul(k=192, group=32, table=ODD, exact=True, law="ih4")]
+
+
+def name(m):
+    return f"{m.k}-g{m.group}-{m.law}{'-exact' if m.exact else ''}"
+
+
 FORMS = {"plain": TILE, "ratio": dataclasses.replace(TILE, ratio=True), "deep": dataclasses.replace(TILE, deep=True),
          "split": dataclasses.replace(TILE, splits=2)}
 
 
-@pytest.mark.parametrize("matmul", MATMULS, ids=lambda m: f"{m.k}-g{m.group}-{m.law}")
+@pytest.mark.parametrize("matmul", MATMULS, ids=name)
 @pytest.mark.parametrize("form", FORMS)
 def test_kernel_is_true(matmul, form):
     matmul.assert_true(matmul.kernel(FORMS[form]))
 
 
-@pytest.mark.parametrize("matmul", MATMULS, ids=lambda m: f"{m.k}-g{m.group}-{m.law}")
+@pytest.mark.parametrize("matmul", MATMULS, ids=name)
 @pytest.mark.parametrize("pack", [pack_rows, pack_planes])
 def test_cpu_backend_is_true(matmul, pack):
     matmul.assert_true(matmul.twin(pack))
@@ -103,7 +111,7 @@ def test_a_pair_has_the_bits_of_single_evaluations():
     torch.testing.assert_close(together, alone.kernel(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("matmul", [m for m in MATMULS if m.dtype == torch.float16], ids=lambda m: f"{m.k}-g{m.group}")
+@pytest.mark.parametrize("matmul", [m for m in MATMULS if m.dtype == torch.float16], ids=name)
 def test_a_chunk_has_the_bits_of_its_twin(matmul):
     (scales, zeros, _, seeds, coefs), numbers = matmul.arguments()
     planes = pack_planes(matmul.codes)
@@ -114,6 +122,15 @@ def test_a_chunk_has_the_bits_of_its_twin(matmul):
     p = oracle.perturbed(matmul.scales, matmul.raw_noise[1], float(coefs[1]), matmul.relative)
     want = oracle.weight(matmul.codes, p, None, 4, matmul.entries)[7:27]
     assert bool(((ours.double() - want).abs() <= 2.0**-10 * want.abs() + 6e-8).all())
+
+
+@pytest.mark.parametrize(("dtype", "left"), [(torch.float16, 2.0**-22), (torch.bfloat16, 2.0**-16)])
+def test_an_exact_table_is_a_sum_of_two(dtype, left):
+    want = torch.tensor(ODD, dtype=torch.float64)
+    high, low = (torch.tensor(part, dtype=torch.float64) for part in table.parts(ODD, dtype, exact=True))
+    assert torch.equal(high, want.to(dtype).double())
+    assert bool(((high + low - want).abs() <= left * want.abs()).all())
+    assert table.parts(ODD, torch.float32, exact=True) == table.parts(ODD, torch.float32)
 
 
 def test_entries_of_rows_and_planes_agree():

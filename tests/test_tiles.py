@@ -30,7 +30,7 @@ def test_the_number_of_evaluations_is_no_argument():
         "arch",
         "zeros",
         "bits",
-        "table",
+        "lookup",
     }
 
 
