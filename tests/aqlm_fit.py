@@ -4,7 +4,10 @@
 
 Without the paper's calibration: the error of the weights is lowered, not that of what the layers give.
 """
+import json
+
 import torch
+from safetensors.torch import save_file
 
 GROUP = 8                    # weights along K that one code of each codebook stands for
 SAMPLE = 1 << 14             # vectors that k-means sees: 64 for each of 256 entries
@@ -48,6 +51,31 @@ def decode(codes, codebooks, scales):
     """float32 [N, K] of what `fit` returns."""
     vectors = sum(book[codes[..., c]] for c, book in enumerate(codebooks.float()))
     return vectors.flatten(1) * scales.float()[:, None]
+
+
+def write_folder(folder, config, tensors, chosen, *, books=2, bits=8, rounds=3, seed=0, dtype=torch.float16):
+    """A checkpoint in AQLM's layout; returns {name of a fitted Linear: float32 [N, K] that the files hold of it}.
+
+    config: dict, the model's config.json; tensors: {name: float tensor}, all of them
+    chosen: names of the Linears that are fitted; other matrices of blocks are listed as not quantized
+    dtype: of all floats in the file
+    """
+    made, held = {name: t.to(dtype) for name, t in tensors.items()}, {}
+    for name in chosen:
+        codes, codebooks, scales = fit(made.pop(f"{name}.weight"), books, bits, rounds, seed)
+        codebooks, scales = codebooks.to(dtype), scales.to(dtype)
+        held[name] = decode(codes, codebooks, scales)
+        signed = torch.where(codes < 1 << (bits - 1), codes, codes - (1 << bits))
+        made |= {f"{name}.codes": signed.to(torch.int8 if bits <= 8 else torch.int16),
+                 f"{name}.codebooks": codebooks[:, :, None], f"{name}.scales": scales[:, None, None, None]}
+    dense = [name.removesuffix(".weight") for name in made if name.endswith("_proj.weight")]
+    quantization = {"quant_method": "aqlm", "in_group_size": GROUP, "out_group_size": 1, "num_codebooks": books,
+                    "nbits_per_codebook": bits, "linear_weights_not_to_quantize": ["lm_head", *dense]}
+    folder.mkdir(exist_ok=True)
+    save_file({name: t.contiguous() for name, t in made.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {
+        "dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization}))
+    return held
 
 
 def _k_means(vectors, entries, generator):
