@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..kernels import dequantize, qmm, qmm_torch, tiles
-from ..linear import QZOLinear, layers
+from ..layers import layers
+from ..linear import QZOLinear
 
 aten = torch.ops.aten
 CHIPS = tuple(tiles.PROCESSORS)

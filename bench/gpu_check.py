@@ -186,7 +186,7 @@ def _tiles_of(check, case):
     from ..kernels import qmm
     from ..kernels.noise import law_number
     from ..kernels.tiles import architecture, pick
-    from ..linear import arena_of
+    from ..layers import arena_of
     from ..weights import to_planes
     from . import timing
     from .providers import EPS, SEED, Problem

@@ -14,7 +14,7 @@ from ..experts import split_experts_
 from ..kernels.codes import BITS
 from ..kernels.noise import step_seed
 from ..kernels.update import scratch_bytes
-from ..linear import arena_of, evaluating, layers
+from ..layers import arena_of, evaluating, layers
 from ..ops import LARGE_ROWS, backend
 from ..optim import QZO
 from . import models

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from ..experts import split_experts_
 from ..hf import build_empty
-from ..linear import QZOLinear, arena_of, layers
+from ..layers import arena_of, layers
+from ..linear import QZOLinear
 from ..losses import losses, pair
 from ..weights import PackedWeight, check_group_size
 

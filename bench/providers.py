@@ -19,7 +19,8 @@ from .. import ops
 from ..evaluations import Evaluations
 from ..kernels.codes import BITS, centred_codes, middle
 from ..kernels.noise import kernel_coefs, law_number, noise
-from ..linear import QZOLinear, arena_of, evaluating
+from ..layers import arena_of, evaluating
+from ..linear import QZOLinear
 from ..weights import PackedWeight, unpack_codes
 from .cases import DTYPES
 

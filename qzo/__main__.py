@@ -361,7 +361,7 @@ def run_export(options):
 def replayed(base, journal, until, own):
     """(the model at `base` with the steps of a journal, how many these are); options of the model as for `load`."""
     from .journal import read
-    from .linear import layers, train_only
+    from .layers import layers, train_only
     from .optim import replay
     found = read(journal)
     if found is None:

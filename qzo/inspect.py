@@ -16,7 +16,7 @@ from .experts import model_name, split_, split_experts_, stack_of
 from .formats import gguf, hqq, of_method
 from .formats.gguf_file import GGUFFile
 from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, quantization_of, read_config
-from .linear import layers
+from .layers import layers
 from .signal import survival
 from .train import choose_layers, pad_id, trained_count
 from .weights import PackedWeight, check_bits

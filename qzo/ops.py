@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .kernels import codes as code_layouts
-from .kernels import dequantize, noise, qmm, qmm_torch, tiles, update, vectors
+from .kernels import dequantize, noise, perturb, qmm, qmm_torch, tiles, update, vectors
 
 _BACKENDS = ("auto", "torch", "triton")
 LARGE_ROWS = ("fused", "blas")
@@ -193,6 +193,22 @@ def update_op(scales: torch.Tensor, seeds: torch.Tensor, coefs: torch.Tensor, ba
 @update_op.register_fake
 def _(scales, seeds, coefs, base4, law, relative, floor, layers=None):
     _check_update(scales, seeds, coefs)
+
+
+@torch.library.custom_op("qzo::perturbed", mutates_args=())
+def perturbed_op(values: torch.Tensor, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, law: int, relative: bool,
+                 dtype: torch.dtype) -> torch.Tensor:
+    """values [.., Q, 4] of the arena under each evaluation, [E, Q, 4] in dtype; base4: number of the first quad."""
+    flat = values.view(-1, 4)
+    out = torch.empty(len(seeds), *flat.shape, dtype=dtype, device=values.device)
+    run = perturb.launch if uses_triton(values.device) else perturb.perturb_codebooks_torch
+    run(flat, seeds, coefs, out, base4=base4, law=law, relative=relative)
+    return out
+
+
+@perturbed_op.register_fake
+def _(values, seeds, coefs, base4, law, relative, dtype):
+    return values.new_empty(len(seeds), values.numel() // 4, 4, dtype=dtype)
 
 
 def _check_update(scales, seeds, coefs):

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from . import data
-from .linear import arena_of, layers, train_only
+from .layers import arena_of, layers, train_only
 from .optim import FLOOR, QZO
 from .prefix import FrozenPrefix
 from .task import Task

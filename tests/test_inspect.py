@@ -10,7 +10,7 @@ import torch
 import qzo
 from qzo import __main__ as command
 from qzo import inspect
-from qzo.linear import layers
+from qzo.layers import layers
 from qzo.train import choose_layers, trained_count
 from qzo.weights import PackedWeight
 from tests import test_experts, tiny

@@ -13,7 +13,7 @@ import qzo
 from qzo import __main__ as command
 from qzo.bench import footprint, memory, models
 from qzo.kernels import noise, qmm_torch, update
-from qzo.linear import arena_of, layers
+from qzo.layers import arena_of, layers
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536,
