@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qzo
+from qzo.__main__ import main
 from qzo.kernels import perturb
 from qzo.kernels.noise import LAWS
 from tests import oracle, tiny
@@ -365,3 +366,46 @@ def test_a_copy_of_the_fixtures_is_what_is_trained(tmp_path):
     shutil.rmtree(tmp_path / "source")
     with pytest.raises(FileNotFoundError, match="is gone"):
         qzo.save_pretrained(model, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+@pytest.mark.parametrize("layers", ["2", "1"])
+def test_train_and_replay_codebooks(tmp_path, capsys, layers):
+    path, _ = folder_of(tmp_path / "source")
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.RECORDS)
+    out = tmp_path / "out"
+    assert main(["train", "--model", str(path), "--data", str(data), "--output-dir", str(out), "--device", "cpu",
+                 "--max-steps", "3", "--batch-size", "4", "--directions", "1", "--train-layers", layers,
+                 "--train-codebooks"]) == 0
+    count = 7 * int(layers)
+    assert f"and {count * 2 * 256 * 8:,} numbers of codebooks train" in capsys.readouterr().err
+    assert {name.rpartition(".")[2] for name in changed(path, out / "model")} == {"codebooks", "scales"}
+    again = tmp_path / "again"
+    assert main(["replay", str(path), str(out / "journal.qzo"), "--output-dir", str(again), "--device", "cpu"]) == 0
+    assert bytes_of(again) == bytes_of(out / "model")
+
+
+def test_codebooks_that_are_not_there_are_one_clear_line(tmp_path, capsys):
+    tiny.save_checkpoint(tmp_path / "float")
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.RECORDS)
+    out = tmp_path / "out"
+    assert main(["train", "--model", str(tmp_path / "float"), "--data", str(data), "--output-dir", str(out),
+                 "--group-size", "32", "--device", "cpu", "--train-codebooks"]) == 2
+    assert "that trains has codebooks" in capsys.readouterr().err
+
+
+def test_inspect(tmp_path, capsys):
+    path, tensors = folder_of(tmp_path / "source")
+    assert main(["inspect", str(path), "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == "aqlm"
+    assert [(kind["bits"], kind["group_size"], kind["codebooks"], kind["layers"]) for kind in found["layers"]] == [
+        (8, "row", 2, 14)]
+    model = qzo.from_pretrained(path, device="cpu")
+    quantized = [module for module in model.modules() if isinstance(module, qzo.QZOLinear)]
+    assert found["bytes"]["codes"] == sum(layer.codes.nbytes for layer in quantized)
+    assert found["bytes"]["codebooks"] == sum(t.nbytes for name, t in tensors.items() if name.endswith(".codebooks"))
+    assert found["trains"]["scales"] == sum(scales.numel() for scales in qzo.scales(model).values())
+    assert main(["inspect", str(path), "--device", "cpu"]) == 0
+    assert "14 of 2 codebooks of 8 bits, one scale a row: " in capsys.readouterr().out
