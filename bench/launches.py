@@ -362,7 +362,19 @@ OTHER_CODES = {
     "rows": (16, 64, 512),
     "group": GROUPS,
     "zeros": tuple(ZEROS),
-    "codes": tuple(CODES)[1:],
+    "codes": ("int2", "int8", "nf4", "nf4-exact"),
+}
+VECTORS = {
+    "codes": ("aqlm-1x16", "aqlm-2x8", "aqlm-3x8"),
+    "rows": (16, 64, 512),
+    "group": (WHOLE_ROW,),
+    "k": (4096, 576),
+    "dtype": (torch.bfloat16, torch.float16),
+    "law": ("rademacher", "ih4", "none"),
+    "relative": (True, False),
+    "bias": (False, True),
+    "pair": (True, False),
+    "shared": (False, True),
 }
 
 

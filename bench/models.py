@@ -122,19 +122,22 @@ def quantizable(model):
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What a layer's memory depends on, beside its shape. zeros: None or the dtype of stored zero points; ordered: its
-    columns are sorted by group (act-order)."""
+    columns are sorted by group (act-order); books: codebooks, of 2^bits vectors."""
 
     group_size: int
     zeros: torch.dtype | None = None
     bits: int = 4
     table: tuple | None = None
     ordered: bool = False
+    books: int = 0
 
 
 def form_of(packed):
     """Form of a PackedWeight or QZOLinear."""
     zeros = None if packed.zeros is None else packed.zeros.dtype
-    return Form(packed.group_size, zeros, packed.bits, packed.table, packed.perm is not None)
+    books = 0 if packed.codebooks is None else len(packed.codebooks)
+    return Form(packed.in_features if books else packed.group_size, zeros, packed.bits, packed.table,
+                packed.perm is not None, books)
 
 
 def quantize_empty(model, wanted, cpu=False):
@@ -146,7 +149,8 @@ def quantize_empty(model, wanted, cpu=False):
         linear = model.get_submodule(name)
         k, n = linear.in_features, linear.out_features
         group = check_group_size(form.group_size, k)
-        packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table)
+        packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table, books=form.books,
+                                      dtype=linear.weight.dtype)
         packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if form.ordered else None
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))

@@ -253,6 +253,7 @@ def launch_set(name, archs):
         if name == "quick" and arch in PAIRED:
             cases += launches.pairwise(arch)
             cases += launches.pairwise(arch, launches.OTHER_CODES)
+            cases += launches.pairwise(arch, launches.VECTORS)
         if name == "every":
             cases += launches.every(arch)
         if name == "quick":

@@ -71,6 +71,17 @@ def train_only(module, wanted):
     return list(layers(module))
 
 
+def train_slots(module, names):
+    """Train what has these names in an arena, layers and codebooks of layers, as the header of a journal lists them.
+    Where some are not the module's, nothing changes: comparing arenas tells that."""
+    codebooks = {name for name in layers(module, trainable=None) if codebooks_name(name) in names}
+    trained = set(names) - {codebooks_name(name) for name in codebooks}
+    if trained <= set(layers(module, trainable=None)):
+        train_only(module, trained.__contains__)
+        if codebooks:
+            train_codebooks_(module)
+
+
 def train_codebooks_(module, train=True):
     """Let codebooks (AQLM) of the layers that train train along with the scales, or no longer. Returns their names.
 
