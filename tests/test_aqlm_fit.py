@@ -71,7 +71,7 @@ def test_weights_that_do_not_fit_are_named(shape):
 
 @pytest.mark.parametrize(("books", "bits", "kind"), [(2, 8, torch.int8), (1, 9, torch.int16)])
 def test_the_folder_is_in_aqlms_layout(tmp_path, books, bits, kind):
-    """Decoded from the files by the format's own words, arXiv 2401.06118's reference code: index = code mod 2^bits."""
+    """Decoded from the files as the format has it: an index is the code modulo 2^bits."""
     model = LlamaForCausalLM.from_pretrained(tiny.save_checkpoint(tmp_path / "float", hidden=128))
     chosen = ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
     held = aqlm_fit.write_folder(tmp_path / "aqlm", model.config.to_dict(), dict(model.state_dict()), chosen,
