@@ -31,8 +31,11 @@ KINDS = ("linear", "step", "update", "noise", "journal")
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """What stands in memory for weights: `bits` of each; the table whose entries they are codes of, or None; the group
-    size that their format has, None where any will do; what their cases' names end in."""
+    """What stands in memory for weights.
+
+    bits: of one weight; suffix: what its cases' names end in; table: whose entries the codes are of, or None; group:
+    the size that the format has, None where any will do.
+    """
 
     bits: int
     suffix: str
@@ -54,7 +57,7 @@ CPU_ROWS = (1, 16, 256)
 class Case:
     """kind "linear": the product. "step": all linears of `blocks` blocks under a pair, their losses and the update.
     "update", "noise", "journal": one update of `n` scales, n noise values, one journal record; rows and k are 0.
-    codes: a name of CODES."""
+    codes: a name in CODES."""
 
     kind: str
     model: str
@@ -81,8 +84,8 @@ class Case:
     def name(self):
         if self.kind in ("linear", "step"):
             what = f"{self.k}x{self.n}" if self.kind == "linear" else f"{self.blocks} blocks"
-            return (f"{self.kind} {self.model} {what} rows {self.rows} g{self.group} {self.dtype} {self.noise}"
-                    f"{CODES[self.codes].suffix}")
+            return (f"{self.kind} {self.model} {what} rows {self.rows} g{self.group} {self.dtype} "
+                    f"{self.noise}{CODES[self.codes].suffix}")
         return f"{self.kind} {self.noise} {self.n}" if self.kind != "journal" else "journal append"
 
     @property

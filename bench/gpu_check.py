@@ -33,8 +33,8 @@ CASES = ("4096x11008 rows 16 g128 float16 rademacher", "4096x11008 rows 1 g128 f
          "4096x11008 rows 128 g128 float16 rademacher", "step llama-2-7b 32 blocks rows 16",
          "update rademacher", "noise rademacher", "4096x11008 rows 8192 g128 bfloat16 rademacher",
          "sd3.5-large 2432x9728 rows 2048 g128 bfloat16")
-TILES = tuple(f"llama-2-7b 4096x11008 rows {rows} g{group} float16 rademacher{codes}" for rows, group, codes in (
-    (16, 128, ""), (128, 128, ""), (512, 128, ""), (2048, 128, ""), (16, 64, " nf4")))
+TILES = (*(f"llama-2-7b 4096x11008 rows {rows} g128 float16 rademacher" for rows in (16, 128, 512, 2048)),
+         "llama-2-7b 4096x11008 rows 16 g64 float16 rademacher nf4")
 
 
 def failures():

@@ -267,7 +267,8 @@ def add_options(parser):
     what.add_argument("--group-size", type=int,
                       help="(default: the largest of 128, 64, 32 that fits; with nf4 codes 64)")
     what.add_argument("--bits", type=int, choices=BITS, help="of a code (default 4)")
-    what.add_argument("--codes", choices=CODES, help="in place of --bits; nf4: codes of NF4's table (default int4)")
+    what.add_argument("--codes", choices=CODES,
+                      help="in place of --bits; nf4: codes of NF4's table (default int4)")
     what.add_argument("--zeros", choices=models.ZEROS, default="none",
                       help="zero points that are stored (default none: symmetric)")
     what.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
@@ -335,13 +336,13 @@ def make_report(options):
 
 
 def _codes(options):
-    """The name in CODES that --bits or --codes means. ValueError for both, and for zero points beside a table."""
+    """The name in CODES that --bits or --codes means. ValueError for both, or for zero points with a table."""
     if options.bits and options.codes:
         raise ValueError(f"--bits {options.bits} and --codes {options.codes}: give one of the two")
     codes = options.codes or f"int{options.bits or 4}"
     if CODES[codes].table and options.zeros != "none":
-        raise ValueError(f"--zeros {options.zeros}: {codes} codes stand for a table's entries and have no zero points; "
-                         "leave --zeros out")
+        raise ValueError(f"--zeros {options.zeros}: {codes} codes stand for a table's entries and have no zero "
+                         "points; leave --zeros out")
     return codes
 
 
@@ -367,7 +368,7 @@ def random_model(config, group_size, zeros, device, dtype, codes="int4"):
 
 
 def _checkpoint(options, codes, device, dtype):
-    """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device)."""
+    """(load() -> the checkpoint's model, a float one quantized as asked; the same on the meta device)."""
     from ..hf import from_pretrained
     kind = CODES[codes]
     group = options.group_size or kind.group
