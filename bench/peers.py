@@ -1,7 +1,7 @@
 """Peers that are timed where they are installed: their own kernels, on scales that nothing perturbs.
 
-Each is given the weight of a case in its own way: some take the codes and scales as they are, others quantize the dense
-weight by themselves and are compared with it within what four bits cost. Rows of both signs go through one call.
+Each is given the weight of a case in its own way: some take the codes and scales as they are, others quantize the
+dense weight by themselves and are compared with it within what four bits cost. Rows of both signs go through one call.
 """
 import functools
 import importlib
@@ -11,7 +11,7 @@ import torch
 from ..weights import unpack_codes
 from .providers import EXACT, Built, Provider
 
-# relative RMS error allowed: of the weight that was given, multiplied in any way; and what rounding it to 4 bits costs
+# relative RMS error allowed: of the very weight, however it is multiplied; and what rounding it to 4 bits costs
 SAME_CODES = 4 * EXACT["bfloat16"]
 REQUANTIZED = 0.2
 
@@ -53,7 +53,7 @@ def _torchao(problem, packed, k, n):
 
 
 def _bitsandbytes(problem, packed, k, n):
-    """Its own NF4 of the weight, whose codes and absmax it finds again if the weight is NF4 in the same blocks."""
+    """Its own NF4 of the weight: where that is NF4 in blocks of 64, it finds codes and absmax again."""
     bnb = importlib.import_module("bitsandbytes")
     weight, state = bnb.functional.quantize_4bit(packed.dequantize().to(problem.dtype), blocksize=64, quant_type="nf4")
     return lambda x: bnb.matmul_4bit(x, weight.t(), quant_state=state)
@@ -90,8 +90,8 @@ PROVIDERS = (
     _provider("gemlite", _gemlite, "gemlite", SAME_CODES),
     _provider("torchao", _torchao, "torchao"),
     _provider("bitsandbytes", _bitsandbytes, "bitsandbytes", codes=("int4", "nf4")),
-    _provider("gptqmodel-marlin", functools.partial(_gptqmodel, kernel="marlin", kind="MarlinQuantLinear"), "gptqmodel",
-              SAME_CODES),
+    _provider("gptqmodel-marlin", functools.partial(_gptqmodel, kernel="marlin", kind="MarlinQuantLinear"),
+              "gptqmodel", SAME_CODES),
     _provider("gptqmodel-triton", functools.partial(_gptqmodel, kernel="tritonv2", kind="TritonV2QuantLinear"),
               "gptqmodel", SAME_CODES),
     _provider("hqq", _hqq, "hqq"),

@@ -1,8 +1,8 @@
 """Who is timed: qzo and what it is made to beat; peers.py has the libraries beside it.
 
 A provider builds its own weights for a Problem, enough of them that no cache holds all, and gives a run that passes
-over them once, together with an output and the float64 truth it has to agree with. One that cannot run a case, or is
-not installed, says so.
+over them once, together with an output and the float64 truth it has to agree with. One that cannot run a case, or
+is not installed, says so.
 
 The official QZO loop perturbs float16 scales in place with noise that is materialized by torch.normal: +eps, forward,
 -2 eps, forward, +eps, update (arXiv 2505.13430 and its published trainer). MeZO (arXiv 2305.17333) does the same to
@@ -94,7 +94,7 @@ class Problem:
         return torch.cat([y[:some], y[self.case.rows:self.case.rows + some]])[:, :SAMPLE].double()
 
     def truth(self, weight, plus, minus):
-        """float64 products of the sampled rows by what the codes of `weight`, a PackedWeight or QZOLinear, stand for,
+        """float64 products of the sampled rows by what the codes of `weight` (a PackedWeight or QZOLinear) stand for,
         under the scales [G, N] of either sign."""
         some = min(SAMPLE, self.case.rows)
         x = self.x[weight.in_features].double()
@@ -204,7 +204,8 @@ def _dequantize(problem):
         return [_dequantized_product(problem.x[p.in_features], p, s) for p, s in layers]
     allowed = 4 * EXACT[problem.case.dtype]                  # the scaled weight is rounded once more
     want = problem.truth(first, scales, scales)
-    return Built(run, passes, lambda: _dequantized_product(problem.x[first.in_features], first, scales), want, allowed)
+    x = problem.x[first.in_features]
+    return Built(run, passes, lambda: _dequantized_product(x, first, scales), want, allowed)
 
 
 def _sweep(parameters, factor, seed):

@@ -70,8 +70,9 @@ def told(capsys, *arguments):
 
 def test_nf4_is_foretold_from_the_command_line(capsys):
     """Llama-2-7B by hand: codes as int4's, a float32 absmax for every 64 weights and no zero points."""
-    found = told(capsys, "--config", "llama-2-7b", "--device", "cuda", "--codes", "nf4")
-    assert found == told(capsys, "--config", "llama-2-7b", "--device", "cuda", "--codes", "nf4", "--group-size", "64")
+    arguments = ["--config", "llama-2-7b", "--device", "cuda", "--codes", "nf4"]
+    found = told(capsys, *arguments)
+    assert found == told(capsys, *arguments, "--group-size", "64")
     parts = found["predicted"]
     assert parts["codes"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2
     assert parts["scales"] == 4 * 32 * (4 * 64 * 4096 + 2 * 64 * 11008 + 172 * 4096)
