@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ..experts import split_experts_
 from ..hf import build_empty
+from ..kernels.vectors import LENGTH
 from ..layers import arena_of, layers
 from ..linear import QZOLinear
 from ..losses import losses, pair
@@ -166,14 +167,20 @@ def fill_random(model, device, seed=0):
     generator = torch.Generator(device).manual_seed(seed)
     arena = arena_of(model, exact=True)
     arena.data = torch.zeros_like(arena.data, device=device)
-    for name, layer in layers(model).items():
+    for layer in layers(model).values():
         k, n = layer.in_features, layer.out_features
-        codes = torch.randint(0, 1 << layer.bits, (n, k), dtype=torch.uint8, generator=generator, device=device)
-        size = k**-0.5 / (0.29 * 2**layer.bits)             # 0.29 * 2^bits: standard deviation of a uniform code
+        size = k**-0.5 / _spread(layer)
         scales = torch.empty(k // layer.group_size, n, device=device).uniform_(0.9 * size, 1.1 * size,
                                                                                generator=generator)
-        layer.codes = PackedWeight.from_codes(codes, scales, bits=layer.bits).codes
-        arena.write(name, scales)
+        if layer.codebooks is not None:
+            shape, books = (n, k // LENGTH, len(layer.codebooks)), layer.codebooks
+            codes = torch.randint(0, 1 << layer.bits, shape, dtype=torch.int32, generator=generator, device=device)
+            layer.codebooks = torch.empty(books.shape, dtype=books.dtype, device=device).normal_(generator=generator)
+            layer.codes = PackedWeight.from_vectors(codes, scales[0], layer.codebooks).codes
+        else:
+            codes = torch.randint(0, 1 << layer.bits, (n, k), dtype=torch.uint8, generator=generator, device=device)
+            layer.codes = PackedWeight.from_codes(codes, scales, bits=layer.bits, table=layer.table).codes
+        arena.write(layer.arena_name, scales)
         if layer.zeros is not None:
             layer.zeros = torch.full(layer.zeros.shape, 1 << layer.bits - 1, dtype=layer.zeros.dtype, device=device)
     for owner in model.modules():
@@ -188,6 +195,13 @@ def fill_random(model, device, seed=0):
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.to(device)
+
+
+def _spread(layer):
+    """Standard deviation of what uniform codes stand for."""
+    if layer.codebooks is not None:
+        return len(layer.codebooks) ** 0.5
+    return 0.29 * 2**layer.bits if layer.table is None else float(torch.tensor(layer.table).std(correction=0))
 
 
 def example_batch(model, rows, tokens, labels, device):

@@ -66,7 +66,7 @@ def run_ptx(source, words, memory):
             assert operands[1] == "[the_parameter]"
             held[operands[0]] = np.zeros(len(words), np.int64)
             continue
-        to, *a = operands[0], *map(value, operands[1:])
+        to, a = operands[0], [value(name) for name in operands[1:]]
         if operation == "mov.b32":
             held[to] = a[0]
         elif operation == "and.b32":
