@@ -185,9 +185,10 @@ def matmul(case):
     x = _meta(2 * case.rows, case.k, dtype=case.dtype)
     zeros = None if case.zeros == "none" else _meta(groups, case.n, dtype=ZEROS[case.zeros])
     kind = CODES[case.codes]
+    lookup = "exact" if case.codes.endswith("-exact") else kind.lookup
     planes, form = _form(case.codes, case.n, case.k, case.dtype)
     tile = case.tile or tiles.pick(
-        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], kind.bits, kind.lookup
+        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], kind.bits, lookup
     )
     with recorded(case.arch) as launches:
         qmm.launch(

@@ -121,6 +121,13 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, 
     return m, n
 
 
+def lookup_of(table, exact, codebooks):
+    """What tiles.pick calls that which codes stand for."""
+    if codebooks is not None:
+        return "vectors"
+    return None if table is None else "exact" if exact else "table"
+
+
 def _check_codebooks(codebooks, bits, k, group, zeros, table, evaluations):
     """ValueError unless they are one set, or one of each evaluation, for codes of `bits`, one scale to an output."""
     sets, shape = codebooks.shape[:-3], list(codebooks.shape[-2:])
@@ -165,7 +172,7 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
         dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
                           relative=relative, shared=shared, asm=asm, **form)
         return y
-    lookup = "vectors" if codebooks is not None else "table" if table is not None else None
+    lookup = lookup_of(table, exact, codebooks)
     tile = asked or tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
                                None if zeros is None else zeros.dtype, bits, lookup)
     qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,

@@ -88,7 +88,8 @@ def test_names_are_those_of_the_results_files():
     assert {r["case"] for r in results.read(path)} <= {c.name for c in cases.every("cpu")}
     named = {codes: dataclasses.replace(CASE, codes=codes).name for codes in cases.CODES}
     plain = "linear smollm2-135m 192x64 rows 3 g64 float32 ih4"
-    suffixes = {"int4": "", "int2": " 2 bits", "int8": " 8 bits", "nf4": " nf4"}
+    suffixes = {"int4": "", "int2": " 2 bits", "int8": " 8 bits", "nf4": " nf4", "aqlm-1x16": " aqlm 1x16",
+                "aqlm-2x8": " aqlm 2x8"}
     assert named == {codes: plain + suffix for codes, suffix in suffixes.items()}
     assert set(named) <= set(launches.CODES)
 

@@ -89,8 +89,8 @@ def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch)
     assert found["picked_ms"] == timed[0]["ms"]
 
 
-@pytest.mark.parametrize("codes", ["int4", "nf4"])
-def test_tiles_are_picked_and_launched_as_a_layer_does(codes, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("codes", "group"), [("int4", 64), ("nf4", 64), ("aqlm-2x8", 192)])
+def test_tiles_are_picked_and_launched_as_a_layer_does(codes, group, tmp_path, monkeypatch):
     """A tile timed for other codes than the case's would agree with every other such tile."""
     pick, launch, picks, launches = tiles.pick, qmm.launch, [], []
 
@@ -110,7 +110,7 @@ def test_tiles_are_picked_and_launched_as_a_layer_does(codes, tmp_path, monkeypa
     monkeypatch.setattr(qmm, "launch", launching)
     monkeypatch.setattr(gpu_check, "neighbours", lambda tile: [])
     monkeypatch.setattr("qzo.bench.timing.cache_bytes", lambda device: 1)
-    case = cases.Case("linear", "smollm2-135m", 192, 64, 1, 64, "float32", codes=codes)
+    case = cases.Case("linear", "smollm2-135m", 192, 64, 1, group, "float32", codes=codes)
     times, _ = gpu_check._tiles_of(gpu_check.Check(tmp_path / "out.jsonl", 600, device="cpu"), case)
     assert len(times) == 1
     tiled = launches[0]
@@ -120,7 +120,7 @@ def test_tiles_are_picked_and_launched_as_a_layer_does(codes, tmp_path, monkeypa
         model[0](problem.x[192])
     assert picks[0] == picks[-1]
     assert tiled == launches[-1]
-    assert tiled["table"] == case.table
+    assert tiled["table"] == case.form.table
 
 
 def test_the_cases_that_are_named_are_there():
@@ -129,7 +129,8 @@ def test_the_cases_that_are_named_are_there():
     pairs = {name.removesuffix(" nf4") for name in found[:len(gpu_check.CASES)] if name.endswith(" nf4")}
     assert {name.split(" rows ")[1].split()[0] for name in pairs} == {"1", "16"}
     assert pairs < set(found)
-    assert found[-1].endswith(" nf4")
+    assert [name.rpartition("rademacher")[2] for name in found[-2:]] == [" nf4", " aqlm 2x8"]
+    assert {name.rpartition("rademacher ")[2] for name in found} >= {"nf4", "aqlm 2x8", "aqlm 1x16"}
 
 
 def test_neighbours_differ_in_one_thing():
