@@ -141,11 +141,11 @@ def _exact(arch, rows, group):
         few, some, many = Tile(16, 64, 4, 5), Tile(32, 64, 4, 5), Tile(64, 128, 8, 3, ratio=True)
         tile = dataclasses.replace(few if rows <= 16 else some if rows <= 32 else many, deep=True)
     elif arch == "gfx942":
-        return Tile(16 if rows <= 16 else 64, 64, 4, 2)
+        return Tile(16 if rows <= 16 else 64, 64, 4, 1)         # its table is loads, which stages would keep in LDS
     elif arch == "sm_100":
         tile = Tile(16, 64, 4, 4) if rows <= 16 else Tile(32, 128, 8, 4)
     else:
-        tile = Tile(16 if rows <= 16 or group == 32 else 32, 64, 4, 4)
+        tile = Tile(16 if rows <= 16 or group < 128 else 32, 64, 4, 4)
     return dataclasses.replace(tile, registers=255)
 
 
