@@ -80,6 +80,19 @@ def test_nf4_is_foretold_from_the_command_line(capsys):
     assert found["subject"].endswith("cuda, float16, nf4 codes")
 
 
+@pytest.mark.parametrize(("codes", "entries"), [("aqlm-1x16", 65536), ("aqlm-2x8", 2 * 256)])
+def test_13b_in_vectors_takes_less_than_6_gb(capsys, codes, entries):
+    """By hand: 2 bits a weight, a quad for each output row's scale, the codebooks in float16 beside what is dense."""
+    arguments = ["--config", "llama-2-13b", "--device", "cuda", "--codes", codes]
+    parts = told(capsys, *arguments)["predicted"]
+    weights = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
+    assert parts["codes"] == weights // 4
+    assert parts["scales"] == 16 * 40 * (5 * 5120 + 2 * 13824)
+    dense = told(capsys, "--config", "llama-2-13b", "--device", "cuda")["predicted"]["dense"]
+    assert parts["dense"] - dense == 40 * 7 * entries * 8 * 2
+    assert parts["total"] < 6e9
+
+
 def test_codes_and_bits_mean_the_same(capsys):
     by_bits = {bits: told(capsys, "--config", "smollm2", "--bits", bits) for bits in "248"}
     assert by_bits["4"] == told(capsys, "--config", "smollm2")
@@ -134,7 +147,8 @@ def test_the_image_transformer_fits_24_gb():
 @pytest.mark.parametrize("arguments", [
     "--batch-size 8 --seq-len 128 --zeros integer", "--batch-size 16 --seq-len 64 --labels 60 --directions 2",
     "--batch-size 8 --seq-len 256 --sequential --zeros float",
-    "--batch-size 4 --seq-len 64 --codes nf4 --group-size 64"])
+    "--batch-size 4 --seq-len 64 --codes nf4 --group-size 64",
+    "--batch-size 4 --seq-len 64 --codes aqlm-2x8"])
 def test_measured_is_foretold_within_3_percent(tmp_path, arguments):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SMALL))
@@ -181,7 +195,8 @@ def test_a_float_checkpoint_is_quantized_as_asked(tmp_path, monkeypatch):
 @pytest.mark.parametrize("codes", CODES)
 def test_random_weights_keep_the_size_of_what_runs_through(codes):
     model = torch.nn.Sequential(torch.nn.Linear(512, 256, bias=False, device="meta"))
-    form = models.Form(64, None, CODES[codes].bits, CODES[codes].table)
+    kind = CODES[codes]
+    form = models.Form(-1 if kind.books else 64, None, kind.bits, kind.table, books=kind.books)
     models.fill_random(models.quantize_empty(model, {"0": form}, cpu=True), "cpu")
     assert float(model(torch.randn(64, 512)).square().mean().sqrt()) == pytest.approx(1, rel=0.1)
 
@@ -286,6 +301,8 @@ def test_the_table_and_the_picture(tmp_path, capsys):
     ("--config smollm2 --chip sm_70", "sm_80, sm_86"), ("--config smollm2 --group-size 128", "does not divide"),
     ("--config smollm2 --codes nf4 --bits 8", "give one of the two"),
     ("--config smollm2 --codes nf4 --zeros integer", "no zero points"),
+    ("--config smollm2 --codes aqlm-2x8 --group-size 64", "one scale to a row (no --group-size)"),
+    ("--model smollm2.gguf --codes aqlm-2x8", "nothing quantizes a --model to vectors"),
     ("--config smollm2 --codes nf4 --group-size 128", "does not divide"),
     ("--config smollm2 --labels 64", "between 1 and 63"), ("--config smollm2 --batch-size 0", "at least 1"),
     ("--config smollm2 --snapshot x", "CUDA device"), ("--config README.md", "not JSON"),
