@@ -204,6 +204,15 @@ def test_perturbed_codebooks_have_the_bits_of_their_twin(law, relative, base4):
         assert_same_bits(ours[e], (values.double() * factor if relative else values.double() + c * k).float())
 
 
+def test_codebooks_larger_than_a_block_of_noise(monkeypatch):
+    values, seeds, coefs = torch.randn(300, 4), torch.tensor([5]), torch.tensor([0.05])
+    whole, parts = torch.empty(1, 300, 4), torch.empty(1, 300, 4)
+    perturb.perturb_codebooks_torch(values, seeds, coefs, whole, base4=7, law=LAWS["ih4"], relative=True)
+    monkeypatch.setattr(perturb, "BLOCK_QUADS", 64)
+    perturb.perturb_codebooks_torch(values, seeds, coefs, parts, base4=7, law=LAWS["ih4"], relative=True)
+    assert_same_bits(parts, whole)
+
+
 def test_a_state_dict_carries_the_codebooks():
     layer, other = a_layer(), a_layer()
     with torch.no_grad():
@@ -254,6 +263,10 @@ def test_codebooks_train_are_saved_and_replayed(tmp_path):
     assert qzo.replay(first, tmp_path / "journal.qzo") == 3
     for name, books in qzo.codebooks(first).items():
         assert_same_bits(books, tuned[name])
+    other = begin()
+    other.model.layers[0].mlp.down_proj.arena.data.view(-1)[-1].mul_(1.5)         # an entry of the last layer's
+    with pytest.raises(ValueError, match="digest"):
+        qzo.replay(other, tmp_path / "journal.qzo")
     report = qzo.save_pretrained(model, tmp_path / "out", BATCH)
     parts = {name.rpartition(".")[2] for name in changed(path, tmp_path / "out")}
     assert parts == {"codebooks", "scales"}
