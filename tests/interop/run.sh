@@ -2,7 +2,7 @@
 # Every tool that is installed here reads what qzo writes. By hand, in an environment with the tools and `pip install -e .`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-for tool in compressed_tensors hqq gptqmodel; do
+for tool in compressed_tensors hqq gptqmodel bitsandbytes; do
     if python -c "import $tool" 2>/dev/null; then
         python -m "tests.interop.$tool"
     else
