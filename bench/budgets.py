@@ -9,7 +9,7 @@ from .launches import Case
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Most instructions per step, bf16; group 128, but 64 for NF4."""
+    """Most instructions per step, bf16; group 128, but 64 for NF4, and the whole row for vectors."""
 
     name: str
     case: Case
@@ -53,11 +53,30 @@ OTHER_CODES = {  # the same with other codes
     ("sm_100", "nf4"): {8: 770, 16: 789, 64: 546, 512: 600},
     ("sm_120", "nf4"): {8: 422, 16: 476, 64: 546, 512: 547},
 }
+VECTORS = {  # AQLM, and int4 with one scale to a row, what it is held against
+    ("sm_80", "int4"): {8: 170, 16: 203, 64: 253},
+    ("sm_80", "aqlm-2x8"): {8: 173, 16: 213, 64: 268, 512: 273},
+    ("sm_80", "aqlm-1x16"): {8: 154, 16: 186, 64: 298, 512: 300},
+    ("sm_89", "aqlm-2x8"): {8: 173, 16: 213, 64: 268, 512: 273},
+    ("sm_89", "aqlm-1x16"): {8: 154, 16: 186, 64: 298, 512: 300},
+    ("sm_90", "int4"): {8: 334, 16: 341, 64: 237},
+    ("sm_90", "aqlm-2x8"): {8: 392, 16: 405, 64: 336, 512: 406},
+    ("sm_90", "aqlm-1x16"): {8: 294, 16: 330, 64: 365, 512: 358},
+    ("sm_100", "aqlm-2x8"): {8: 381, 16: 400, 64: 300, 512: 298},
+    ("sm_100", "aqlm-1x16"): {8: 319, 16: 339, 64: 258, 512: 258},
+    ("sm_120", "aqlm-2x8"): {8: 190, 16: 227, 64: 277, 512: 277},
+    ("sm_120", "aqlm-1x16"): {8: 155, 16: 189, 64: 306, 512: 306},
+}
+EXACT_TABLES = {  # NF4 in two passes
+    "sm_80": {8: 638, 16: 720, 512: 628},
+    "sm_90": {8: 663, 16: 701, 512: 789},
+}
 GROUP_64 = {  # int4 in groups of 64, what NF4 is held against
     "sm_80": {8: 286, 16: 321, 64: 399, 512: 407},
     "sm_90": {8: 406, 16: 454, 64: 366, 512: 598},
 }
 TABLE_COSTS = 1.8  # times the instructions of an int4 step, at the most
+VECTORS_COST = 1.6  # the same, of AQLM's against int4 with one scale to a row
 BUDGETS = (
     *(_budget("sm_90 two accumulators", "sm_90", law, 330, deep=True) for law in ("none", *NOISE_ADDS)),
     *(_budget("sm_90 ratio", "sm_90", law, 350, deep=True, ratio=True) for law in ("none", *NOISE_ADDS)),
@@ -70,6 +89,16 @@ BUDGETS = (
     *(
         Budget(f"{arch} {rows} rows {codes}", Case(arch, rows, codes=codes, group=64 if codes == "nf4" else 128), most)
         for (arch, codes), regimes in OTHER_CODES.items()
+        for rows, most in regimes.items()
+    ),
+    *(
+        Budget(f"{arch} {rows} rows {codes} one scale", Case(arch, rows, codes=codes, group=launches.WHOLE_ROW), most)
+        for (arch, codes), regimes in VECTORS.items()
+        for rows, most in regimes.items()
+    ),
+    *(
+        Budget(f"{arch} {rows} rows nf4 exact", Case(arch, rows, codes="nf4-exact", group=64), most)
+        for arch, regimes in EXACT_TABLES.items()
         for rows, most in regimes.items()
     ),
     *(
@@ -94,10 +123,9 @@ def over_budget(figures_of):
                 f"{budget.name}: the noise adds {added} instructions a step, at most {NOISE_ADDS[law]} wanted"
             )
         plain = steps_of(steps, dataclasses.replace(budget.case, codes="int4"))
-        if budget.case.codes == "nf4" and plain and step > TABLE_COSTS * plain:
-            bad.append(
-                f"{budget.name}: {step} instructions a step, {TABLE_COSTS} times the {plain} of int4 at the most"
-            )
+        allowed = TABLE_COSTS if budget.case.codes == "nf4" else VECTORS_COST
+        if budget.case.codes in ("nf4", "aqlm-1x16", "aqlm-2x8") and plain and step > allowed * plain:
+            bad.append(f"{budget.name}: {step} instructions a step, {allowed} times the {plain} of int4 at the most")
     return bad
 
 

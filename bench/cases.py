@@ -8,6 +8,9 @@ import functools
 
 import torch
 
+from ..kernels.table import NF4
+from ..kernels.vectors import LENGTH, words_of
+
 LAYERS = {  # in_features, out_features of the linears of each model
     "llama-2-7b": ((4096, 4096), (4096, 11008), (11008, 4096)),
     "llama-2-13b": ((5120, 5120), (5120, 13824), (13824, 5120)),
@@ -25,6 +28,44 @@ ROWS = (1, 4, 16, 64, 128, 512, 2048, 8192)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LAWS = ("rademacher", "ih4", "gaussian")
 KINDS = ("linear", "step", "update", "noise", "journal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """What stands in memory for weights: `bits` of each, or of an index into one of `books` codebooks of vectors; the
+    table whose entries they are codes of, or None; the group size that their format has, None where any will do, -1 the
+    whole row; what their cases' names end in."""
+
+    bits: int
+    suffix: str
+    table: tuple | None = None
+    group: int | None = None
+    books: int = 0
+
+    @property
+    def weight_bits(self):
+        """Bits that are read for a weight."""
+        return 16 * words_of(self.books, self.bits) // LENGTH if self.books else self.bits
+
+    @property
+    def book_entries(self):
+        """Numbers in the codebooks of a layer."""
+        return self.books * LENGTH << self.bits
+
+    @property
+    def lookup(self):
+        """As tiles.pick takes it."""
+        return "vectors" if self.books else None if self.table is None else "table"
+
+
+CODES = {"int4": Codes(4, ""), "int2": Codes(2, " 2 bits"), "int8": Codes(8, " 8 bits"),
+         "nf4": Codes(4, " nf4", NF4, 64), "aqlm-1x16": Codes(16, " aqlm 1x16", group=-1, books=1),
+         "aqlm-2x8": Codes(8, " aqlm 2x8", group=-1, books=2)}
+BESIDE_INT4 = {              # codes -> model -> rows that are timed beside int4 in the same groups
+    "cuda": {"nf4": {"llama-2-7b": (1, 16, 64, 512), "sd3.5-large": (512,)},
+             "aqlm-1x16": {"llama-2-7b": (1, 16, 512)}, "aqlm-2x8": {"llama-2-7b": (1, 16, 64, 512)}},
+    "cpu": {"nf4": {"smollm2-135m": (16,)}, "aqlm-2x8": {"smollm2-135m": (16,)}},
+}
 ARENA = 1 << 23              # scales of the update and noise cases: 32 MB
 CPU_ROWS = (1, 16, 256)
 
@@ -32,7 +73,8 @@ CPU_ROWS = (1, 16, 256)
 @dataclasses.dataclass(frozen=True)
 class Case:
     """kind "linear": the product. "step": all linears of `blocks` blocks under a pair, their losses and the update.
-    "update", "noise", "journal": one update of `n` scales, n noise values, one journal record; rows and k are 0."""
+    "update", "noise", "journal": one update of `n` scales, n noise values, one journal record; rows and k are 0.
+    codes: a name of CODES."""
 
     kind: str
     model: str
@@ -43,16 +85,19 @@ class Case:
     dtype: str = "bfloat16"
     noise: str = "rademacher"
     blocks: int = 0
-    bits: int = 4
+    codes: str = "int4"
+
+    @property
+    def form(self):
+        """What stands in memory."""
+        return CODES[self.codes]
 
     @property
     def name(self):
-        bits = "" if self.bits == 4 else f" {self.bits} bits"
-        if self.kind == "linear":
-            return (f"linear {self.model} {self.k}x{self.n} rows {self.rows} g{self.group} {self.dtype} {self.noise}"
-                    f"{bits}")
-        if self.kind == "step":
-            return f"step {self.model} {self.blocks} blocks rows {self.rows} g{self.group} {self.dtype} {self.noise}"
+        if self.kind in ("linear", "step"):
+            what = f"{self.k}x{self.n}" if self.kind == "linear" else f"{self.blocks} blocks"
+            return (f"{self.kind} {self.model} {what} rows {self.rows} g{self.group} {self.dtype} {self.noise}"
+                    f"{self.form.suffix}")
         return f"{self.kind} {self.noise} {self.n}" if self.kind != "journal" else "journal append"
 
     @property
@@ -64,8 +109,8 @@ class Case:
 
     @property
     def bytes(self):
-        """Bytes that have to be moved: codes and scales once, x and y of both evaluations; the update's read and
-        write of every scale."""
+        """Bytes that have to be moved: codes, codebooks and scales once, x and y of both evaluations; the update's read
+        and write of every scale."""
         if self.kind == "update":
             return 8 * self.n
         if self.kind == "noise":
@@ -74,7 +119,8 @@ class Case:
             return 32
         item = DTYPES[self.dtype].itemsize
         scales = [4 * (k // self.group) * n for k, n in self.shapes]
-        product = sum(k * n * self.bits // 8 + 2 * self.rows * (k + n) * item for k, n in self.shapes) + sum(scales)
+        weights = sum(k * n * self.form.weight_bits // 8 + self.form.book_entries * item for k, n in self.shapes)
+        product = weights + sum(2 * self.rows * (k + n) * item for k, n in self.shapes) + sum(scales)
         return product + (2 * sum(scales) if self.kind == "step" else 0)
 
     @property
@@ -88,16 +134,17 @@ def group_of(model):
     return next(g for g in (128, 64, 32) if all(k % g == 0 for k, _ in LAYERS[model]))
 
 
-def linears(models, rows, dtypes, laws=("rademacher",), groups=None, bits=4):
-    """Every linear of `models`; groups: None for the model's own."""
+def linears(models, rows, dtypes, laws=("rademacher",), groups=None, codes="int4"):
+    """Every linear of `models`; groups: None for the codes' own, or the model's."""
     for model in models:
         for k, n in LAYERS[model]:
-            for group in groups or (group_of(model),):
+            own = k if CODES[codes].group == -1 else CODES[codes].group or group_of(model)
+            for group in groups or (own,):
                 for dtype in dtypes:
                     for r in rows:
                         for law in laws:
                             if k % group == 0:
-                                yield Case("linear", model, k, n, r, group, dtype, law, bits=bits)
+                                yield Case("linear", model, k, n, r, group, dtype, law, codes=codes)
 
 
 def _small(device):
@@ -117,8 +164,12 @@ def every(device):
     found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, LAWS[1:])            # the other laws
     found += [c for c in linears(small, (16, 512) if device == "cuda" else (16,), dtypes, groups=(32, 64, 128))
               if c not in found]
-    for bits in (2, 8):
-        found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, bits=bits)
+    for codes in ("int2", "int8"):
+        found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, codes=codes)
+    for codes, models in BESIDE_INT4[device].items():
+        for model, rows in models.items():
+            for case in linears((model,), rows, dtypes, codes=codes):
+                found += [c for c in (dataclasses.replace(case, codes="int4"), case) if c not in found]
     for model, (_, blocks) in BLOCKS.items():
         for rows in (1, 16, 128, 512, 2048) if device == "cuda" else CPU_ROWS:
             run = blocks if device == "cuda" else min(blocks, 6 if model == "smollm2-135m" else 1)

@@ -16,7 +16,8 @@ import torch
 
 from ..evaluations import Evaluations
 from ..kernels.noise import kernel_coefs, law_number
-from ..linear import QZOLinear, arena_of, evaluating, layers
+from ..layers import arena_of, evaluating, layers
+from ..linear import QZOLinear
 from ..ops import update_op
 from ..weights import PackedWeight
 

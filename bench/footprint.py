@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..kernels import dequantize, qmm, qmm_torch, tiles
-from ..linear import QZOLinear, layers
+from ..layers import layers
+from ..linear import QZOLinear
+from ..ops import lookup_of
 
 aten = torch.ops.aten
 CHIPS = tuple(tiles.PROCESSORS)
@@ -209,8 +211,8 @@ class Ledger(TorchDispatchMode):
         if blas and m // seeds.numel() >= tiles.BLAS_FROM:
             return dequantize.scratch_bytes(n, k, x.dtype)
         points = None if zeros is None else zeros.dtype
-        lookup = "vectors" if codebooks is not None else "table" if table is not None else None
-        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits, lookup)
+        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits,
+                          lookup_of(table, exact, codebooks))
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
         return copy + qmm.scratch_bytes(m, n, k, group, tile, points)
 

@@ -27,11 +27,17 @@ SECONDS = 500
 SHARES = {"tests": 150, "memory": 110, "bench": 150, "tiles": 90}       # of SECONDS; what a part leaves, the next has
 MEMORY = (("meta-llama-2-7b", 1, 64), ("meta-llama-2-13b", 1, 64), ("meta-llama-2-13b", 16, 512))
 CASES = ("4096x11008 rows 16 g128 float16 rademacher", "4096x11008 rows 1 g128 float16 rademacher",
+         "4096x11008 rows 16 g64 float16 rademacher", "4096x11008 rows 16 g64 float16 rademacher nf4",
+         "4096x11008 rows 1 g64 float16 rademacher", "4096x11008 rows 1 g64 float16 rademacher nf4",
+         "4096x11008 rows 1 g4096 float16 rademacher", "4096x11008 rows 1 g4096 float16 rademacher aqlm 2x8",
+         "4096x11008 rows 1 g4096 float16 rademacher aqlm 1x16",
          "4096x11008 rows 2048 g128 bfloat16 rademacher", "4096x11008 rows 512 g128 float16 rademacher",
          "4096x11008 rows 128 g128 float16 rademacher", "step llama-2-7b 32 blocks rows 16",
          "update rademacher", "noise rademacher", "4096x11008 rows 8192 g128 bfloat16 rademacher",
          "sd3.5-large 2432x9728 rows 2048 g128 bfloat16")
-TILES = tuple(f"llama-2-7b 4096x11008 rows {rows} g128 float16 rademacher" for rows in (16, 128, 512, 2048))
+TILES = tuple(f"llama-2-7b 4096x11008 rows {rows} g{group} float16 rademacher{codes}" for rows, group, codes in (
+    (16, 128, ""), (128, 128, ""), (512, 128, ""), (2048, 128, ""), (16, 64, " nf4"),
+    (16, 4096, " aqlm 2x8")))
 
 
 def failures():
@@ -186,14 +192,15 @@ def _tiles_of(check, case):
     from ..kernels import qmm
     from ..kernels.noise import law_number
     from ..kernels.tiles import architecture, pick
-    from ..linear import arena_of
+    from ..layers import arena_of
     from ..weights import to_planes
     from . import timing
     from .providers import EPS, SEED, Problem
     problem = Problem(case, check.device, timing.cache_bytes(check.device))
     model, passes = problem.model()
     arch = architecture("cuda") if check.device == "cuda" else "interpreter"
-    picked = pick(case.rows, case.n, case.k, case.group, problem.dtype, arch, bits=case.bits)
+    form = case.form
+    picked = pick(case.rows, case.n, case.k, case.group, problem.dtype, arch, bits=form.bits, lookup=form.lookup)
     planes = [to_planes(layer.codes, case.k, layer.bits) for layer in model]
     x, arena = problem.x[case.k], arena_of(model)
     y = torch.empty(len(x), case.n, dtype=x.dtype, device=x.device)
@@ -203,7 +210,8 @@ def _tiles_of(check, case):
         for layer, codes in zip(model, planes, strict=True):
             qmm.launch(x, codes, arena.quads(layer.arena_name), None, None, seeds, coefs, y,
                        base4=arena.slots[layer.arena_name].base4, group=case.group, law=law_number(case.noise),
-                       relative=True, tile=tile, asm=arch.startswith("sm_"), pair=True, bits=case.bits)
+                       relative=True, tile=tile, asm=arch.startswith("sm_"), pair=True, bits=form.bits,
+                       table=form.table, codebooks=layer.codebooks)
         return y.double()                 # a copy: the next run writes into y
 
     want, times = run(picked), {}

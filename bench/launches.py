@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import codes, dequantize, noise, qmm, table, tiles, update, vectors
+from ..kernels import codes, dequantize, noise, qmm, tiles, update, vectors
 from . import cases
 
 ARCHES = tuple(tiles.PROCESSORS)
@@ -35,39 +35,21 @@ GROUPS = (*tiles.GROUPS, WHOLE_ROW)
 ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
 
 
-@dataclasses.dataclass(frozen=True)
-class Codes:
-    """What is multiplied: codes of `bits`, entries of a table, or vectors of `books` codebooks."""
-
-    bits: int = 4
-    table: tuple | None = None
-    exact: bool = False
-    books: int = 0
-
-    @property
-    def lookup(self):
-        """As tiles.pick takes it."""
-        return "vectors" if self.books else None if self.table is None else "table"
-
-    def form(self, n, k, dtype):
-        """(codes of an [n, k] matrix, what the launchers take of the rest), on the meta device."""
-        held = dict(bits=self.bits, table=self.table, exact=self.exact)
-        if not self.books:
-            return _meta(*codes.plane_shape(n, k, self.bits), dtype=torch.int16), held
-        words = _meta(*vectors.vector_shape(n, k, self.books, self.bits), dtype=torch.int16)
-        return words, held | {"codebooks": _meta(self.books, 1 << self.bits, 8, dtype=dtype)}
-
-
-CODES = {
-    "int4": Codes(),
-    "int2": Codes(2),
-    "int8": Codes(8),
-    "nf4": Codes(table=table.NF4),
-    "nf4-exact": Codes(table=table.NF4, exact=True),
-    "aqlm-1x16": Codes(16, books=1),
-    "aqlm-2x8": Codes(8, books=2),
-    "aqlm-3x8": Codes(8, books=3),
+CODES = {  # those that are timed, and what else has code of its own
+    **cases.CODES,
+    "nf4-exact": cases.CODES["nf4"],
+    "aqlm-3x8": cases.Codes(8, "", group=-1, books=3),
 }
+
+
+def _form(kind, n, k, dtype):
+    """(codes of an [n, k] matrix, what the launchers take of the rest), on the meta device."""
+    form = CODES[kind]
+    held = dict(bits=form.bits, table=form.table, exact=kind.endswith("-exact"))
+    if not form.books:
+        return _meta(*codes.plane_shape(n, k, form.bits), dtype=torch.int16), held
+    words = _meta(*vectors.vector_shape(n, k, form.books, form.bits), dtype=torch.int16)
+    return words, held | {"codebooks": _meta(form.books, 1 << form.bits, vectors.LENGTH, dtype=dtype)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +185,10 @@ def matmul(case):
     x = _meta(2 * case.rows, case.k, dtype=case.dtype)
     zeros = None if case.zeros == "none" else _meta(groups, case.n, dtype=ZEROS[case.zeros])
     kind = CODES[case.codes]
-    planes, form = kind.form(case.n, case.k, case.dtype)
+    lookup = "exact" if case.codes.endswith("-exact") else kind.lookup
+    planes, form = _form(case.codes, case.n, case.k, case.dtype)
     tile = case.tile or tiles.pick(
-        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], kind.bits, kind.lookup
+        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], kind.bits, lookup
     )
     with recorded(case.arch) as launches:
         qmm.launch(
@@ -246,7 +229,7 @@ def chunks(
         if not _stands(kind, group, zeros):
             continue
         k, n = 4096, 4096
-        planes, form = CODES[kind].form(n, k, dtype)
+        planes, form = _form(kind, n, k, dtype)
         groups = 1 if group == WHOLE_ROW else k // group
         with recorded(arch) as launches:
             dequantize.launch(
@@ -299,8 +282,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
 
 def _stands(kind, group, zeros):
     """Whether there are such codes: tables and vectors have no zero points, vectors one scale to an output."""
-    looked_up = CODES[kind].table or CODES[kind].books
-    return not (looked_up and zeros != "none") and (group == WHOLE_ROW or not CODES[kind].books)
+    return not (CODES[kind].lookup and zeros != "none") and (group == WHOLE_ROW or not CODES[kind].books)
 
 
 def _fits(case):
@@ -362,7 +344,19 @@ OTHER_CODES = {
     "rows": (16, 64, 512),
     "group": GROUPS,
     "zeros": tuple(ZEROS),
-    "codes": tuple(CODES)[1:],
+    "codes": ("int2", "int8", "nf4", "nf4-exact"),
+}
+VECTORS = {
+    "codes": ("aqlm-1x16", "aqlm-2x8", "aqlm-3x8"),
+    "rows": (16, 64, 512),
+    "group": (WHOLE_ROW,),
+    "k": (4096, 576),
+    "dtype": (torch.bfloat16, torch.float16),
+    "law": ("rademacher", "ih4", "none"),
+    "relative": (True, False),
+    "bias": (False, True),
+    "pair": (True, False),
+    "shared": (False, True),
 }
 
 

@@ -14,10 +14,11 @@ from ..experts import split_experts_
 from ..kernels.codes import BITS
 from ..kernels.noise import step_seed
 from ..kernels.update import scratch_bytes
-from ..linear import arena_of, evaluating, layers
+from ..layers import arena_of, evaluating, layers
 from ..ops import LARGE_ROWS, backend
 from ..optim import QZO
 from . import models
+from .cases import CODES
 from .footprint import (
     DeviceMeter,
     Ledger,
@@ -263,8 +264,11 @@ def add_options(parser):
     what = parser.add_argument_group("the model")
     what.add_argument("--config", help="a config.json, or one that comes with qzo: " + ", ".join(models.shipped()))
     what.add_argument("--model", help="a checkpoint: it is loaded and measured as well")
-    what.add_argument("--group-size", type=int, help="(default: the largest of 128, 64, 32 that fits)")
-    what.add_argument("--bits", type=int, choices=BITS, default=4, help="of a code (default 4)")
+    what.add_argument("--group-size", type=int,
+                      help="(default: the largest of 128, 64, 32 that fits; with nf4 codes 64)")
+    what.add_argument("--bits", type=int, choices=BITS, help="of a code (default 4)")
+    what.add_argument("--codes", choices=CODES, help="in place of --bits; nf4: codes of NF4's table; aqlm-2x8: two "
+                      "codebooks of 256 vectors, whose numbers count as dense (default int4)")
     what.add_argument("--zeros", choices=models.ZEROS, default="none",
                       help="zero points that are stored (default none: symmetric)")
     what.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
@@ -314,19 +318,35 @@ def make_report(options):
     for name in ("batch_size", "labels", "directions"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is wanted")
+    codes = _codes(options)
     if options.model:
-        load, model = _checkpoint(options, device, dtype)
+        load, model = _checkpoint(options, codes, device, dtype)
     else:
-        load, model = random_model(options.config, options.group_size, options.zeros, device, dtype, options.bits)
+        load, model = random_model(options.config, options.group_size, options.zeros, device, dtype, codes)
     run = Run(options.batch_size, options.seq_len or models.usual_tokens(model), options.labels, options.directions,
               options.sequential, options.large_rows)
     predicted = predict(model, run, device, chip)
     measured = measure(load, run, device, snapshot=options.snapshot) if measuring else None
     subject = (f"{options.config or options.model}: {run.rows} x {run.tokens} tokens, {2 * run.directions} evaluations "
                f"{'one after another' if run.sequential else 'at once'}, {device}, {str(dtype).removeprefix('torch.')}"
+               + (f", {codes} codes" if options.config and codes != "int4" else "")
                + (", random weights" if measuring and options.config else ""))
     return {"predicted": predicted, "measured": measured, "rivals": rivals(model, run, predicted),
             "fits": fits(max(predicted["total"], measured["total"] if measured else 0)), "subject": subject}
+
+
+def _codes(options):
+    """The name in CODES that --bits or --codes means. ValueError for both, and for zero points beside a table."""
+    if options.bits and options.codes:
+        raise ValueError(f"--bits {options.bits} and --codes {options.codes}: give one of the two")
+    codes = options.codes or f"int{options.bits or 4}"
+    if CODES[codes].lookup and options.zeros != "none":
+        raise ValueError(f"--zeros {options.zeros}: {codes} codes stand for entries of a table or codebooks and have "
+                         "no zero points; leave --zeros out")
+    if CODES[codes].books and (options.model or options.group_size):
+        raise ValueError(f"--codes {codes}: random weights of a --config can be such, one scale to a row (no "
+                         "--group-size); nothing quantizes a --model to vectors, and an AQLM one needs no --codes")
+    return codes
 
 
 def this_chip():
@@ -337,22 +357,25 @@ def this_chip():
     return "sm_90"
 
 
-def random_model(config, group_size, zeros, device, dtype, bits=4):
+def random_model(config, group_size, zeros, device, dtype, codes="int4"):
     """(load() -> the config's model with random weights on `device`, the same on the meta device)."""
-    config = models.read_config(config)
+    config, kind = models.read_config(config), CODES[codes]
 
     def empty():
         model = models.empty_model(config, dtype)
-        group = models.group_for(model, group_size)
-        wanted = dict.fromkeys(models.quantizable(model), models.Form(group, models.ZEROS[zeros], bits))
+        group = models.group_for(model, group_size or kind.group)
+        form = models.Form(group, models.ZEROS[zeros], kind.bits, kind.table, books=kind.books)
+        wanted = dict.fromkeys(models.quantizable(model), form)
         return models.quantize_empty(model, wanted, cpu=device == "cpu")
     return lambda: models.fill_random(empty(), device), empty()
 
 
-def _checkpoint(options, device, dtype):
-    """(load() -> the checkpoint's model, the same on the meta device)."""
+def _checkpoint(options, codes, device, dtype):
+    """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device)."""
     from ..hf import from_pretrained
-    given = {"group_size": options.group_size} if options.group_size else {}
+    kind = CODES[codes]
+    group = options.group_size or kind.group
+    given = {"bits": kind.bits, "table": kind.table, **({"group_size": group} if group else {})}
     model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
     wanted = {name: models.form_of(layer) for name, layer in layers(model, trainable=None).items()}
     config = model.config

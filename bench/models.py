@@ -13,7 +13,9 @@ from torch.nn import functional
 
 from ..experts import split_experts_
 from ..hf import build_empty
-from ..linear import QZOLinear, arena_of, layers
+from ..kernels.vectors import LENGTH
+from ..layers import arena_of, layers
+from ..linear import QZOLinear
 from ..losses import losses, pair
 from ..weights import PackedWeight, check_group_size
 
@@ -121,19 +123,22 @@ def quantizable(model):
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What a layer's memory depends on, beside its shape. zeros: None or the dtype of stored zero points; ordered: its
-    columns are sorted by group (act-order)."""
+    columns are sorted by group (act-order); books: codebooks, of 2^bits vectors."""
 
     group_size: int
     zeros: torch.dtype | None = None
     bits: int = 4
     table: tuple | None = None
     ordered: bool = False
+    books: int = 0
 
 
 def form_of(packed):
     """Form of a PackedWeight or QZOLinear."""
     zeros = None if packed.zeros is None else packed.zeros.dtype
-    return Form(packed.group_size, zeros, packed.bits, packed.table, packed.perm is not None)
+    books = 0 if packed.codebooks is None else len(packed.codebooks)
+    return Form(packed.in_features if books else packed.group_size, zeros, packed.bits, packed.table,
+                packed.perm is not None, books)
 
 
 def quantize_empty(model, wanted, cpu=False):
@@ -145,7 +150,8 @@ def quantize_empty(model, wanted, cpu=False):
         linear = model.get_submodule(name)
         k, n = linear.in_features, linear.out_features
         group = check_group_size(form.group_size, k)
-        packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table)
+        packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table, books=form.books,
+                                      dtype=linear.weight.dtype)
         packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if form.ordered else None
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))
@@ -161,14 +167,20 @@ def fill_random(model, device, seed=0):
     generator = torch.Generator(device).manual_seed(seed)
     arena = arena_of(model, exact=True)
     arena.data = torch.zeros_like(arena.data, device=device)
-    for name, layer in layers(model).items():
+    for layer in layers(model).values():
         k, n = layer.in_features, layer.out_features
-        codes = torch.randint(0, 1 << layer.bits, (n, k), dtype=torch.uint8, generator=generator, device=device)
-        size = k**-0.5 / (0.29 * 2**layer.bits)             # 0.29 * 2^bits: standard deviation of a uniform code
+        size = k**-0.5 / _spread(layer)
         scales = torch.empty(k // layer.group_size, n, device=device).uniform_(0.9 * size, 1.1 * size,
                                                                                generator=generator)
-        layer.codes = PackedWeight.from_codes(codes, scales, bits=layer.bits).codes
-        arena.write(name, scales)
+        if layer.codebooks is not None:
+            shape, books = (n, k // LENGTH, len(layer.codebooks)), layer.codebooks
+            codes = torch.randint(0, 1 << layer.bits, shape, dtype=torch.int32, generator=generator, device=device)
+            layer.codebooks = torch.empty(books.shape, dtype=books.dtype, device=device).normal_(generator=generator)
+            layer.codes = PackedWeight.from_vectors(codes, scales[0], layer.codebooks).codes
+        else:
+            codes = torch.randint(0, 1 << layer.bits, (n, k), dtype=torch.uint8, generator=generator, device=device)
+            layer.codes = PackedWeight.from_codes(codes, scales, bits=layer.bits, table=layer.table).codes
+        arena.write(layer.arena_name, scales)
         if layer.zeros is not None:
             layer.zeros = torch.full(layer.zeros.shape, 1 << layer.bits - 1, dtype=layer.zeros.dtype, device=device)
     for owner in model.modules():
@@ -183,6 +195,13 @@ def fill_random(model, device, seed=0):
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.to(device)
+
+
+def _spread(layer):
+    """Standard deviation of what uniform codes stand for."""
+    if layer.codebooks is not None:
+        return len(layer.codebooks) ** 0.5
+    return 0.29 * 2**layer.bits if layer.table is None else float(torch.tensor(layer.table).std(correction=0))
 
 
 def example_batch(model, rows, tokens, labels, device):

@@ -15,7 +15,7 @@ from .. import demo, train
 from ..data import batch_indices
 from ..evaluations import Evaluations
 from ..hf import from_pretrained, load_tokenizer
-from ..linear import evaluating
+from ..layers import evaluating
 
 EXAMPLES = 640
 PHRASES = [" business and the economy", " entertainment and the arts", " politics and government",

@@ -1,8 +1,8 @@
-"""Who is timed: qzo, what it is made to beat, and every peer that is installed.
+"""Who is timed: qzo and what it is made to beat; peers.py has the libraries beside it.
 
 A provider builds its own weights for a Problem, enough of them that no cache holds all, and gives a run that passes
-over them once, together with an output and the float64 truth it has to agree with. A peer that quantizes by itself is
-compared with the dense weight within what four bits cost; one that is not installed says so.
+over them once, together with an output and the float64 truth it has to agree with. One that cannot run a case, or
+is not installed, says so.
 
 The official QZO loop perturbs float16 scales in place with noise that is materialized by torch.normal: +eps, forward,
 -2 eps, forward, +eps, update (arXiv 2505.13430 and its published trainer). MeZO (arXiv 2305.17333) does the same to
@@ -17,17 +17,19 @@ from torch.nn.functional import linear as dense_linear
 
 from .. import ops
 from ..evaluations import Evaluations
-from ..kernels.codes import BITS, centred_codes, middle
+from ..kernels.codes import centred_codes, middle
 from ..kernels.noise import kernel_coefs, law_number, noise
-from ..linear import QZOLinear, arena_of, evaluating
-from ..weights import PackedWeight, unpack_codes
-from .cases import DTYPES
+from ..kernels.table import table_entries
+from ..kernels.vectors import LENGTH, vector_rows
+from ..layers import arena_of, evaluating
+from ..linear import QZOLinear
+from ..weights import PackedWeight
+from .cases import CODES, DTYPES
 
 EPS, LR, SEED = 1e-2, 1e-6, 7
 SAMPLE = 64                       # rows of each sign, and outputs, that are compared with the truth
-# relative RMS error allowed: products of exact operands in each type; and what rounding a weight to 4 bits costs
+# relative RMS error allowed: products of exact operands in each type
 EXACT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-REQUANTIZED = 0.2
 
 
 @dataclasses.dataclass
@@ -64,15 +66,19 @@ class Problem:
         return self.case.shapes * copies, copies
 
     def packed(self, k, n):
-        codes = torch.randint(0, 1 << self.case.bits, (n, k), dtype=torch.uint8, generator=self.generator,
-                              device=self.device)
-        scales = torch.rand(k // self.case.group, n, generator=self.generator, device=self.device) * 0.02 + 0.01
+        form, given = self.case.form, dict(generator=self.generator, device=self.device)
+        scales = torch.rand(k // self.case.group, n, **given) * 0.02 + 0.01
         scales = scales.half().float()                       # the same number in every format that is compared
-        return PackedWeight.from_codes(codes, scales, bits=self.case.bits)
+        if form.books:
+            codes = torch.randint(0, 1 << form.bits, (n, k // LENGTH, form.books), dtype=torch.int32, **given)
+            books = torch.randn(form.books, 1 << form.bits, LENGTH, **given)
+            return PackedWeight.from_vectors(codes, scales[0], books.to(self.dtype))
+        codes = torch.randint(0, 1 << form.bits, (n, k), dtype=torch.uint8, **given)
+        return PackedWeight.from_codes(codes, scales, bits=form.bits, table=form.table)
 
     def model(self):
         """(ModuleList of QZOLinear with one arena, passes)."""
-        shapes, passes = self.shapes(self.case.bits / 8)
+        shapes, passes = self.shapes(self.case.form.weight_bits / 8)
         model = torch.nn.ModuleList(QZOLinear.from_packed(self.packed(k, n), dtype=self.dtype) for k, n in shapes)
         arena_of(model, exact=True)
         return model, passes
@@ -87,15 +93,29 @@ class Problem:
         some = min(SAMPLE, self.case.rows)
         return torch.cat([y[:some], y[self.case.rows:self.case.rows + some]])[:, :SAMPLE].double()
 
-    def truth(self, codes, plus, minus):
-        """float64 products of the sampled rows by codes [N, K] under the scales [G, N] of either sign."""
+    def truth(self, weight, plus, minus):
+        """float64 products of the sampled rows by what the codes of `weight` (a PackedWeight or QZOLinear) stand for,
+        under the scales [G, N] of either sign."""
         some = min(SAMPLE, self.case.rows)
-        x = self.x[codes.shape[1]].double()
+        x = self.x[weight.in_features].double()
+        form, codes = self.case.form, packed_of(weight).unpacked()[:SAMPLE]
+        if form.books:
+            units = sum(book.double()[codes[:, :, c].long()] for c, book in enumerate(packed_of(weight).codebooks))
+            units = units.flatten(1)
+        elif form.table is not None:
+            units = torch.tensor(form.table, dtype=torch.float64, device=x.device)[codes.long()]
+        else:
+            units = codes.double() - middle(form.bits)
         signs = []
         for rows, scales in ((x[:some], plus), (x[self.case.rows:self.case.rows + some], minus)):
             spread = scales[:, :SAMPLE].double().repeat_interleave(self.case.group, 0)
-            signs.append(rows @ ((codes[:SAMPLE].double() - middle(self.case.bits)).T * spread))
+            signs.append(rows @ (units.T * spread))
         return torch.cat(signs)
+
+
+def packed_of(weight):
+    """A PackedWeight, or that of a QZOLinear."""
+    return weight if isinstance(weight, PackedWeight) else weight.packed()
 
 
 def error_of(built, problem):
@@ -141,7 +161,7 @@ def _qzo(problem, sharing="group", perturbed=True, large_rows="fused"):
         index = arena.index(first.arena_name)
         z = noise(case.noise, SEED, index if sharing == "group" else index[:1].expand_as(index))
         swing = EPS * z.double() * scales.double()
-    want = problem.truth(unpack_codes(first.codes, first.in_features, case.bits), scales + swing, scales - swing)
+    want = problem.truth(first, scales + swing, scales - swing)
     return Built(run, passes, output, want, EXACT[case.dtype] * (1 if large_rows == "fused" else 4))
 
 
@@ -157,28 +177,35 @@ def _dense(problem):
     return Built(run, passes, lambda: dense_linear(problem.x[first.shape[1]], first), want, EXACT[problem.case.dtype])
 
 
-def _codes_and_scales(problem):
-    """[(codes as the device keeps them, float16 scales [G, N], in_features)], passes."""
-    shapes, passes = problem.shapes(problem.case.bits / 8)
-    packed = [(problem.packed(k, n), k) for k, n in shapes]
-    return [(p.codes, p.scales.half(), k) for p, k in packed], passes
+def _float16_scales(problem):
+    """[(PackedWeight, its scales in float16 [G, N])], passes."""
+    shapes, passes = problem.shapes(problem.case.form.weight_bits / 8)
+    packed = [problem.packed(k, n) for k, n in shapes]
+    return [(p, p.scales.half()) for p in packed], passes
 
 
-def _dequantized_product(x, codes, scales, k, bits):
-    w = centred_codes(codes, k, 0, scales.shape[1], bits).to(x.dtype).view(scales.shape[1], scales.shape[0], -1)
-    return dense_linear(x, w.mul_(scales.to(x.dtype).T.unsqueeze(2)).view(scales.shape[1], k))
+def _dequantized_product(x, packed, scales):
+    k, (groups, n) = packed.in_features, scales.shape
+    if packed.books:
+        w = vector_rows(packed.codes, k, 0, n, packed.codebooks, x.dtype)
+    elif packed.table is not None:
+        w = table_entries(packed.codes, k, 0, n, packed.table, x.dtype)
+    else:
+        w = centred_codes(packed.codes, k, 0, n, packed.bits)
+    w = w.to(x.dtype).view(n, groups, -1)
+    return dense_linear(x, w.mul_(scales.to(x.dtype).T.unsqueeze(2)).view(n, k))
 
 
 def _dequantize(problem):
-    layers, passes = _codes_and_scales(problem)
-    codes, scales, k = layers[0]
-    bits = problem.case.bits
+    layers, passes = _float16_scales(problem)
+    first, scales = layers[0]
 
     def run():
-        return [_dequantized_product(problem.x[k], codes, scales, k, bits) for codes, scales, k in layers]
+        return [_dequantized_product(problem.x[p.in_features], p, s) for p, s in layers]
     allowed = 4 * EXACT[problem.case.dtype]                  # the scaled weight is rounded once more
-    want = problem.truth(unpack_codes(codes, k, bits), scales, scales)
-    return Built(run, passes, lambda: _dequantized_product(problem.x[k], codes, scales, k, bits), want, allowed)
+    want = problem.truth(first, scales, scales)
+    x = problem.x[first.in_features]
+    return Built(run, passes, lambda: _dequantized_product(x, first, scales), want, allowed)
 
 
 def _sweep(parameters, factor, seed):
@@ -204,13 +231,13 @@ def in_place_pair(parameters, forward, rows, step):
 
 
 def _official(problem):
-    layers, passes = _codes_and_scales(problem)
-    codes, scales, k = layers[0]
+    layers, passes = _float16_scales(problem)
+    first, scales = layers[0]
     case = problem.case
-    everything = [s for _, s, _ in layers]
+    everything = [s for _, s in layers]
 
     def forward(some, layers=layers):
-        return [_dequantized_product(problem.x[k][some], codes, scales, k, case.bits) for codes, scales, k in layers]
+        return [_dequantized_product(problem.x[p.in_features][some], p, s) for p, s in layers]
 
     def run():
         return in_place_pair(everything, forward, case.rows, case.kind == "step")
@@ -220,10 +247,10 @@ def _official(problem):
     _sweep([plus], EPS * 0.02, SEED)
     minus = plus.clone()
     _sweep([minus], -2 * EPS * 0.02, SEED)
-    want = problem.truth(unpack_codes(codes, k, case.bits), plus, minus)
+    want = problem.truth(first, plus, minus)
 
     def output():
-        return in_place_pair([probe], lambda some: forward(some, [(codes, probe, k)]), case.rows, False)[0]
+        return in_place_pair([probe], lambda some: forward(some, [(first, probe)]), case.rows, False)[0]
     return Built(run, passes, output, want, 4 * EXACT[case.dtype])
 
 
@@ -243,7 +270,7 @@ def _official_fused(problem):
     for factor in (EPS * 0.02, -2 * EPS * 0.02):
         _sweep([arena.data], factor, SEED)
         signs.append(first.read_scales())
-    want = problem.truth(unpack_codes(first.codes, first.in_features, case.bits), *signs)
+    want = problem.truth(first, *signs)
 
     def output():
         arena.data.copy_(kept)
@@ -272,86 +299,23 @@ def _mezo(problem):
     return Built(run, passes, output, problem.sample(torch.cat(signs)), EXACT[case.dtype])
 
 
-# ------------------------------------------------------------------------------------------------ peers
-
-def _peer(problem, make, allowed, bytes_per_weight=0.5):
-    """make(problem, packed, k, n) -> function of x. Unperturbed, both signs' rows in one call."""
-    shapes, passes = problem.shapes(bytes_per_weight)
-    packed = [(problem.packed(k, n), k, n) for k, n in shapes]
-    forwards = [(make(problem, p, k, n), k) for p, k, n in packed]
-    first, k, _ = packed[0]
-    want = problem.truth(unpack_codes(first.codes, k), first.scales, first.scales)
-
-    def run():
-        return [forward(problem.x[k]) for forward, k in forwards]
-    return Built(run, passes, lambda: forwards[0][0](problem.x[k]), want, allowed)
-
-
-def _gemlite(problem, packed, k, n):
-    core = importlib.import_module("gemlite.core")
-    kind = core.TORCH_TO_DTYPE[problem.dtype]
-    layer = core.GemLiteLinearTriton(4, group_size=problem.case.group, in_features=k, out_features=n,
-                                     input_dtype=kind, output_dtype=kind)
-    scales = packed.scales.T.reshape(-1, 1).to(problem.dtype)
-    layer.pack(unpack_codes(packed.codes, k), scales, torch.full_like(scales, 8), None)
-    return layer
-
-
-def _float_linear(problem, packed, k, n):
-    layer = torch.nn.Linear(k, n, bias=False, device="meta")
-    layer.weight = torch.nn.Parameter(packed.dequantize().to(problem.dtype), requires_grad=False)
-    return layer
-
-
-def _torchao(problem, packed, k, n):
-    quantization = importlib.import_module("torchao.quantization")
-    layer = torch.nn.Sequential(_float_linear(problem, packed, k, n))
-    quantization.quantize_(layer, quantization.Int4WeightOnlyConfig(group_size=problem.case.group))
-    return layer
-
-
-def _bitsandbytes(problem, packed, k, n):
-    bnb = importlib.import_module("bitsandbytes")
-    weight, state = bnb.functional.quantize_4bit(packed.dequantize().to(problem.dtype), blocksize=64, quant_type="nf4")
-    return lambda x: bnb.matmul_4bit(x, weight.t(), quant_state=state)
-
-
-def _hqq(problem, packed, k, n):
-    quantize = importlib.import_module("hqq.core.quantize")
-    config = quantize.BaseQuantizeConfig(nbits=4, group_size=problem.case.group, axis=1)
-    return quantize.HQQLinear(_float_linear(problem, packed, k, n), quant_config=config, compute_dtype=problem.dtype,
-                              device=problem.device)
-
-
-def _gptqmodel(problem, packed, k, n, kernel, kind):
-    module = importlib.import_module(f"gptqmodel.nn_modules.qlinear.{kernel}")
-    layer = getattr(module, kind)(bits=4, group_size=problem.case.group, desc_act=False, sym=True, in_features=k,
-                                  out_features=n, bias=False, pack_dtype=torch.int32).to(problem.device)
-    codes = unpack_codes(packed.codes, k).to(torch.int32).T.reshape(k // 8, 8, n)         # eight along k a word
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=problem.device)
-    layer.qweight.data = (codes << shifts[None, :, None]).sum(1, dtype=torch.int32)
-    layer.scales.data = packed.scales.to(problem.dtype)
-    if getattr(layer, "qzeros", None) is not None:
-        layer.qzeros.data.fill_(-2004318072)                                              # 0x88888888
-    layer.post_init()
-    return layer
-
+# ------------------------------------------------------------------------------------------------ the list
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """build(problem) -> Built. package: what has to be installed; kinds, bits: the cases it can run."""
+    """build(problem) -> Built. package: what has to be installed; kinds, codes: the cases it can run."""
 
     name: str
     build: object
     package: str = ""
     kinds: tuple = ("linear", "step")
     cuda_only: bool = False
-    bits: tuple = BITS
+    codes: tuple = tuple(CODES)
 
     def missing(self, device, case):
         """Why it cannot run the case here, or None."""
-        if case.bits not in self.bits:
-            return f"{self.name} is timed with codes of {', '.join(map(str, self.bits))} bits only"
+        if case.codes not in self.codes:
+            return f"{self.name} is timed with {' and '.join(self.codes)} codes only"
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if self.cuda_only and device != "cuda":
@@ -359,12 +323,7 @@ class Provider:
         return None
 
 
-def _peer_provider(name, make, package, allowed=REQUANTIZED):
-    return Provider(name, lambda problem: _peer(problem, make, allowed), package, ("linear",), True,
-                    (4,))
-
-
-LAYER_PROVIDERS = (
+PROVIDERS = (
     Provider("qzo", _qzo),
     Provider("qzo-row", functools.partial(_qzo, sharing="row")),
     Provider("qzo-blas", functools.partial(_qzo, large_rows="blas"), cuda_only=True),
@@ -374,12 +333,4 @@ LAYER_PROVIDERS = (
     Provider("official", _official),
     Provider("official-fused", _official_fused),
     Provider("mezo", _mezo),
-    _peer_provider("gemlite", _gemlite, "gemlite", 4 * EXACT["bfloat16"]),
-    _peer_provider("torchao", _torchao, "torchao"),
-    _peer_provider("bitsandbytes", _bitsandbytes, "bitsandbytes"),
-    _peer_provider("gptqmodel-marlin", functools.partial(_gptqmodel, kernel="marlin", kind="MarlinQuantLinear"),
-                   "gptqmodel", 4 * EXACT["bfloat16"]),
-    _peer_provider("gptqmodel-triton", functools.partial(_gptqmodel, kernel="tritonv2", kind="TritonV2QuantLinear"),
-                   "gptqmodel", 4 * EXACT["bfloat16"]),
-    _peer_provider("hqq", _hqq, "hqq"),
 )

@@ -7,11 +7,14 @@ import torch
 
 from ..oom import explain, is_out_of_memory
 from . import timing
-from .providers import LAYER_PROVIDERS, Problem, error_of
+from .peers import PROVIDERS as PEERS
+from .providers import PROVIDERS as OWN_PROVIDERS
+from .providers import Problem, error_of
 from .results import SCHEMA
 from .small import PROVIDERS as SMALL_PROVIDERS
 from .small import Arena
 
+LAYER_PROVIDERS = OWN_PROVIDERS + PEERS
 PROVIDERS = LAYER_PROVIDERS + SMALL_PROVIDERS
 NAMES = tuple(dict.fromkeys(p.name for p in PROVIDERS))
 ADVICE = "fewer --rows or a smaller model in --filter asks for less"
@@ -70,9 +73,10 @@ def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seco
 
 def _row(case, name, device, times, made, error, note):
     row = {"schema": SCHEMA, "case": case.name, "kind": case.kind, "provider": name, "rows": case.rows, "n": case.n,
-           "k": case.k, "group": case.group, "bits": case.bits, "dtype": case.dtype, "noise": case.noise, "ms": None,
-           "p20": None, "p80": None, "gbps": None, "tflops": None, "bandwidth_fraction": None, "matmul_fraction": None,
-           "ratio": None, "error": error if error is None or math.isfinite(error) else None, "note": note or "",
+           "k": case.k, "group": case.group, "bits": case.form.bits, "codes": case.codes, "dtype": case.dtype,
+           "noise": case.noise, "ms": None, "p20": None, "p80": None, "gbps": None, "tflops": None,
+           "bandwidth_fraction": None, "matmul_fraction": None, "ratio": None,
+           "error": error if error is None or math.isfinite(error) else None, "note": note or "",
            **timing.machine(device), "date": datetime.date.today().isoformat()}
     if times is None:
         return row

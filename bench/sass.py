@@ -169,6 +169,7 @@ def measure(launch):
         "step": round(len(body) - skip * (1 - 1 / period)),
         "local": sum(_is(i, "LDL|STL") for i in body),
         "stored_bytes": _stored_bytes(body),
+        "copies_16": sum(_is(i, r"LDGSTS\S*\.128") for i in body),
         # weights in registers: "HGMMA.. R24, R120, gdesc[UR8], .."; in memory: "R24, gdesc[..]"
         "wgmma": len(wgmma),
         "wgmma_registers": sum(bool(re.match(r"R\d+,\s*R\d+,", i.operands)) for i in wgmma),
@@ -214,6 +215,10 @@ def form_faults(launch, figures):
             f"{figures['wgmma'] - figures['wgmma_registers']} of {figures['wgmma']} wgmma read their weights "
             "from shared memory"
         )
+    if launch.constant("BOOKS"):  # x comes in pieces of 4 bytes: those of 16 are the words of codes
+        words = launch.constant("BN") * 16 * launch.constant("PASSES")
+        if figures["copies_16"] * 8 * 32 * launch.warps != words:
+            bad.append(f"{figures['copies_16']} copies of 16 bytes a thread, not those that read {words} words once")
     if launch.arch == "sm_100" and (launch.constant("BITS") == 2 or launch.constant("TABLE")):
         return bad  # not all of them find a way into tensor memory
     # one number per output, a scale or a zero point, may pass through shared memory; unpacked weights not
@@ -253,6 +258,7 @@ def launch_set(name, archs):
         if name == "quick" and arch in PAIRED:
             cases += launches.pairwise(arch)
             cases += launches.pairwise(arch, launches.OTHER_CODES)
+            cases += launches.pairwise(arch, launches.VECTORS)
         if name == "every":
             cases += launches.every(arch)
         if name == "quick":

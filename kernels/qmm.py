@@ -319,14 +319,17 @@ def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, 
     """
     whole_row = group not in tiles.GROUPS or group == k
     ratio = tile.ratio and not whole_row
+    lookup = lookup or PLAIN
     most = PAIRED_UP_TO // 2 if group == 32 else PAIRED_UP_TO       # registers: two scales of four groups a step
+    if lookup["PASSES"] > 1 and not lookup["BOOKS"]:
+        most //= 2
     pair = pair and law != NONE and rows <= most and not ratio
     return dict(BM=2 * tile.rows if pair and 2 * rows > tile.rows else tile.rows, BN=tile.outputs,
                 BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law, RELATIVE=bool(relative),
                 SHARED=bool(shared), PAIR=bool(pair), WIDE=bool(wide), ZERO=zero, RATIO=ratio,
                 DEEP=tile.deep, ASM=bool(asm), SPLIT=tile.splits > 1, BIAS=bool(bias), MASK_K=k % TILE_K != 0,
                 ROUNDS_=ROUNDS,
-                **(lookup or PLAIN))
+                **lookup)
 
 
 def _splits(tile, k, group):

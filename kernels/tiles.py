@@ -57,7 +57,8 @@ def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4, lookup=None):
     """The tile for `rows` rows per evaluation, an [n, k] weight in groups of `group` (k: whole row), on `arch`.
 
     zeros: dtype of the zero points, None where all are the middle code; torch.uint8 and torch.float32 ones take
-    registers. bits: of a code; lookup: "table" or "vectors" where codes stand for something else.
+    registers. bits: of a code; lookup: "table", "exact" (a table in two passes) or "vectors" where codes stand for
+    something else.
     Raises ValueError for a group size no kernel has. An architecture that is not listed runs as its nearest elder.
     """
     if group not in GROUPS and group != k:
@@ -95,6 +96,8 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
     short = group < 128 or ((table or bits == 2) and arch not in ("sm_90", "sm_100"))
     float_zeros = zeros == torch.float32
     registers = 255 if group == 32 or bits != 4 or table else 0
+    if lookup == "exact":
+        return _exact(arch, rows, group)
     if arch == "sm_90":
         if rows <= 16:
             return Tile(16, 128, 4, 6, deep=True)
@@ -130,6 +133,20 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
         ratio = group == 32 or (short and float_zeros)
         return Tile(64, 64, 4, 4 if arch == "sm_80" else 3, ratio=ratio, registers=registers)
     return Tile(64, 128, 8 if short else 4, 3 if arch == "sm_80" else 2, ratio=short, registers=registers)
+
+
+def _exact(arch, rows, group):
+    """Tiles of tables in two passes, which take registers for both."""
+    if arch == "sm_90":
+        few, some, many = Tile(16, 64, 4, 5), Tile(32, 64, 4, 5), Tile(64, 128, 8, 3, ratio=True)
+        tile = dataclasses.replace(few if rows <= 16 else some if rows <= 32 else many, deep=True)
+    elif arch == "gfx942":
+        return Tile(16 if rows <= 16 else 64, 64, 4, 1)         # its table is loads, which stages would keep in LDS
+    elif arch == "sm_100":
+        tile = Tile(16, 64, 4, 4) if rows <= 16 else Tile(32, 128, 8, 4)
+    else:
+        tile = Tile(16 if rows <= 16 or group < 128 else 32, 64, 4, 4)
+    return dataclasses.replace(tile, registers=255)
 
 
 def _splits(tile, rows, n, k, group, arch):

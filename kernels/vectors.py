@@ -55,6 +55,17 @@ def unpack_vectors(words, k, books, bits):
     return wide
 
 
+def in_range(words, books, bits):
+    """Whether every code in the words is an entry of its codebook: what the kernels rely on, and do not look at."""
+    if bits == 16 or (bits == 8 and books % 2 == 0):
+        return True
+    wide = words.unflatten(2, (-1, PER_TILE)).to(torch.int32) & 0xFFFF
+    if bits <= 8:
+        pairs = wide[:, :, :books // 2]
+        wide = torch.cat([pairs & 0xFF, pairs >> 8, wide[:, :, books // 2:]], 2)
+    return not bool((wide >> bits).any())
+
+
 def vector_rows(words, k, start, stop, codebooks, dtype):
     """float32 [stop - start, K]: the sums of entries, rounded as the kernel in `dtype` has them, of some output rows.
 

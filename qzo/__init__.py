@@ -3,11 +3,13 @@
 The scales of a quantized model are perturbed by noise that the matmul kernels regenerate from a seed; two
 losses give a directional derivative; the codes never change. Importing this package touches no device.
 """
+from .arena import ScaleArena
 from .evaluations import Evaluations
 from .hf import from_pretrained, load_tokenizer
 from .journal import JournalError
 from .kernels.noise import noise
-from .linear import QZOLinear, ScaleArena, evaluating, quantize_, scale_index, scales, train_only
+from .layers import codebooks, evaluating, quantize_, scale_index, scales, train_codebooks_, train_only
+from .linear import QZOLinear
 from .losses import losses, pair
 from .ops import backend
 from .optim import QZO, replay
@@ -17,8 +19,8 @@ from .weights import PackedWeight
 __version__ = "0.1.0.dev0"
 _FROM_QUANTIZER = ("QZOConfig", "loading")
 __all__ = ["QZO", "Evaluations", "JournalError", "PackedWeight", "QZOConfig", "QZOLinear", "ScaleArena", "backend",
-           "evaluating", "export", "from_pretrained", "load_tokenizer", "loading", "losses", "noise", "pair",
-           "quantize_", "replay", "save_pretrained", "scale_index", "scales", "train_only"]
+           "codebooks", "evaluating", "export", "from_pretrained", "load_tokenizer", "loading", "losses", "noise",
+           "pair", "quantize_", "replay", "save_pretrained", "scale_index", "scales", "train_codebooks_", "train_only"]
 
 
 def __getattr__(name):

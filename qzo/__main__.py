@@ -196,6 +196,8 @@ def _add_train_options(parser):
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument("--train-layers", type=int, metavar="K", help="train the top K blocks only; the blocks below run "
                      "once per example and their output is kept (default: the whole model trains)")
+    run.add_argument("--train-codebooks", action="store_true", default=None,
+                     help="train the codebooks of AQLM layers too (default: the scales alone)")
     run.add_argument("--recipe", choices=CHOICES["recipe"], help="the paper's setting: absolute eps 1e-3, clip 100, "
                      "lr 1e-7, Gaussian noise, one direction, batch 16, floor 0; single options still win")
     run.add_argument("--max-length", type=int, help=f"longest example in tokens (default {Settings.max_length})")
@@ -255,11 +257,11 @@ def run_train(options):
     records = read_data(own["data"])
     started = time.perf_counter()
     model, tokenizer = load(own["model"], own), load_tokenizer(own["model"])
-    prefix = train.choose_layers(model, settings.train_layers)
+    prefix = train.choose_layers(model, settings.train_layers, settings.train_codebooks)
     task = train.build_task(model, records["train"], tokenizer, settings, prefix)
     held_out = {split: train.build_task(model, records[split], tokenizer, settings, prefix)
                 for split in ("valid", "test") if split in records}
-    _say(f"{train.trained_count(model):,} scales train; {len(task.examples)} examples, {settings.max_steps} steps of "
+    _say(f"{train.trained_text(model)} train; {len(task.examples)} examples, {settings.max_steps} steps of "
          f"{settings.batch_size} rows under {2 * settings.directions} evaluations")
     before = {split: held.evaluate() for split, held in held_out.items()}
     already = train.fit(task, settings, own["output_dir"], resume=bool(own["resume"]))
@@ -361,15 +363,13 @@ def run_export(options):
 def replayed(base, journal, until, own):
     """(the model at `base` with the steps of a journal, how many these are); options of the model as for `load`."""
     from .journal import read
-    from .linear import layers, train_only
+    from .layers import train_slots
     from .optim import replay
     found = read(journal)
     if found is None:
         raise ValueError(f"{journal} has no whole header: the run ended before its first step")
     model = load(base, own)
-    trained = set(found[0]["arena"])
-    if trained <= set(layers(model, trainable=None)):
-        train_only(model, trained.__contains__)
+    train_slots(model, set(found[0]["arena"]))
     return model, replay(model, journal, until)
 
 

@@ -17,6 +17,11 @@ class Slot:
         return -(-self.groups // 4) * self.outputs
 
 
+def codebooks_name(name):
+    """Name of the slot that a layer's codebooks have in an arena, where they train."""
+    return f"{name}.codebooks"
+
+
 class ScaleArena:
     """Every trained scale in one flat float32 tensor; layer by layer in the sorted order of names, [ceil(G/4), N, 4].
 

@@ -13,7 +13,8 @@ from .formats.folder import tensor_places
 from .formats.gguf_file import GGUFFile
 from .heap import Heap
 from .kernels.table import named_table
-from .linear import QZOLinear, arena_of, layers, quantizable_, quantize_
+from .layers import arena_of, layers, quantizable_, quantize_
+from .linear import QZOLinear
 from .quantize import quantize_weight
 from .weights import PackedWeight, check_bits
 

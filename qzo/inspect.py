@@ -16,7 +16,7 @@ from .experts import model_name, split_, split_experts_, stack_of
 from .formats import gguf, hqq, of_method
 from .formats.gguf_file import GGUFFile
 from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, quantization_of, read_config
-from .linear import layers
+from .layers import layers
 from .signal import survival
 from .train import choose_layers, pad_id, trained_count
 from .weights import PackedWeight, check_bits
@@ -93,10 +93,11 @@ def opened(path_or_id, trust_remote_code=False):
 
 
 def survey(entries, types):
-    """({layer: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, scales and zeros)."""
+    """({layer: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, codebooks, scales
+    and zeros)."""
     from .bench.models import form_of
 
-    wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "scales": 0, "zeros": 0}
+    wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "codebooks": 0, "scales": 0, "zeros": 0}
     dense = collections.defaultdict(lambda: [0, 0])
     for name, value, _ in entries:
         if isinstance(value, PackedWeight):
@@ -174,17 +175,18 @@ def report(options):
 
 
 def _kinds(model):
-    """[{"bits", "group_size", "zeros", "table", "layers", "scales", "weights"}] of layers alike, most weights first."""
+    """[{"bits", "group_size", "zeros", "table", "codebooks", "layers", "scales", "weights"}] of layers alike, most
+    weights first."""
     alike = {}
     for layer in layers(model, trainable=None).values():
         zeros = "none" if layer.zeros is None else "float" if layer.zeros.is_floating_point() else "integer"
         size = "row" if layer.group_size == layer.in_features else layer.group_size
-        key = layer.bits, size, zeros, layer.table is not None
+        key = layer.bits, size, zeros, layer.table is not None, 0 if layer.codebooks is None else len(layer.codebooks)
         kind = alike.setdefault(key, {"layers": 0, "scales": 0, "weights": 0})
         kind["layers"] += 1
         kind["scales"] += layer.in_features // layer.group_size * layer.out_features
         kind["weights"] += layer.in_features * layer.out_features
-    named = [{**dict(zip(("bits", "group_size", "zeros", "table"), key, strict=True)), **kind}
+    named = [{**dict(zip(("bits", "group_size", "zeros", "table", "codebooks"), key, strict=True)), **kind}
              for key, kind in alike.items()]
     return sorted(named, key=lambda kind: -kind["weights"])
 
@@ -227,9 +229,10 @@ def table(found):
              + ("" if found["quantized"] else "; what would be quantized on the way in:"), ""]
     for kind in found["layers"]:
         size = "one group a row" if kind["group_size"] == "row" else f"groups of {kind['group_size']}"
-        lines.append(f"layers      {kind['layers']} of {kind['bits']} bits, {size}, "
-                     f"{'a table of values' if kind['table'] else 'zero points ' + kind['zeros']}: "
-                     f"{kind['weights']:,} weights, {kind['scales']:,} scales")
+        form = (f"{kind['codebooks']} codebooks of {kind['bits']} bits, one scale a row" if kind["codebooks"] else
+                f"{kind['bits']} bits, {size}, "
+                + ("a table of values" if kind["table"] else f"zero points {kind['zeros']}"))
+        lines.append(f"layers      {kind['layers']} of {form}: {kind['weights']:,} weights, {kind['scales']:,} scales")
     lines.append("act-order   " + (f"{found['act_order']} of {count} layers" if found["act_order"] else "no"))
     if found["scales"]:
         s = found["scales"]

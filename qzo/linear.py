@@ -1,17 +1,13 @@
-"""QZOLinear, a drop-in nn.Linear of 2-, 4- or 8-bit codes, and what is done with all of them in a module."""
-import contextlib
+"""QZOLinear, a drop-in nn.Linear of quantized weights."""
 
 import torch
 from torch import nn
 
 from . import ops
-from .arena import ScaleArena
-from .evaluations import Evaluations
-from .experts import split_experts_, stack_widths
-from .heap import Heap
+from .arena import ScaleArena, codebooks_name
 from .kernels.table import named_table
 from .quantize import quantize_weight
-from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows, unpack_codes
+from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows
 
 
 class _NoValues(torch.Tensor):
@@ -76,6 +72,8 @@ class QZOLinear(nn.Module):
         self.register_buffer("codes", packed.codes, persistent=False)
         self.register_buffer("zeros", packed.zeros, persistent=False)
         self.register_buffer("perm", packed.perm, persistent=False)
+        self.register_buffer("codebooks", packed.codebooks, persistent=False)
+        self.trains_codebooks = False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._evaluations = None
         self.arena = ScaleArena.of_shapes({"": tuple(packed.scales.shape)}, packed.scales.device)
@@ -106,7 +104,7 @@ class QZOLinear(nn.Module):
     def packed(self):
         """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
         return PackedWeight(self.codes, self.read_scales(), self.zeros, self.in_features, self.bits, self.perm,
-                            self.table)
+                            self.table, None if self.codebooks is None else self.read_codebooks())
 
     def dequantize(self):
         """float32 [out_features, in_features] on the layer's device: a whole matrix, for tests and export only."""
@@ -115,6 +113,23 @@ class QZOLinear(nn.Module):
     def read_scales(self):
         """A copy of the scales, float32 [G, N], in the sign of the checkpoint."""
         return self.arena.read(self.arena_name)
+
+    def read_codebooks(self):
+        """The codebooks [C, 2^bits, 8] as they are now: a copy in float32 if they train, else the layer's own."""
+        if not self.trains_codebooks:
+            return self.codebooks
+        return self.arena.quads(codebooks_name(self.arena_name)).reshape(self.codebooks.shape).clone()
+
+    def _codebooks(self, dtype):
+        """The codebooks that a forward in `dtype` multiplies by: one set, or one of each evaluation."""
+        if not self.trains_codebooks:
+            return self.codebooks
+        name, evaluations = codebooks_name(self.arena_name), self._evaluations
+        values = self.arena.quads(name)
+        if evaluations is None:
+            return values.view(self.codebooks.shape)
+        return ops.perturbed_op(values, evaluations.seeds, evaluations.kernel_coefs, self.arena.slots[name].base4,
+                                evaluations.law, evaluations.relative, dtype).view(-1, *self.codebooks.shape)
 
     @property
     def weight(self):
@@ -134,14 +149,16 @@ class QZOLinear(nn.Module):
             x = x.index_select(-1, self.perm)
         y = ops.matmul(x.reshape(-1, x.shape[-1]), self.codes, self.arena.quads(self.arena_name), self.zeros, self.bias,
                        evaluations, base4=self.arena.slots[self.arena_name].base4, group=self.group_size,
-                       out_dtype=self.out_dtype, trains=self.trainable, bits=self.bits, table=self.table)
+                       out_dtype=self.out_dtype, trains=self.trainable, bits=self.bits, table=self.table,
+                       codebooks=None if self.codebooks is None else self._codebooks(x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
-        zeros = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
+        form = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
+        form = "table" if self.table else form if self.codebooks is None else f"{len(self.codebooks)} codebooks"
         order = "" if self.perm is None else "sorted columns, "
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"bits={self.bits}, group_size={self.group_size}, {'table' if self.table else zeros}, {order}"
+                f"bits={self.bits}, group_size={self.group_size}, {form}, {order}"
                 f"{'trained' if self.trainable else 'frozen'}")
 
     # ------------------------------------------------------------------------------------ moving and saving
@@ -156,7 +173,7 @@ class QZOLinear(nn.Module):
         if zeros is not None:
             self.zeros = zeros.to(self.codes.device) if not zeros.is_meta else torch.empty_like(
                 zeros, device=self.codes.device)
-        if codes.device != self.codes.device and not self.codes.is_meta:
+        if codes.device != self.codes.device and not self.codes.is_meta and self.codebooks is None:
             form = to_rows if self.codes.device.type == "cpu" else to_planes
             self.codes = form(self.codes, self.in_features, self.bits)
         self.arena.move(fn)
@@ -164,7 +181,8 @@ class QZOLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "codes"] = to_planes(self.codes, self.in_features, self.bits)
+        planes = to_planes(self.codes, self.in_features, self.bits)      # words of vectors are what they are
+        destination[prefix + "codes"] = planes
         destination[prefix + "scales"] = self.read_scales()
         if self.zeros is not None:
             destination[prefix + "zeros"] = self.zeros
@@ -172,13 +190,15 @@ class QZOLinear(nn.Module):
             destination[prefix + "perm"] = self.perm
         if self.table is not None:
             destination[prefix + "table"] = torch.tensor(self.table)
+        if self.codebooks is not None:
+            destination[prefix + "codebooks"] = self.read_codebooks()
         if self.bits != 4:
             destination[prefix + "bits"] = torch.tensor(self.bits)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs):
         own = {name: state_dict.pop(prefix + name, None)
-               for name in ("codes", "scales", "zeros", "bits", "perm", "table")}
+               for name in ("codes", "scales", "zeros", "bits", "perm", "table", "codebooks")}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
         missing_keys += [prefix + name for name in ("codes", "scales") if own[name] is None]
@@ -189,10 +209,14 @@ class QZOLinear(nn.Module):
             if bits != self.bits:
                 raise ValueError(f"holds codes of {bits} bits, the layer has {self.bits}")
             loaded = PackedWeight(own["codes"], own["scales"].to(torch.float32), own["zeros"], self.in_features,
-                                  self.bits, own["perm"], None if own["table"] is None else own["table"].tolist())
+                                  self.bits, own["perm"], None if own["table"] is None else own["table"].tolist(),
+                                  own["codebooks"])
             if (loaded.out_features, loaded.group_size) != (self.out_features, self.group_size):
                 raise ValueError(f"holds {loaded.out_features} outputs in groups of {loaded.group_size}, the layer has "
                                  f"{self.out_features} in groups of {self.group_size}")
+            if loaded.books != (0 if self.codebooks is None else len(self.codebooks)):
+                raise ValueError(f"holds {loaded.books} codebooks, the layer has "
+                                 f"{0 if self.codebooks is None else len(self.codebooks)}")
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
@@ -201,149 +225,11 @@ class QZOLinear(nn.Module):
         codes = loaded.codes.to(device)
         form = to_rows if rows else to_planes
         self.codes = form(codes, self.in_features, self.bits).clone()
+        if loaded.books:
+            self.codebooks.copy_(loaded.codebooks)
+            if self.trains_codebooks:
+                self.arena.quads(codebooks_name(self.arena_name)).copy_(loaded.codebooks.reshape(1, -1, 4))
         self.zeros = None if loaded.zeros is None else loaded.zeros.to(device, copy=True)
         self.perm = None if loaded.perm is None else loaded.perm.to(device, copy=True)
         self.table = loaded.table
         self.arena.write(self.arena_name, loaded.scales)
-
-
-# ---------------------------------------------------------------------------------------------- a module's layers
-
-def layers(module, trainable=True):
-    """name -> QZOLinear of every layer that trains (trainable=None: of all of them), in the sorted order of names."""
-    found = {name: m for name, m in module.named_modules() if isinstance(m, QZOLinear)}
-    return {name: found[name] for name in sorted(found) if trainable is None or found[name].trainable == trainable}
-
-
-def arena_of(module, exact=False):
-    """The arena of the module's trained layers, made on first use.
-
-    exact: it has to hold these layers and no others, so that one launch over it is a step on this module.
-    Raises ValueError when nothing in the module trains.
-    """
-    found = layers(module)
-    if not found:
-        raise ValueError(f"{type(module).__name__} has no QZOLinear layer that trains; quantize it first "
-                         "(qzo.quantize_(module)) or load a 4-bit checkpoint (qzo.from_pretrained)")
-    arenas = {id(layer.arena) for layer in found.values()}
-    arena = next(iter(found.values())).arena
-    if len(arenas) == 1 and (not exact or len(arena.slots) == len(found)):
-        return arena
-    devices = {layer.codes.device for layer in found.values()}
-    if len(devices) > 1:
-        raise ValueError(f"the layers lie on {sorted(map(str, devices))}: all that train must be on one device")
-    arena = ScaleArena.of_shapes({name: (layer.in_features // layer.group_size, layer.out_features)
-                                  for name, layer in found.items()}, devices.pop())
-    heap = Heap()
-    for name, layer in found.items():
-        if not arena.data.is_meta:
-            arena.write(name, layer.read_scales())
-        layer.arena, layer.arena_name = arena, name
-        heap.took(4 * arena.slots[name].groups * arena.slots[name].outputs)
-    return arena
-
-
-def train_only(module, wanted):
-    """Freeze every QZOLinear whose name `wanted(name)` refuses; the others share a new arena. Returns their names.
-
-    Frozen layers leave the arena: no memory traffic, no noise, no journal entry. ValueError if none is left.
-    """
-    for name, layer in layers(module, trainable=None).items():
-        layer.trainable = bool(wanted(name))
-        if not layer.trainable and len(layer.arena.slots) > 1:
-            scales = layer.read_scales()
-            layer.arena, layer.arena_name = ScaleArena.of_shapes({"": tuple(scales.shape)}, scales.device), ""
-            layer.arena.write("", scales)
-    arena_of(module, exact=True)
-    return list(layers(module))
-
-
-@contextlib.contextmanager
-def evaluating(module, evaluations):
-    """Run forwards of `module` under `evaluations`: row block e of every QZOLinear's input sees scales perturbed by
-    evaluation e. The batch has to be stacked `len(evaluations)` times along its first dimension (`qzo.pair`).
-
-    Restores the state before on exit, also after an error. TypeError if `evaluations` is no Evaluations.
-    """
-    if not isinstance(evaluations, Evaluations):
-        raise TypeError(f"evaluating() takes qzo.Evaluations(seeds, coefs), got {type(evaluations).__name__}")
-    arena = arena_of(module)
-    evaluations = evaluations.to(arena.data.device)
-    found = list(layers(module, trainable=None).values())
-    before = [layer._evaluations for layer in found]
-    try:
-        for layer in found:
-            layer._evaluations = evaluations
-        yield evaluations
-    finally:
-        for layer, old in zip(found, before, strict=True):
-            layer._evaluations = old
-
-
-def _linears(module):
-    return {name: m for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
-
-
-def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",), table=None):
-    """Replace every nn.Linear inside `module` by a QZOLinear, in place, and return the module.
-
-    Stacked experts are split into Linears first (experts.py). skip: what has a name that ends in one of these (a whole
-    dotted part, or several) stays as it is. table: as in QZOLinear.from_linear. Raises ValueError when there is nothing
-    to replace, or when group_size does not divide a layer's in_features; the module is then unchanged.
-    """
-    check_bits(bits)
-    named_table(table)
-    replaced = {}
-    for name, linear in quantizable_(module, group_size, skip).items():
-        parent, _, child = name.rpartition(".")
-        if id(linear) not in replaced:
-            replaced[id(linear)] = QZOLinear.from_linear(linear, bits, group_size, symmetric, table)
-        setattr(module.get_submodule(parent), child, replaced[id(linear)])
-    arena_of(module, exact=True)
-    return module
-
-
-def quantizable_(module, group_size, skip):
-    """name -> nn.Linear of all that `quantize_` replaces; experts are split for that, in place. Raises as it does."""
-    if isinstance(module, nn.Linear):
-        raise ValueError("quantize_ replaces the Linears inside a module; for a bare one use QZOLinear.from_linear")
-
-    def kept(name):
-        return any(("." + name).endswith("." + s) for s in skip)
-
-    widths = {name: m.in_features for name, m in _linears(module).items() if not kept(name)}
-    widths |= stack_widths(module, kept)
-    if not widths and not layers(module, trainable=None):
-        raise ValueError(f"{type(module).__name__} has no nn.Linear to quantize (skip={tuple(skip)})")
-    for name, width in widths.items():
-        try:
-            check_group_size(group_size, width)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    split_experts_(module, kept)
-    return {name: m for name, m in _linears(module).items() if not kept(name)}
-
-
-def scales(model):
-    """dict module name -> float32 [G, N]: a copy of the scales that train, in the sign of the checkpoint."""
-    arena_of(model)
-    return {name: layer.read_scales() for name, layer in layers(model).items()}
-
-
-def scale_index(model):
-    """dict module name -> int64 [G, N]: the global index by which the noise law knows each scale."""
-    arena_of(model)
-    return {name: layer.arena.index(layer.arena_name) for name, layer in layers(model).items()}
-
-
-def digest_parts(model):
-    """Yield (name, what, tensor) of everything quantized in a fixed order: what a journal's digest covers."""
-    for name, layer in layers(model, trainable=None).items():
-        yield name, "codes", unpack_codes(layer.codes, layer.in_features, layer.bits)
-        yield name, "scales", layer.read_scales()
-        if layer.zeros is not None:
-            yield name, "zeros", layer.zeros
-        if layer.perm is not None:
-            yield name, "perm", layer.perm
-        if layer.table is not None:
-            yield name, "table", torch.tensor(layer.table)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .kernels import codes as code_layouts
-from .kernels import dequantize, noise, qmm, qmm_torch, tiles, update, vectors
+from .kernels import dequantize, noise, perturb, qmm, qmm_torch, tiles, update, vectors
 
 _BACKENDS = ("auto", "torch", "triton")
 LARGE_ROWS = ("fused", "blas")
@@ -121,6 +121,13 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, 
     return m, n
 
 
+def lookup_of(table, exact, codebooks):
+    """What tiles.pick calls that which codes stand for."""
+    if codebooks is not None:
+        return "vectors"
+    return None if table is None else "exact" if exact else "table"
+
+
 def _check_codebooks(codebooks, bits, k, group, zeros, table, evaluations):
     """ValueError unless they are one set, or one of each evaluation, for codes of `bits`, one scale to an output."""
     sets, shape = codebooks.shape[:-3], list(codebooks.shape[-2:])
@@ -165,7 +172,7 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
         dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
                           relative=relative, shared=shared, asm=asm, **form)
         return y
-    lookup = "vectors" if codebooks is not None else "table" if table is not None else None
+    lookup = lookup_of(table, exact, codebooks)
     tile = asked or tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
                                None if zeros is None else zeros.dtype, bits, lookup)
     qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
@@ -193,6 +200,22 @@ def update_op(scales: torch.Tensor, seeds: torch.Tensor, coefs: torch.Tensor, ba
 @update_op.register_fake
 def _(scales, seeds, coefs, base4, law, relative, floor, layers=None):
     _check_update(scales, seeds, coefs)
+
+
+@torch.library.custom_op("qzo::perturbed", mutates_args=())
+def perturbed_op(values: torch.Tensor, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, law: int, relative: bool,
+                 dtype: torch.dtype) -> torch.Tensor:
+    """values [.., Q, 4] of the arena under each evaluation, [E, Q, 4] in dtype; base4: number of the first quad."""
+    flat = values.view(-1, 4)
+    out = torch.empty(len(seeds), *flat.shape, dtype=dtype, device=values.device)
+    run = perturb.launch if uses_triton(values.device) else perturb.perturb_codebooks_torch
+    run(flat, seeds, coefs, out, base4=base4, law=law, relative=relative)
+    return out
+
+
+@perturbed_op.register_fake
+def _(values, seeds, coefs, base4, law, relative, dtype):
+    return values.new_empty(len(seeds), values.numel() // 4, 4, dtype=dtype)
 
 
 def _check_update(scales, seeds, coefs):

@@ -20,7 +20,7 @@ from . import ops
 from .evaluations import Evaluations
 from .journal import Journal, JournalError, Record, check_header, read
 from .kernels.noise import VERSIONS, check_sharing, kernel_coefs, law_number, law_version, step_seed
-from .linear import arena_of, digest_parts, evaluating, layers
+from .layers import arena_of, digest_parts, evaluating, layers
 
 FLOOR = 2.0**-24             # the smallest float16: a checkpoint can hold it
 LARGEST = torch.finfo(torch.float32).max

@@ -13,7 +13,7 @@ from .experts import file_name, split_experts_
 from .formats import TARGETS, files, folder, safetensors_file
 from .hf import build_empty, from_pretrained, locate, quantization_of, read_config
 from .kernels.table import NAMED, named_table
-from .linear import layers
+from .layers import layers
 from .quantize import quantize_weight
 from .save import copy_companions, export, write_into
 from .weights import PackedWeight, check_bits, check_group_size

@@ -28,7 +28,7 @@ from .formats import GATHERED
 from .heap import Heap
 from .hf import Source, put_packed
 from .kernels.tiles import GROUPS
-from .linear import arena_of, layers
+from .layers import arena_of, layers
 from .quantize import quantize_weight
 from .weights import check_bits, check_group_size
 

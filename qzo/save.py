@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .arena import codebooks_name
 from .experts import file_name, model_name
 from .formats import (
     FOLDERS,
@@ -23,7 +24,8 @@ from .formats.folder import INDEX, dense_entries, scale_dtypes, tensor_places
 from .formats.gguf_file import GGUFFile
 from .formats.rounding import new_scales
 from .hf import load_tokenizer
-from .linear import QZOLinear, layers
+from .layers import layers
+from .linear import QZOLinear
 from .losses import losses
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
@@ -124,8 +126,9 @@ def _rounded(model, source):
 def _rounding_losses(model, batch, rounded):
     """{"loss_before", "loss_after"}: the loss of a batch as the model is, and with its layers rounded.
 
-    rounded: (layer's name, scales float32 [G, N], zeros float32 [G, N] or None where they stay) of each layer. The
-    scales are put into the arena for one forward; afterwards the model is as before, bit for bit.
+    rounded: (layer's name, scales float32 [G, N], zeros float32 [G, N] or None where they stay) of each layer, or
+    (layer.codebooks, float32, None). They are put into the arena for one forward; afterwards the model is as before,
+    bit for bit.
     """
     before = float(losses(model, batch, 1))
     found = layers(model, trainable=None)
@@ -133,8 +136,12 @@ def _rounding_losses(model, batch, rounded):
     zeros = {name: layer.zeros for name, layer in found.items()}
     try:
         for name, scales, zero in rounded:
-            layer = found[model_name(name)]
-            layer.arena.write(layer.arena_name, scales)
+            owner, _, leaf = name.rpartition(".")
+            layer = found[model_name(owner if leaf == "codebooks" else name)]
+            if leaf != "codebooks":
+                layer.arena.write(layer.arena_name, scales)
+            elif layer.trains_codebooks:
+                layer.arena.quads(codebooks_name(layer.arena_name)).copy_(scales.reshape(1, -1, 4))
             if zero is not None:
                 layer.zeros = zero.contiguous().to(layer.zeros.device)
         after = float(losses(model, batch, 1))

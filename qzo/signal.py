@@ -9,7 +9,7 @@ import contextlib
 import torch
 
 from .evaluations import Evaluations
-from .linear import evaluating, layers
+from .layers import evaluating, layers
 from .losses import losses, pair
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from . import data
-from .linear import arena_of, layers, train_only
+from .layers import arena_of, codebooks, layers, train_codebooks_, train_only
 from .optim import FLOOR, QZO
 from .prefix import FrozenPrefix
 from .task import Task
@@ -47,6 +47,7 @@ class Settings:
     train_layers: int | None = None
     max_length: int = 1024
     packing: str = "off"
+    train_codebooks: bool = False
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "directions", "max_length"):
@@ -62,7 +63,7 @@ class Settings:
                 setattr(self, name, float(getattr(self, name)))      # YAML reads 1e-2 as a text
             except (TypeError, ValueError):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a number is wanted") from None
-        for name in ("relative", "sequential"):
+        for name in ("relative", "sequential", "train_codebooks"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: true or false is wanted")
 
@@ -83,15 +84,15 @@ class Interrupted(Exception):
         self.steps = steps
 
 
-def choose_layers(model, train_layers):
-    """Restrict training to the top blocks; returns their FrozenPrefix, or None for the whole model."""
-    if train_layers is None:
-        train_only(model, lambda name: True)
-        return None
-    prefix = FrozenPrefix(model, train_layers)
-    if not any(prefix.trains(name) for name in layers(model, trainable=None)):
+def choose_layers(model, train_layers, codebooks=False):
+    """Restrict training to the top blocks; returns their FrozenPrefix, or None for the whole model. codebooks: train
+    those of AQLM layers too."""
+    prefix = None if train_layers is None else FrozenPrefix(model, train_layers)
+    if prefix is not None and not any(prefix.trains(name) for name in layers(model, trainable=None)):
         raise ValueError(f"the top {train_layers} blocks hold no 4-bit layer: nothing would train")
-    train_only(model, prefix.trains)
+    train_only(model, prefix.trains if prefix else lambda name: True)
+    if codebooks:
+        train_codebooks_(model)
     return prefix
 
 
@@ -275,4 +276,11 @@ def _finite(value):
 
 def trained_count(model):
     """How many scales train."""
-    return sum(slot.groups * slot.outputs for slot in arena_of(model).slots.values())
+    slots = arena_of(model).slots
+    return sum(slots[name].groups * slots[name].outputs for name in layers(model))
+
+
+def trained_text(model):
+    """"1,234 scales", or "1,234 scales and 5,678 numbers of codebooks"."""
+    entries = sum(books.numel() for books in codebooks(model).values())
+    return f"{trained_count(model):,} scales" + (f" and {entries:,} numbers of codebooks" if entries else "")

@@ -2,7 +2,8 @@
 
     W[n, perm[j]] = scales[g, n] * (code[n, j] - zero[g, n]),   g = j // group_size
 
-With a table (NF4, FP4) the code stands for an entry: W[n, k] = scales[g, n] * table[code[n, k]].
+With a table (NF4, FP4) the code stands for an entry: W[n, k] = scales[g, n] * table[code[n, k]]. With codebooks (AQLM)
+codes stand for eight weights: W[n, 8j + i] = scales[0, n] * sum over c of codebooks[c, code[n, j, c], i].
 perm is there for codes whose columns were sorted by group (GPTQ's act-order), else column j is input j.
 Readers (formats/) and the quantizer (quantize.py) make it, QZOLinear runs it, writers take it back.
 """
@@ -13,6 +14,7 @@ import torch
 from .kernels.codes import BITS, middle, pack_planes, pack_rows, plane_shape, row_shape, unpack_planes, unpack_rows
 from .kernels.table import check_table
 from .kernels.tiles import GROUPS
+from .kernels.vectors import LENGTH, MOST_BITS, in_range, pack_vectors, unpack_vectors, vector_rows, vector_shape
 
 
 def check_bits(bits):
@@ -37,16 +39,18 @@ def check_group_size(group_size, in_features):
 
 @dataclasses.dataclass
 class PackedWeight:
-    """A matrix [N, K] of 2-, 4- or 8-bit codes in groups along K.
+    """A matrix [N, K] of 2-, 4- or 8-bit codes in groups along K, or of codes for vectors of eight.
 
-    codes : uint8 rows (CPU) or int16 planes (GPU): kernels/codes.py tells their shapes
+    codes : uint8 rows (CPU) or int16 planes (GPU): kernels/codes.py tells their shapes; int16 words, on every device,
+        with codebooks: kernels/vectors.py
     scales : float32 [G, N], in the sign of the file
     zeros : None (every zero point is 2^(bits - 1)), uint8 [G, N], or float32 [G, N] (a float minimum m is
         zero = -m / scale)
     in_features : K, which the padded codes do not tell
-    bits : of a code
+    bits : of a code; with codebooks that of an index, up to 16
     perm : int64 [K], the input that column j of the codes belongs to, or None: j
     table : sixteen floats that 4-bit codes stand for, or None; there are no zero points then
+    codebooks : float [C, 2^bits, 8], or None; there are no zero points and no table then, and one scale to an output
     """
 
     codes: torch.Tensor
@@ -56,9 +60,13 @@ class PackedWeight:
     bits: int = 4
     perm: torch.Tensor | None = None
     table: tuple | None = None
+    codebooks: torch.Tensor | None = None
 
     def __post_init__(self):
-        check_bits(self.bits)
+        if self.codebooks is None:
+            check_bits(self.bits)
+        else:
+            check_codebooks(self.codebooks, self.bits)
         groups, n = self.scales.shape
         if self.scales.dtype != torch.float32 or groups == 0 or self.in_features % groups:
             raise ValueError(f"scales must be float32 [G, N] with G dividing in_features={self.in_features}, got "
@@ -70,7 +78,7 @@ class PackedWeight:
                              f"{list(self.zeros.shape)}")
         if self.out_features != n:
             raise ValueError(f"codes hold {self.out_features} output rows, scales {n}")
-        check_codes(self.codes, n, self.in_features, self.bits)
+        check_codes(self.codes, n, self.in_features, self.bits, self.books)
         if self.perm is not None:
             check_perm(self.perm, self.in_features)
         if self.table is not None:
@@ -78,6 +86,10 @@ class PackedWeight:
             if self.bits != 4 or self.zeros is not None:
                 raise ValueError(f"a table goes with 4-bit codes and no zero points, got {self.bits} bits"
                                  + (" and zeros" if self.zeros is not None else ""))
+        if self.books and (groups > 1 or self.zeros is not None or self.table is not None or self.perm is not None):
+            raise ValueError("codebooks go with one scale to an output row, no zero points, no table and no perm, got "
+                             f"scales {list(self.scales.shape)}" + ("" if self.zeros is None else ", zeros")
+                             + ("" if self.table is None else ", a table") + ("" if self.perm is None else ", perm"))
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("scales hold NaN or infinity: the checkpoint is damaged")
 
@@ -98,11 +110,30 @@ class PackedWeight:
                    table)
 
     @classmethod
-    def on_meta(cls, n, k, group, bits=4, zeros=None, rows=False, table=None):
-        """Shapes without values, which nothing checks. zeros: None or their dtype; rows: codes as a CPU keeps them."""
+    def from_vectors(cls, codes, scales, codebooks):
+        """From plain codes: integers [N, K/8, C] below the codebooks' 2^bits entries, scales [N], codebooks
+        float [C, 2^bits, 8]. ValueError for a code that is out of the codebook's range."""
+        bits = codebooks.shape[1].bit_length() - 1 if codebooks.dim() == 3 else 0
+        check_codebooks(codebooks, bits)
+        least, most = (int(m) for m in codes.aminmax()) if codes.numel() else (0, 0)
+        integers = codes.dim() == 3 and codes.shape[2] == len(codebooks) and not codes.is_floating_point()
+        if not integers or least < 0 or most >> bits:
+            raise ValueError(f"codes must be integers [N, K/{LENGTH}, {len(codebooks)}] in 0..{(1 << bits) - 1}, the "
+                             f"entries of a codebook; got {codes.dtype} {list(codes.shape)} from {least} to {most}")
+        return cls(pack_vectors(codes, bits), scales.to(torch.float32).reshape(1, -1).contiguous(), None,
+                   codes.shape[1] * LENGTH, bits, codebooks=codebooks)
+
+    @classmethod
+    def on_meta(cls, n, k, group, bits=4, zeros=None, rows=False, table=None, books=0, dtype=torch.float16):
+        """Shapes without values, which nothing checks. zeros: None or their dtype; rows: codes as a CPU keeps them;
+        books: codebooks, in `dtype`."""
         packed = cls.__new__(cls)
-        shape, dtype = (row_shape, torch.uint8) if rows else (plane_shape, torch.int16)
-        packed.codes = torch.empty(shape(n, k, bits), dtype=dtype, device="meta")
+        shape, kind = (row_shape, torch.uint8) if rows else (plane_shape, torch.int16)
+        if books:
+            packed.codes = torch.empty(vector_shape(n, k, books, bits), dtype=torch.int16, device="meta")
+        else:
+            packed.codes = torch.empty(shape(n, k, bits), dtype=kind, device="meta")
+        packed.codebooks = torch.empty(books, 1 << bits, LENGTH, dtype=dtype, device="meta") if books else None
         packed.scales = torch.empty(k // group, n, device="meta")
         packed.zeros = None if zeros is None else torch.empty(k // group, n, dtype=zeros, device="meta")
         packed.in_features, packed.bits, packed.perm, packed.table = k, bits, None, table
@@ -116,13 +147,23 @@ class PackedWeight:
     def group_size(self):
         return self.in_features // self.scales.shape[0]
 
+    @property
+    def books(self):
+        """Number of codebooks."""
+        return 0 if self.codebooks is None else len(self.codebooks)
+
     def unpacked(self):
-        """The codes as uint8 [N, K], columns as they are stored."""
+        """The codes as uint8 [N, K], columns as they are stored, or int32 [N, K/8, C]."""
+        if self.books:
+            return unpack_vectors(self.codes, self.in_features, self.books, self.bits)
         return unpack_codes(self.codes, self.in_features, self.bits)
 
     def dequantize(self):
-        """float32 [N, K]: scale * (code - zero), the subtraction first, or scale * table[code]; columns in the order of
-        the inputs."""
+        """float32 [N, K]: scale * (code - zero), the subtraction first; scale * table[code]; or scale * sum of vectors;
+        columns in the order of the inputs."""
+        if self.books:
+            return self.scales.T * vector_rows(self.codes, self.in_features, 0, self.out_features, self.codebooks,
+                                               torch.float32)
         g = self.group_size
         codes = self.unpacked()
         if self.table is not None:
@@ -137,8 +178,26 @@ class PackedWeight:
         return columns if self.perm is None else torch.empty_like(columns).index_copy_(1, self.perm, columns)
 
 
-def check_codes(codes, n, k, bits):
-    """ValueError unless `codes` are the rows or planes of an [n, k] matrix."""
+def check_codebooks(codebooks, bits):
+    """ValueError unless they are floats [C, 2^bits, 8] that a code of so many bits can choose from."""
+    shape, floats = list(codebooks.shape), codebooks.is_floating_point()
+    if not floats or not 1 <= bits <= MOST_BITS or len(shape) != 3 or shape[1:] != [1 << bits, LENGTH] or not shape[0]:
+        raise ValueError(f"codebooks must be floats [C, 2^bits, {LENGTH}] with 1 to {MOST_BITS} bits, got "
+                         f"{codebooks.dtype} {shape} for {bits} bits")
+    if not bool(torch.isfinite(codebooks).all()):
+        raise ValueError("codebooks hold NaN or infinity: the checkpoint is damaged")
+
+
+def check_codes(codes, n, k, bits, books=0):
+    """ValueError unless `codes` are the rows or planes, or with codebooks the words, of an [n, k] matrix."""
+    if books:
+        if codes.dtype != torch.int16 or k % LENGTH or list(codes.shape) != vector_shape(n, k, books, bits):
+            raise ValueError(f"codes of {books} codebooks of {bits} bits for {n} x {k} weights must be int16 "
+                             f"{vector_shape(n, k, books, bits)} and {LENGTH} divide {k}, got {codes.dtype} "
+                             f"{list(codes.shape)}")
+        if not in_range(codes, books, bits):
+            raise ValueError(f"a code is beyond the {1 << bits} entries of a codebook: the checkpoint is damaged")
+        return
     want = row_shape(n, k, bits) if codes.dtype == torch.uint8 else plane_shape(n, k, bits)
     if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != want:
         raise ValueError(f"codes of {bits} bits for {n} x {k} weights must be uint8 {row_shape(n, k, bits)} or int16 "

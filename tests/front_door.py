@@ -15,7 +15,7 @@ from transformers import (
 
 import qzo
 from qzo.formats import GATHERED
-from qzo.linear import layers
+from qzo.layers import layers
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDERS = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists() and json.loads(

@@ -13,6 +13,7 @@ from qzo import ops
 from qzo.kernels import noise, qmm_torch, update
 from qzo.kernels.codes import pack_rows
 from tests.matmuls import Matmul
+from tests.test_aqlm import a_layer
 
 LARGE_K, LARGE_N = 1024, 2560          # the CPU's chunks of 1 MB stay below one byte for each of its weights
 
@@ -70,6 +71,22 @@ def test_no_step_allocates_a_weight(backend, k, n):
         step(model, x, evaluations)                             # codes may change their layout once
         sizes = allocations(lambda: step(model, x, evaluations))
     assert len(x) * n * 4 in sizes, "the layer's own output has to be among what is recorded"
+    assert max(sizes) < k * n
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("backend", "k", "n"), [("torch", LARGE_K, LARGE_N), ("triton", 256, 192)])
+def test_no_step_allocates_a_weight_of_vectors(backend, k, n, train):
+    """Neither do codebooks that train: what is held of them is as large as they are, for each evaluation."""
+    layer = a_layer(2, 4, n, k)
+    if train:
+        qzo.train_codebooks_(layer)
+    model, x = torch.nn.Sequential(layer), torch.randn(2, k).repeat(2, 1)
+    evaluations = qzo.Evaluations([1, 1], [0.1, -0.1], noise="ih4")
+    with qzo.backend(backend):
+        sizes = allocations(lambda: step(model, x, evaluations))
+    assert len(x) * n * 4 in sizes
+    assert (2 * layer.codebooks.nbytes in sizes) == train
     assert max(sizes) < k * n
 
 

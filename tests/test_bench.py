@@ -1,15 +1,19 @@
 """The benchmark command: formulas, checks before timing, files, errors. Times themselves are not asserted."""
+import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from qzo.__main__ import main
-from qzo.bench import cases, results, run, timing
-from qzo.bench.providers import EPS, Built, Problem, Provider, _sweep, in_place_pair
+from qzo.bench import cases, launches, results, run, timing
+from qzo.bench.providers import EPS, EXACT, PROVIDERS, Built, Problem, Provider, _sweep, error_of, in_place_pair
 
+ROOT = Path(__file__).resolve().parent.parent
 CASE = cases.Case("linear", "smollm2-135m", 192, 64, 3, 64, "float32", "ih4")
+NF4_CASE = dataclasses.replace(CASE, codes="nf4")
 FAST = dict(least_bytes=1, least=2, seconds=0.0)
 
 
@@ -36,9 +40,58 @@ def test_the_registry_holds_what_is_promised():
     linear = [c for c in cases.every("cuda") if c.kind == "linear"]
     assert {c.rows for c in linear} == {1, 4, 16, 64, 128, 512, 2048, 8192}
     assert {c.noise for c in linear} == set(cases.LAWS)
-    assert {c.group for c in linear} == {32, 64, 128}
+    assert {c.group for c in linear if c.group != c.k} == {32, 64, 128}
     assert {2432, 9728} <= {c.k for c in linear}
     assert {c.kind for c in cases.every("cpu")} == set(cases.KINDS) == {c.kind for c in cases.default("cpu")}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_vectors_stand_beside_int4_rows(device):
+    every = cases.every(device)
+    found = [c for c in every if c.form.books]
+    assert {c.codes for c in found} == ({"aqlm-2x8"} if device == "cpu" else {"aqlm-1x16", "aqlm-2x8"})
+    for case in found:
+        beside = dataclasses.replace(case, codes="int4")
+        assert beside in every
+        assert case.group == case.k
+        books = case.form.books * 2**case.form.bits * 8 * cases.DTYPES[case.dtype].itemsize
+        assert beside.bytes - case.bytes == case.k * case.n // 4 - books
+
+
+@pytest.mark.parametrize("provider", ["qzo", "qzo-unperturbed", "dequantize", "official", "official-fused", "dense"])
+@pytest.mark.parametrize("codes", ["aqlm-2x8", "aqlm-1x16"])
+def test_vectors_agree_with_the_truth(provider, codes):
+    case = cases.Case("linear", "", 256, 80, 3, 256, "float32", codes=codes)
+    problem = Problem(case, "cpu", 1)
+    built = next(p for p in PROVIDERS if p.name == provider).build(problem)
+    assert error_of(built, problem) < built.allowed
+
+
+@pytest.mark.parametrize(("device", "wanted"), [
+    ("cpu", {("smollm2-135m", 16)}),
+    ("cuda", {("llama-2-7b", rows) for rows in (1, 16, 64, 512)} | {("sd3.5-large", 512)})])
+def test_nf4_stands_beside_int4_in_the_same_groups(device, wanted):
+    every = cases.every(device)
+    found = [c for c in every if c.codes == "nf4"]
+    assert {(c.model, c.rows) for c in found} == wanted
+    for case in found:
+        beside = dataclasses.replace(case, codes="int4")
+        assert beside in every
+        assert (case.group, case.name, case.bytes) == (64, f"{beside.name} nf4", beside.bytes)
+        assert set(cases.LAYERS[case.model]) == {(c.k, c.n) for c in found if c.model == case.model}
+    if device == "cpu":
+        assert set(found) < set(cases.default(device))
+
+
+def test_names_are_those_of_the_results_files():
+    [path] = (ROOT / "bench" / "results").glob("bench-cpu-*.jsonl")
+    assert {r["case"] for r in results.read(path)} <= {c.name for c in cases.every("cpu")}
+    named = {codes: dataclasses.replace(CASE, codes=codes).name for codes in cases.CODES}
+    plain = "linear smollm2-135m 192x64 rows 3 g64 float32 ih4"
+    suffixes = {"int4": "", "int2": " 2 bits", "int8": " 8 bits", "nf4": " nf4", "aqlm-1x16": " aqlm 1x16",
+                "aqlm-2x8": " aqlm 2x8"}
+    assert named == {codes: plain + suffix for codes, suffix in suffixes.items()}
+    assert set(named) <= set(launches.CODES)
 
 
 def test_every_field_of_a_row_and_every_provider(capsys):
@@ -55,6 +108,7 @@ def test_every_field_of_a_row_and_every_provider(capsys):
             assert all(math.isfinite(x) and x > 0 for x in numbers)
             assert row["p20"] <= row["ms"] <= row["p80"]
             assert row["error"] < 1e-5
+            assert row["codes"] == "int4"
             assert row["gbps"] == pytest.approx(1e-6 * CASE.bytes / row["ms"])
             assert row["bandwidth_fraction"] == pytest.approx(row["gbps"] / 10)
     timed = {r["provider"] for r in rows if r["ms"]}
@@ -69,6 +123,36 @@ def test_the_other_kinds(case):
     rows = [r for r in run.measure(case, "cpu", **FAST) if not r["note"]]
     assert "qzo" in {r["provider"] for r in rows}
     assert all(r["ms"] > 0 for r in rows)
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+def test_nf4_is_run_by_all_that_can(dtype):
+    rows = {r["provider"]: r for r in run.measure(dataclasses.replace(NF4_CASE, dtype=dtype), "cpu", **FAST)}
+    timed = {name for name, row in rows.items() if row["ms"]}
+    assert timed == {"qzo", "qzo-row", "qzo-unperturbed", "dense", "dequantize", "official", "official-fused", "mezo"}
+    assert {(row["codes"], row["bits"]) for row in rows.values()} == {("nf4", 4)}
+    assert rows["gemlite"]["note"] == "missing: gemlite is timed with int4 codes only"
+    assert "timed with" not in rows["bitsandbytes"]["note"]
+    step = dataclasses.replace(NF4_CASE, kind="step", blocks=1, k=0, n=0)
+    assert run.measure(step, "cpu", ["qzo"], **FAST)[0]["ms"] > 0
+
+
+def test_the_truth_knows_the_table(monkeypatch):
+    packed = Problem.packed
+    monkeypatch.setattr(Problem, "packed", lambda *args: dataclasses.replace(packed(*args), table=None))
+    names = ["qzo", "qzo-unperturbed", "dequantize", "official", "official-fused"]
+    rows = run.measure(NF4_CASE, "cpu", names, **FAST)
+    assert len(rows) == len(names)
+    assert all(row["note"].startswith("wrong: relative error") for row in rows)
+
+
+@pytest.mark.parametrize(("codes", "most"), [("nf4", 1e-5), ("int4", 0.2)])
+def test_bitsandbytes_takes_both(codes, most):
+    """It quantizes the dense weight itself: NF4 in blocks of 64 it finds again."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    problem = Problem(dataclasses.replace(CASE, codes=codes), "cpu", 1)
+    built = next(p for p in run.LAYER_PROVIDERS if p.name == "bitsandbytes").build(problem)
+    assert error_of(built, problem) < most <= built.allowed
 
 
 def test_a_provider_that_is_wrong_is_reported_and_not_timed(monkeypatch):

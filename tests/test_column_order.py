@@ -8,7 +8,7 @@ from torch import nn
 
 import qzo
 from qzo import PackedWeight, QZOLinear
-from qzo.linear import digest_parts
+from qzo.layers import digest_parts
 from tests.close import ULP, assert_close, assert_same_bits
 
 K, N, GROUP = 128, 24, 32

@@ -19,7 +19,8 @@ from transformers import (
 import qzo
 from qzo import experts
 from qzo.bench import memory, models
-from qzo.linear import QZOLinear, arena_of, evaluating, layers
+from qzo.layers import arena_of, evaluating, layers
+from qzo.linear import QZOLinear
 
 TINY = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "hidden_size": 64,
         "intermediate_size": 96, "initializer_range": 0.2, "num_experts_per_tok": 2}
@@ -100,7 +101,7 @@ def test_an_evaluation_among_others_has_the_bits_it_has_alone(folder):
 
 def test_only_experts_perturbed_move_the_loss(folder):
     model = load(folder)
-    qzo.linear.train_only(model, lambda name: ".experts." in name)
+    qzo.layers.train_only(model, lambda name: ".experts." in name)
     with evaluating(model, qzo.Evaluations([3, 3], [1e-2, -1e-2])):
         plus, minus = qzo.losses(model, BATCH, 2).tolist()
     assert plus != minus

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from qzo.kernels import noise, tiles, update
+from qzo import ops
+from qzo.kernels import noise, perturb, tiles, update
 from qzo.kernels.table import NF4
 from tests import oracle
 from tests.close import assert_same_bits
@@ -18,7 +19,7 @@ def picked(matmul):
     arch = tiles.architecture(torch.device("cuda"))
     points = None if matmul.zero_points is None else matmul.zero_points.dtype
     tile = tiles.pick(matmul.rows, matmul.n, matmul.k, matmul.width, matmul.dtype, arch, points, matmul.bits,
-                      matmul.table is not None)
+                      ops.lookup_of(matmul.table, matmul.exact, matmul.codebooks))
     return dict(tile=tile, device="cuda", asm=arch.startswith("sm_"))
 
 
@@ -47,6 +48,34 @@ def test_compiled_matmul_of_other_bits_is_true(bits, dtype, group, rows, zeros):
 def test_compiled_lookup_is_true(dtype, group, rows):
     matmul = Matmul(k=640, n=192, rows=rows, group=group, dtype=dtype, bias=True, law="ih4", table=NF4)
     matmul.assert_true(matmul.kernel(**picked(matmul)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [32, 64, 0])
+@pytest.mark.parametrize("rows", [1, 24, 150])
+def test_compiled_exact_lookup_is_true(dtype, group, rows):
+    matmul = Matmul(k=640, n=192, rows=rows, group=group, dtype=dtype, bias=True, law="ih4", table=NF4, exact=True)
+    matmul.assert_true(matmul.kernel(**picked(matmul)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("books", "bits"), [(1, 16), (1, 12), (2, 8), (3, 8), (2, 12)])
+@pytest.mark.parametrize(("k", "rows"), [(640, 1), (640, 24), (640, 150), (200, 60)])
+def test_compiled_vectors_are_true(dtype, books, bits, k, rows):
+    for own in (False, True):
+        matmul = Matmul(k=k, n=192, rows=rows, group=0, dtype=dtype, bias=True, law="ih4", books=books, bits=bits,
+                        own=own)
+        matmul.assert_true(matmul.kernel(**picked(matmul)))
+
+
+@pytest.mark.parametrize("law", ["rademacher", "ih4"])
+def test_compiled_codebooks_have_the_oracles_bits(law):
+    values, base4 = torch.randn(300, 4, generator=torch.Generator().manual_seed(1)), 2**32 - 10
+    seeds, coefs = torch.tensor([5, -7]), torch.tensor([oracle.raw_coef(law, c) for c in (0.05, -0.3)])
+    ours, twin = torch.empty(2, 300, 4, device="cuda"), torch.empty(2, 300, 4)
+    perturb.launch(values.cuda(), seeds.cuda(), coefs.cuda(), ours, base4=base4, law=noise.LAWS[law], relative=True)
+    perturb.perturb_codebooks_torch(values, seeds, coefs, twin, base4=base4, law=noise.LAWS[law], relative=True)
+    assert_same_bits(ours.cpu(), twin)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,4 +1,5 @@
 """bench/gpu_check.py without a GPU: it says so; its parts run on a CPU at small sizes, in the interpreter."""
+import inspect
 import json
 import subprocess
 import sys
@@ -7,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qzo.bench import gpu_check, results
-from qzo.kernels import qmm
+import qzo
+from qzo import ops
+from qzo.bench import cases, gpu_check, results
+from qzo.bench.providers import Problem
+from qzo.kernels import qmm, tiles
 from qzo.kernels.tiles import Tile
+from qzo.layers import evaluating
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,6 +87,50 @@ def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch)
     assert [row["note"].partition(":")[0] for row in check.rows] == ["", "wrong", "RuntimeError", ""]
     assert found["ms"] == min(row["ms"] for row in timed)
     assert found["picked_ms"] == timed[0]["ms"]
+
+
+@pytest.mark.parametrize(("codes", "group"), [("int4", 64), ("nf4", 64), ("aqlm-2x8", 192)])
+def test_tiles_are_picked_and_launched_as_a_layer_does(codes, group, tmp_path, monkeypatch):
+    """A tile timed for other codes than the case's would agree with every other such tile."""
+    pick, launch, picks, launches = tiles.pick, qmm.launch, [], []
+
+    def picking(*arguments, **keywords):
+        bound = inspect.signature(pick).bind(*arguments, **keywords)
+        bound.apply_defaults()
+        picks.append(bound.arguments)
+        return pick(*arguments, **keywords)
+
+    def launching(*arguments, **keywords):
+        bound = inspect.signature(launch).bind(*arguments, **keywords)
+        bound.apply_defaults()
+        launches.append({name: value for name, value in bound.arguments.items() if not torch.is_tensor(value)})
+        launch(*arguments, **keywords)
+
+    monkeypatch.setattr(tiles, "pick", picking)
+    monkeypatch.setattr(qmm, "launch", launching)
+    monkeypatch.setattr(gpu_check, "neighbours", lambda tile: [])
+    monkeypatch.setattr("qzo.bench.timing.cache_bytes", lambda device: 1)
+    case = cases.Case("linear", "smollm2-135m", 192, 64, 1, group, "float32", codes=codes)
+    times, _ = gpu_check._tiles_of(gpu_check.Check(tmp_path / "out.jsonl", 600, device="cpu"), case)
+    assert len(times) == 1
+    tiled = launches[0]
+    problem = Problem(case, "cpu", 1)
+    model, _ = problem.model()
+    with ops.backend("triton"), evaluating(model, qzo.Evaluations([7, 7], [0.01, -0.01])):
+        model[0](problem.x[192])
+    assert picks[0] == picks[-1]
+    assert tiled == launches[-1]
+    assert tiled["table"] == case.form.table
+
+
+def test_the_cases_that_are_named_are_there():
+    names = [c.name for c in cases.every("cuda")]
+    found = [next(name for name in names if text in name) for text in (*gpu_check.CASES, *gpu_check.TILES)]
+    pairs = {name.removesuffix(" nf4") for name in found[:len(gpu_check.CASES)] if name.endswith(" nf4")}
+    assert {name.split(" rows ")[1].split()[0] for name in pairs} == {"1", "16"}
+    assert pairs < set(found)
+    assert [name.rpartition("rademacher")[2] for name in found[-2:]] == [" nf4", " aqlm 2x8"]
+    assert {name.rpartition("rademacher ")[2] for name in found} >= {"nf4", "aqlm 2x8", "aqlm 1x16"}
 
 
 def test_neighbours_differ_in_one_thing():

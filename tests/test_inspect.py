@@ -10,7 +10,7 @@ import torch
 import qzo
 from qzo import __main__ as command
 from qzo import inspect
-from qzo.linear import layers
+from qzo.layers import layers
 from qzo.train import choose_layers, trained_count
 from qzo.weights import PackedWeight
 from tests import test_experts, tiny
@@ -81,8 +81,8 @@ def test_a_float_checkpoint_shows_what_would_be_quantized(tmp_path, capsys):
     found = look(capsys, folder, "--bits", 8)
     assert (found["format"], found["quantized"], found["scales"], found["bytes"]) == ("float", False, None, None)
     [kind] = found["layers"]
-    assert kind == {"bits": 8, "group_size": "row", "zeros": "none", "table": False, "layers": len(layers(model)),
-                    "scales": sum(m.out_features for m in layers(model).values()),
+    assert kind == {"bits": 8, "group_size": "row", "zeros": "none", "table": False, "codebooks": 0,
+                    "layers": len(layers(model)), "scales": sum(m.out_features for m in layers(model).values()),
                     "weights": sum(m.in_features * m.out_features for m in layers(model).values())}
     [kind] = look(capsys, folder, "--group-size", 32)["layers"]
     assert (kind["bits"], kind["group_size"], kind["scales"]) == (4, 32, trained_count(model))

@@ -9,7 +9,7 @@ from torch import nn
 
 import qzo
 from qzo import PackedWeight, QZOLinear, ops
-from qzo.linear import arena_of
+from qzo.layers import arena_of
 from tests.close import ULP, assert_close, assert_same_bits
 
 
@@ -49,7 +49,7 @@ def asymmetric(k=128, n=6, float_zeros=False):
 
 def bits(module):
     """Everything quantized in a module, by name."""
-    return {(name, what): tensor.clone() for name, what, tensor in qzo.linear.digest_parts(module)}
+    return {(name, what): tensor.clone() for name, what, tensor in qzo.layers.digest_parts(module)}
 
 
 def assert_same(module, before):
@@ -166,7 +166,7 @@ def test_changes_of_a_model_leave_the_arena_whole(change):
     assert_same(changed, before)
     arena = arena_of(changed)
     assert arena.data.dtype == torch.float32
-    assert all(layer.arena is arena for layer in qzo.linear.layers(changed).values())
+    assert all(layer.arena is arena for layer in qzo.layers.layers(changed).values())
     arena.data.mul_(2)
     assert torch.equal(qzo.scales(changed)["up"], 2 * before["up", "scales"])
 
@@ -390,7 +390,7 @@ def test_pairs_are_known_and_travel_with_the_evaluations():
 
 def test_row_shared_noise_is_an_epilogue_whose_noise_is_that_of_the_first_scale():
     model = block()
-    name, layer = next(iter(qzo.linear.layers(model).items()))
+    name, layer = next(iter(qzo.layers.layers(model).items()))
     x = torch.randn(4, layer.in_features)
     z = qzo.noise("ih4", 7, qzo.scale_index(model)[name][0])
     bias = 0 if layer.bias is None else layer.bias

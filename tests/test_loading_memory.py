@@ -14,7 +14,7 @@ import sys, torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 import qzo
-from qzo.linear import layers
+from qzo.layers import layers
 
 def resident(field):
     with open("/proc/self/status") as file:

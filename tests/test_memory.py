@@ -11,9 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import qzo
 from qzo import __main__ as command
+from qzo import hf
 from qzo.bench import footprint, memory, models
+from qzo.bench.cases import CODES
 from qzo.kernels import noise, qmm_torch, update
-from qzo.linear import arena_of, layers
+from qzo.kernels.table import NF4
+from qzo.layers import arena_of, layers
+
+from .tiny import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536,
@@ -57,6 +62,38 @@ def test_13b_in_2_bits_fits_the_papers_6_gb():
     assert numbers["codes"] == pytest.approx(foretold("llama-2-13b")[0]["codes"] / 2, rel=1e-3)
 
 
+def told(capsys, *arguments):
+    """The JSON of `qzo memory` without a measurement, from this process."""
+    assert command.main(["memory", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_nf4_is_foretold_from_the_command_line(capsys):
+    """Llama-2-7B by hand: codes as int4's, a float32 absmax for every 64 weights and no zero points."""
+    arguments = ["--config", "llama-2-7b", "--device", "cuda", "--codes", "nf4"]
+    found = told(capsys, *arguments)
+    assert found == told(capsys, *arguments, "--group-size", "64")
+    parts = found["predicted"]
+    assert parts["codes"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2
+    assert parts["scales"] == 4 * 32 * (4 * 64 * 4096 + 2 * 64 * 11008 + 172 * 4096)
+    assert parts["zeros"] == 0
+    assert found["subject"].endswith("cuda, float16, nf4 codes")
+
+
+def test_codes_and_bits_mean_the_same(capsys):
+    by_bits = {bits: told(capsys, "--config", "smollm2", "--bits", bits) for bits in "248"}
+    assert by_bits["4"] == told(capsys, "--config", "smollm2")
+    for bits, found in by_bits.items():
+        assert found == told(capsys, "--config", "smollm2", "--codes", f"int{bits}")
+    assert by_bits["8"]["predicted"]["codes"] == 2 * by_bits["4"]["predicted"]["codes"]
+
+
+def test_a_config_runs_with_the_table_that_is_named():
+    load, empty = memory.random_model("smollm2", None, "none", "cpu", torch.float32, "nf4")
+    for model in (empty, load()):
+        assert {(layer.table, layer.group_size, layer.bits) for layer in layers(model).values()} == {(NF4, 64, 4)}
+
+
 def test_13b_at_16_rows_of_512_tokens_fits_24_gb():
     numbers, _ = foretold("llama-2-13b", rows=16, tokens=512)
     assert numbers["total"] < 24e9
@@ -96,7 +133,8 @@ def test_the_image_transformer_fits_24_gb():
 
 @pytest.mark.parametrize("arguments", [
     "--batch-size 8 --seq-len 128 --zeros integer", "--batch-size 16 --seq-len 64 --labels 60 --directions 2",
-    "--batch-size 8 --seq-len 256 --sequential --zeros float"])
+    "--batch-size 8 --seq-len 256 --sequential --zeros float",
+    "--batch-size 4 --seq-len 64 --codes nf4 --group-size 64"])
 def test_measured_is_foretold_within_3_percent(tmp_path, arguments):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SMALL))
@@ -120,6 +158,32 @@ def test_a_checkpoint_is_loaded_and_measured():
     assert found["predicted"]["zeros"] == pytest.approx(found["measured"]["zeros"], rel=0.1)     # Q4_1: it has some
     assert found["predicted"]["zeros"] > 10e6
     assert found["fits"] == list(memory.CARDS)
+
+
+def test_a_float_checkpoint_is_quantized_as_asked(tmp_path, monkeypatch):
+    folder, loaded = str(save_checkpoint(tmp_path)), []
+
+    def load(*arguments, **keywords):
+        model = from_pretrained(*arguments, **keywords)
+        loaded.append({(layer.bits, layer.table, layer.group_size) for layer in layers(model, None).values()})
+        return model
+
+    from_pretrained = hf.from_pretrained
+    monkeypatch.setattr(hf, "from_pretrained", load)
+    monkeypatch.setattr(memory, "map_large_blocks", lambda: None)           # a setting of the whole process
+    monkeypatch.setattr(memory, "measure", lambda load, *_, **__: load() and None)
+    for asked, form in (("--codes nf4", (4, NF4, 64)), ("--codes int2 --group-size 32", (2, None, 32))):
+        assert command.main(["memory", "--model", folder, "--device", "cpu", *asked.split()]) == 0
+        assert loaded == [{form}] * 2                          # foretold from the first, measured on the second
+        loaded.clear()
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_random_weights_keep_the_size_of_what_runs_through(codes):
+    model = torch.nn.Sequential(torch.nn.Linear(512, 256, bias=False, device="meta"))
+    form = models.Form(64, None, CODES[codes].bits, CODES[codes].table)
+    models.fill_random(models.quantize_empty(model, {"0": form}, cpu=True), "cpu")
+    assert float(model(torch.randn(64, 512)).square().mean().sqrt()) == pytest.approx(1, rel=0.1)
 
 
 def test_the_ledger_counts_what_lives():
@@ -220,6 +284,9 @@ def test_the_table_and_the_picture(tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "said"), [
     ("--config nosuch", "meta-llama-2-7b"), ("--config llama", "more than one"), ("", "give either --config"),
     ("--config smollm2 --chip sm_70", "sm_80, sm_86"), ("--config smollm2 --group-size 128", "does not divide"),
+    ("--config smollm2 --codes nf4 --bits 8", "give one of the two"),
+    ("--config smollm2 --codes nf4 --zeros integer", "no zero points"),
+    ("--config smollm2 --codes nf4 --group-size 128", "does not divide"),
     ("--config smollm2 --labels 64", "between 1 and 63"), ("--config smollm2 --batch-size 0", "at least 1"),
     ("--config smollm2 --snapshot x", "CUDA device"), ("--config README.md", "not JSON"),
     ("--config {folder}/other.json", "no config"), ("--config {folder}/unknown.json", "no-such-type")])

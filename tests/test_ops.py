@@ -9,6 +9,7 @@ import qzo
 from qzo import ops
 from qzo.kernels import noise
 from qzo.kernels.tiles import Tile
+from tests.test_aqlm import a_layer
 from tests.test_linear import asymmetric
 
 
@@ -50,6 +51,63 @@ def test_operators_refuse_what_does_not_fit():
         torch.ops.qzo.update_(torch.ones(5), seeds, coefs, 0, noise.IH4, True, 0.0)
     with pytest.raises(ValueError, match="int64 and float32"):
         torch.ops.qzo.update_(torch.ones(8), seeds, coefs.double(), 0, noise.IH4, True, 0.0)
+
+
+def vector_arguments():
+    layer = a_layer()
+    x, seeds, coefs = torch.randn(4, 128), torch.tensor([1, 2]), torch.tensor([0.1, 0.0])
+    plain = (x, layer.codes, layer.arena.quads(""), None, None, seeds, coefs, 0, 128, noise.RADEMACHER, True,
+             torch.float32)
+    return plain, dict(bits=8, codebooks=layer.codebooks)
+
+
+def test_opcheck_vectors():
+    plain, form = vector_arguments()
+    torch.library.opcheck(torch.ops.qzo.qmm.default, plain, form)
+    values = torch.rand(1, 8, 4), torch.tensor([1, 2]), torch.tensor([0.1, -0.1])
+    torch.library.opcheck(torch.ops.qzo.perturbed.default, (*values, 3, noise.IH4, True, torch.float16))
+
+
+def test_operators_refuse_codebooks_that_do_not_fit():
+    plain, form = vector_arguments()
+    books = form["codebooks"]
+    for wrong, message in ((books[:, :200], r"codebooks must be \[C, 256, 8\] for codes of 8 bits.* got \[2, 200, 8\]"),
+                           (books[None].repeat(3, 1, 1, 1), r"each of 2 evaluations, got \[3, 2, 256, 8\]"),
+                           (torch.cat([books, books]), "does not fit 8-bit codes")):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.qzo.qmm(*plain, **form | {"codebooks": wrong})
+    zeros = torch.zeros(1, 24)
+    with pytest.raises(ValueError, match=r"one scale to an output row \(group_size 128\).* got group_size 128, zeros"):
+        torch.ops.qzo.qmm(*plain[:3], zeros, *plain[4:], **form)
+    with pytest.raises(ValueError, match="got group_size 64"):
+        torch.ops.qzo.qmm(*plain[:8], 64, *plain[9:], **form)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_exact_tables_are_nearer(backend):
+    layer = qzo.QZOLinear.from_linear(torch.nn.Linear(128, 16, bias=False), group_size=64, table="nf4")
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(0)).half()
+    want = x.double() @ layer.dequantize().double().T
+    errors, out = {}, torch.float32
+    for tables in ("rounded", "exact"):
+        layer.out_dtype = out
+        with qzo.backend(backend, tables=tables):
+            errors[tables] = float((layer(x).double() - want).norm() / want.norm())
+    assert errors["exact"] < 1e-6 < 5e-5 < errors["rounded"]
+    with pytest.raises(ValueError, match="'rounded' or 'exact' is wanted"), qzo.backend(tables="split"):
+        pass
+
+
+def test_exact_tables_run_tiles_of_their_own(monkeypatch):
+    layer = qzo.QZOLinear.from_linear(torch.nn.Linear(64, 16), group_size=64, table="nf4")
+    asked, pick = [], ops.tiles.pick
+    monkeypatch.setattr(ops.tiles, "pick", lambda *a: (asked.append(a[-1]), pick(*a))[1])
+    with qzo.backend("triton", tables="exact"):
+        layer(torch.randn(2, 64).half())
+    with qzo.backend("triton"):
+        layer(torch.randn(2, 64).half())
+        a_layer()(torch.randn(2, 128).half())
+    assert asked == ["exact", "table", "vectors"]
 
 
 def test_a_tile_that_is_asked_for_is_the_one_that_runs(monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 import qzo
 from qzo.journal import read
 from qzo.kernels.noise import LAWS
-from qzo.linear import arena_of
+from qzo.layers import arena_of
 from qzo.optim import project, update
 from tests import oracle
 

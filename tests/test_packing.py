@@ -11,7 +11,7 @@ import qzo
 from qzo import packing, task
 from qzo.__main__ import main
 from qzo.data import Example, collate
-from qzo.linear import arena_of, layers
+from qzo.layers import arena_of, layers
 from qzo.losses import Stacked, model_inputs, option_scores, read_states
 from qzo.task import Task
 from qzo.train import choose_layers

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 import qzo
 from qzo import __main__ as command
 from qzo import quantize_folder
-from qzo.linear import layers
+from qzo.layers import layers
 from qzo.quantize import quantize_weight
 from qzo.quantize_folder import Quantizing
 from tests import test_experts, tiny

@@ -22,7 +22,8 @@ from transformers.quantizers import auto
 from transformers.trainer_utils import validate_quantization_for_training
 
 import qzo
-from qzo.linear import QZOLinear, arena_of, layers
+from qzo.layers import arena_of, layers
+from qzo.linear import QZOLinear
 from qzo.quantizer import HELD_ELEMENT_BYTES, QZOQuantizer
 from tests.checkpoints import scale_randomly
 from tests.front_door import (

@@ -12,7 +12,7 @@ from transformers import (
 from transformers.core_model_loading import WeightRenaming
 
 import qzo
-from qzo.linear import layers
+from qzo.layers import layers
 from tests.checkpoints import TYPES, scale_randomly, write_gguf
 from tests.front_door import (
     FIXTURES,

@@ -7,7 +7,7 @@ import torch
 import qzo
 from qzo import signal
 from qzo.hf import from_pretrained
-from qzo.linear import arena_of, layers
+from qzo.layers import arena_of, layers
 from qzo.losses import losses
 from tests import tiny
 

@@ -13,7 +13,7 @@ import torch
 import qzo
 from qzo import data, train
 from qzo.__main__ import main
-from qzo.linear import arena_of, layers
+from qzo.layers import arena_of, layers
 from qzo.prefix import FrozenPrefix, PrefixCache
 from qzo.task import Task, fit_label_bias, measure
 from tests import tiny

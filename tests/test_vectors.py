@@ -34,6 +34,15 @@ def test_where_a_word_lies():
     assert int((words != 0).sum()) == 2
 
 
+@pytest.mark.parametrize(("books", "bits", "damaged"), [(1, 12, 1 << 12), (3, 8, 1 << 8), (2, 7, -1 << 15),
+                                                       (2, 7, 1 << 7), (3, 7, 1 << 7), (2, 10, -1)])
+def test_a_code_beyond_the_codebook_is_found(books, bits, damaged):
+    words = vectors.pack_vectors(torch.randint(0, 1 << bits, (3, 32, books)), bits)
+    assert vectors.in_range(words, books, bits)
+    words[1, 2, -1] = damaged
+    assert not vectors.in_range(words, books, bits)
+
+
 def run_ptx(source, words, memory):
     """The eight registers that the loads give for registers of two words each; memory: the codebooks' 16-bit halves."""
     held = {"$8": words.astype(np.int64)}
@@ -57,7 +66,7 @@ def run_ptx(source, words, memory):
             assert operands[1] == "[the_parameter]"
             held[operands[0]] = np.zeros(len(words), np.int64)
             continue
-        to, *a = operands[0], *map(value, operands[1:])
+        to, a = operands[0], [value(name) for name in operands[1:]]
         if operation == "mov.b32":
             held[to] = a[0]
         elif operation == "and.b32":

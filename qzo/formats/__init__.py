@@ -18,9 +18,9 @@ One whose layers transformers gathers, tensor by tensor, has
     packer(quantization, where)             make(layer, {part: tensor}) -> PackedWeight
     changed_scales(folder, find)            yields (layer, scales as the file holds them, file, place)
 """
-from . import auto_round, awq, bnb, compressed_tensors, gptq, hqq
+from . import aqlm, auto_round, awq, bnb, compressed_tensors, gptq, hqq
 
-FOLDERS = {form.METHOD: form for form in (auto_round, awq, bnb, compressed_tensors, gptq, hqq)}
+FOLDERS = {form.METHOD: form for form in (aqlm, auto_round, awq, bnb, compressed_tensors, gptq, hqq)}
 GATHERED = {form.METHOD: form for form in (auto_round, awq, compressed_tensors, gptq)}
 TARGETS = {form.METHOD: form for form in (awq, bnb, compressed_tensors, gptq)}
 

@@ -3,7 +3,10 @@ reason and what to do."""
 
 
 def check_integers(name, weight, target):
-    """For float zero points and tables, where the target has integers."""
+    """For float zero points, tables and codebooks, where the target has integers."""
+    if weight.books:
+        raise ValueError(f"{name} has codes that stand for vectors (AQLM), which {target} does not hold; save it in "
+                         "its own format (qzo.save_pretrained)")
     if weight.table is not None:
         raise ValueError(f"{name} has codes that stand for a table's entries (NF4, FP4), which {target} does not hold; "
                          "save it as bitsandbytes")
