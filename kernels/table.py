@@ -107,9 +107,9 @@ def _sums(table, dtype, exact, device):
 
 @functools.cache
 def _of_bytes(table, dtype, exact, device):
-    """float32 [256, 2]: the entries of both codes of a byte."""
+    """int64 [256]: the float32 entries of both codes of a byte, in one number: torch then copies it at once."""
     entries, every = _sums(table, dtype, exact, device), torch.arange(256, device=device)
-    return torch.stack([entries[every & 15], entries[every >> 4]], 1)
+    return torch.stack([entries[every & 15], entries[every >> 4]], 1).view(torch.int64).flatten()
 
 
 def table_entries(codes, k, start, stop, table, dtype, exact=False):
@@ -117,7 +117,8 @@ def table_entries(codes, k, start, stop, table, dtype, exact=False):
     4-bit rows or planes."""
     if codes.dtype == torch.uint8:
         body = codes[start:stop, :-4].to(torch.int32)
-        return torch.nn.functional.embedding(body, _of_bytes(table, dtype, exact, codes.device)).flatten(1)[:, :k]
+        pairs = _of_bytes(table, dtype, exact, codes.device).index_select(0, body.flatten())
+        return pairs.view(torch.float32).view(len(body), -1)[:, :k]
     entries = _sums(table, dtype, exact, codes.device)
     return entries[unpack_planes(codes[:, start:stop], k).to(torch.int64)]
 
