@@ -75,6 +75,7 @@ def quantization_config(packed, ignore):
     """
     sizes = group_sizes(packed)
     for name, weight in packed.items():
+        check_integers(name, weight, METHOD)
         if weight.bits != 4:
             raise ValueError(f"{name} has {weight.bits} bits, and awq holds 4; save it as gptq or "
                              "compressed-tensors")
@@ -82,7 +83,6 @@ def quantization_config(packed, ignore):
             raise ValueError(f"{name} is quantized, and awq keeps it dense; save it as gptq or "
                              "compressed-tensors")
         check_order(name, weight, METHOD)
-        check_integers(name, weight, METHOD)
         check_whole_words(name, weight, METHOD, inputs=False)
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the layers have group sizes {sorted(set(sizes.values()))} (-1: the whole row), and "
