@@ -191,8 +191,8 @@ def test_a_float_model_on_a_table(tmp_path, kind):
 @pytest.mark.parametrize(("hidden", "block"), [(96, 32), (192, 64), (256, 256)])
 def test_rows_that_are_no_block_are_written_in_blocks_that_the_tool_has(tmp_path, hidden, block):
     """bitsandbytes takes blocks of 32, 64 and so on to 4096 only, and each layer may have its own."""
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=320, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=1, vocab_size=30)
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=320, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, vocab_size=30)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
     ours = qzo.from_pretrained(tmp_path / "float", device="cpu", group_size=-1, table="nf4")
     qzo.save_pretrained(ours, tmp_path / "out")
@@ -269,9 +269,10 @@ def test_integers_are_no_table(tmp_path):
 
 
 def test_rows_that_no_block_divides_are_refused(tmp_path):
-    LlamaForCausalLM(LlamaConfig(hidden_size=80, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2,
-                                 vocab_size=30)).save_pretrained(tmp_path / "float")
-    with pytest.raises(ValueError, match=r"groups that blocks of 32 to 4096 weights fill; .* in groups of 80"):
+    config = LlamaConfig(hidden_size=80, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2,
+                         vocab_size=30)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
+    with pytest.raises(ValueError, match=r"blocks of 32 to 4096 weights fill; .* in groups of 80"):
         qzo.from_pretrained(tmp_path / "float", device="cpu", group_size=-1, table="nf4")
 
 

@@ -193,8 +193,8 @@ def quantization_config(packed, ignore):
     kinds = {known.get(weight.table) for weight in packed.values()}
     if len(kinds) > 1 or None in kinds or not all(_block(weight) for weight in packed.values()):
         sizes = sorted({weight.group_size for weight in packed.values()})
-        raise ValueError("bitsandbytes holds layers that all have the table nf4 or all fp4, in groups that blocks of "
-                         f"{_BLOCKS[0]} to {_BLOCKS[-1]} weights fill; these have "
+        raise ValueError("bitsandbytes holds layers that all have the table nf4 or all fp4, in groups that "
+                         f"blocks of {_BLOCKS[0]} to {_BLOCKS[-1]} weights fill; these have "
                          f"{' and '.join(sorted(kind or 'other codes' for kind in kinds))} in groups of "
                          f"{', '.join(map(str, sizes))}")
     return {"quant_method": METHOD, "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kinds.pop(),
@@ -215,7 +215,8 @@ def entries(name, weight, quantization, dtype):
     """The tensors of a layer for a new file, as safetensors_file.write takes them; absmax in float32."""
     n, k, block = weight.out_features, weight.in_features, _block(weight)
     kind = quantization["bnb_4bit_quant_type"]
-    state = {"quant_type": kind, "blocksize": block, "dtype": str(dtype).removeprefix("torch."), "shape": [n, k]}
+    state = {"quant_type": kind, "blocksize": block, "dtype": str(dtype).removeprefix("torch."),
+             "shape": [n, k]}
     made = [
         ("weight", torch.uint8, (n * k // 2, 1), lambda: _nibbles(weight)),
         (SCALES, torch.float32, (n * k // block,),

@@ -1,10 +1,10 @@
-"""Whether the aqlm library, through transformers, loads what qzo saves of AQLM folders, with the weights that qzo has.
+"""Whether the aqlm library, through transformers, loads what qzo saves, with the weights that qzo has.
 
 By hand, where the library is installed:  python -m tests.interop.aqlm
-Seen to pass with aqlm 1.1.7 (its cpu extra), transformers 5.24.0, accelerate 1.15.0 and torch 2.13.0, on a CPU.
+Seen to pass with aqlm 1.1.7 (its cpu extra), transformers 5.24.0, accelerate 1.15.0, torch 2.13.0, on a CPU.
 
-Each folder is read by both; qzo's model is trained one step, its codebooks too in half of the cases, and saved, and the
-library reads that. Its weights are what its _dequantize_weight makes of the tensors it has loaded.
+Each folder is read by both; qzo's model is trained one step, its codebooks too in half of the cases, and
+saved, and the library reads that. Its weights are what its _dequantize_weight makes of the tensors it loaded.
 """
 import tempfile
 import warnings
@@ -26,7 +26,7 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 OWN = ["aqlm-1x12-g8", "aqlm-2x8-g8"]
 MADE = {"one codebook of 16 bits": (1, 16), "one of 8 bits": (1, 8), "three of 8 bits": (3, 8),
         "two of 6 bits": (2, 6)}
-WEIGHTS, LOGITS = 4e-7, 2e-5                  # float32 sums of a few entries in another order; float32 products
+WEIGHTS, LOGITS = 4e-7, 2e-5                  # float32 sums of a few entries in any order; float32 products
 ROUNDED = 2 * 2.0**-11                        # scales and codebooks, each once, to a file's float16
 IDS = torch.arange(1, 25).view(2, 12)
 
@@ -41,14 +41,14 @@ def in_float32(folder):
 
 
 def weights_of(model):
-    """name -> float32 [N, K]. Before the first forward, which with 256 entries turns the codes of a layer around."""
-    return {name: _dequantize_weight(unpack_int_data(layer.codes.data, layer.nbits_per_codebook), layer.codebooks.data,
-                                     layer.scales.data)
+    """name -> float32 [N, K]. Before a forward: the first turns codes of 256 entries around."""
+    return {name: _dequantize_weight(unpack_int_data(layer.codes.data, layer.nbits_per_codebook),
+                                     layer.codebooks.data, layer.scales.data)
             for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
 def worst(found, ours):
-    """The largest relative error of the library's weights against a model of qzo's that has the same layers."""
+    """The largest relative error of the library's weights against a model of qzo's with the same layers."""
     mine = quantized(ours)
     if found.keys() != mine.keys():
         raise SystemExit(f"the library has the layers {sorted(found)}, qzo {sorted(mine)}")
@@ -80,8 +80,8 @@ def expected(folder):
 
 
 def check(source, out, codebooks):
-    """Whether the library agrees: on what is read, on what is saved after a step, and with the model that was trained;
-    and whether the step moved everything."""
+    """Whether the library agrees on what is read, on what is saved after a step, and with the model that was
+    trained; and whether the step moved everything."""
     model, theirs = qzo.from_pretrained(source, device="cpu"), in_float32(source)
     found = {"read": worst(weights_of(theirs), model) < WEIGHTS and logits_differ(theirs, model) < LOGITS}
     if codebooks:

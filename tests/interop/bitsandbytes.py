@@ -3,9 +3,9 @@
 By hand, where the library is installed:  python -m tests.interop.bitsandbytes
 Seen to pass with bitsandbytes 0.50.2, transformers 5.24.0, accelerate 1.15.0 and torch 2.13.0, on a CPU.
 
-Each folder is read by both; qzo's model is trained one step and saved, and the library reads that too. A weight is
-equal if what the library's dequantize_4bit gives, in the dtype that the layer's quant_state names, is that of qzo's
-model rounded once to that dtype.
+Each folder is read by both; qzo's model is trained one step and saved, and the library reads that too. A
+weight is equal if what the library's dequantize_4bit gives, in the dtype that the layer's quant_state names,
+is that of qzo's model rounded once to that dtype.
 """
 import tempfile
 import warnings
@@ -21,15 +21,16 @@ from tests import tiny
 from tests.checkpoints import quantized, relative_error
 
 FIXTURE = Path(__file__).parent.parent / "fixtures/bnb-nf4"
-MADE = {                                      # name: (table, double quantization, storage, dtype of the float model)
+MADE = {                                  # name: (table, double quantization, storage, dtype of the floats)
     "nf4": ("nf4", False, torch.uint8, torch.float32),
     "fp4": ("fp4", False, torch.uint8, torch.float32),
     "nf4, double": ("nf4", True, torch.uint8, torch.bfloat16),
     "fp4, double": ("fp4", True, torch.uint8, torch.float16),
     "nf4, bfloat16 storage": ("nf4", False, torch.bfloat16, torch.bfloat16)}
-QUANTIZED = {                                 # name: (table, group size[, width]) for qzo quantize
-    "nf4": ("nf4", 64), "fp4": ("fp4", 64), "nf4, groups of 32": ("nf4", 32), "nf4, groups of 128": ("nf4", 128),
-    "nf4, whole rows": ("nf4", -1), "nf4, whole rows of 192": ("nf4", -1, 192)}
+QUANTIZED = {                             # name: (table, group size[, width]) for qzo quantize
+    "nf4": ("nf4", 64), "fp4": ("fp4", 64), "nf4, groups of 32": ("nf4", 32),
+    "nf4, groups of 128": ("nf4", 128), "nf4, whole rows": ("nf4", -1),
+    "nf4, whole rows of 192": ("nf4", -1, 192)}
 LOGITS = 2e-5                                 # both compute in float32
 IDS = torch.arange(24).view(2, 12)
 
@@ -47,15 +48,15 @@ def made(folder, kind, double, storage, dtype):
 def by_the_command(folder, table, size, hidden=128):
     """A folder that `qzo quantize` writes."""
     tiny.save_checkpoint(folder / "float", hidden)
-    status = command(["quantize", str(folder / "float"), "--output-dir", str(folder / "quantized"), "--table", table,
-                      "--group-size", str(size), "--json"])
+    status = command(["quantize", str(folder / "float"), "--output-dir", str(folder / "quantized"),
+                      "--table", table, "--group-size", str(size), "--json"])
     if status:
         raise SystemExit(f"qzo quantize --table {table} --group-size {size} ended with {status}")
     return folder / "quantized"
 
 
 def in_float32(folder):
-    """The library's model, set to compute in float32: transformers leaves dense tensors in the file's dtype."""
+    """The library's model, computing in float32: transformers leaves dense tensors in the file's dtype."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -67,7 +68,7 @@ def in_float32(folder):
 
 
 def check(folder, ours):
-    """(error of the library's logits, how many of its weights are equal, of how many) against a model of qzo's."""
+    """(error of the library's logits, how many weights are equal, of how many) against a model of qzo's."""
     theirs, equal = in_float32(folder), 0
     for name, layer in quantized(ours).items():
         weight = theirs.get_submodule(name).weight
@@ -101,8 +102,8 @@ def main():
             saved = check(out, model)
             failures += any(error > LOGITS or equal < count for error, equal, count in (read, saved))
             failures += moved < saved[2]
-            print(f"{name:40} as it is: logits {read[0]:.1e}, {read[1]} of {read[2]} weights equal; saved: {moved} "
-                  f"layers moved, logits {saved[0]:.1e}, {saved[1]} of {saved[2]} weights equal")
+            print(f"{name:40} as it is: logits {read[0]:.1e}, {read[1]} of {read[2]} weights equal; saved: "
+                  f"{moved} layers moved, logits {saved[0]:.1e}, {saved[1]} of {saved[2]} weights equal")
     return failures
 
 
