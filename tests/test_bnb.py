@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qzo
 from qzo.formats import bnb
@@ -188,6 +188,25 @@ def test_a_float_model_on_a_table(tmp_path, kind):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize(("hidden", "block"), [(96, 32), (192, 64), (256, 256)])
+def test_rows_that_are_no_block_are_written_in_blocks_that_the_tool_has(tmp_path, hidden, block):
+    """bitsandbytes takes blocks of 32, 64 and so on to 4096 only, and each layer may have its own."""
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=320, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, vocab_size=30)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
+    ours = qzo.from_pretrained(tmp_path / "float", device="cpu", group_size=-1, table="nf4")
+    qzo.save_pretrained(ours, tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    sizes = {"mlp.gate_proj": block, "mlp.down_proj": 64}                     # 320 = 5 x 64
+    for name, size in {f"model.layers.0.{leaf}": size for leaf, size in sizes.items()}.items():
+        state = json.loads(bytes(tensors[f"{name}.weight.quant_state.bitsandbytes__nf4"].tolist()))
+        assert state["blocksize"] == size
+        assert_same_bits(decoded(tensors, f"{name}.weight"), ours.get_submodule(name).dequantize())
+    again = qzo.from_pretrained(tmp_path / "out", device="cpu")
+    ids = torch.arange(1, 13).view(1, 12)
+    torch.testing.assert_close(again(ids).logits, ours(ids).logits)
+
+
 def test_the_derivative_of_a_table_layer():
     layer = qzo.QZOLinear.from_linear(torch.nn.Linear(128, 24), group_size=64, table="nf4")
     x, eps = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)), 3e-2
@@ -244,9 +263,17 @@ def test_configs_that_are_refused(tmp_path, config, message):
 def test_integers_are_no_table(tmp_path):
     tiny.save_checkpoint(tmp_path / "float")
     model = qzo.from_pretrained(tmp_path / "float", device="cpu", group_size=32)
-    with pytest.raises(ValueError, match="all fp4, in groups of one size; these have other codes in groups of 32"):
+    with pytest.raises(ValueError, match=r"all fp4, in groups .*; these have other codes in groups of 32"):
         qzo.export(model, tmp_path / "out", format="bitsandbytes")
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_no_block_divides_are_refused(tmp_path):
+    config = LlamaConfig(hidden_size=80, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2,
+                         vocab_size=30)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
+    with pytest.raises(ValueError, match=r"blocks of 32 to 4096 weights fill; .* in groups of 80"):
+        qzo.from_pretrained(tmp_path / "float", device="cpu", group_size=-1, table="nf4")
 
 
 def test_an_unknown_table_is_named():

@@ -25,6 +25,7 @@ METHOD = "bitsandbytes"
 SCALES = "weight.absmax"
 _STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in NAMED)
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)    # bitsandbytes refuses others
 _PARTS = (SCALES, "weight", "weight.quant_map", *_STATES, *_NESTED)
 
 
@@ -187,27 +188,39 @@ def _as_bytes(state):
 
 
 def quantization_config(packed, ignore):
-    """The quantization_config of layers {name: PackedWeight} that all have the table nf4 or fp4 in one group size."""
+    """The quantization_config of layers {name: PackedWeight} that all have the table nf4 or all fp4."""
     known = {table: kind for kind, table in NAMED.items()}
     kinds = {known.get(weight.table) for weight in packed.values()}
-    sizes = {weight.group_size for weight in packed.values()}
-    if len(kinds) > 1 or None in kinds or len(sizes) > 1:
-        raise ValueError("bitsandbytes holds layers that all have the table nf4 or all fp4, in groups of one size; "
-                         f"these have {' and '.join(sorted(kind or 'other codes' for kind in kinds))} in groups of "
-                         f"{', '.join(map(str, sorted(sizes)))}")
+    if len(kinds) > 1 or None in kinds or not all(_block(weight) for weight in packed.values()):
+        sizes = sorted({weight.group_size for weight in packed.values()})
+        raise ValueError("bitsandbytes holds layers that all have the table nf4 or all fp4, in groups that "
+                         f"blocks of {_BLOCKS[0]} to {_BLOCKS[-1]} weights fill; these have "
+                         f"{' and '.join(sorted(kind or 'other codes' for kind in kinds))} in groups of "
+                         f"{', '.join(map(str, sizes))}")
     return {"quant_method": METHOD, "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kinds.pop(),
             "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "float16", "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": ignore}
 
 
+def _block(weight):
+    """The size of the blocks that a layer's groups are written in; 0 where none fills them.
+
+    A whole row of a size that the tool lacks is written as several blocks of one absmax, which is exact.
+    """
+    size = weight.group_size
+    return size if size in _BLOCKS else max((group for group in GROUPS if size % group == 0), default=0)
+
+
 def entries(name, weight, quantization, dtype):
     """The tensors of a layer for a new file, as safetensors_file.write takes them; absmax in float32."""
-    n, k, groups = weight.out_features, weight.in_features, weight.scales.shape[0]
+    n, k, block = weight.out_features, weight.in_features, _block(weight)
     kind = quantization["bnb_4bit_quant_type"]
-    state = {"quant_type": kind, "blocksize": k // groups, "dtype": str(dtype).removeprefix("torch."), "shape": [n, k]}
+    state = {"quant_type": kind, "blocksize": block, "dtype": str(dtype).removeprefix("torch."),
+             "shape": [n, k]}
     made = [
         ("weight", torch.uint8, (n * k // 2, 1), lambda: _nibbles(weight)),
-        (SCALES, torch.float32, (n * groups,), lambda: weight.scales.T.cpu().reshape(-1)),
+        (SCALES, torch.float32, (n * k // block,),
+         lambda: weight.scales.T.cpu().reshape(-1).repeat_interleave(weight.group_size // block)),
         ("weight.quant_map", torch.float32, (16,), lambda: torch.tensor(weight.table)),
         (f"weight.quant_state.bitsandbytes__{kind}", *_as_bytes(state)),
     ]
