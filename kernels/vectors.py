@@ -1,4 +1,4 @@
-"""Codes that stand for vectors of eight weights, sums of codebook entries (AQLM, arXiv 2401.06118, equation 2).
+"""Codes that stand for vectors of eight weights, sums of codebook entries (AQLM, arXiv 2401.06118, section 3).
 
     W[n, 8j + i] = p[n] * sum over c of codebooks[c, code[n, j, c], i]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qzo.kernels import dequantize, vectors
+from qzo.kernels import dequantize, lookup, qmm, tiles, vectors
 from tests import oracle
 from tests.close import assert_same_bits
 from tests.matmuls import TILE, Matmul
@@ -115,6 +115,36 @@ def test_inline_ptx(two, bits, dtype):
         want = oracle.vector_weight(codes[:, None], ones, own, bits).float()
         got = torch.stack([value_of(r, dtype).view(-1, 2) for r in registers], 1).flatten(1)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kernel", [qmm._qmm_kernel, dequantize._dequantize_kernel], ids=lambda k: k.fn.__name__)
+def test_the_parameter_that_assembly_names_is_the_codebooks(kernel):
+    """PTX numbers what is passed at run time: pointers only stand before this one, none of which Triton leaves out."""
+    books = torch.zeros(2, 256, 8, dtype=torch.float16)
+    _, constants = lookup.lookups(kernel, None, torch.float16, None, False, books)
+    name, number = re.search(r"\[(\w+)_param_(\d+)\]", constants["TABLE"]).groups()
+    assert name == kernel.fn.__name__
+    before = kernel.arg_names[:int(number) + 1]
+    assert before[-1] == "entries_ptr"
+    assert all(argument.endswith("_ptr") for argument in before)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_one_program_reads_the_codes_of_a_pair(monkeypatch, rows):
+    """Of few rows: what bench/sass.py sees read once by a program is read by one program for each part of K."""
+    grids, matmul = [], Matmul(k=512, group=0, books=2, bits=8, rows=rows, seeds=(5, 5), coefs=(0.1, -0.1), pair=True)
+
+    class Recorder:
+        fn, arg_names = qmm._qmm_kernel.fn, qmm._qmm_kernel.arg_names
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *a, **k: None
+    monkeypatch.setattr(qmm, "_qmm_kernel", Recorder())
+    for arch in tiles.PROCESSORS:
+        matmul.kernel(tiles.pick(rows, matmul.n, 512, 512, torch.float16, arch, bits=8, lookup="vectors"))
+    assert len(grids) == len(tiles.PROCESSORS)
+    assert {row_blocks for _, row_blocks, _ in grids} == {1}
 
 
 MATMULS = [Matmul(k=256, group=0, books=2, bits=8), Matmul(k=128, group=0, books=1, bits=12, law="ih4", bias=True),
