@@ -201,20 +201,25 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
     def _qmm_scratch(self, x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype,
-                     shared=False, pair=False, blas=False, bits=4, table=None, exact=False, codebooks=None):
+                     shared=False, pair=False, blas=False, bits=4, table=None, exact=False, codebooks=None,
+                     book4=-1):
         m, k = x.shape
         n = scales.shape[1]
+        cast = 0
+        if codebooks is not None and (book4 >= 0 or codebooks.dtype != x.dtype):
+            cast += codebooks.numel() * x.element_size()
         if self.device == "cpu":
-            return qmm_torch.scratch_bytes(m, n, k, group, seeds.numel(), x.dtype, law, shared,
+            cast += codebooks.numel() * 4 if codebooks is not None and x.dtype != torch.float32 else 0
+            return cast + qmm_torch.scratch_bytes(m, n, k, group, seeds.numel(), x.dtype, law, shared,
                                            scales.untyped_storage().nbytes(), self.threads, table=table is not None,
-                                           books=0 if codebooks is None else codebooks.shape[-3], bits=bits)
+                                           books=0 if codebooks is None else len(codebooks), bits=bits)
         if blas and m // seeds.numel() >= tiles.BLAS_FROM:
-            return dequantize.scratch_bytes(n, k, x.dtype)
+            return cast + dequantize.scratch_bytes(n, k, x.dtype)
         points = None if zeros is None else zeros.dtype
         tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits,
                           lookup_of(table, exact, codebooks))
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
-        return copy + qmm.scratch_bytes(m, n, k, group, tile, points)
+        return cast + copy + qmm.scratch_bytes(m, n, k, group, tile, points)
 
 
 class _OneAttention(TorchFunctionMode):

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import codes, dequantize, noise, qmm, tiles, update, vectors
+from ..kernels import codes, dequantize, noise, perturb, qmm, tiles, update, vectors
 from . import cases
 
 ARCHES = tuple(tiles.PROCESSORS)
@@ -27,6 +27,7 @@ KERNELS = {
     "dequantize": dequantize._dequantize_kernel,
     "update": update._update_kernel,
     "update_rows": update._update_rows_kernel,
+    "perturb": perturb._perturb_kernel,
 }
 
 ROWS = tuple(sorted({*cases.ROWS, 32}))
@@ -38,7 +39,7 @@ ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
 CODES = {  # those that are timed, and what else has code of its own
     **cases.CODES,
     "nf4-exact": cases.CODES["nf4"],
-    "aqlm-3x8": cases.Codes(8, "", group=-1, books=3),
+    "aqlm-5x8": cases.Codes(8, "", group=-1, books=5),
 }
 
 
@@ -97,7 +98,7 @@ class Launch:
         held = {names[i]: value for i, value in self.constants}
         held.pop("ROUNDS_", None)
         if self.kernel != "qmm":
-            held |= {name: bool(held[name]) for name in ("TABLE", "LAST") if name in held}
+            held |= {name: bool(held[name]) for name in ("HEAD", "STEP", "TABLE", "LAST") if name in held}
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
         group = "row" if held["WHOLE_ROW"] else held["GROUP"]
@@ -254,9 +255,19 @@ def chunks(
 
 
 def updates(arch, laws=tuple(noise.VERSIONS)):
-    """The launches of the update kernel: each law, relative and absolute, both widths of the quad number."""
+    """The launches of the kernels that update scales and perturb codebooks: each law, relative and absolute, both
+    widths of the quad number."""
     with recorded(arch) as launches:
         for law, relative, wide in itertools.product(laws, (True, False), (False, True)):
+            perturb.launch(
+                _meta(4096, 4),
+                _meta(1, dtype=torch.int64),
+                _meta(1),
+                _meta(4096, 4, dtype=torch.float16),
+                base4=qmm.WIDE_FROM if wide else 0,
+                law=noise.LAWS[law],
+                relative=relative,
+            )
             update.launch(
                 _meta(1, 4096, 4),
                 _meta(2, dtype=torch.int64),
@@ -347,7 +358,7 @@ OTHER_CODES = {
     "codes": ("int2", "int8", "nf4", "nf4-exact"),
 }
 VECTORS = {
-    "codes": ("aqlm-1x16", "aqlm-2x8", "aqlm-3x8"),
+    "codes": ("aqlm-1x16", "aqlm-2x8", "aqlm-5x8"),
     "rows": (16, 64, 512),
     "group": (WHOLE_ROW,),
     "k": (4096, 576),

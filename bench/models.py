@@ -123,7 +123,8 @@ def quantizable(model):
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What a layer's memory depends on, beside its shape. zeros: None or the dtype of stored zero points; ordered: its
-    columns are sorted by group (act-order); books: codebooks, of 2^bits vectors."""
+    columns are sorted by group (act-order); books: codebooks, of 2^bits vectors in
+    book_dtype."""
 
     group_size: int
     zeros: torch.dtype | None = None
@@ -131,6 +132,7 @@ class Form:
     table: tuple | None = None
     ordered: bool = False
     books: int = 0
+    book_dtype: torch.dtype = torch.float16
 
 
 def form_of(packed):
@@ -138,7 +140,7 @@ def form_of(packed):
     zeros = None if packed.zeros is None else packed.zeros.dtype
     books = 0 if packed.codebooks is None else len(packed.codebooks)
     return Form(packed.in_features if books else packed.group_size, zeros, packed.bits, packed.table,
-                packed.perm is not None, books)
+                packed.perm is not None, books, packed.codebooks.dtype if books else Form.book_dtype)
 
 
 def quantize_empty(model, wanted, cpu=False):
@@ -151,7 +153,7 @@ def quantize_empty(model, wanted, cpu=False):
         k, n = linear.in_features, linear.out_features
         group = check_group_size(form.group_size, k)
         packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table, books=form.books,
-                                      dtype=linear.weight.dtype)
+                                      dtype=form.book_dtype)
         packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if form.ordered else None
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))

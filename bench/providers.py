@@ -187,7 +187,7 @@ def _float16_scales(problem):
 def _dequantized_product(x, packed, scales):
     k, (groups, n) = packed.in_features, scales.shape
     if packed.books:
-        w = vector_rows(packed.codes, k, 0, n, packed.codebooks, x.dtype)
+        w = vector_rows(packed.codes, k, 0, n, packed.codebooks.float(), x.dtype)
     elif packed.table is not None:
         w = table_entries(packed.codes, k, 0, n, packed.table, x.dtype)
     else:

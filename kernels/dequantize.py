@@ -32,7 +32,8 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, entries_ptr, w_ptr, see
                        BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
                        LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
                        ZERO_: tl.constexpr, ASM: tl.constexpr, BOOKS: tl.constexpr, PASSES: tl.constexpr,
-                       TABLE: tl.constexpr, LAST: tl.constexpr, ROUNDS_: tl.constexpr):
+                       HEAD: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr,
+                       ROUNDS_: tl.constexpr):
     """w [rows, K] = output rows start .. start + rows under evaluation e; grid = (cdiv(rows, BN), quads of groups)."""
     DT: tl.constexpr = w_ptr.dtype.element_ty
     PER_TILE: tl.constexpr = 128 // GROUP           # groups in a tile of 128 k
@@ -65,11 +66,12 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, entries_ptr, w_ptr, see
     for tt in tl.static_range(PERIOD):
         t = quad * PERIOD + tt
         words = word_pointers(codes_ptr, tl.minimum(t, tiles - 1), N, n, WORDS, 16 if BOOKS or BITS == 2 else 32)
-        w0, w1, w2, w3 = load_planes(words, entries_ptr, 0, BN, BITS, BOOKS, DT, TABLE if PASSES > 1 else LAST, ASM)
+        w0, w1, w2, w3 = load_planes(words, entries_ptr, 0, BN, BITS, BOOKS, DT,
+                                     HEAD + (TABLE if PASSES > 1 else LAST), ASM)
         planes = (w0.to(tl.float32), w1.to(tl.float32), w2.to(tl.float32), w3.to(tl.float32))
         for turn in tl.static_range(1, PASSES):
             w0, w1, w2, w3 = load_planes(words, entries_ptr, turn, BN, BITS, BOOKS, DT,
-                                         TABLE if turn < PASSES - 1 else LAST, ASM)
+                                         HEAD + STEP * turn + (TABLE if turn < PASSES - 1 else LAST), ASM)
             planes = (planes[0] + w0, planes[1] + w1, planes[2] + w2, planes[3] + w3)
         for j in tl.static_range(4):
             w = planes[j]
@@ -92,8 +94,7 @@ def launch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law
     whole_row = group not in tiles.GROUPS or group == k
     period = 4 * (128 if whole_row else group) // TILE_K
     zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
-    own = codebooks[e] if codebooks is not None and codebooks.dim() == 4 else codebooks
-    entries, lookup = lookups(_dequantize_kernel, scales, w.dtype, table, exact, own)
+    entries, lookup = lookups(_dequantize_kernel, scales, w.dtype, table, exact, codebooks)
     _dequantize_kernel[(triton.cdiv(rows, BLOCK), triton.cdiv(count, period))](
         codes, scales, scales if zeros is None else zeros, entries, w, seeds, coefs, e, base4, start, rows, n, k,
         k // group, count, BN=BLOCK, BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
@@ -117,7 +118,7 @@ def dequantize_torch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, 
         p = perturb_torch(p, raw, coefs[e], relative)
     p = p.permute(1, 0, 2).reshape(rows, -1)[:, :k // group]
     if codebooks is not None:
-        codes = vector_rows(codes, k, start, start + rows, codebooks[e] if codebooks.dim() == 4 else codebooks, w.dtype)
+        codes = vector_rows(codes, k, start, start + rows, codebooks.float(), w.dtype)
     elif table is not None:
         codes = table_entries(codes, k, start, start + rows, table, w.dtype, exact)
     else:

@@ -91,7 +91,8 @@ def _choose(minus, s, r, PAIR: tl.constexpr):
         return s[:, None]
 
 
-@triton.jit(do_not_specialize=["base4", "R", "M", "G", "tiles", "tiles_per_split"])
+@triton.jit(do_not_specialize=["base4", "R", "M", "G", "tiles", "tiles_per_split"],
+            do_not_specialize_on_alignment=["seeds_ptr", "coefs_ptr"])
 def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
                 base4: tl.int64, R: tl.int32, M: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
                 tiles: tl.int32, tiles_per_split: tl.int32,
@@ -99,7 +100,7 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, 
                 LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
                 ZERO: tl.constexpr, RATIO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr,
                 BIAS: tl.constexpr, MASK_K: tl.constexpr, BOOKS: tl.constexpr, PASSES: tl.constexpr,
-                TABLE: tl.constexpr, LAST: tl.constexpr, ROUNDS_: tl.constexpr):
+                HEAD: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr, ROUNDS_: tl.constexpr):
     """grid = (cdiv(N, BN), row blocks, splits); a tile holds rows of one evaluation, or of a pair.
 
     All outputs of a row block run side by side: x is then read from memory once, and the codes, a quarter of its
@@ -113,7 +114,7 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, 
     column has is known from the accumulator's register and costs no instruction. SPLIT: y_ptr is float32
     [splits, M, N]. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-m) x - (zero-m) sum x),
     m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K. BOOKS, PASSES,
-    TABLE, LAST and entries_ptr: what codes stand for, see lookup.lookups.
+    HEAD, STEP, TABLE, LAST and entries_ptr: what codes stand for, see lookup.lookups.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     DEPTH: tl.constexpr = GROUP if DEEP else 32     # k of one dot
@@ -199,7 +200,7 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, 
         partial = acc
         for turn in tl.static_range(PASSES):
             w0, w1, w2, w3 = load_planes(cp, entries_ptr, turn, BN, BITS, BOOKS, DT,
-                                         TABLE if turn < PASSES - 1 else LAST, ASM)
+                                         HEAD + STEP * turn + (TABLE if turn < PASSES - 1 else LAST), ASM)
             if ZERO == 1:
                 g = tl.minimum(t * PER_TILE, G - 1)
                 g1 = tl.minimum(t * PER_TILE + 1, G - 1)
@@ -354,14 +355,8 @@ def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
     asm: unpack with inline PTX (NVIDIA, 16-bit x), else with its plain twin. shared: one z per output row.
     pair: seeds[2e] == seeds[2e + 1] for every e, so that one reading of the codes may serve both.
     table: sixteen floats that 4-bit codes stand for; zeros is None then. exact: without rounding them to x's dtype.
-    codebooks: [C, 2^bits, 8] in x's dtype, or [E, C, 2^bits, 8], a set for each evaluation: each has launches of its
-    own then.
+    codebooks: [C, 2^bits, 8] in x's dtype, on 16 bytes, that codes of `bits` choose from; no zeros and no table then.
     """
-    if codebooks is not None and codebooks.dim() == 4:
-        for e, (own, rows, out) in enumerate(zip(codebooks, x.chunk(len(seeds)), y.chunk(len(seeds)), strict=True)):
-            launch(rows, codes, scales, zeros, bias, seeds[e:e + 1], coefs[e:e + 1], out, base4=base4, group=group,
-                   law=law, relative=relative, tile=tile, asm=asm, shared=shared, bits=bits, codebooks=own)
-        return
     m, k = x.shape
     n = codes.shape[1]
     groups = k // group

@@ -100,7 +100,7 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
     limit = _noise_limit(scales.untyped_storage().nbytes())
     quads = 1 if shared else len(scales)                                # of noise, for an output row
     per_block = max(1, limit // (quads * len(turns) * step))
-    one_set = codebooks is None or codebooks.dim() == 3
+    books = None if codebooks is None else codebooks.float()
     direct = y.dtype == torch.float32 and rows * n % 16 == 0       # every block of y starts on a 64-byte boundary
 
     def run(first, last):
@@ -115,7 +115,7 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
                 end = min(start + per_block * step, last)
                 raws = _raw_block(law, distinct, base4, quads, n, start, end, limit)
             if codebooks is not None:
-                unpacked = vector_rows(codes, k, start, stop, codebooks if one_set else codebooks[0], x.dtype)
+                unpacked = vector_rows(codes, k, start, stop, books, x.dtype)
             elif table is not None:
                 unpacked = table_entries(codes, k, start, stop, table, x.dtype, exact)
             else:
@@ -130,8 +130,6 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
             for turn, raw in zip(turns, raws, strict=True):
                 here = None if raw is None else raw[:, start - origin:stop - origin]
                 for e in turn:
-                    if not one_set and e:
-                        unpacked = vector_rows(codes, k, start, stop, codebooks[e], x.dtype).view(unpacked.shape)
                     if here is not None and not shared:
                         torch.mul(unpacked, _by_group(perturb_torch(s, here, coef_list[e], relative), w), out=w)
                     target = y[e * rows:(e + 1) * rows, start:stop]

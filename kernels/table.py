@@ -4,7 +4,8 @@
 
 The table is rounded once, to the type of the activations; the scale meets the float32 accumulator as everywhere.
 Exact tables are an option: the entries as a sum of two numbers of that type, the second for what rounding the first
-left, each with a pass of its own over the tile (float16: 2^-23 of an entry is left, bfloat16: 2^-17).
+left, each with a pass of its own over the tile. Of an entry 2^-22 is left in float16 (but not less than 2^-25 of 1, the
+half of its smallest number), 2^-16 in bfloat16.
 NF4: QLoRA, arXiv 2305.14314, appendix E; FP4 as bitsandbytes orders its codes.
 """
 import functools

@@ -13,6 +13,8 @@ code 0, and x with zeros. A CPU keeps the same words.
 Arithmetic: the entries in the type of the activations; those of a word are added and rounded to it once; the sums of
 different words meet in the float32 accumulator.
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -69,11 +71,11 @@ def in_range(words, books, bits):
 def vector_rows(words, k, start, stop, codebooks, dtype):
     """float32 [stop - start, K]: the sums of entries, rounded as the kernel in `dtype` has them, of some output rows.
 
-    codebooks: [C, 2^bits, 8]
+    codebooks: float32 [C, 2^bits, 8], whose entries are exact in dtype
     """
     books, entries, _ = codebooks.shape
     codes = unpack_vectors(words[:, start:stop], k, books, entries.bit_length() - 1).flatten(0, 1)
-    flat = codebooks.to(dtype).to(torch.float32).flatten(0, 1)
+    flat = codebooks.flatten(0, 1)
     codes += torch.arange(0, books * entries, entries, dtype=torch.int32, device=codes.device)
     each = 2 if entries <= 256 else 1
     sums = None
@@ -99,15 +101,18 @@ def decoding_bytes(rows, k, books, bits):
 # The codebooks' address comes from the kernel's own parameter, by its name in PTX: Triton keeps only assembly of one
 # operand in the layout of the tensor core's registers, and sends the planes through shared memory where there are two.
 
-_SINGLE = """{{
-.reg .b32 i; .reg .b64 p, base;
-ld.param.u64 base, [{parameter}]; add.u64 base, base, {first};
-and.b32 i, $8, 0xffff; mad.wide.u32 p, i, 16, base; ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [p];
-shr.u32 i, $8, 16; mad.wide.u32 p, i, 16, base; ld.global.nc.v4.b32 {{$4, $5, $6, $7}}, [p];
-}}"""
-_DOUBLE = """{{
+# A word's text is HEAD, STEP once for every word before it, then ONE or TWO, for as many codes as it holds.
+
+_HEAD = """{{
 .reg .b32 i, x<4>, y<4>, one; .reg .b64 p, base;
-ld.param.u64 base, [{parameter}]; add.u64 base, base, {first};
+ld.param.u64 base, [{parameter}];
+"""
+_STEP = "add.u64 base, base, {size};\n"
+_ONE = """
+and.b32 i, $8, 0xffff; mad.wide.u32 p, i, 16, base; ld.global.nc.v4.b32 {$0, $1, $2, $3}, [p];
+shr.u32 i, $8, 16; mad.wide.u32 p, i, 16, base; ld.global.nc.v4.b32 {$4, $5, $6, $7}, [p];
+}"""
+_TWO = """
 mov.b32 one, 0x3f803f80;
 and.b32 i, $8, 0xff; mad.wide.u32 p, i, 16, base; ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [p];
 bfe.u32 i, $8, 8, 8; mad.wide.u32 p, i, 16, base; ld.global.nc.v4.b32 {{x0, x1, x2, x3}}, [p + {second}];
@@ -118,25 +123,19 @@ shr.u32 i, $8, 24; mad.wide.u32 p, i, 16, base; ld.global.nc.v4.b32 {{y0, y1, y2
 _ADD = {torch.float16: "add.rn.f16x2 ${0}, ${0}, {1};", torch.bfloat16: "fma.rn.bf16x2 ${0}, ${0}, one, {1};"}
 
 
-def ptx(bits, dtype, two, book, parameter):
-    """Inline PTX from a register of two words to eight of two weights in `dtype`.
+@functools.cache
+def vector_texts(books, bits, dtype, parameter):
+    """(HEAD, STEP, text of a word, of the last word): inline PTX from a register of two words to eight of two weights.
 
-    two: whether a word holds two codes; book: of the first; parameter: the kernel's that points to the codebooks.
+    parameter: the kernel's that points to the codebooks, in `dtype`. In float32, without assembly: marks.
     """
-    add = "".join(_ADD[dtype].format(i, f"{'xy'[i // 4]}{i % 4}") for i in range(8))
-    text = _DOUBLE if two else _SINGLE
-    return text.format(parameter=parameter, first=book * 16 << bits, second=16 << bits, add=add)
-
-
-def vector_texts(codebooks, dtype, parameter):
-    """What a kernel is compiled with, a text for each word of a vector: a mark where it has no assembly."""
-    books, entries, _ = codebooks.shape
-    bits = entries.bit_length() - 1
-    words = range(words_of(books, bits))
     if dtype == torch.float32:
-        return tuple("read" for _ in words)
-    each = 2 if bits <= 8 else 1
-    return tuple(ptx(bits, dtype, bits <= 8 and 2 * w + 1 < books, each * w, parameter) for w in words)
+        return "", "", "read", "read"
+    add = "".join(_ADD[dtype].format(i, f"{'xy'[i // 4]}{i % 4}") for i in range(8))
+    two = _TWO.format(second=16 << bits, add=add)
+    words = [two if bits <= 8 and 2 * w + 1 < books else _ONE for w in range(words_of(books, bits))]
+    size = (2 if bits <= 8 else 1) * 16 << bits
+    return _HEAD.format(parameter=parameter), _STEP.format(size=size), words[0], words[-1]
 
 
 @triton.jit

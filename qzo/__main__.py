@@ -97,8 +97,8 @@ def build_parser():
     export = _command(commands, "export", run_export, "write a quantized model in another format, weight for weight",
                       "qzo export model-awq --to gptq --output-dir model-gptq --journal out/journal.qzo")
     export.add_argument("model", help="a checkpoint: a folder, a .gguf file, or a hub id")
-    export.add_argument("--to", required=True, metavar="FORMAT", help="awq, compressed-tensors, gptq, or (from a GGUF "
-                        "file) gguf; refused with the reason where it cannot hold the model exactly")
+    export.add_argument("--to", required=True, metavar="FORMAT", help="awq, bitsandbytes, compressed-tensors, gptq, or "
+                        "(from a GGUF file) gguf; refused with the reason where it cannot hold the model exactly")
     export.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     export.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
     _add_model_options(export)

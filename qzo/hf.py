@@ -15,8 +15,8 @@ from .heap import Heap
 from .kernels.table import named_table
 from .layers import arena_of, layers, quantizable_, quantize_
 from .linear import QZOLinear
-from .quantize import quantize_weight
-from .weights import PackedWeight, check_bits
+from .quantize import check_form, quantize_weight
+from .weights import PackedWeight
 
 LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
@@ -68,8 +68,8 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     is not there, ValueError for a checkpoint that cannot be read; the message names the format, tensor or
     key.
     """
-    check_bits(bits)
     table = named_table(table)
+    check_form(bits, symmetric, table)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     path, quantization = locate(path_or_id), None

@@ -10,7 +10,8 @@ from .experts import split_experts_, stack_widths
 from .heap import Heap
 from .kernels.table import named_table
 from .linear import QZOLinear
-from .weights import check_bits, check_group_size
+from .quantize import check_form
+from .weights import check_group_size
 
 
 def layers(module, trainable=True):
@@ -78,17 +79,18 @@ def train_slots(module, names):
     trained = set(names) - {codebooks_name(name) for name in codebooks}
     if trained <= set(layers(module, trainable=None)):
         train_only(module, trained.__contains__)
-        if codebooks:
-            train_codebooks_(module)
+        for name in codebooks:
+            train_codebooks_(module.get_submodule(name))
+        arena_of(module, exact=True)
 
 
 def train_codebooks_(module, train=True):
     """Let codebooks (AQLM) of the layers that train train along with the scales, or no longer. Returns their names.
 
-    Their entries are then float32 in the arena, perturbed and updated as scales are, each keeping its sign; a layer's
-    perturbed codebooks are held while it runs. Noise is each entry's own: sharing="row" is refused. Off by default: a
-    codebook of 2^16 entries has more numbers than a layer has scales by a hundred times. ValueError if no layer that
-    trains has codebooks.
+    Their entries are then float32 in the arena, beside the layer's own, perturbed and updated as scales are, each
+    keeping its sign; a layer's codebooks under one evaluation are held while it runs. Noise is each entry's own:
+    sharing="row" is refused. Off by default: a codebook of 2^16 entries has more numbers than a layer has scales by a
+    hundred times. ValueError if no layer that trains has codebooks.
     """
     found = {name: layer for name, layer in layers(module).items() if layer.codebooks is not None}
     if not found:
@@ -118,6 +120,13 @@ def _leave(layer, codebooks):
         layer.arena.quads(codebooks_name("")).copy_(layer.codebooks.reshape(1, -1, 4))
 
 
+def check_sharing_of(module, sharing):
+    """ValueError where noise is to be shared by rows and codebooks train, which have none."""
+    if sharing == "row" and any(layer.trains_codebooks for layer in layers(module).values()):
+        raise ValueError("sharing='row' has one z for each output row, which codebooks that train do not have; use "
+                         "sharing='group'")
+
+
 @contextlib.contextmanager
 def evaluating(module, evaluations):
     """Run forwards of `module` under `evaluations`: row block e of every QZOLinear's input sees scales perturbed by
@@ -130,9 +139,7 @@ def evaluating(module, evaluations):
     arena = arena_of(module)
     evaluations = evaluations.to(arena.data.device)
     found = list(layers(module, trainable=None).values())
-    if evaluations.sharing == "row" and any(layer.trains_codebooks for layer in found):
-        raise ValueError("sharing='row' has one z for each output row, which codebooks that train do not have; use "
-                         "sharing='group'")
+    check_sharing_of(module, evaluations.sharing)
     before = [layer._evaluations for layer in found]
     try:
         for layer in found:
@@ -154,8 +161,7 @@ def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",),
     dotted part, or several) stays as it is. table: as in QZOLinear.from_linear. Raises ValueError when there is nothing
     to replace, or when group_size does not divide a layer's in_features; the module is then unchanged.
     """
-    check_bits(bits)
-    named_table(table)
+    check_form(bits, symmetric, named_table(table))
     replaced = {}
     for name, linear in quantizable_(module, group_size, skip).items():
         parent, _, child = name.rpartition(".")
@@ -215,5 +221,5 @@ def digest_parts(model):
             yield name, "perm", layer.perm
         if layer.table is not None:
             yield name, "table", torch.tensor(layer.table)
-        if layer.trains_codebooks:
-            yield name, "codebooks", layer.read_codebooks()
+        if layer.codebooks is not None:
+            yield name, "codebooks", layer.read_codebooks().to(torch.float32)

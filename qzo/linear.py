@@ -120,16 +120,12 @@ class QZOLinear(nn.Module):
             return self.codebooks
         return self.arena.quads(codebooks_name(self.arena_name)).reshape(self.codebooks.shape).clone()
 
-    def _codebooks(self, dtype):
-        """The codebooks that a forward in `dtype` multiplies by: one set, or one of each evaluation."""
+    def _codebooks(self):
+        """What ops.matmul takes of codebooks: as they are, or those that train and where their noise begins."""
         if not self.trains_codebooks:
-            return self.codebooks
-        name, evaluations = codebooks_name(self.arena_name), self._evaluations
-        values = self.arena.quads(name)
-        if evaluations is None:
-            return values.view(self.codebooks.shape)
-        return ops.perturbed_op(values, evaluations.seeds, evaluations.kernel_coefs, self.arena.slots[name].base4,
-                                evaluations.law, evaluations.relative, dtype).view(-1, *self.codebooks.shape)
+            return dict(codebooks=self.codebooks)
+        name = codebooks_name(self.arena_name)
+        return dict(codebooks=self.arena.quads(name).view(self.codebooks.shape), book4=self.arena.slots[name].base4)
 
     @property
     def weight(self):
@@ -150,7 +146,7 @@ class QZOLinear(nn.Module):
         y = ops.matmul(x.reshape(-1, x.shape[-1]), self.codes, self.arena.quads(self.arena_name), self.zeros, self.bias,
                        evaluations, base4=self.arena.slots[self.arena_name].base4, group=self.group_size,
                        out_dtype=self.out_dtype, trains=self.trainable, bits=self.bits, table=self.table,
-                       codebooks=None if self.codebooks is None else self._codebooks(x.dtype))
+                       **self._codebooks())
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
@@ -166,13 +162,13 @@ class QZOLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         if self.out_dtype is not None:
             self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype, device=self.codes.device)).dtype
-        codes, zeros = self.codes, self.zeros
-        if zeros is not None:
-            self.zeros = None                       # float zero points stay float32 whatever the model becomes
+        codes, kept = self.codes, {name: self._buffers[name] for name in ("zeros", "codebooks")}
+        self._buffers |= dict.fromkeys(kept)        # what a file has in float stays in its type, whatever the model is
         super()._apply(fn, recurse)
-        if zeros is not None:
-            self.zeros = zeros.to(self.codes.device) if not zeros.is_meta else torch.empty_like(
-                zeros, device=self.codes.device)
+        for name, tensor in kept.items():
+            if tensor is not None:
+                self._buffers[name] = tensor.to(self.codes.device) if not tensor.is_meta else torch.empty_like(
+                    tensor, device=self.codes.device)
         if codes.device != self.codes.device and not self.codes.is_meta and self.codebooks is None:
             form = to_rows if self.codes.device.type == "cpu" else to_planes
             self.codes = form(self.codes, self.in_features, self.bits)

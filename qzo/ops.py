@@ -32,8 +32,9 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None):
         perturbed weight. "blas" writes a chunk of at most 32 MB of them for the library's matmul: faster where the
         tensor cores are the limit, but each weight is rounded to 16 bits. The torch backend works by chunks anyway.
     tables : "rounded" (the default): the entries of a table (NF4, FP4) are rounded once to the type of the activations.
-        "exact": they are multiplied as the sum of two such numbers, which leaves 2^-17 of an entry in bfloat16 and
-        2^-23 in float16, and takes a second pass over each tile. float32 activations need neither.
+        "exact": they are multiplied as the sum of two such numbers, which leaves 2^-16 of an entry in bfloat16 and
+        2^-22 in float16 (or 2^-25, if that is more), and takes a second pass over each tile. float32 activations need
+        neither.
     tile : a kernels.tiles.Tile that every matmul is to run with, in place of the one that tiles.pick chooses
 
     Raises ValueError for another value; for a tile that cannot be, and where a matmul inside would run without it.
@@ -81,7 +82,7 @@ def _architecture(device):
     return "interpreter" if device.type == "cpu" or interpreted() else tiles.architecture(device)
 
 
-def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks):
+def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks, book4, shared):
     """Shapes and dtypes of qmm; returns (rows, outputs). Called by the operator and by its fake."""
     if x.dim() != 2 or not x.is_floating_point() or x.dtype == torch.float64:
         raise TypeError(f"x must be float16, bfloat16 or float32 [rows, in_features], got {x.dtype} {list(x.shape)}")
@@ -89,8 +90,8 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, 
     n = codes.shape[0] if codes.dtype == torch.uint8 else codes.shape[1]
     evaluations = seeds.numel()
     if codebooks is not None:
-        _check_codebooks(codebooks, bits, k, group, zeros, table, evaluations)
-        wanted = vectors.vector_shape(n, k, codebooks.shape[-3], bits)
+        _check_codebooks(codebooks, bits, k, group, zeros, table, book4, shared)
+        wanted = vectors.vector_shape(n, k, len(codebooks), bits)
     else:
         wanted = (code_layouts.row_shape if codes.dtype == torch.uint8 else code_layouts.plane_shape)(n, k, bits)
     if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != wanted:
@@ -128,16 +129,19 @@ def lookup_of(table, exact, codebooks):
     return None if table is None else "exact" if exact else "table"
 
 
-def _check_codebooks(codebooks, bits, k, group, zeros, table, evaluations):
-    """ValueError unless they are one set, or one of each evaluation, for codes of `bits`, one scale to an output."""
-    sets, shape = codebooks.shape[:-3], list(codebooks.shape[-2:])
-    if codebooks.dim() not in (3, 4) or shape != [1 << bits, vectors.LENGTH] or (sets and sets[0] != evaluations):
-        raise ValueError(f"codebooks must be [C, {1 << bits}, {vectors.LENGTH}] for codes of {bits} bits, or that for "
-                         f"each of {evaluations} evaluations, got {list(codebooks.shape)}")
+def _check_codebooks(codebooks, bits, k, group, zeros, table, book4, shared):
+    """ValueError unless they are [C, 2^bits, 8], one scale to an output; if they train, with noise for each number."""
+    if codebooks.dim() != 3 or list(codebooks.shape[1:]) != [1 << bits, vectors.LENGTH]:
+        raise ValueError(f"codebooks must be [C, {1 << bits}, {vectors.LENGTH}] for codes of {bits} bits, got "
+                         f"{list(codebooks.shape)}")
     if group != k or zeros is not None or table is not None:
         also = ("" if zeros is None else ", zeros") + ("" if table is None else ", a table")
-        raise ValueError(f"codebooks go with one scale to an output row (group_size {k}), no zeros and no table, got "
-                         f"group_size {group}{also}")
+        raise ValueError(f"x has {k} columns, and codebooks go with one scale to an output row of as many, no zeros "
+                         f"and no table; got a group_size of {group}{also}: in_features of the layer and the last "
+                         "dimension of its input must agree")
+    if book4 >= 0 and (shared or codebooks.dtype != torch.float32 or not codebooks.is_contiguous()):
+        raise ValueError("codebooks that train are contiguous float32 with noise for each number, got "
+                         f"{codebooks.dtype}" + (" and noise shared by rows" if shared else ""))
 
 
 @torch.library.custom_op("qzo::qmm", mutates_args=())
@@ -145,45 +149,61 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
            bias: torch.Tensor | None, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, group: int, law: int,
            relative: bool, out_dtype: torch.dtype, shared: bool = False, pair: bool = False,
            blas: bool = False, bits: int = 4, table: Sequence[float] | None = None, exact: bool = False,
-           codebooks: torch.Tensor | None = None) -> torch.Tensor:
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks)
-    table = None if table is None else tuple(table)
-    codebooks = None if codebooks is None else codebooks.to(x.dtype).contiguous()
-    form = dict(bits=bits, table=table, exact=exact, codebooks=codebooks)
+           codebooks: torch.Tensor | None = None, book4: int = -1) -> torch.Tensor:
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks, book4, shared)
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
+    numbers = dict(base4=base4, group=group, law=law, relative=relative, shared=shared, bits=bits, exact=exact,
+                   table=None if table is None else tuple(table))
+    x = x.contiguous()
+    if codebooks is None or book4 < 0 or law == noise.NONE:
+        codebooks = None if codebooks is None else _aligned(codebooks.to(x.dtype).contiguous())
+        _run(x, codes, scales, zeros, bias, seeds, coefs, y, pair, blas, numbers | {"codebooks": codebooks})
+        return y
+    # codebooks that train: those of one evaluation at a time, and its rows
+    own = torch.empty(codebooks.shape, dtype=x.dtype, device=x.device)
+    count = seeds.numel()
+    for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
+        one = seeds[e:e + 1], coefs[e:e + 1]
+        run = perturb.launch if uses_triton(x.device) else perturb.perturb_codebooks_torch
+        run(codebooks.view(-1, 4), *one, own.view(-1, 4), base4=book4, law=law, relative=relative)
+        _run(rows, codes, scales, zeros, bias, *one, out, False, blas, numbers | {"codebooks": own})
+    return y
+
+
+def _aligned(tensor):
+    """On 16 bytes, as the kernels load it: a view into another tensor may not be."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _run(x, codes, scales, zeros, bias, seeds, coefs, y, pair, blas, numbers):
+    """Fill y by the backend and the kernel that are wanted; numbers: what all of them take by name."""
+    rows, group = len(x) // seeds.numel(), numbers["group"]
     asked = _tile.get()
     if asked and (blas or not uses_triton(x.device)):
         why = "large_rows='blas'" if blas else f"the torch backend, which is what runs on {x.device},"
         raise ValueError(f"backend(tile={asked}): {why} has no tiles; ask for one of the two")
     if not uses_triton(x.device):
-        qmm_torch.qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
-                            relative=relative, shared=shared, **form)
-        return y
+        qmm_torch.qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, **numbers)
+        return
     if codes.dtype != torch.int16:
         raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
-    x = x.contiguous()
-    if x.data_ptr() % 16:            # a view into another tensor: the kernels are compiled for aligned rows
-        x = x.clone()
-    arch = _architecture(x.device)
+    x, arch = _aligned(x), _architecture(x.device)
     asm = arch.startswith("sm_")
-    if blas and m // seeds.numel() >= tiles.BLAS_FROM:
-        dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law,
-                          relative=relative, shared=shared, asm=asm, **form)
-        return y
-    lookup = lookup_of(table, exact, codebooks)
-    tile = asked or tiles.pick(m // seeds.numel(), n, x.shape[1], group, x.dtype, arch,
-                               None if zeros is None else zeros.dtype, bits, lookup)
-    qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, base4=base4, group=group, law=law, relative=relative,
-               tile=tile, asm=asm, shared=shared, pair=pair, **form)
-    return y
+    if blas and rows >= tiles.BLAS_FROM:
+        dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, asm=asm, **numbers)
+        return
+    lookup = lookup_of(numbers["table"], numbers["exact"], numbers["codebooks"])
+    tile = asked or tiles.pick(rows, y.shape[1], x.shape[1], group, x.dtype, arch,
+                               None if zeros is None else zeros.dtype, numbers["bits"], lookup)
+    qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, tile=tile, asm=asm, pair=pair, **numbers)
 
 
 @qmm_op.register_fake
 def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype, shared=False, pair=False,
-      blas=False, bits=4, table=None, exact=False, codebooks=None):
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks)
+      blas=False, bits=4, table=None, exact=False, codebooks=None, book4=-1):
+    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks, book4, shared)
     return x.new_empty(m, n, dtype=out_dtype)
 
 
@@ -202,22 +222,6 @@ def _(scales, seeds, coefs, base4, law, relative, floor, layers=None):
     _check_update(scales, seeds, coefs)
 
 
-@torch.library.custom_op("qzo::perturbed", mutates_args=())
-def perturbed_op(values: torch.Tensor, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, law: int, relative: bool,
-                 dtype: torch.dtype) -> torch.Tensor:
-    """values [.., Q, 4] of the arena under each evaluation, [E, Q, 4] in dtype; base4: number of the first quad."""
-    flat = values.view(-1, 4)
-    out = torch.empty(len(seeds), *flat.shape, dtype=dtype, device=values.device)
-    run = perturb.launch if uses_triton(values.device) else perturb.perturb_codebooks_torch
-    run(flat, seeds, coefs, out, base4=base4, law=law, relative=relative)
-    return out
-
-
-@perturbed_op.register_fake
-def _(values, seeds, coefs, base4, law, relative, dtype):
-    return values.new_empty(len(seeds), values.numel() // 4, 4, dtype=dtype)
-
-
 def _check_update(scales, seeds, coefs):
     if scales.dtype != torch.float32 or not scales.is_contiguous() or scales.numel() % 4:
         raise ValueError(f"scales must be contiguous float32 in whole quads, got {scales.dtype} {list(scales.shape)}")
@@ -227,13 +231,15 @@ def _check_update(scales, seeds, coefs):
 
 
 def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None, trains=True, bits=4,
-           table=None, codebooks=None):
+           table=None, codebooks=None, book4=-1):
     """y = x . W^T + bias [rows, N] under `evaluations` (None: the scales as they are). Shapes as in kernels/qmm.py.
 
+    codebooks: in any type; book4: number of their first quad in the noise law if they train, float32 then.
     trains=False: the scales as they are for every evaluation, whose number still fixes what rows belong together.
     """
     blas = _large_rows.get() == "blas"
-    form = dict(bits=bits, table=table, exact=_tables.get() == "exact", codebooks=codebooks)
+    form = dict(bits=bits, table=table, exact=_tables.get() == "exact", codebooks=codebooks,
+                book4=book4)
     if evaluations is None:
         plain = _plain(x.device)
         return qmm_op(x, codes, scales, zeros, bias, *plain, base4, group, noise.NONE, True, out_dtype or x.dtype,

@@ -20,7 +20,7 @@ from . import ops
 from .evaluations import Evaluations
 from .journal import Journal, JournalError, Record, check_header, read
 from .kernels.noise import VERSIONS, check_sharing, kernel_coefs, law_number, law_version, step_seed
-from .layers import arena_of, digest_parts, evaluating, layers
+from .layers import arena_of, check_sharing_of, digest_parts, evaluating, layers
 
 FLOOR = 2.0**-24             # the smallest float16: a checkpoint can hold it
 LARGEST = torch.finfo(torch.float32).max
@@ -75,6 +75,7 @@ class QZO(torch.optim.Optimizer):
         _check(floor >= 0, "floor", floor, "a number >= 0")
         law_number(noise)
         check_sharing(sharing, relative)
+        check_sharing_of(module, sharing)
         ops.check_large_rows(large_rows)
         self.module, self.large_rows = module, large_rows
         self.arena = arena_of(module, exact=True)
@@ -256,7 +257,7 @@ def journal_header(module, group, recipe=None):
 
 
 def model_fields(module, arena):
-    """The fields that tie a journal to a model: the arena map, and a digest of every code, zero point and scale."""
+    """The fields that tie a journal to a model: the arena map, and a digest of all that was quantized."""
     digest = hashlib.sha256()
     for name, what, tensor in digest_parts(module):
         digest.update(f"{name}.{what} {list(tensor.shape)} {tensor.dtype}\n".encode())
@@ -285,7 +286,10 @@ def _warn_if_rounded_away(module, arena, eps, relative):
     if not dtypes or arena.data.is_meta:
         return
     dtype = max(dtypes, key=ROUNDOFF.get)
-    size = 1.0 if relative else float(arena.data.abs().mean())
+    size = 1.0
+    if not relative:
+        read = [layer.read_scales() for layer in layers(module).values()]
+        size = sum(float(s.abs().sum()) for s in read) / sum(s.numel() for s in read)
     wanted = 5 * ROUNDOFF[dtype] * size
     if eps < wanted / 2:
         warnings.warn(f"eps={eps:g} is too small for {str(dtype).removeprefix('torch.')} activations: their rounding "

@@ -21,12 +21,12 @@ def quantize_weight(weight, group_size=128, symmetric=True, bits=4, table=None):
     as they are.
 
     table: sixteen numbers that 4-bit codes stand for (kernels/table.py has NF4 and FP4). Then w ~ s * table[code] with
-    the widest magnitude of a group on the table's, in float32, as bitsandbytes has it; symmetric is not used.
+    the widest magnitude of a group on the table's, in float32, as bitsandbytes has it.
 
-    Returns a PackedWeight on the weight's device. Raises ValueError for other bits, a group size that does not
-    divide K and weights that are not finite.
+    Returns a PackedWeight on the weight's device. Raises ValueError for other bits, a table beside other bits than 4 or
+    zero points, a group size that does not divide K and weights that are not finite.
     """
-    check_bits(bits)
+    check_form(bits, symmetric, table)
     table = None if table is None else check_table(table)
     group = check_group_size(group_size, weight.shape[1])
     if not bool(torch.isfinite(weight).all()):
@@ -37,6 +37,14 @@ def quantize_weight(weight, group_size=128, symmetric=True, bits=4, table=None):
              for block in weight.split(max(1, BLOCK // weight.shape[1]))]
     codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     return PackedWeight.from_codes(codes, scales.T, None if symmetric else zeros.T, bits)
+
+
+def check_form(bits, symmetric, table):
+    """ValueError unless weights can be quantized so."""
+    check_bits(bits)
+    if table is not None and (bits != 4 or not symmetric):
+        raise ValueError("a table's codes have 4 bits and no zero points, got "
+                         + (f"bits={bits}" if bits != 4 else f"symmetric={symmetric}") + "; leave that out")
 
 
 def _on_table(weight, group, table):

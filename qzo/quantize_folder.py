@@ -159,6 +159,6 @@ def execute(options):
     else:
         error = "" if found["error"] is None else f"; the weights are off by {found['error']:.3f} of their size"
         bits = found["table"] or f"{found['bits']} bits"
-        print(f"{found['layers']} layers of {bits} in groups of {found['group_size']} are in "
-              f"{options.output_dir} as {found['format']}{error}")
+        groups = "groups of a whole row" if found["group_size"] == -1 else f"groups of {found['group_size']}"
+        print(f"{found['layers']} layers of {bits} in {groups} are in {options.output_dir} as {found['format']}{error}")
     return 0

@@ -31,6 +31,7 @@ from .losses import losses
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _CONFIGS = (gptq.CONFIG, "quantization_config.json", "quant_config.json")      # of the source's own format
 _EXPORTS = (*TARGETS, "gguf")
+WEIGHTS = "model.safetensors"
 
 
 def save_pretrained(model, out_dir, batch=None):
@@ -87,8 +88,9 @@ def _source(model):
 
 
 def _packed(name, layer):
-    if not bool(torch.isfinite(layer.read_scales()).all()):
-        raise ValueError(f"{name}: a scale is NaN or infinite; the run has diverged, nothing was written")
+    for what, values in (("scale", layer.read_scales()), ("number of a codebook", layer.read_codebooks())):
+        if values is not None and not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name}: a {what} is NaN or infinite; the run has diverged, nothing was written")
     return layer.packed()
 
 
@@ -159,6 +161,8 @@ def _copy_with_scales(model, source, folder, name):
     if folder.resolve() == home and name in (None, source.path.name):
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
+    if source.kind != "gguf":
+        _check_free(folder, {file.name for file in home.iterdir()})
     with files.staged(folder) as staging:
         if source.kind == "gguf":
             gguf.save(GGUFFile(source.path), staging / name, find)
@@ -166,14 +170,20 @@ def _copy_with_scales(model, source, folder, name):
             FOLDERS[source.kind].save(source.path, staging, find)
 
 
+def _check_free(folder, names):
+    """ValueError where a folder holds weights that readers would take for those of the files of these names."""
+    for left, written in ((INDEX, WEIGHTS), (WEIGHTS, INDEX)):
+        if (folder / left).exists() and left not in names and written in names:
+            raise ValueError(f"{folder} holds the {left} of another checkpoint, beside which readers would not find "
+                             "what would be written; give another folder")
+
+
 def _write_new(model, source, folder, form):
     """A new folder in the format of the module `form`."""
     if folder.resolve() == source.path:
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
-    if (folder / INDEX).exists():
-        raise ValueError(f"{folder} holds {INDEX}, which names other files than the one that would be written; give "
-                         "another folder")
+    _check_free(folder, {WEIGHTS})
     kind = model.config.model_type
     packed = {file_name(name, kind): weight for name, weight in _all_packed(model).items()}
     linears = [file_name(name, kind) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -192,7 +202,7 @@ def _write_new(model, source, folder, form):
 def write_into(staging, form, entries, config, quantization):
     """Weights and configuration of a new folder in the format of the module `form`; entries: as safetensors_file takes
     them."""
-    safetensors_file.write(staging / "model.safetensors", entries, {"format": "pt"})
+    safetensors_file.write(staging / WEIGHTS, entries, {"format": "pt"})
     if form is gptq:
         _write_json(staging / gptq.CONFIG, quantization)
     _write_json(staging / "config.json", config | {"quantization_config": quantization})

@@ -115,11 +115,15 @@ class PackedWeight:
         float [C, 2^bits, 8]. ValueError for a code that is out of the codebook's range."""
         bits = codebooks.shape[1].bit_length() - 1 if codebooks.dim() == 3 else 0
         check_codebooks(codebooks, bits)
-        least, most = (int(m) for m in codes.aminmax()) if codes.numel() else (0, 0)
-        integers = codes.dim() == 3 and codes.shape[2] == len(codebooks) and not codes.is_floating_point()
-        if not integers or least < 0 or most >> bits:
-            raise ValueError(f"codes must be integers [N, K/{LENGTH}, {len(codebooks)}] in 0..{(1 << bits) - 1}, the "
-                             f"entries of a codebook; got {codes.dtype} {list(codes.shape)} from {least} to {most}")
+        integers = codes.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+        if not integers or codes.dim() != 3 or codes.shape[2] != len(codebooks) or not codes.numel():
+            raise ValueError(f"codes must be integers [N, K/{LENGTH}, {len(codebooks)}], got {codes.dtype} "
+                             f"{list(codes.shape)}")
+        least, most = (int(m) for m in codes.aminmax())
+        if least < 0 or most >> bits:
+            raise ValueError(f"codes must be in 0..{(1 << bits) - 1}, the entries of a codebook; got {least} to {most}")
+        if not scales.is_floating_point() or scales.numel() != len(codes):
+            raise ValueError(f"scales must be floats [{len(codes)}], got {scales.dtype} {list(scales.shape)}")
         return cls(pack_vectors(codes, bits), scales.to(torch.float32).reshape(1, -1).contiguous(), None,
                    codes.shape[1] * LENGTH, bits, codebooks=codebooks)
 
@@ -162,8 +166,8 @@ class PackedWeight:
         """float32 [N, K]: scale * (code - zero), the subtraction first; scale * table[code]; or scale * sum of vectors;
         columns in the order of the inputs."""
         if self.books:
-            return self.scales.T * vector_rows(self.codes, self.in_features, 0, self.out_features, self.codebooks,
-                                               torch.float32)
+            n, k = self.out_features, self.in_features
+            return self.scales.T * vector_rows(self.codes, k, 0, n, self.codebooks.float(), torch.float32)
         g = self.group_size
         codes = self.unpacked()
         if self.table is not None:
@@ -180,7 +184,8 @@ class PackedWeight:
 
 def check_codebooks(codebooks, bits):
     """ValueError unless they are floats [C, 2^bits, 8] that a code of so many bits can choose from."""
-    shape, floats = list(codebooks.shape), codebooks.is_floating_point()
+    shape = list(codebooks.shape)
+    floats = codebooks.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if not floats or not 1 <= bits <= MOST_BITS or len(shape) != 3 or shape[1:] != [1 << bits, LENGTH] or not shape[0]:
         raise ValueError(f"codebooks must be floats [C, 2^bits, {LENGTH}] with 1 to {MOST_BITS} bits, got "
                          f"{codebooks.dtype} {shape} for {bits} bits")

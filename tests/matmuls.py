@@ -36,7 +36,6 @@ class Matmul:
     table: tuple | None = None         # what 4-bit codes stand for
     exact: bool = False                # the table unrounded
     books: int = 0                     # codebooks, whose entries codes of `bits` choose; group is 0 then
-    own: bool = False                  # other codebooks for each evaluation
 
     @property
     def width(self):
@@ -68,11 +67,10 @@ class Matmul:
 
     @functools.cached_property
     def codebooks(self):
-        """[C, 2^bits, 8], or [E, C, 2^bits, 8]."""
+        """[C, 2^bits, 8]."""
         if not self.books:
             return None
-        shape = (len(self.seeds),) * self.own + (self.books, 1 << self.bits, 8)
-        return torch.randn(shape, generator=self._random).to(self.dtype)
+        return torch.randn(self.books, 1 << self.bits, 8, generator=self._random).to(self.dtype)
 
     @functools.cached_property
     def zero_points(self):
@@ -147,11 +145,10 @@ class Matmul:
         rounded = table.to(self.dtype).double()
         return rounded + (table - rounded).to(self.dtype).double() if self.exact else rounded
 
-    def weight(self, e, p, zeros=None):
-        """float64 [N, K] of evaluation e with scales p."""
+    def weight(self, p, zeros=None):
+        """float64 [N, K] with scales p."""
         if self.books:
-            books = self.codebooks[e] if self.own else self.codebooks
-            return oracle.vector_weight(self.codes, p, books, self.bits)
+            return oracle.vector_weight(self.codes, p, self.codebooks, self.bits)
         return oracle.weight(self.codes, p, zeros, self.bits, self.entries)
 
     @functools.cached_property
@@ -165,28 +162,28 @@ class Matmul:
         return [oracle.raw_at(self.law, seed, at) for seed in self.seeds]
 
     def _each(self, function):
-        """function(number, rows of x in float64, raw noise, coefficient) of every evaluation, stacked."""
+        """function(rows of x in float64, raw noise, coefficient) of every evaluation, stacked."""
         blocks = self.x.double().split(self.rows) if self.rows else [self.x.double()] * len(self.seeds)
-        return torch.cat([function(e, x, k, c) for e, (x, k, c) in
-                          enumerate(zip(blocks, self.raw_noise, self.raw_coefs.tolist(), strict=True))])
+        return torch.cat([function(x, k, c) for x, k, c in
+                          zip(blocks, self.raw_noise, self.raw_coefs.tolist(), strict=True)])
 
     def want(self):
         """y in float64."""
         bias = 0.0 if self.bias_values is None else self.bias_values.double()
 
-        def y(e, x, k, c):
-            return x @ self.weight(e, oracle.perturbed(self.scales, k, c, self.relative), self.zero_points).T + bias
+        def y(x, k, c):
+            return x @ self.weight(oracle.perturbed(self.scales, k, c, self.relative), self.zero_points).T + bias
         return self._each(y)
 
     def magnitude(self):
         """Sum of the absolute values that an output adds up: its rounding errors are proportional to it."""
         bias = 0.0 if self.bias_values is None else self.bias_values.double().abs()
 
-        def size(e, x, k, c):
+        def size(x, k, c):
             s = oracle.perturbed(self.scales.abs(), k.abs(), abs(c), self.relative)
             off = torch.zeros_like(s) if self.zero_points is None else (
                 self.zero_points.double() - 2 ** (self.bits - 1)).abs()
-            w = self.weight(e, s).abs()
+            w = self.weight(s).abs()
             w += (s * off).T.repeat_interleave(self.width, 1)
             return x.abs() @ w.T + bias
         return self._each(size)

@@ -40,7 +40,6 @@ def check(directory):
                          (Matmul(k=128, group=64, table=NF4, **common), TILE),
                          (Matmul(k=128, group=64, table=NF4, exact=True, **common), TILE),
                          (Matmul(k=200, group=0, books=3, bits=8, **common), SPLIT),
-                         (Matmul(k=64, group=0, books=2, bits=8, own=True, **common), TILE),
                          (Matmul(k=200, group=0, zeros="float32", **common), SPLIT)):
         for y in (matmul.kernel(tile), matmul.twin(pack_rows), matmul.twin(pack_planes)):
             matmul.assert_true(y)

@@ -192,24 +192,22 @@ def test_the_derivative(books_train):
 @pytest.mark.parametrize("base4", [0, 2**32 - 10])
 def test_perturbed_codebooks_have_the_bits_of_their_twin(law, relative, base4):
     values = torch.randn(300, 4, generator=torch.Generator().manual_seed(1))
-    seeds, coefs = torch.tensor([5, -7]), torch.tensor([oracle.raw_coef(law, c) for c in (0.05, -0.3)])
-    ours, twin = torch.empty(2, 300, 4), torch.empty(2, 300, 4)
-    perturb.launch(values, seeds, coefs, ours, base4=base4, law=LAWS[law], relative=relative)
-    perturb.perturb_codebooks_torch(values, seeds, coefs, twin, base4=base4, law=LAWS[law], relative=relative)
+    seed, coef = torch.tensor([-7]), torch.tensor([oracle.raw_coef(law, -0.3)])
+    ours, twin = torch.empty(300, 4), torch.empty(300, 4)
+    perturb.launch(values, seed, coef, ours, base4=base4, law=LAWS[law], relative=relative)
+    perturb.perturb_codebooks_torch(values, seed, coef, twin, base4=base4, law=LAWS[law], relative=relative)
     assert_same_bits(ours, twin)
-    at = 4 * base4 + torch.arange(1200).view(300, 4)
-    for e in range(2):
-        k, c = oracle.raw_at(law, int(seeds[e]), at), float(coefs[e])
-        factor = (1 + c * k).float().double()
-        assert_same_bits(ours[e], (values.double() * factor if relative else values.double() + c * k).float())
+    k, c = oracle.raw_at(law, -7, 4 * base4 + torch.arange(1200).view(300, 4)), float(coef)
+    factor = (1 + c * k).float().double()
+    assert_same_bits(ours, (values.double() * factor if relative else values.double() + c * k).float())
 
 
 def test_codebooks_larger_than_a_block_of_noise(monkeypatch):
-    values, seeds, coefs = torch.randn(300, 4), torch.tensor([5]), torch.tensor([0.05])
-    whole, parts = torch.empty(1, 300, 4), torch.empty(1, 300, 4)
-    perturb.perturb_codebooks_torch(values, seeds, coefs, whole, base4=7, law=LAWS["ih4"], relative=True)
+    values, seed, coef = torch.randn(300, 4), torch.tensor([5]), torch.tensor([0.05])
+    whole, parts = torch.empty(300, 4), torch.empty(300, 4)
+    perturb.perturb_codebooks_torch(values, seed, coef, whole, base4=7, law=LAWS["ih4"], relative=True)
     monkeypatch.setattr(perturb, "BLOCK_QUADS", 64)
-    perturb.perturb_codebooks_torch(values, seeds, coefs, parts, base4=7, law=LAWS["ih4"], relative=True)
+    perturb.perturb_codebooks_torch(values, seed, coef, parts, base4=7, law=LAWS["ih4"], relative=True)
     assert_same_bits(parts, whole)
 
 
@@ -233,14 +231,32 @@ def test_a_state_dict_carries_the_codebooks():
         twelve.load_state_dict(damaged)
 
 
-def test_moving_and_casting():
-    layer = a_layer()
-    x = torch.randn(3, 128).half()
+@pytest.mark.parametrize("train", [False, True])
+def test_codebooks_keep_their_type_and_are_read_in_that_of_the_input(train):
+    layer, x = a_layer(), torch.randn(3, 128).half()
+    before = layer.dequantize()
+    if train:
+        qzo.train_codebooks_(layer)
     half = layer.half()
-    assert half.codebooks.dtype == torch.float16
+    assert half.codebooks.dtype == torch.float32
+    assert_same_bits(half.dequantize(), before)
     with qzo.backend("triton"):
         kernel = half(x)
     torch.testing.assert_close(kernel, half(x), rtol=1e-3, atol=1e-3)
+    assert layer.to("meta").codebooks.is_meta
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_stacked_evaluations_have_the_bits_of_single_ones_where_codebooks_train(backend):
+    layer, x = a_layer(3), torch.randn(2, 128).half()
+    qzo.train_codebooks_(layer)
+    seeds, coefs = [3, 3, 4], [0.1, -0.1, 0.05]
+    with qzo.backend(backend):
+        with qzo.evaluating(layer, qzo.Evaluations(seeds, coefs, "ih4")):
+            stacked = layer(x.repeat(3, 1))
+        for e in range(3):
+            with qzo.evaluating(layer, qzo.Evaluations(seeds[e:e + 1], coefs[e:e + 1], "ih4")):
+                assert_same_bits(stacked[2 * e:2 * e + 2], layer(x))
 
 
 # ---------------------------------------------------------------------------------------- codebooks that train
@@ -275,11 +291,73 @@ def test_codebooks_train_are_saved_and_replayed(tmp_path):
         qzo.replay(qzo.from_pretrained(path, device="cpu"), tmp_path / "journal.qzo")
 
 
-def test_without_a_rate_trained_codebooks_are_saved_as_they_were(tmp_path):
-    model = qzo.from_pretrained(FIXTURES[8], device="cpu")
+@pytest.mark.parametrize("bits", FIXTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_without_a_rate_trained_codebooks_are_saved_as_they_were(tmp_path, bits, dtype):
+    model = qzo.from_pretrained(FIXTURES[bits], device="cpu", dtype=dtype)
     qzo.train_codebooks_(model)
-    qzo.save_pretrained(train(model, 0.0), tmp_path / "out")
-    assert bytes_of(tmp_path / "out") == bytes_of(FIXTURES[8])
+    qzo.save_pretrained(train(model, 0.0, eps=0.1), tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(FIXTURES[bits])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codebooks_that_trained_and_were_frozen_are_saved(tmp_path, dtype):
+    path, _ = folder_of(tmp_path / "source")
+    model, other = (qzo.from_pretrained(path, device="cpu", dtype=dtype) for _ in range(2))
+    qzo.train_codebooks_(model)
+    train(model, 0.2, eps=0.1)
+    other.load_state_dict(model.state_dict())
+    qzo.train_codebooks_(model, train=False)
+    for number, tuned in enumerate((model, other)):
+        out = tmp_path / f"out{number}"
+        report = qzo.save_pretrained(tuned, out, BATCH)
+        assert {name.rpartition(".")[2] for name in changed(path, out)} == {"codebooks", "scales"}
+        again = qzo.from_pretrained(out, device="cpu", dtype=dtype)
+        assert float(qzo.losses(again, BATCH, 1)) == report["loss_after"]
+    assert bytes_of(tmp_path / "out0") == bytes_of(tmp_path / "out1")
+
+
+def test_a_run_in_16_bits_is_replayed_in_32(tmp_path):
+    path, _ = folder_of(tmp_path / "source")
+    model, other = (qzo.from_pretrained(path, device="cpu", dtype=d) for d in (torch.bfloat16, torch.float32))
+    for one in (model, other):
+        qzo.train_codebooks_(one)
+    train(model, 0.1, eps=0.1, journal=tmp_path / "journal.qzo")
+    assert qzo.replay(other, tmp_path / "journal.qzo") == 1
+    for name, books in qzo.codebooks(model).items():
+        assert_same_bits(qzo.codebooks(other)[name], books)
+
+
+def test_frozen_codebooks_are_in_the_digest(tmp_path):
+    path, _ = folder_of(tmp_path / "source")
+    model, other = (qzo.from_pretrained(path, device="cpu") for _ in range(2))
+    train(model, 0.1, journal=tmp_path / "journal.qzo")
+    other.get_submodule(LAYER).codebooks.mul_(3)
+    with pytest.raises(ValueError, match="digest"):
+        qzo.replay(other, tmp_path / "journal.qzo")
+
+
+def test_codebooks_of_some_layers_are_replayed(tmp_path):
+    path, _ = folder_of(tmp_path / "source")
+    model = qzo.from_pretrained(path, device="cpu")
+    qzo.train_codebooks_(model.model.layers[1])
+    train(model, 0.1, journal=tmp_path / "journal.qzo")
+    assert len(qzo.codebooks(model)) == 7
+    qzo.save_pretrained(model, tmp_path / "out")
+    again = tmp_path / "again"
+    journal = str(tmp_path / "journal.qzo")
+    assert main(["replay", str(path), journal, "--output-dir", str(again), "--device", "cpu"]) == 0
+    assert bytes_of(again) == bytes_of(tmp_path / "out")
+
+
+def test_codebooks_that_diverged_are_not_written(tmp_path):
+    path, _ = folder_of(tmp_path / "source")
+    model = qzo.from_pretrained(path, device="cpu")
+    qzo.train_codebooks_(model)
+    model.get_submodule(LAYER).arena.data[-1] = torch.nan
+    with pytest.raises(ValueError, match="a number of a codebook is NaN or infinite; the run has diverged"):
+        qzo.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_codebooks_stop_training():
@@ -300,8 +378,11 @@ def test_frozen_layers_keep_the_codebooks_they_have(tmp_path):
     train(model, 0.05)
     tuned = qzo.codebooks(model)
     qzo.train_only(model, lambda name: name.startswith("model.layers.1."))
+    file = qzo.from_pretrained(path, device="cpu").get_submodule(LAYER).codebooks
+    assert file.dtype == torch.float16
     assert set(qzo.codebooks(model)) == {name for name in tuned if name.startswith("model.layers.1.")}
-    assert_same_bits(model.get_submodule(LAYER).codebooks, tuned[LAYER])
+    assert_same_bits(model.get_submodule(LAYER).codebooks, tuned[LAYER].half())
+    assert bool((model.get_submodule(LAYER).codebooks != file).any())
 
 
 def test_an_evaluation_of_coefficient_zero_is_the_plain_forward():
@@ -313,7 +394,7 @@ def test_an_evaluation_of_coefficient_zero_is_the_plain_forward():
     assert_same_bits(stacked[4:8], layer(x))
 
 
-def test_what_cannot_train():
+def test_what_cannot_train(tmp_path):
     with pytest.raises(ValueError, match="no layer of Sequential that trains has codebooks"):
         qzo.train_codebooks_(torch.nn.Sequential(qzo.QZOLinear(64, 8, group_size=64)))
     layer = a_layer()
@@ -321,6 +402,9 @@ def test_what_cannot_train():
     evaluations = qzo.Evaluations([3], [0.1], sharing="row")
     with pytest.raises(ValueError, match="sharing='row' has one z"), qzo.evaluating(layer, evaluations):
         pass
+    with pytest.raises(ValueError, match="sharing='row' has one z"):
+        qzo.QZO(layer, 0.1, sharing="row", journal=tmp_path / "journal.qzo")
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------- refused
@@ -348,16 +432,37 @@ def test_damaged_layers_are_one_clear_line(tmp_path, change, message):
     assert f"{LAYER}.codes in model.safetensors" in str(error.value)
 
 
+@pytest.mark.parametrize(("codes", "scales", "books", "message"), [
+    (torch.zeros(0, 8, 2, dtype=torch.int8), 0, (2, 256, 8), r"integers \[N, K/8, 2\], got torch.int8 \[0, 8, 2\]"),
+    (torch.zeros(4, 0, 2, dtype=torch.int8), 4, (2, 256, 8), r"got torch.int8 \[4, 0, 2\]"),
+    (torch.full((4, 8, 2), float("nan")), 4, (2, 256, 8), "got torch.float32"),
+    (torch.zeros(4, 8, 2, dtype=torch.bool), 4, (2, 256, 8), "got torch.bool"),
+    (torch.full((4, 8, 2), -1), 4, (2, 256, 8), r"in 0..255, the entries of a codebook; got -1 to -1"),
+    (torch.zeros(4, 8, 2, dtype=torch.int8), 3, (2, 256, 8), r"scales must be floats \[4\], got torch.float32 \[3\]"),
+    (torch.zeros(4, 8, 2, dtype=torch.int8), 4, (2, 200, 8), "codebooks must be floats"),
+    (torch.zeros(4, 8, 2, dtype=torch.int8), 4, (2, 256, 4), "codebooks must be floats"),
+])
+def test_vectors_that_do_not_fit(codes, scales, books, message):
+    with pytest.raises(ValueError, match=message):
+        qzo.PackedWeight.from_vectors(codes, torch.ones(scales), torch.zeros(books))
+
+
+def test_an_input_of_another_width_is_named():
+    with pytest.raises(ValueError, match=r"x has 63 columns.*last dimension of its input must agree"):
+        a_layer()(torch.randn(3, 63))
+
+
 def test_a_code_beyond_its_codebook(tmp_path):
     path, tensors = folder_of(tmp_path / "source", 1, 12)
     tensors[f"{LAYER}.codes"][3, 2, 0] = 5000
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"integers \[N, K/8, 1\] in 0..4095, the entries of a codebook.* to 5000"):
+    with pytest.raises(ValueError, match=r"codes must be in 0..4095, the entries of a codebook; got .* to 5000"):
         qzo.from_pretrained(path, device="cpu")
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"in_group_size": 16}, "in_group_size is 16; AQLM vectors of 8 inputs"),
+    ({"in_group_size": 8.0}, "in_group_size is 8.0"),
     ({"out_group_size": 2}, "out_group_size is 2; AQLM vectors of 8 inputs of one output"),
     ({"num_codebooks": 0}, "num_codebooks is 0; a whole number"),
     ({"nbits_per_codebook": 17}, "nbits_per_codebook is 17; a whole number from 1 to 16"),
@@ -376,6 +481,12 @@ def test_a_copy_of_the_fixtures_is_what_is_trained(tmp_path):
     model = train(qzo.from_pretrained(tmp_path / "source", device="cpu"), 0.1)
     with pytest.raises(ValueError, match="never overwritten"):
         qzo.save_pretrained(model, tmp_path / "source")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json of another checkpoint, beside which readers would not find"):
+        qzo.save_pretrained(model, old)
+    assert [path.name for path in old.iterdir()] == ["model.safetensors.index.json"]
     shutil.rmtree(tmp_path / "source")
     with pytest.raises(FileNotFoundError, match="is gone"):
         qzo.save_pretrained(model, tmp_path / "out")
@@ -397,6 +508,15 @@ def test_train_and_replay_codebooks(tmp_path, capsys, layers):
     again = tmp_path / "again"
     assert main(["replay", str(path), str(out / "journal.qzo"), "--output-dir", str(again), "--device", "cpu"]) == 0
     assert bytes_of(again) == bytes_of(out / "model")
+
+
+def test_row_sharing_is_refused_before_anything_is_written(tmp_path, capsys):
+    path, _ = folder_of(tmp_path / "source")
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.RECORDS)
+    assert main(["train", "--model", str(path), "--data", str(data), "--output-dir", str(tmp_path / "out"), "--device",
+                 "cpu", "--train-codebooks", "--sharing", "row"]) == 2
+    assert "sharing='row' has one z" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_codebooks_that_are_not_there_are_one_clear_line(tmp_path, capsys):

@@ -237,6 +237,7 @@ def test_a_state_dict_carries_the_table():
     ({".quant_state.bitsandbytes__nf4": torch.tensor([1, 2], dtype=torch.uint8)}, "quant_state is damaged"),
     ({".quant_state.bitsandbytes__nf4": None}, "quant_state.bitsandbytes__nf4 or"),
     ({"": torch.zeros(3, 1, dtype=torch.uint8)}, "3 bytes of codes"),
+    ({".quant_state.bitsandbytes__nf4": torch.full((100_000,), ord("["), dtype=torch.uint8)}, "quant_state is damaged"),
 ])
 def test_damaged_layers_are_one_clear_line(tmp_path, change, message):
     path, tensors = folder_of(tmp_path / "source")
@@ -248,6 +249,27 @@ def test_damaged_layers_are_one_clear_line(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         qzo.from_pretrained(path, device="cpu")
     assert TENSOR in str(error.value)
+
+
+def test_a_double_quantized_layer_needs_its_offset(tmp_path):
+    path, tensors = folder_of(tmp_path / "source", double=True)
+    key = TENSOR + ".quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(tensors[key].tolist()))
+    del state["nested_offset"]
+    tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="nested_offset is None in its quant_state; a number is wanted"):
+        qzo.from_pretrained(path, device="cpu")
+
+
+@pytest.mark.parametrize(("options", "got"), [({"bits": 8}, "bits=8"), ({"symmetric": False}, "symmetric=False")])
+def test_a_table_has_four_bits_and_no_zero_points(tmp_path, options, got):
+    linear = torch.nn.Linear(64, 8)
+    for attempt in (lambda: qzo.QZOLinear.from_linear(linear, group_size=64, table="nf4", **options),
+                    lambda: qzo.quantize_(torch.nn.Sequential(linear), group_size=64, table="nf4", **options),
+                    lambda: qzo.from_pretrained(tmp_path, table="nf4", **options)):
+        with pytest.raises(ValueError, match=f"4 bits and no zero points, got {got}"):
+            attempt()
 
 
 @pytest.mark.parametrize(("config", "message"), [({"load_in_8bit": True}, "LLM.int8"), ({}, "without load_in_4bit")])

@@ -59,20 +59,18 @@ def test_compiled_exact_lookup_is_true(dtype, group, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("books", "bits"), [(1, 16), (1, 12), (2, 8), (3, 8), (2, 12)])
+@pytest.mark.parametrize(("books", "bits"), [(1, 16), (1, 12), (2, 8), (5, 8), (3, 12)])
 @pytest.mark.parametrize(("k", "rows"), [(640, 1), (640, 24), (640, 150), (200, 60)])
 def test_compiled_vectors_are_true(dtype, books, bits, k, rows):
-    for own in (False, True):
-        matmul = Matmul(k=k, n=192, rows=rows, group=0, dtype=dtype, bias=True, law="ih4", books=books, bits=bits,
-                        own=own)
-        matmul.assert_true(matmul.kernel(**picked(matmul)))
+    matmul = Matmul(k=k, n=192, rows=rows, group=0, dtype=dtype, bias=True, law="ih4", books=books, bits=bits)
+    matmul.assert_true(matmul.kernel(**picked(matmul)))
 
 
 @pytest.mark.parametrize("law", ["rademacher", "ih4"])
 def test_compiled_codebooks_have_the_oracles_bits(law):
     values, base4 = torch.randn(300, 4, generator=torch.Generator().manual_seed(1)), 2**32 - 10
-    seeds, coefs = torch.tensor([5, -7]), torch.tensor([oracle.raw_coef(law, c) for c in (0.05, -0.3)])
-    ours, twin = torch.empty(2, 300, 4, device="cuda"), torch.empty(2, 300, 4)
+    seeds, coefs = torch.tensor([-7]), torch.tensor([oracle.raw_coef(law, -0.3)])
+    ours, twin = torch.empty(300, 4, device="cuda"), torch.empty(300, 4)
     perturb.launch(values.cuda(), seeds.cuda(), coefs.cuda(), ours, base4=base4, law=noise.LAWS[law], relative=True)
     perturb.perturb_codebooks_torch(values, seeds, coefs, twin, base4=base4, law=noise.LAWS[law], relative=True)
     assert_same_bits(ours.cpu(), twin)

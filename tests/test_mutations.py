@@ -72,9 +72,6 @@ FAULTS = {
     "kernel: second of two vectors": Fault("vectors.py", "r // 4 - i", "r // 8 - i"),
     "kernel: second codebook": Fault("vectors.py", "((q >> 8) + (1 << BITS)) * 8", "(q >> 8) * 8"),
     "kernel: codebooks of the second word": Fault("vectors.py", "(2 * w if BITS <= 8", "(w if BITS <= 8"),
-    "kernel: each evaluation's codebooks": Fault(
-        "qmm.py", "bits=bits, codebooks=own)", "bits=bits, codebooks=codebooks[0])"),
-    "twin: each evaluation's codebooks": Fault("qmm_torch.py", "codebooks[e], x.dtype", "codebooks[0], x.dtype"),
     "words: order of codes": Fault("vectors.py", "[wide & 0xFF, wide >> 8], 3", "[wide >> 8, wide & 0xFF], 3"),
     "planes: order of codes": Fault("codes.py", "(words >> bits * j + 8 * s)",
                                     "(words >> 16 - bits - bits * j - 8 * s)"),

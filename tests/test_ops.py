@@ -64,23 +64,26 @@ def vector_arguments():
 def test_opcheck_vectors():
     plain, form = vector_arguments()
     torch.library.opcheck(torch.ops.qzo.qmm.default, plain, form)
-    values = torch.rand(1, 8, 4), torch.tensor([1, 2]), torch.tensor([0.1, -0.1])
-    torch.library.opcheck(torch.ops.qzo.perturbed.default, (*values, 3, noise.IH4, True, torch.float16))
+    torch.library.opcheck(torch.ops.qzo.qmm.default, plain, form | {"book4": 24})
 
 
 def test_operators_refuse_codebooks_that_do_not_fit():
     plain, form = vector_arguments()
     books = form["codebooks"]
     for wrong, message in ((books[:, :200], r"codebooks must be \[C, 256, 8\] for codes of 8 bits.* got \[2, 200, 8\]"),
-                           (books[None].repeat(3, 1, 1, 1), r"each of 2 evaluations, got \[3, 2, 256, 8\]"),
+                           (books[None], r"for codes of 8 bits, got \[1, 2, 256, 8\]"),
                            (torch.cat([books, books]), "does not fit 8-bit codes")):
         with pytest.raises(ValueError, match=message):
             torch.ops.qzo.qmm(*plain, **form | {"codebooks": wrong})
     zeros = torch.zeros(1, 24)
-    with pytest.raises(ValueError, match=r"one scale to an output row \(group_size 128\).* got group_size 128, zeros"):
+    with pytest.raises(ValueError, match=r"x has 128 columns.* no zeros and no table; got a group_size of 128, zeros"):
         torch.ops.qzo.qmm(*plain[:3], zeros, *plain[4:], **form)
-    with pytest.raises(ValueError, match="got group_size 64"):
+    with pytest.raises(ValueError, match="got a group_size of 64"):
         torch.ops.qzo.qmm(*plain[:8], 64, *plain[9:], **form)
+    with pytest.raises(ValueError, match="contiguous float32 with noise for each number, got "):
+        torch.ops.qzo.qmm(*plain, **form | {"codebooks": books.half(), "book4": 24})
+    with pytest.raises(ValueError, match="noise shared by rows"):
+        torch.ops.qzo.qmm(*plain, **form, book4=24, shared=True)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

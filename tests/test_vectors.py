@@ -98,23 +98,26 @@ def add_halves(a, b, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("two", "bits"), [(False, 16), (False, 12), (False, 8), (True, 8), (True, 7)])
-def test_inline_ptx(two, bits, dtype):
-    """Every word in either half of a register, beside others, gives the sums in the order of the planes."""
+@pytest.mark.parametrize(("books", "bits"), [(1, 16), (3, 12), (5, 8), (2, 8), (1, 8), (8, 7)])
+def test_inline_ptx(books, bits, dtype):
+    """Every word of a vector, in either half of a register, gives the sums of its codebooks in the order of planes."""
     random = torch.Generator().manual_seed(bits)
-    books = torch.randn(4 if two else 3, 1 << bits, 8, generator=random).to(dtype)
-    own = books[2:]                                       # of the second word
-    low, high = (torch.randint(0, 1 << bits, (70_000, 2 if two else 1), generator=random) for _ in range(2))
-    low[:1 << bits, 0] = torch.arange(1 << bits)
-    high[:1 << bits, -1] = torch.arange(1 << bits)
-    words = [c[:, 0] | c[:, 1] << 8 if two else c[:, 0] for c in (low, high)]
-    memory = books.view(torch.int16).flatten().numpy().astype(np.int64) & 0xFFFF
-    found = run_ptx(vectors.ptx(bits, dtype, two, 2, "the_parameter"), (words[0] | words[1] << 16).numpy(), memory)
-    ones = torch.ones(1, len(low), dtype=torch.float64)
-    for codes, registers in ((low, found[:4]), (high, found[4:])):
-        want = oracle.vector_weight(codes[:, None], ones, own, bits).float()
-        got = torch.stack([value_of(r, dtype).view(-1, 2) for r in registers], 1).flatten(1)
-        assert torch.equal(got, want)
+    codebooks = torch.randn(books, 1 << bits, 8, generator=random).to(dtype)
+    memory = codebooks.view(torch.int16).flatten().numpy().astype(np.int64) & 0xFFFF
+    low, high = (torch.randint(0, 1 << bits, (70_000, 1, books), generator=random) for _ in range(2))
+    low[:1 << bits, 0, 0] = torch.arange(1 << bits)
+    high[:1 << bits, 0, -1] = torch.arange(1 << bits)
+    packed = [vectors.pack_vectors(c, bits)[0, :, ::16].to(torch.int64) & 0xFFFF for c in (low, high)]
+    head, step, table, last = vectors.vector_texts(books, bits, dtype, "the_parameter")
+    ones, count = torch.ones(1, len(low), dtype=torch.float64), vectors.words_of(books, bits)
+    for w in range(count):
+        text = head + step * w + (table if w < count - 1 else last)
+        found = run_ptx(text, (packed[0][:, w] | packed[1][:, w] << 16).numpy(), memory)
+        mine = slice(2 * w, 2 * w + 2) if bits <= 8 else slice(w, w + 1)
+        for codes, registers in ((low, found[:4]), (high, found[4:])):
+            want = oracle.vector_weight(codes[:, :, mine], ones, codebooks[mine], bits).float()
+            got = torch.stack([value_of(r, dtype).view(-1, 2) for r in registers], 1).flatten(1)
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kernel", [qmm._qmm_kernel, dequantize._dequantize_kernel], ids=lambda k: k.fn.__name__)
@@ -122,7 +125,7 @@ def test_the_parameter_that_assembly_names_is_the_codebooks(kernel):
     """PTX numbers what is passed at run time: pointers only stand before this one, none of which Triton leaves out."""
     books = torch.zeros(2, 256, 8, dtype=torch.float16)
     _, constants = lookup.lookups(kernel, None, torch.float16, None, False, books)
-    name, number = re.search(r"\[(\w+)_param_(\d+)\]", constants["TABLE"]).groups()
+    name, number = re.search(r"\[(\w+)_param_(\d+)\]", constants["HEAD"]).groups()
     assert name == kernel.fn.__name__
     before = kernel.arg_names[:int(number) + 1]
     assert before[-1] == "entries_ptr"
@@ -150,13 +153,14 @@ def test_one_program_reads_the_codes_of_a_pair(monkeypatch, rows):
 MATMULS = [Matmul(k=256, group=0, books=2, bits=8), Matmul(k=128, group=0, books=1, bits=12, law="ih4", bias=True),
            Matmul(k=328, group=0, books=3, bits=8, relative=False, coefs=(0.001, -0.001, 0.0003)),
            Matmul(k=200, group=0, books=1, bits=16, shared=True), Matmul(k=256, group=0, books=2, bits=9, law=None),
-           Matmul(k=64, group=0, books=4, bits=6), Matmul(k=256, group=0, books=2, bits=8, own=True),
+           Matmul(k=64, group=0, books=4, bits=6), Matmul(k=256, group=0, books=5, bits=8),
+           Matmul(k=64, group=0, books=3, bits=9),
            Matmul(k=128, group=0, books=2, bits=8, dtype=torch.float32)]
 FORMS = {"plain": TILE, "deep": dataclasses.replace(TILE, deep=True), "split": dataclasses.replace(TILE, splits=2)}
 
 
 def name(m):
-    return f"{m.books}x{m.bits}-{m.k}-{m.law}{'-own' if m.own else ''}"
+    return f"{m.books}x{m.bits}-{m.k}-{m.law}"
 
 
 @pytest.mark.parametrize("matmul", MATMULS, ids=name)
@@ -179,7 +183,7 @@ def test_a_chunk_has_the_bits_of_its_twin(matmul):
         dequantize.dequantize_torch(matmul.packed(), scales, zeros, seeds, coefs, twin, e=e, start=7, **numbers)
         assert_same_bits(ours, twin)
         p = oracle.perturbed(matmul.scales, matmul.raw_noise[e], float(coefs[e]), matmul.relative)
-        want = matmul.weight(e, p)[7:27]
+        want = matmul.weight(p)[7:27]
         assert bool(((ours.double() - want).abs() <= 2.0**-10 * want.abs() + 6e-8).all())
 
 
@@ -199,9 +203,11 @@ def test_a_pair_has_the_bits_of_single_evaluations(matmul):
     torch.testing.assert_close(together, alone.kernel(), rtol=1e-6, atol=1e-6)
 
 
-def test_coefficient_zero_has_the_bits_of_the_plain_forward():
-    for matmul in (Matmul(k=256, group=0, books=2, bits=8, coefs=(0.1, 0.0, 0.0)),):
-        plain = dataclasses.replace(matmul, law=None)
-        plain.__dict__.update({name: getattr(matmul, name) for name in ("x", "codes", "scales", "codebooks")})
-        for run in (Matmul.kernel, Matmul.twin):
-            assert_same_bits(run(matmul)[matmul.rows:], run(plain)[matmul.rows:])
+@pytest.mark.parametrize(("books", "bits", "k"), [(2, 8, 256), (5, 5, 200), (1, 12, 64)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_coefficient_zero_has_the_bits_of_the_plain_forward(books, bits, k, dtype):
+    matmul = Matmul(k=k, group=0, books=books, bits=bits, dtype=dtype, coefs=(0.1, 0.0, 0.0))
+    plain = dataclasses.replace(matmul, law=None)
+    plain.__dict__.update({name: getattr(matmul, name) for name in ("x", "codes", "scales", "codebooks")})
+    for run in (Matmul.kernel, Matmul.twin):
+        assert_same_bits(run(matmul)[matmul.rows:], run(plain)[matmul.rows:])

@@ -24,7 +24,7 @@ _FIELDS = {"in_group_size": LENGTH, "out_group_size": 1}
 def check_config(quantization, where):
     """ValueError naming what of a quantization_config cannot be read."""
     for field, wanted in _FIELDS.items():
-        if quantization.get(field) != wanted:
+        if type(quantization.get(field)) is not int or quantization[field] != wanted:
             raise ValueError(f"{where}: {field} is {quantization.get(field)!r:.40}; AQLM vectors of {LENGTH} inputs of "
                              f"one output can be read ({field}: {wanted})")
     for field, most in {"nbits_per_codebook": MOST_BITS, "num_codebooks": 64}.items():
@@ -36,11 +36,11 @@ def check_config(quantization, where):
 def weights(folder, quantization, dtype):
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
     check_config(quantization, folder)
-    return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(parts, quantization, dtype))
+    return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(parts, quantization))
 
 
-def _packed(parts, quantization, dtype):
-    """The PackedWeight of a layer's tensors, its codebooks in `dtype`. ValueError for what does not fit."""
+def _packed(parts, quantization):
+    """The PackedWeight of a layer's tensors, its codebooks in their own type. ValueError for what does not fit."""
     missing = [part for part in _PARTS if part not in parts]
     if missing:
         raise ValueError(f"no {' and no '.join(missing)} beside it: the checkpoint is incomplete")
@@ -57,7 +57,7 @@ def _packed(parts, quantization, dtype):
         raise ValueError(f"scales must be floats {[len(codes), 1, 1, 1]}, got {scales.dtype} {list(scales.shape)}")
     codes = codes.to(torch.int32)
     indices = torch.where(codes < 0, codes + (1 << bits), codes)
-    return PackedWeight.from_vectors(indices, scales.flatten(), codebooks[:, :, 0].to(dtype).contiguous())
+    return PackedWeight.from_vectors(indices, scales.flatten(), codebooks[:, :, 0].contiguous())
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -71,8 +71,7 @@ def _changes(folder, find):
             continue
         old = safetensors_file.read(file, place)
         new = packed.scales if part == "scales" else packed.codebooks
-        frozen = new.dtype != torch.float32                 # codebooks, rounded to the model's dtype
-        yield name, old if frozen else stored_scales(new.cpu().reshape(old.shape), old, name), file, place
+        yield name, stored_scales(new.cpu().to(torch.float32).reshape(old.shape), old, name), file, place
 
 
 def save(folder, staging, find):

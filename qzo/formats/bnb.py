@@ -78,7 +78,7 @@ def _state(parts):
         numbers = (n, k, state["blocksize"], state.get("nested_blocksize", 1))
         if not all(isinstance(value, int) and 0 < value < 1 << 40 for value in numbers):
             raise TypeError(numbers)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"its quant_state is damaged ({' '.join(str(error).split())[:80]}); fetch it again") from None
     return state
 
@@ -93,9 +93,11 @@ def _absmax(parts, state):
         raise ValueError(f"absmax is {absmax.dtype}" + (f" and no {' and no '.join(missing)} is beside it" if missing
                                                          else "; float32, or uint8 with nested_absmax is wanted"))
     nested = parts["weight.nested_absmax"].flatten().to(torch.float32)
-    size, offset = state.get("nested_blocksize", 256), state.get("nested_offset", 0.0)
+    size, offset = state.get("nested_blocksize", 256), state.get("nested_offset")
+    if type(offset) not in (float, int):
+        raise ValueError(f"nested_offset is {offset!r:.40} in its quant_state; a number is wanted, fetch it again")
     entries = parts["weight.nested_quant_map"].flatten().to(torch.float32)
-    if entries.numel() != 256 or nested.numel() != -(-absmax.numel() // size) or not isinstance(offset, float):
+    if entries.numel() != 256 or nested.numel() != -(-absmax.numel() // size):
         raise ValueError(f"nested_quant_map of {entries.numel()} and nested_absmax of {nested.numel()} entries do not "
                          f"fit {absmax.numel()} blocks in blocks of {size}")
     return entries[absmax.to(torch.int64)] * nested.repeat_interleave(size)[:absmax.numel()] + offset
