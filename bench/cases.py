@@ -55,7 +55,9 @@ class Codes:
     @property
     def lookup(self):
         """As tiles.pick takes it."""
-        return "vectors" if self.books else None if self.table is None else "table"
+        if self.books:
+            return "vectors" if words_of(self.books, self.bits) <= 2 else "long vectors"
+        return None if self.table is None else "table"
 
 
 CODES = {"int4": Codes(4, ""), "int2": Codes(2, " 2 bits"), "int8": Codes(8, " 8 bits"),

@@ -169,6 +169,8 @@ def measure(launch):
         "step": round(len(body) - skip * (1 - 1 / period)),
         "local": sum(_is(i, "LDL|STL") for i in body),
         "stored_bytes": _stored_bytes(body),
+        # how many words of vectors are looked up, each in codebooks of its own: by the steps to their address
+        "words": len({text.count("add.u64 base") for text in compiled.asm["ptx"].split("ld.param.u64 base")[1:]}),
         "copies_16": sum(_is(i, r"LDGSTS\S*\.128") for i in body),
         # weights in registers: "HGMMA.. R24, R120, gdesc[UR8], .."; in memory: "R24, gdesc[..]"
         "wgmma": len(wgmma),
@@ -219,6 +221,8 @@ def form_faults(launch, figures):
         words = launch.constant("BN") * 16 * launch.constant("PASSES")
         if figures["copies_16"] * 8 * 32 * launch.warps != words:
             bad.append(f"{figures['copies_16']} copies of 16 bytes a thread, not those that read {words} words once")
+        if figures["words"] != launch.constant("PASSES"):
+            bad.append(f"codebooks of {figures['words']} of {launch.constant('PASSES')} words are looked up")
     if launch.arch == "sm_100" and (launch.constant("BITS") == 2 or launch.constant("TABLE")):
         return bad  # not all of them find a way into tensor memory
     # one number per output, a scale or a zero point, may pass through shared memory; unpacked weights not

@@ -322,7 +322,7 @@ def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, 
     ratio = tile.ratio and not whole_row
     lookup = lookup or PLAIN
     most = PAIRED_UP_TO // 2 if group == 32 else PAIRED_UP_TO       # registers: two scales of four groups a step
-    if lookup["PASSES"] > 1 and not lookup["BOOKS"]:
+    if lookup["PASSES"] > (2 if lookup["BOOKS"] else 1):
         most //= 2
     pair = pair and law != NONE and rows <= most and not ratio
     return dict(BM=2 * tile.rows if pair and 2 * rows > tile.rows else tile.rows, BN=tile.outputs,

@@ -57,8 +57,8 @@ def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4, lookup=None):
     """The tile for `rows` rows per evaluation, an [n, k] weight in groups of `group` (k: whole row), on `arch`.
 
     zeros: dtype of the zero points, None where all are the middle code; torch.uint8 and torch.float32 ones take
-    registers. bits: of a code; lookup: "table", "exact" (a table in two passes) or "vectors" where codes stand for
-    something else.
+    registers. bits: of a code; lookup: "table", "exact" (a table in two passes), "vectors" or "long vectors" (more than
+    two words of codes each) where codes stand for something else.
     Raises ValueError for a group size no kernel has. An architecture that is not listed runs as its nearest elder.
     """
     if group not in GROUPS and group != k:
@@ -125,8 +125,8 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
         return Tile(64, 64, 4, 2) if rows <= 64 or float_zeros or table else Tile(128, 128, 8, 2)
     if rows <= 16:
         return Tile(16, 64, 4, 4, registers=registers)
-    if lookup == "vectors":     # several codebooks spill in four warps, even in the 64 columns of a pair of 32
-        return Tile(32 if rows <= 32 else 64, 128, 8, 3, registers=registers)
+    if lookup in ("vectors", "long vectors"):       # four warps spill with 64 columns, even those of a pair of 32
+        return Tile(32 if rows <= 32 or lookup != "vectors" else 64, 128, 8, 3, registers=registers)
     if rows <= 32:
         return Tile(32, 64, 4, 4, registers=registers)
     if rows <= 64 or float_zeros:

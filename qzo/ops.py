@@ -125,7 +125,8 @@ def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, 
 def lookup_of(table, exact, codebooks):
     """What tiles.pick calls that which codes stand for."""
     if codebooks is not None:
-        return "vectors"
+        books, entries, _ = codebooks.shape
+        return "vectors" if vectors.words_of(books, entries.bit_length() - 1) <= 2 else "long vectors"
     return None if table is None else "exact" if exact else "table"
 
 
