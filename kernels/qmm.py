@@ -323,7 +323,7 @@ def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, 
     lookup = lookup or PLAIN
     most = PAIRED_UP_TO // 2 if group == 32 else PAIRED_UP_TO       # registers: two scales of four groups a step
     if lookup["PASSES"] > (2 if lookup["BOOKS"] else 1):
-        most //= 2
+        most //= 4 if lookup["BOOKS"] else 2
     pair = pair and law != NONE and rows <= most and not ratio
     return dict(BM=2 * tile.rows if pair and 2 * rows > tile.rows else tile.rows, BN=tile.outputs,
                 BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law, RELATIVE=bool(relative),

@@ -115,7 +115,7 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
             return medium
         return Tile(64, 128, 8, 3, deep=True, ratio=short)
     if arch == "sm_100":
-        if rows <= 16:
+        if rows <= 16 or lookup == "long vectors":      # every plane of theirs is kept in tensor memory
             return Tile(16, 128, 4, 4, registers=registers)
         # never 128 rows: Triton 3.6 compiles dots of 32 k on that tile to a bare trap, without an error
         return Tile(64, 64 if float_zeros else 128, 8, 4, registers=registers)
