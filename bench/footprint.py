@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..kernels import dequantize, qmm, qmm_torch, tiles
+from ..kernels import dequantize, perturb, qmm, qmm_torch, tiles
 from ..layers import layers
 from ..linear import QZOLinear
 from ..ops import lookup_of
@@ -210,6 +210,7 @@ class Ledger(TorchDispatchMode):
             cast += codebooks.numel() * x.element_size()
         if self.device == "cpu":
             cast += codebooks.numel() * 4 if codebooks is not None and x.dtype != torch.float32 else 0
+            cast += perturb.scratch_bytes(codebooks.numel() // 4) if book4 >= 0 and law else 0
             return cast + qmm_torch.scratch_bytes(m, n, k, group, seeds.numel(), x.dtype, law, shared,
                                            scales.untyped_storage().nbytes(), self.threads, table=table is not None,
                                            books=0 if codebooks is None else len(codebooks), bits=bits)

@@ -14,7 +14,7 @@ from ..experts import split_experts_
 from ..kernels.codes import BITS
 from ..kernels.noise import step_seed
 from ..kernels.update import scratch_bytes
-from ..layers import arena_of, evaluating, layers
+from ..layers import arena_of, evaluating, layers, train_codebooks_
 from ..ops import LARGE_ROWS, backend
 from ..optim import QZO
 from . import models
@@ -282,6 +282,7 @@ def add_options(parser):
     run.add_argument("--directions", type=int, default=Run.directions, help="directions a step (default 1)")
     run.add_argument("--sequential", action="store_true",
                      help="evaluations one after another: half a pair's activations")
+    run.add_argument("--train-codebooks", action="store_true", help="as in qzo train: float32 copies that train")
     run.add_argument("--large-rows", choices=LARGE_ROWS, default=LARGE_ROWS[0], help="as in qzo train (default fused)")
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=("cpu", "cuda"), help="whose memory (default: cuda; cpu where a run is "
@@ -323,6 +324,8 @@ def make_report(options):
         load, model = _checkpoint(options, codes, device, dtype)
     else:
         load, model = random_model(options.config, options.group_size, options.zeros, device, dtype, codes)
+    if options.train_codebooks:
+        load, model = _training_codebooks(load), _training_codebooks(lambda: model)()
     run = Run(options.batch_size, options.seq_len or models.usual_tokens(model), options.labels, options.directions,
               options.sequential, options.large_rows)
     predicted = predict(model, run, device, chip)
@@ -333,6 +336,14 @@ def make_report(options):
                + (", random weights" if measuring and options.config else ""))
     return {"predicted": predicted, "measured": measured, "rivals": rivals(model, run, predicted),
             "fits": fits(max(predicted["total"], measured["total"] if measured else 0)), "subject": subject}
+
+
+def _training_codebooks(load):
+    def loaded():
+        model = load()
+        train_codebooks_(model)
+        return model
+    return loaded
 
 
 def _codes(options):

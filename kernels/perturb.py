@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .noise import BLOCK_QUADS, ROUNDS, quad_noise, raw_noise
+from .noise import BLOCK_QUADS, RAW_BYTES, ROUNDS, quad_noise, raw_noise
 from .qmm import WIDE_FROM, perturb
 from .qmm_torch import perturb_torch
 
@@ -37,6 +37,11 @@ def launch(values, seed, coef, out, *, base4, law, relative):
     _perturb_kernel[(triton.cdiv(quads, BLOCK),)](
         values, out, seed, coef, base4, quads, LAW=law, RELATIVE=bool(relative), WIDE=base4 + quads > WIDE_FROM,
         ROUNDS_=ROUNDS, BLOCK_=BLOCK, num_warps=4, enable_fp_fusion=False)
+
+
+def scratch_bytes(quads):
+    """Bytes that perturb_codebooks_torch holds for a while: a block's numbers, noise and result."""
+    return min(BLOCK_QUADS, quads) * (8 + RAW_BYTES + 16)
 
 
 def perturb_codebooks_torch(values, seed, coef, out, *, base4, law, relative):

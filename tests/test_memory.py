@@ -148,7 +148,7 @@ def test_the_image_transformer_fits_24_gb():
     "--batch-size 8 --seq-len 128 --zeros integer", "--batch-size 16 --seq-len 64 --labels 60 --directions 2",
     "--batch-size 8 --seq-len 256 --sequential --zeros float",
     "--batch-size 4 --seq-len 64 --codes nf4 --group-size 64",
-    "--batch-size 4 --seq-len 64 --codes aqlm-2x8"])
+    "--batch-size 4 --seq-len 64 --codes aqlm-2x8", "--batch-size 4 --seq-len 64 --codes aqlm-1x16 --train-codebooks"])
 def test_measured_is_foretold_within_3_percent(tmp_path, arguments):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SMALL))
@@ -303,6 +303,7 @@ def test_the_table_and_the_picture(tmp_path, capsys):
     ("--config smollm2 --codes nf4 --zeros integer", "no zero points"),
     ("--config smollm2 --codes aqlm-2x8 --group-size 64", "one scale to a row (no --group-size)"),
     ("--model smollm2.gguf --codes aqlm-2x8", "nothing quantizes a --model to vectors"),
+    ("--config smollm2 --train-codebooks", "that trains has codebooks"),
     ("--config smollm2 --codes nf4 --group-size 128", "does not divide"),
     ("--config smollm2 --labels 64", "between 1 and 63"), ("--config smollm2 --batch-size 0", "at least 1"),
     ("--config smollm2 --snapshot x", "CUDA device"), ("--config README.md", "not JSON"),
