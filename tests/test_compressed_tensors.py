@@ -144,7 +144,7 @@ def put(part, tensor):
     (lambda q: q.update(kv_cache_scheme={"num_bits": 8}), None, "has a kv_cache_scheme"),
     (lambda q: q.update(sparsity_config={"format": "sparse-24"}), None, "sparse weights"),
     (lambda q: q.update(quant_method="fp_quant"), None,
-     "quant_method 'fp_quant' cannot be read; supported are auto-"),
+     "quant_method 'fp_quant' cannot be read; supported are aqlm, "),
     (weights(group_size=32), None,
      r"weight_scale is \[\d+, \d\], which is not \d+ rows of \d+ weights in groups of 32"),
     (weights(symmetric=False), None, "no weight_zero_point beside it"),

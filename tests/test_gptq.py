@@ -343,7 +343,7 @@ GPTQ_REFUSED = [
      "the config says, but 4$"),
     ({"dynamic": {".*up": {"bits": 16}}}, None, WHERE + "dynamic: bits is 16"),
     ({"desc_act": True}, None, r"no model\.layers\.0\.mlp\.down_proj\.g_idx beside it: the checkpoint"),
-    ({"quant_method": "exl2"}, None, "quant_method 'exl2' cannot be read; supported are auto-round, awq, bitsandb"),
+    ({"quant_method": "exl2"}, None, "quant_method 'exl2' cannot be read; supported are aqlm, auto-round, awq, bi"),
     ({}, drop("scales"), WHERE + rf"no {LAYER}\.scales beside it: the checkpoint is incomplete"),
     ({}, drop("qzeros"), rf"no {LAYER}\.qzeros beside it"),
     ({}, drop("qweight"), rf"^{LAYER}\.(scales|qzeros) in model\.safetensors: LlamaForCausalLM has no tensor"),
