@@ -12,8 +12,8 @@ import qzo
 from qzo import ops
 from qzo.kernels import noise, qmm_torch, update
 from qzo.kernels.codes import pack_rows
+from tests.aqlm_checkpoints import a_layer
 from tests.matmuls import Matmul
-from tests.test_aqlm import a_layer
 
 LARGE_K, LARGE_N = 1024, 2560          # the CPU's chunks of 1 MB stay below one byte for each of its weights
 

@@ -9,7 +9,7 @@ import qzo
 from qzo import ops
 from qzo.kernels import noise
 from qzo.kernels.tiles import Tile
-from tests.test_aqlm import a_layer
+from tests.aqlm_checkpoints import a_layer
 from tests.test_linear import asymmetric
 
 
