@@ -10,7 +10,7 @@ from qzo import ops
 from qzo.kernels import noise
 from qzo.kernels.tiles import Tile
 from tests.aqlm_checkpoints import a_layer
-from tests.test_linear import asymmetric
+from tests.small_layers import asymmetric
 
 
 def qmm_arguments(layer, out_dtype=torch.float32):
