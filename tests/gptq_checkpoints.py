@@ -6,8 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import qzo
 from tests.checkpoints import FFN, HEADS, HIDDEN, KV_HEADS, VOCAB, pack_stream, unpack_stream
 
+LAYER = "model.layers.0.mlp.up_proj"
+IDS = torch.arange(24).view(2, 12)
+WHERE = r"^model\.layers\.0\.mlp\.up_proj\.qweight in model\.safetensors: "
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)       # of a word's eight, from the lowest bits up
 
 
@@ -119,3 +123,42 @@ def write_gptq(folder, bits=4, size=32, *, zeros="any", change=None, seed=0, hea
 def write_awq(folder, **options):
     """As write_gptq, in AWQ's layout."""
     return write_gptq(folder, **{"layer": awq_layer, "quant_method": "awq", "version": "gemm", **options})
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def step(model, lr):
+    optimizer = qzo.QZO(model, lr=lr, directions=2)
+    optimizer.step(lambda: qzo.losses(model, {"input_ids": IDS, "labels": IDS}, 4))
+
+
+def load(path):
+    return qzo.from_pretrained(path, device="cpu")
+
+
+# --------------------------------------------------------------------------------------- changes that spoil one
+
+def drop(part):
+    return lambda tensors: tensors.pop(f"{LAYER}.{part}")
+
+
+def put(part, make):
+    return lambda tensors: tensors.update({f"{LAYER}.{part}": make(tensors[f"{LAYER}.{part}"])})
+
+
+def say(folder, changes):
+    """Change what the config says of the weights."""
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def first(value):
+    """A change of the first entry."""
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[0] = value
+        return tensor
+    return change

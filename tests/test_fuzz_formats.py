@@ -1,102 +1,21 @@
-"""Damaged files of every format: each is read or refused in one line, within the memory that its size explains.
-
-The cases come from seeded generators and from hypothesis without a database, so that every run has the same ones.
-An address-space limit while a file is read turns any absurd allocation, torch's too, into a MemoryError, which no
-test expects.
-"""
-import contextlib
+"""Damaged files of every format: each is read or refused in one line (fuzzing.py)."""
 import copy
 import json
-import os
 import random
-import resource
 import struct
 import tracemalloc
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-import qzo
-from qzo.formats import folder as folders
 from qzo.formats import gguf, hqq, of_method, safetensors_file
 from qzo.formats.gguf_file import GGUFFile
 from qzo.formats.torch_file import TorchFile
-from tests.checkpoints import TYPES, write_compressed, write_gguf
-
-HEADROOM = 256 << 20         # bytes of address space beyond what the process has: far below any absurd size
-FIXTURES = Path(__file__).parent / "fixtures"
-EXAMPLES = settings(max_examples=1500, deadline=None, derandomize=True, database=None,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-NASTY = [0, 1, -1, 2, 3, 7, 8, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
-
-
-@contextlib.contextmanager
-def little_memory():
-    """A limit of HEADROOM bytes on what the process may take from here on."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def outcome(read):
-    """What one case ends in: None when it was read, else the message, which is a short line."""
-    try:
-        read()
-    except (ValueError, FileNotFoundError) as error:
-        message = str(error)
-        assert message
-        assert "\n" not in message, message
-        assert len(message) < 1500, message
-        return message
-    return None
-
-
-def mutated(data, rng, head):
-    """`data` with one to four faults, most of them in its first `head` bytes, where the sizes stand."""
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 4])):
-        at = rng.randrange(min(head, len(data)) if rng.random() < 0.9 else len(data))
-        kind = rng.randrange(7)
-        if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at] = rng.randrange(256)
-        elif kind == 2:
-            data[at:at + 8] = struct.pack("<Q", rng.choice(NASTY) % 2**64)
-        elif kind == 3:
-            data[at:at + 4] = struct.pack("<I", rng.choice(NASTY) % 2**32)
-        elif kind == 4:
-            del data[at:at + rng.choice([1, 8, 100])]
-        elif kind == 5:
-            data[at:at] = rng.randbytes(rng.choice([1, 8, 100]))
-        else:
-            del data[at:at + (1 if rng.random() < 0.7 else len(data))]
-        if not data:
-            return bytes(data)
-    return bytes(data)
-
-
-def renew(path, data):
-    """Write a file anew: on some file systems to overwrite one is to wait for the disk."""
-    path.unlink(missing_ok=True)
-    path.write_bytes(data)
-
-
-def run(path, cases, read):
-    """How many of the cases were read, and how many refused; `path` is the only file that stands there after."""
-    with little_memory():
-        messages = [outcome(lambda data=data: (renew(path, data), read(path))) for data in cases]
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-    return messages.count(None), len(messages) - messages.count(None)
-
+from tests.checkpoints import TYPES, write_gguf
+from tests.fuzzing import EXAMPLES, FIXTURES, NASTY, SAFETENSORS, little_memory, mutated, outcome, renew, run
 
 # ------------------------------------------------------------------------------------- containers
 
@@ -118,10 +37,6 @@ def read_torch(path):
     for name, tensor in file.content.items():
         if isinstance(tensor, torch.Tensor):
             file.read(tensor, str(name))
-
-
-SAFETENSORS = save({"a": torch.arange(6, dtype=torch.float16).view(2, 3), "b": torch.ones(4, dtype=torch.int32),
-                    "c": torch.zeros(0, 5)}, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -381,97 +296,6 @@ def read_gguf_model(path):
     gguf.config(file)
     for _ in gguf.weights(file, torch.half):
         pass
-
-
-# ------------------------------------------------------------------------------------- folders of shards
-
-INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """A folder of two shards, beside a file that is none of its own."""
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for name, file in (("a", "1.safetensors"), ("b", "2.safetensors")):
-        save_file({name: torch.ones(2)}, folder / file)
-    save_file({"a": torch.ones(2)}, tmp_path / "outside.safetensors")
-
-    def write(weight_map):
-        content = weight_map if isinstance(weight_map, bytes) else json.dumps({"weight_map": weight_map}).encode()
-        renew(folder / INDEX, content)
-        return folder
-
-    return write
-
-
-@pytest.mark.parametrize(("weight_map", "message"), [
-    ({"a": "../outside.safetensors"}, "names '../outside.safetensors', which is no file of this folder"),
-    ({"a": "/etc/passwd"}, "names '/etc/passwd', which is no file of this folder"),
-    ({"a": "x/../1.safetensors"}, "which is no file of this folder"),
-    ({"a": ".."}, "is missing or no file"),
-    ({"a": "pipe"}, "is missing or no file"),
-    ({"a": "loop"}, "is missing or no file"),
-    ({"a": "3.safetensors"}, "3.safetensors is missing or no file, though model.safetensors.index.json names it"),
-    ({"a": "1.safetensors\n"}, "which is no file of this folder"),
-    ({"a": "1.safetensors", "c": "2.safetensors"}, "2.safetensors holds no tensor 'c', though"),
-    ({"a": "2.safetensors", "b": "1.safetensors"}, "holds no tensor 'a', though"),
-    ({"a": "1.safetensors", "b": "twin.safetensors"}, "tensor a is in 1.safetensors and in twin.safetensors"),
-    ({"a": 1}, "it has no weight_map"), ([], "it has no weight_map"), ({}, "it has no weight_map"),
-    (b"[", "is not JSON: Expecting value"), (b"[]", "holds a JSON list, not an object"), (b"\xff", "is not JSON"),
-    (b"[" * 100_000, "is not JSON: it is nested too deeply"),
-])
-def test_shards_refused(shards, weight_map, message):
-    folder = shards(weight_map)
-    save_file({"a": torch.ones(2), "b": torch.ones(2)}, folder / "twin.safetensors")
-    os.mkfifo(folder / "pipe")
-    (folder / "loop").symlink_to("loop")
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        folders.tensor_places(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_a_shard_may_be_a_link(shards, tmp_path):
-    """The download cache of the Hub is made of links."""
-    folder = shards({"a": "linked.safetensors", "b": "2.safetensors"})
-    (folder / "linked.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    places = folders.tensor_places(folder)
-    assert {name: file.name for name, (file, _) in places.items()} == {"a": "linked.safetensors", "b": "2.safetensors"}
-
-
-def test_index_bytes(shards):
-    rng, weight_map = random.Random(5), {"a": "1.safetensors", "b": "2.safetensors"}
-    text = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
-    messages = [outcome(lambda data=data: folders.tensor_places(shards(data)))
-                for data in (mutated(text, rng, len(text)) for _ in range(1000))]
-    assert messages.count(None) > 20
-    assert len(set(messages)) > 30
-
-
-@pytest.mark.parametrize(("config", "message"), [
-    (b"[]", "holds a JSON list"), (b"3", "holds a JSON int"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"),
-    (b"[" * 100_000, "is not JSON: it is nested too deeply"),
-    (b'{"quantization_config": []}', "names no quant_method"),
-    (b'{"quantization_config": "x"}', "names no quant_method"),
-    (b'{"quantization_config": {"quant_method": ["gptq"]}}', "names no quant_method"),
-    (b'{"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}', "has no config_groups"),
-])
-def test_configs_refused(tmp_path, config, message):
-    (tmp_path / "config.json").write_bytes(config)
-    (tmp_path / "model.safetensors").write_bytes(SAFETENSORS)
-    with pytest.raises(ValueError, match=message) as error:
-        qzo.from_pretrained(tmp_path, device="cpu")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("depth", [10**6, 2**40])
-def test_more_layers_than_the_files_can_hold(tmp_path, depth):
-    write_compressed(tmp_path, {"": (4, 32, True)}, {"a": {"targets": ["Linear"], "weights": {
-        "num_bits": 4, "group_size": 32, "strategy": "group"}}})
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": depth, "layer_types": None}))
-    with little_memory(), pytest.raises(ValueError, match=f"num_hidden_layers is {depth}, the files have"):
-        qzo.from_pretrained(tmp_path, device="cpu")
 
 
 # ------------------------------------------------------------------------------------- what Python itself takes

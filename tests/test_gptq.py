@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and auto-round folders: six that the tools wrote, and made ones for what those lack."""
+"""GPTQ, AWQ and auto-round folders that the tools wrote, and made GPTQ ones for what those lack."""
 import functools
 import json
 import shutil
@@ -13,32 +13,31 @@ import qzo
 from qzo.formats import safetensors_file
 from tests.checkpoints import quantized, relative_error, scale_randomly
 from tests.close import ULP, assert_close, assert_same_bits
-from tests.gptq_checkpoints import awq_layer, decode_folder, gptq_layer, write_awq, write_gptq
+from tests.gptq_checkpoints import (
+    IDS,
+    LAYER,
+    WHERE,
+    contents,
+    decode_folder,
+    drop,
+    first,
+    gptq_layer,
+    load,
+    put,
+    say,
+    step,
+    write_gptq,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["gptqmodel-gptq-sym-g128", "gptqmodel-gptq-asym-g32-v2", "gptqmodel-gptq-sym-g64-desc",
          "gptqmodel-gptq-3bit-sym-g64", "autoround-ar-sym-g128", "autoround-awq-zp-g128"]
 LOGITS_FP32 = 2e-5       # float32 sums in another order; one zero point off in a group gives 1e-2
-LAYER = "model.layers.0.mlp.up_proj"
-IDS = torch.arange(24).view(2, 12)
-
-
-def load(path):
-    return qzo.from_pretrained(path, device="cpu")
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(params=NAMES)
 def fixture(request):
     return FIXTURES / request.param
-
-
-def step(model, lr):
-    optimizer = qzo.QZO(model, lr=lr, directions=2)
-    optimizer.step(lambda: qzo.losses(model, {"input_ids": IDS, "labels": IDS}, 4))
 
 
 def test_logits(fixture):
@@ -253,77 +252,8 @@ def test_a_config_of_its_own(tmp_path):
         assert torch.equal(layer.dequantize(), expected[name]), name
 
 
-# ------------------------------------------------------------------------------------- AWQ and auto-round
-
-@pytest.mark.parametrize(("size", "config"), [
-    (32, {"version": "gemm", "zero_point": True}), (-1, {"version": "GEMM", "zero_point": True}),
-    (96, {"checkpoint_format": "gemm", "format": "gemm", "zero_point": False})])
-def test_awq(tmp_path, size, config):
-    folder = write_gptq(tmp_path / "in", size=-1 if size == 96 else size, layer=awq_layer, quant_method="awq",
-                        zeros="any" if config["zero_point"] else "middle", **config)
-    found, expected = quantized(load(folder)), decode_folder(folder)
-    for name, layer in found.items():
-        assert torch.equal(layer.dequantize(), expected[name]), name
-    assert (found[LAYER].zeros is None) != config["zero_point"]
-
-
-def test_awq_takes_dense_tensors_of_any_dtype(tmp_path):
-    norm = torch.randn(96)
-    folder = write_awq(tmp_path / "in", change=lambda tensors: tensors.update({"model.norm.weight": norm}))
-    model = load(folder)
-    assert_same_bits(model.model.norm.weight.detach(), norm)
-    step(model, 0.0)
-    qzo.save_pretrained(model, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(folder)
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_auto_round_with_layers_of_their_own(tmp_path, bits):
-    extra = {"model.layers.1.mlp.up_proj": {"bits": 8}, ".*down_proj$": {"bits": 8, "group_size": -1},
-             "lm_head": {"bits": 16}, "model.layers.0.mlp.up_proj": {"bits": 8, "sym": True}}
-    folder = write_gptq(tmp_path / "in", bits, by_layer={"up_proj": (8, 32), "down_proj": (8, -1)}, layers=2,
-                        sym=True, zeros="middle", quant_method="auto-round", packing_format="auto_round:auto_gptq",
-                        extra_config=extra, dynamic={".*(up|down)_proj": {"bits": 8}})
-    expected = decode_folder(folder)
-    for name, layer in quantized(load(folder)).items():
-        assert torch.equal(layer.dequantize(), expected[name]), name
-
-
-def test_auto_round_in_awqs_layout(tmp_path):
-    folder = write_gptq(tmp_path / "in", layer=awq_layer, quant_method="auto-round", data_type="int",
-                        packing_format="auto_round:auto_awq")
-    expected = decode_folder(folder)
-    for name, layer in quantized(load(folder)).items():
-        assert torch.equal(layer.dequantize(), expected[name]), name
-
-
 # ------------------------------------------------------------------------------------- what is refused
 
-def drop(part):
-    return lambda tensors: tensors.pop(f"{LAYER}.{part}")
-
-
-def put(part, make):
-    return lambda tensors: tensors.update({f"{LAYER}.{part}": make(tensors[f"{LAYER}.{part}"])})
-
-
-def say(folder, changes):
-    """Change what the config says of the weights."""
-    content = json.loads((folder / "config.json").read_text())
-    content["quantization_config"] |= changes
-    (folder / "config.json").write_text(json.dumps(content))
-
-
-def first(value):
-    """A change of the first entry."""
-    def change(tensor):
-        tensor = tensor.clone()
-        tensor.view(-1)[0] = value
-        return tensor
-    return change
-
-
-WHERE = r"^model\.layers\.0\.mlp\.up_proj\.qweight in model\.safetensors: "
 GPTQ_REFUSED = [
     ({"bits": 5}, None, "in: bits is 5; supported are 2, 3, 4, 8"),
     ({"bits": "four"}, None, "bits is 'four'"), ({"bits": True}, None, "bits is True"),
@@ -385,34 +315,4 @@ def test_a_quantized_head_that_is_tied_is_refused(tmp_path):
 def test_g_idx_refused(tmp_path, change, message):
     folder = write_gptq(tmp_path / "in", order=True, change=put("g_idx", change))
     with pytest.raises(ValueError, match=WHERE + ".*" + message):
-        load(folder)
-
-
-@pytest.mark.parametrize(("config", "tensors", "message"), [
-    ({"version": "gemv"}, None, "in: AWQ weights in version 'gemv'; supported is 'gemm'"),
-    ({"version": "gemv_fast"}, None, "'gemv_fast'"), ({"version": "marlin"}, None, "'marlin'"),
-    ({"version": None}, None, "AWQ weights in version None"), ({"version": 4}, None, "AWQ weights in version 4"),
-    ({"bits": 8}, None, "bits is 8; supported are 4"),
-    ({"group_size": 64}, None, "no multiple of group_size 64"),
-    ({}, drop("qzeros"), WHERE + rf"no {LAYER}\.qzeros beside it"),
-    ({}, put("qzeros", lambda t: t[:, :-1]), WHERE + r"qzeros must be int32 \[3, 20\], got \[3, 19\]"),
-    ({}, put("qweight", lambda t: t[:, :-1]), WHERE + r"scales must be floats \[3, 152\] for 96 inputs"),
-    ({}, put("scales", first(float("nan"))), WHERE + "scales hold NaN")])
-def test_awq_refused(tmp_path, config, tensors, message):
-    folder = write_gptq(tmp_path / "in", layer=awq_layer, change=tensors)
-    say(folder, {"quant_method": "awq", "version": "gemm", **config})
-    with pytest.raises(ValueError, match=message):
-        load(folder)
-
-
-@pytest.mark.parametrize(("config", "message"), [
-    ({"packing_format": "auto_round:gptq"}, "packing_format 'auto_round:gptq'; supported are int in auto_round"),
-    ({"packing_format": ["x"]}, "packing_format"), ({"packing_format": None}, "packing_format 'None'"),
-    ({"data_type": "mx_fp"}, "data_type 'mx_fp'"), ({"act_bits": 8}, r"activations are quantized too \(act_bits 8\)"),
-    ({"extra_config": {"x": 4}}, "extra_config must be layers and what they change"),
-    ({"extra_config": {"re:(": {"bits": 4}}}, "is no regular expression")])
-def test_auto_round_refused(tmp_path, config, message):
-    folder = write_gptq(tmp_path / "in", **{"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq",
-                                            **config})
-    with pytest.raises(ValueError, match=message):
         load(folder)
