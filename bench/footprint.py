@@ -205,15 +205,15 @@ class Ledger(TorchDispatchMode):
                      book4=-1):
         m, k = x.shape
         n = scales.shape[1]
-        cast = 0
+        cast = 0                                       # codebooks in the type of x, and as the CPU reads them
         if codebooks is not None and (book4 >= 0 or codebooks.dtype != x.dtype):
             cast += codebooks.numel() * x.element_size()
         if self.device == "cpu":
             cast += codebooks.numel() * 4 if codebooks is not None and x.dtype != torch.float32 else 0
             cast += perturb.scratch_bytes(codebooks.numel() // 4) if book4 >= 0 and law else 0
-            return cast + qmm_torch.scratch_bytes(m, n, k, group, seeds.numel(), x.dtype, law, shared,
-                                           scales.untyped_storage().nbytes(), self.threads, table=table is not None,
-                                           books=0 if codebooks is None else len(codebooks), bits=bits)
+            return cast + qmm_torch.scratch_bytes(
+                m, n, k, group, seeds.numel(), x.dtype, law, shared, scales.untyped_storage().nbytes(), self.threads,
+                table=table is not None, books=0 if codebooks is None else len(codebooks), bits=bits)
         if blas and m // seeds.numel() >= tiles.BLAS_FROM:
             return cast + dequantize.scratch_bytes(n, k, x.dtype)
         points = None if zeros is None else zeros.dtype

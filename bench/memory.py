@@ -325,7 +325,8 @@ def make_report(options):
     else:
         load, model = random_model(options.config, options.group_size, options.zeros, device, dtype, codes)
     if options.train_codebooks:
-        load, model = _training_codebooks(load), _training_codebooks(lambda: model)()
+        train_codebooks_(model)
+        load = _training_codebooks(load)
     run = Run(options.batch_size, options.seq_len or models.usual_tokens(model), options.labels, options.directions,
               options.sequential, options.large_rows)
     predicted = predict(model, run, device, chip)

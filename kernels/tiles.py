@@ -92,10 +92,10 @@ def _fills(arch, rows, n, tile):
 def _table(arch, rows, n, group, zeros, bits, lookup):
     """Tiles that compile without spilling a register, whatever the flags: bench/sass.py tells."""
     # a second accumulator beside several groups a step, a table or eight codes a word spills in the large tiles
-    table = lookup is not None
-    short = group < 128 or ((table or bits == 2) and arch not in ("sm_90", "sm_100"))
+    looked_up = lookup is not None
+    short = group < 128 or ((looked_up or bits == 2) and arch not in ("sm_90", "sm_100"))
     float_zeros = zeros == torch.float32
-    registers = 255 if group == 32 or bits != 4 or table else 0
+    registers = 255 if group == 32 or bits != 4 or looked_up else 0
     if lookup == "exact":
         return _exact(arch, rows, group)
     if arch == "sm_90":
@@ -108,7 +108,7 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
         # a step's instructions per product fall with the rows: 262, 323, 427 for 64, 128, 256
         large = Tile(256, 128, 8, 3, deep=True, ratio=True)
         medium = Tile(128, 128, 8, 3, deep=True, ratio=True)
-        roomy = (zeros is None or (short and not float_zeros)) and (short or not (table or bits == 8))
+        roomy = (zeros is None or (short and not float_zeros)) and (short or not (looked_up or bits == 8))
         if rows > 256 and roomy and _fills(arch, rows, n, large):
             return large
         if rows > 128 and not float_zeros and _fills(arch, rows, n, medium):
@@ -122,7 +122,7 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
     if arch == "gfx942":
         if rows <= 16:
             return Tile(16, 64, 4, 2)
-        return Tile(64, 64, 4, 2) if rows <= 64 or float_zeros or table else Tile(128, 128, 8, 2)
+        return Tile(64, 64, 4, 2) if rows <= 64 or float_zeros or looked_up else Tile(128, 128, 8, 2)
     if rows <= 16:
         return Tile(16, 64, 4, 4, registers=registers)
     if lookup in ("vectors", "long vectors"):       # four warps spill with 64 columns, even those of a pair of 32
