@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..kernels import dequantize, perturb, qmm, qmm_torch, tiles
+from ..kernels import dequantize, perturb, plan, qmm_torch, tiles
 from ..layers import layers
 from ..linear import QZOLinear
 from ..ops import lookup_of
@@ -201,7 +201,7 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
     def _qmm_scratch(self, x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype,
-                     shared=False, pair=False, blas=False, bits=4, table=None, exact=False, codebooks=None,
+                     shared=False, pair=False, large_rows="fused", bits=4, table=None, exact=False, codebooks=None,
                      book4=-1):
         m, k = x.shape
         n = scales.shape[1]
@@ -214,13 +214,13 @@ class Ledger(TorchDispatchMode):
             return cast + qmm_torch.scratch_bytes(
                 m, n, k, group, seeds.numel(), x.dtype, law, shared, scales.untyped_storage().nbytes(), self.threads,
                 table=table is not None, books=0 if codebooks is None else len(codebooks), bits=bits)
-        if blas and m // seeds.numel() >= tiles.BLAS_FROM:
+        if large_rows == "blas" and m // seeds.numel() >= tiles.BLAS_FROM:
             return cast + dequantize.scratch_bytes(n, k, x.dtype)
         points = None if zeros is None else zeros.dtype
         tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits,
                           lookup_of(table, exact, codebooks))
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
-        return cast + copy + qmm.scratch_bytes(m, n, k, group, tile, points)
+        return cast + copy + plan.scratch_bytes(m, n, k, group, tile, points)
 
 
 class _OneAttention(TorchFunctionMode):

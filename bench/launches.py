@@ -15,14 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import codes, dequantize, noise, perturb, qmm, tiles, update, vectors
+from ..kernels import codes, dequantize, noise, perturb, plan, qmm, tiles, update, vectors
+from ..kernels.operands import Perturbation, Weight
 from . import cases
 
 ARCHES = tuple(tiles.PROCESSORS)
-FLAGS = ("DEEP", "RATIO", "PAIR", "SHARED", "RELATIVE", "WIDE", "SPLIT", "BIAS", "MASK_K")
+FLAGS = ("DEEP", "RATIO", "PAIR", "SHARED", "RELATIVE", "WIDE", "PDL", "BIAS", "MASK_K")
 KERNELS = {
     "qmm": qmm._qmm_kernel,
-    "reduce": qmm._reduce_kernel,
     "group_sums": qmm._group_sums_kernel,
     "dequantize": dequantize._dequantize_kernel,
     "update": update._update_kernel,
@@ -43,14 +43,34 @@ CODES = {  # those that are timed, and what else has code of its own
 }
 
 
-def _form(kind, n, k, dtype):
-    """(codes of an [n, k] matrix, what the launchers take of the rest), on the meta device."""
+def _weight(kind, n, k, group, dtype, zeros="none", bias=False, wide=False):
+    """A Weight on the meta device, of a name of CODES; group -1: the whole row."""
     form = CODES[kind]
-    held = dict(bits=form.bits, table=form.table, exact=kind.endswith("-exact"))
-    if not form.books:
-        return _meta(*codes.plane_shape(n, k, form.bits), dtype=torch.int16), held
-    words = _meta(*vectors.vector_shape(n, k, form.books, form.bits), dtype=torch.int16)
-    return words, held | {"codebooks": _meta(form.books, 1 << form.bits, vectors.LENGTH, dtype=dtype)}
+    group = k if group == WHOLE_ROW else group
+    groups = k // group
+    more = {}
+    if form.books:
+        words = _meta(*vectors.vector_shape(n, k, form.books, form.bits), dtype=torch.int16)
+        more["codebooks"] = _meta(form.books, 1 << form.bits, vectors.LENGTH, dtype=dtype)
+    else:
+        words = _meta(*codes.plane_shape(n, k, form.bits), dtype=torch.int16)
+    return Weight(
+        words,
+        _meta(-(-groups // 4), n, 4),
+        k,
+        group,
+        None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
+        _meta(n, dtype=dtype) if bias else None,
+        plan.WIDE_FROM if wide else 0,
+        form.bits,
+        form.table,
+        **more,
+    )
+
+
+def _perturbation(law, relative=True, shared=False, pair=False):
+    """Two evaluations on the meta device."""
+    return Perturbation(_meta(2, dtype=torch.int64), _meta(2), noise.LAWS[law], relative, shared, pair)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +123,7 @@ class Launch:
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
         group = "row" if held["WHOLE_ROW"] else held["GROUP"]
         flags = [f for f in FLAGS if held[f]]
-        zeros = {qmm.ZERO_INTEGER: ["ZERO_INTEGER"], qmm.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
+        zeros = {plan.ZERO_INTEGER: ["ZERO_INTEGER"], plan.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
         bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
         if held["BOOKS"]:
@@ -181,35 +201,29 @@ def _meta(*shape, dtype=torch.float32):
 
 def matmul(case):
     """The launches of one matmul with two evaluations, as qzo.ops makes them."""
-    group = case.k if case.group == WHOLE_ROW else case.group
-    groups = case.k // group
-    x = _meta(2 * case.rows, case.k, dtype=case.dtype)
-    zeros = None if case.zeros == "none" else _meta(groups, case.n, dtype=ZEROS[case.zeros])
-    kind = CODES[case.codes]
-    lookup = "exact" if case.codes.endswith("-exact") else kind.lookup
-    planes, form = _form(case.codes, case.n, case.k, case.dtype)
+    weight = _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros, case.bias, case.wide)
+    kind, exact = CODES[case.codes], case.codes.endswith("-exact")
     tile = case.tile or tiles.pick(
-        case.rows, case.n, case.k, group, case.dtype, case.arch, ZEROS[case.zeros], kind.bits, lookup
+        case.rows,
+        case.n,
+        case.k,
+        weight.group,
+        case.dtype,
+        case.arch,
+        ZEROS[case.zeros],
+        kind.bits,
+        "exact" if exact else kind.lookup,
     )
     with recorded(case.arch) as launches:
-        qmm.launch(
-            x,
-            planes,
-            _meta(-(-groups // 4), case.n, 4),
-            zeros,
-            _meta(case.n, dtype=case.dtype) if case.bias else None,
-            _meta(2, dtype=torch.int64),
-            _meta(2),
+        plan.launch(
+            _meta(2 * case.rows, case.k, dtype=case.dtype),
+            weight,
+            _perturbation(case.law, case.relative, case.shared, case.pair),
             _meta(2 * case.rows, case.n, dtype=case.dtype),
-            base4=qmm.WIDE_FROM if case.wide else 0,
-            group=group,
-            law=noise.LAWS[case.law],
-            relative=case.relative,
             tile=tile,
-            shared=case.shared,
-            pair=case.pair,
             asm=case.arch.startswith("sm_"),
-            **form,
+            exact=exact,
+            pdl=case.rows <= tiles.OVERLAP_UP_TO and plan.overlaps(case.arch),
         )
     return launches
 
@@ -230,25 +244,15 @@ def chunks(
         if not _stands(kind, group, zeros):
             continue
         k, n = 4096, 4096
-        planes, form = _form(kind, n, k, dtype)
-        groups = 1 if group == WHOLE_ROW else k // group
         with recorded(arch) as launches:
             dequantize.launch(
-                planes,
-                _meta(-(-groups // 4), n, 4),
-                None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
-                _meta(2, dtype=torch.int64),
-                _meta(2),
+                _weight(kind, n, k, group, dtype, zeros),
+                _perturbation(law, relative_),
                 _meta(128, k, dtype=dtype),
                 e=1,
                 start=128,
-                base4=0,
-                group=k // groups,
-                law=noise.LAWS[law],
-                relative=relative_,
-                shared=False,
                 asm=arch.startswith("sm_"),
-                **form,
+                exact=kind.endswith("-exact"),
             )
         found += launches
     return found
@@ -264,7 +268,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
                 _meta(1, dtype=torch.int64),
                 _meta(1),
                 _meta(4096, 4, dtype=torch.float16),
-                base4=qmm.WIDE_FROM if wide else 0,
+                base4=plan.WIDE_FROM if wide else 0,
                 law=noise.LAWS[law],
                 relative=relative,
             )
@@ -272,7 +276,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
                 _meta(1, 4096, 4),
                 _meta(2, dtype=torch.int64),
                 _meta(2),
-                base4=qmm.WIDE_FROM if wide else 0,
+                base4=plan.WIDE_FROM if wide else 0,
                 law=noise.LAWS[law],
                 relative=relative,
                 floor=0.0,

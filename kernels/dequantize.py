@@ -6,7 +6,7 @@ This is the one place where perturbed weights are written down: at most SCRATCH_
 under one evaluation at a time. The rounding of a weight (2^-9 of it in bfloat16, 2^-12 in float16) is of the size of
 what a small eps does to it; the fused kernel has none. Never the default: `large_rows="blas"` asks for it.
 
-Shapes and arguments as in qmm.py.
+Shapes and arguments as in qmm.py and operands.py.
 """
 import torch
 import triton
@@ -16,7 +16,8 @@ from . import tiles
 from .codes import TILE_K, middle, unpack_planes, word_pointers
 from .lookup import load_planes, lookups
 from .noise import NONE, ROUNDS, quad_noise, raw_noise
-from .qmm import WIDE_FROM, ZERO_FLOAT, ZERO_INTEGER, ZERO_NONE, _load_pair, perturb
+from .plan import ZEROS, is_wide
+from .qmm import _load_pair, perturb
 from .qmm_torch import perturb_torch
 from .table import table_entries
 from .vectors import order, vector_rows
@@ -86,47 +87,46 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, entries_ptr, w_ptr, see
             tl.store(to, w.to(DT), mask=(row < rows)[:, None] & (k < K)[None, :])
 
 
-def launch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared, asm, bits=4,
-           table=None, exact=False, codebooks=None):
-    """Fill w [rows, K] with output rows start .. start + rows under evaluation e."""
+def launch(weight, perturbation, w, *, e, start, asm, exact=False):
+    """Fill w [rows, K] with output rows start .. start + rows under evaluation e. exact: as in plan.Plan."""
     rows, k = w.shape
-    n, count = codes.shape[1], triton.cdiv(k, TILE_K)
+    n, group, count = weight.out_features, weight.group, triton.cdiv(k, TILE_K)
     whole_row = group not in tiles.GROUPS or group == k
     period = 4 * (128 if whole_row else group) // TILE_K
-    zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
-    entries, lookup = lookups(_dequantize_kernel, scales, w.dtype, table, exact, codebooks)
+    entries, lookup = lookups(_dequantize_kernel, weight.scales, w.dtype, weight.table, exact, weight.codebooks)
     _dequantize_kernel[(triton.cdiv(rows, BLOCK), triton.cdiv(count, period))](
-        codes, scales, scales if zeros is None else zeros, entries, w, seeds, coefs, e, base4, start, rows, n, k,
-        k // group, count, BN=BLOCK, BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
-        RELATIVE=bool(relative), SHARED=bool(shared), WIDE=base4 + scales.shape[0] * n > WIDE_FROM, ZERO_=zero,
-        ASM=bool(asm) and w.dtype != torch.float32, ROUNDS_=ROUNDS, **lookup, num_warps=4,
-        enable_fp_fusion=False)
+        weight.codes, weight.scales, weight.scales if weight.zeros is None else weight.zeros, entries, w,
+        perturbation.seeds, perturbation.coefs, e, weight.base4, start, rows, n, k, weight.groups, count,
+        BN=BLOCK, BITS=weight.bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=perturbation.law,
+        RELATIVE=bool(perturbation.relative), SHARED=bool(perturbation.shared), WIDE=is_wide(weight),
+        ZERO_=ZEROS[weight.zero_type], ASM=bool(asm) and w.dtype != torch.float32, ROUNDS_=ROUNDS, **lookup,
+        num_warps=4, enable_fp_fusion=False)
 
 
-def dequantize_torch(codes, scales, zeros, seeds, coefs, w, *, e, start, base4, group, law, relative, shared,
-                     bits=4, table=None, exact=False, codebooks=None):
+def dequantize_torch(weight, perturbation, w, *, e, start, exact=False):
     """Twin of launch, on any device; the same bits for the integer laws."""
     rows, k = w.shape
     part = slice(start, start + rows)
-    n = codes.shape[1]
-    quads = torch.arange(scales.shape[0], device=codes.device)[:, None] * (0 if shared else n)
-    p = scales[:, part]
-    if law != NONE:
-        raw = raw_noise(law, seeds[e], base4 + quads + torch.arange(n, device=codes.device)[part])
+    codes, n, shared = weight.codes, weight.out_features, perturbation.shared
+    quads = torch.arange(weight.scales.shape[0], device=codes.device)[:, None] * (0 if shared else n)
+    p = weight.scales[:, part]
+    if perturbation.law != NONE:
+        raw = raw_noise(perturbation.law, perturbation.seeds[e],
+                        weight.base4 + quads + torch.arange(n, device=codes.device)[part])
         if shared:
             raw = raw[:, :, :1].expand_as(raw)
-        p = perturb_torch(p, raw, coefs[e], relative)
-    p = p.permute(1, 0, 2).reshape(rows, -1)[:, :k // group]
-    if codebooks is not None:
-        codes = vector_rows(codes, k, start, start + rows, codebooks.float(), w.dtype)
-    elif table is not None:
-        codes = table_entries(codes, k, start, start + rows, table, w.dtype, exact)
+        p = perturb_torch(p, raw, perturbation.coefs[e], perturbation.relative)
+    p = p.permute(1, 0, 2).reshape(rows, -1)[:, :weight.groups]
+    if weight.codebooks is not None:
+        units = vector_rows(codes, k, start, start + rows, weight.codebooks.float(), w.dtype)
+    elif weight.table is not None:
+        units = table_entries(codes, k, start, start + rows, weight.table, w.dtype, exact)
     else:
-        codes = unpack_planes(codes[:, part], k, bits).to(torch.float32).sub_(middle(bits))
-    codes = codes.view(rows, -1, group)
-    if zeros is not None:
-        codes = codes - (zeros[:, part].to(torch.float32) - middle(bits)).T.unsqueeze(2)
-    w.copy_((codes * p.unsqueeze(2)).view(rows, k))
+        units = unpack_planes(codes[:, part], k, weight.bits).to(torch.float32).sub_(middle(weight.bits))
+    units = units.view(rows, -1, weight.group)
+    if weight.zeros is not None:
+        units = units - (weight.zeros[:, part].to(torch.float32) - middle(weight.bits)).T.unsqueeze(2)
+    w.copy_((units * p.unsqueeze(2)).view(rows, k))
 
 
 def chunk_rows(k, dtype):
@@ -134,29 +134,26 @@ def chunk_rows(k, dtype):
     return max(128, SCRATCH_BYTES // (k * dtype.itemsize) // 128 * 128)
 
 
-def matmul(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared, asm,
-           **form):
-    """Fill y [E*R, N] as qmm.launch does, chunk by chunk and evaluation by evaluation through a library's matmul.
+def matmul(x, weight, perturbation, y, *, asm, exact=False):
+    """Fill y [E*R, N] as plan.launch does, chunk by chunk and evaluation by evaluation through a library's matmul.
 
-    The evaluations' products have one shape, so that what the library rounds is common to both signs. form: bits,
-    table, exact and codebooks, as in qmm.launch.
+    The evaluations' products have one shape, so that what the library rounds is common to both signs.
     """
-    k, n, count = x.shape[1], y.shape[1], seeds.numel()
+    k, n, count = x.shape[1], y.shape[1], len(perturbation)
     step = min(n, chunk_rows(k, x.dtype))
     scratch = torch.empty(step, k, dtype=x.dtype, device=x.device)
     for start in range(0, n, step):
         w = scratch[:min(step, n - start)]
         part = slice(start, start + len(w))
         for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
-            if e == 0 or law != NONE:
-                launch(codes, scales, zeros, seeds, coefs, w, e=e, start=start, base4=base4, group=group, law=law,
-                       relative=relative, shared=shared, asm=asm, **form)
+            if e == 0 or perturbation.law != NONE:
+                launch(weight, perturbation, w, e=e, start=start, asm=asm, exact=exact)
             if y.dtype == x.dtype:
                 torch.mm(rows, w.T, out=out[:, part])
             else:
                 out[:, part] = torch.mm(rows, w.T)
-    if bias is not None:
-        y += bias
+    if weight.bias is not None:
+        y += weight.bias
 
 
 def scratch_bytes(n, k, dtype):

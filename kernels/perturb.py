@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from .noise import BLOCK_QUADS, RAW_BYTES, ROUNDS, quad_noise, raw_noise
-from .qmm import WIDE_FROM, perturb
+from .plan import WIDE_FROM
+from .qmm import perturb
 from .qmm_torch import perturb_torch
 
 BLOCK = 256          # quads of a program

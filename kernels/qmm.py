@@ -15,27 +15,24 @@ with k[n] that of the row's first scale.
 
 The CPU twin, in plain torch and fast enough to train with, is qmm_torch.py beside this file.
 
-Shapes: x [E*R, K]; codes int16 planes [T, N, 8 * bits] of 2, 4 or 8 bits (codes.py); scales float32 [Q, N, 4], a
-layer's slice of the arena and so on 16 bytes, scale (g, n) at [g // 4, n, g % 4]; zeros None (all 2^(bits - 1)), uint8
-[G, N] or float32 [G, N]; bias [N] or None; seeds int64 [E]; coefs float32 [E] on raw noise (noise.kernel_coefs); base4:
-number of the layer's first quad in the noise law.
+Shapes: x [E*R, K], y [E*R, N]; W is a Weight whose codes are planes, the evaluations a Perturbation (operands.py).
+Which tile, constants and scratch a launch has, plan.py tells.
 
 Order of additions, which makes results reproducible: within a dot as the hardware has it, groups in order of k,
-splits in order 0, 1, ... No atomics.
+splits in order 0, 1, ...; no float atomics.
 """
-import torch
 import triton
 import triton.language as tl
 
-from . import tiles
-from .codes import TILE_K, join_planes2, join_planes4, word_pointers
-from .lookup import PLAIN, load_planes, lookups
-from .noise import NONE, ROUNDS, quad_noise
+from .codes import join_planes2, join_planes4, word_pointers
+from .lookup import load_planes
+from .noise import quad_noise
 from .vectors import order
 
-ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = 0, 1, 2
-WIDE_FROM = 1 << 32          # quad numbers from here on need the second counter word
-PAIRED_UP_TO = 32            # rows per evaluation: above it, products limit the speed and not what is read
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:          # an older Triton: launches follow one another without overlap
+    gdc_launch_dependents = gdc_wait = None
 
 
 @triton.jit
@@ -91,15 +88,55 @@ def _choose(minus, s, r, PAIR: tl.constexpr):
         return s[:, None]
 
 
+@triton.jit
+def _fetch_ahead(codes_ptr, first, last, N, BN: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr):
+    """Ask for the program's first tiles of codes, which no kernel writes, to be in L2 once they are loaded."""
+    lines = tl.arange(0, BN * WORDS // 64)                                                      # of 128 bytes
+    at = codes_ptr + tl.minimum(tl.program_id(0) * BN * WORDS + 64 * lines, (N - 1) * WORDS)
+    for t in tl.static_range(TILES):
+        tile = tl.minimum(first + t, last - 1).to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at + tile * N * WORDS],
+                                  dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _finish(y_ptr, bias_ptr, n, to, acc, live, BIAS: tl.constexpr):
+    """Add the bias, round, store."""
+    if BIAS:
+        acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    tl.store(y_ptr + to, acc.to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _finish_split(y_ptr, bias_ptr, partials_ptr, counters_ptr, n, to, acc, live, size, SPLITS: tl.constexpr,
+                  BIAS: tl.constexpr):
+    """Leave this program's part of the sum; the last program of a tile adds all parts, always in order 0, 1, 2, ...
+
+    A counter of the tile tells which is the last, and is 0 again when that one is done. The barrier and the counter's
+    release make every part visible before it is counted; parts are read past the L1 cache.
+    """
+    at = partials_ptr + to
+    tl.store(at + tl.program_id(2).to(tl.int64) * size, acc, mask=live)
+    tl.debug_barrier()
+    counter = counters_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+        total = tl.load(at, mask=live, other=0.0, cache_modifier=".cg")
+        for split in range(1, SPLITS):
+            total += tl.load(at + split * size, mask=live, other=0.0, cache_modifier=".cg")
+        _finish(y_ptr, bias_ptr, n, to, total, live, BIAS)
+        tl.store(counter, 0)
+
+
 @triton.jit(do_not_specialize=["base4", "R", "M", "G", "tiles", "tiles_per_split"],
             do_not_specialize_on_alignment=["seeds_ptr", "coefs_ptr"])
-def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
+def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
+                codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_ptr, counters_ptr,
                 base4: tl.int64, R: tl.int32, M: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
                 tiles: tl.int32, tiles_per_split: tl.int32,
                 BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
                 LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
-                ZERO: tl.constexpr, RATIO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr,
-                BIAS: tl.constexpr, MASK_K: tl.constexpr, BOOKS: tl.constexpr, PASSES: tl.constexpr,
+                ZERO: tl.constexpr, RATIO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, SPLITS: tl.constexpr,
+                PDL: tl.constexpr, BIAS: tl.constexpr, MASK_K: tl.constexpr, BOOKS: tl.constexpr, PASSES: tl.constexpr,
                 HEAD: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr, ROUNDS_: tl.constexpr):
     """grid = (cdiv(N, BN), row blocks, splits); a tile holds rows of one evaluation, or of a pair.
 
@@ -111,8 +148,10 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, 
 
     GROUP: 32, 64 or 128. WHOLE_ROW: one scale per output, applied after the loop. SHARED: one z per output, applied
     last. PAIR: evaluations 2e and 2e + 1 have one seed; their rows alternate in the tile, so that which coefficient a
-    column has is known from the accumulator's register and costs no instruction. SPLIT: y_ptr is float32
-    [splits, M, N]. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-m) x - (zero-m) sum x),
+    column has is known from the accumulator's register and costs no instruction. SPLITS: programs that share a tile;
+    more than one leave their parts in partials_ptr, float32 [splits, M, N] (_finish_split). PDL: this launch may begin
+    before the one ahead of it has ended (programmatic dependent launch), and waits for it before it reads anything
+    but codes. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-m) x - (zero-m) sum x),
     m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K. BOOKS, PASSES,
     HEAD, STEP, TABLE, LAST and entries_ptr: what codes stand for, see lookup.lookups.
     """
@@ -125,6 +164,13 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, 
     MIDDLE: tl.constexpr = 1 << BITS - 1
     WORDS: tl.constexpr = 16 * PASSES if BOOKS else 8 * BITS        # of an output row in a tile
     NEXT: tl.constexpr = DEPTH // 8 if BOOKS else DEPTH             # inputs from one dot's first to the next one's
+    first = tl.program_id(2) * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tiles)
+    if PDL:
+        if WORDS & (WORDS - 1) == 0:
+            _fetch_ahead(codes_ptr, first, last, N, BN, WORDS, 2)
+        gdc_wait()
+        gdc_launch_dependents()
     blocks = tl.cdiv(R * EACH, BM)
     e = tl.program_id(1) // blocks * EACH
     column = (tl.program_id(1) % blocks) * BM + tl.arange(0, BM)
@@ -139,8 +185,6 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, 
     coef = tl.load(coefs_ptr + e)
     coef1 = tl.load(coefs_ptr + e + EACH - 1)
 
-    first = tl.program_id(2) * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tiles)
     k = order(tl.arange(0, DEPTH)) if BOOKS else tl.arange(0, DEPTH)
     xp = x_ptr + row[None, :].to(tl.int64) * stride_x + first * 128 + k[:, None]
     cp = word_pointers(codes_ptr, first, N, n, WORDS, 16 if BOOKS or BITS == 2 else 32)
@@ -275,26 +319,10 @@ def _qmm_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, sums_ptr, 
         acc = acc * _choose(minus, _factor(k0, coef), _factor(k0, coef1), PAIR)
     live = (local < R)[None, :] & (out_n < N)[:, None]
     to = row[None, :].to(tl.int64) * N + out_n[:, None]
-    if SPLIT:
-        tl.store(y_ptr + tl.program_id(2).to(tl.int64) * M * N + to, acc, mask=live)
+    if SPLITS > 1:
+        _finish_split(y_ptr, bias_ptr, partials_ptr, counters_ptr, n, to, acc, live, M.to(tl.int64) * N, SPLITS, BIAS)
     else:
-        if BIAS:
-            acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
-        tl.store(y_ptr + to, acc.to(y_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit(do_not_specialize=["size", "splits"])
-def _reduce_kernel(partials_ptr, bias_ptr, y_ptr, size: tl.int64, N: tl.int32, splits: tl.int32, BIAS: tl.constexpr,
-                   BLOCK: tl.constexpr):
-    """y = sum over splits of float32 partials [splits, size], always in order 0, 1, 2, ..., then + bias."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = i < size
-    acc = tl.load(partials_ptr + i, mask=live, other=0.0)
-    for split in range(1, splits):
-        acc += tl.load(partials_ptr + split * size + i, mask=live, other=0.0)
-    if BIAS:
-        acc += tl.load(bias_ptr + i % N, mask=live, other=0.0).to(tl.float32)
-    tl.store(y_ptr + i, acc.to(y_ptr.dtype.element_ty), mask=live)
+        _finish(y_ptr, bias_ptr, n, to, acc, live, BIAS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -310,83 +338,3 @@ def _group_sums_kernel(x_ptr, sums_ptr, M: tl.int32, K: tl.int32, group: tl.int3
         block = tl.load(x_ptr + row[:, None].to(tl.int64) * stride_x + start + k[None, :], mask=live, other=0.0)
         acc += tl.sum(block.to(tl.float32), 1)
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * M + row, acc, mask=row < M)
-
-
-def constants(tile, *, bits, rows, k, group, law, relative, shared, pair, zero, wide, bias, asm, lookup=None):
-    """The kernel's compile-time constants: launch and the ahead-of-time compile test both take them from here.
-
-    A pair that one tile cannot hold takes two tiles' rows: the product of one row has the same bits in either.
-    lookup: the constants of lookup.lookups, PLAIN ones without.
-    """
-    whole_row = group not in tiles.GROUPS or group == k
-    ratio = tile.ratio and not whole_row
-    lookup = lookup or PLAIN
-    most = PAIRED_UP_TO // 2 if group == 32 else PAIRED_UP_TO       # registers: two scales of four groups a step
-    if lookup["PASSES"] > (2 if lookup["BOOKS"] else 1):
-        most //= 4 if lookup["BOOKS"] else 2
-    pair = pair and law != NONE and rows <= most and not ratio
-    return dict(BM=2 * tile.rows if pair and 2 * rows > tile.rows else tile.rows, BN=tile.outputs,
-                BITS=bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law, RELATIVE=bool(relative),
-                SHARED=bool(shared), PAIR=bool(pair), WIDE=bool(wide), ZERO=zero, RATIO=ratio,
-                DEEP=tile.deep, ASM=bool(asm), SPLIT=tile.splits > 1, BIAS=bool(bias), MASK_K=k % TILE_K != 0,
-                ROUNDS_=ROUNDS,
-                **lookup)
-
-
-def _splits(tile, k, group):
-    """(programs that share K, steps of 128 k each of them makes): whole quads of groups to each."""
-    count = -(-k // TILE_K)
-    period = 1 if group == k else max(1, 4 * group // TILE_K)
-    per_split = -(-count // tile.splits)
-    per_split = -(-per_split // period) * period
-    return -(-count // per_split), per_split
-
-
-def scratch_bytes(m, n, k, group, tile, zeros):
-    """Bytes that a launch holds for a while beside x [m, k] and y [m, n]; zeros: dtype of the zero points or None."""
-    partial = 4 * _splits(tile, k, group)[0] * m * n if tile.splits > 1 else 0
-    return partial + (4 * (k // group) * m if zeros == torch.float32 else 0)
-
-
-def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, tile, asm, shared=False,
-           pair=False, bits=4, table=None, exact=False, codebooks=None):
-    """Run the kernels on checked arguments; y [E*R, N] is filled. x is contiguous, E*R > 0.
-
-    asm: unpack with inline PTX (NVIDIA, 16-bit x), else with its plain twin. shared: one z per output row.
-    pair: seeds[2e] == seeds[2e + 1] for every e, so that one reading of the codes may serve both.
-    table: sixteen floats that 4-bit codes stand for; zeros is None then. exact: without rounding them to x's dtype.
-    codebooks: [C, 2^bits, 8] in x's dtype, on 16 bytes, that codes of `bits` choose from; no zeros and no table then.
-    """
-    m, k = x.shape
-    n = codes.shape[1]
-    groups = k // group
-    rows = m if law == NONE else m // seeds.numel()       # without noise all rows are one block
-    zero = ZERO_NONE if zeros is None else ZERO_FLOAT if zeros.dtype == torch.float32 else ZERO_INTEGER
-    splits, per_split = _splits(tile, k, group)
-    entries, lookup = lookups(_qmm_kernel, scales, x.dtype, table, exact, codebooks)
-    constexprs = constants(tile, bits=bits, rows=rows, k=k, group=group, law=law, relative=relative, shared=shared,
-                           pair=pair, zero=zero, wide=base4 + scales.shape[0] * n > WIDE_FROM,
-                           bias=bias is not None, asm=asm and x.dtype != torch.float32, lookup=lookup)
-    out = y
-    if constexprs["SPLIT"]:
-        out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-    sums = scales
-    if zero == ZERO_FLOAT:
-        sums = torch.empty(groups, m, dtype=torch.float32, device=x.device)
-        _group_sums_kernel[(triton.cdiv(m, 32), groups)](
-            x, sums, m, k, group, x.stride(0), BM=32, BK=min(128, triton.next_power_of_2(group)),
-            enable_fp_fusion=False)
-    limit = {"maxnreg": tile.registers} if tile.registers else {}       # an option that AMD's compiler lacks
-    each = rows * (2 if constexprs["PAIR"] else 1)
-    grid = (triton.cdiv(n, tile.outputs), m // each * triton.cdiv(each, constexprs["BM"]), splits)
-    _qmm_kernel[grid](
-        x, codes, scales, scales if zeros is None else zeros, entries,
-        sums, scales if bias is None else bias, out, seeds, coefs,
-        base4, rows, m, n, k, groups, x.stride(0), triton.cdiv(k, TILE_K), per_split,
-        **constexprs, **limit, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False)
-    if constexprs["SPLIT"]:
-        _reduce_kernel[(triton.cdiv(m * n, 1024),)](
-            out, y if bias is None else bias, y, m * n, n, splits, BIAS=bias is not None, BLOCK=1024,
-            enable_fp_fusion=False)
-
-

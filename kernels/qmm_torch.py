@@ -85,27 +85,28 @@ def _by_group(p, w):
     return p.permute(1, 0, 2).reshape(w.shape[0], -1, 1)[:, :w.shape[1]]
 
 
-def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared=False,
-              bits=4, table=None, exact=False, codebooks=None):
-    """Fill y [E*R, N]; arguments as qmm.launch takes them, codes in planes or rows. Sums in float32."""
+def qmm_torch(x, weight, perturbation, y, *, exact=False):
+    """Fill y [E*R, N] as plan.launch does, from codes in planes or rows. Sums in float32."""
     m, k = x.shape
-    n = y.shape[1]
+    n, codes, scales, bits, group = y.shape[1], weight.codes, weight.scales, weight.bits, weight.group
+    zeros, bias, table = weight.zeros, weight.bias, weight.table
+    seeds, law, relative, shared = perturbation.seeds, perturbation.law, perturbation.relative, perturbation.shared
     rows = m // seeds.numel()
     blocks = [_aligned(x[e * rows:(e + 1) * rows]) for e in range(seeds.numel())]
     turns = _by_seed(seeds)
     distinct = torch.stack([seeds[turn[0]] for turn in turns])
-    coef_list = coefs.tolist()
+    coef_list = perturbation.coefs.tolist()
     step = chunk_rows(n, k)
     # noise is made for several chunks at once, but never for more than a quarter of the arena
     limit = _noise_limit(scales.untyped_storage().nbytes())
     quads = 1 if shared else len(scales)                                # of noise, for an output row
     per_block = max(1, limit // (quads * len(turns) * step))
-    books = None if codebooks is None else codebooks.float()
+    books = None if weight.codebooks is None else weight.codebooks.float()
     direct = y.dtype == torch.float32 and rows * n % 16 == 0       # every block of y starts on a 64-byte boundary
 
     def run(first, last):
         """Output rows first..last, chunk by chunk."""
-        weight = torch.empty(step, k, dtype=torch.float32, device=x.device)
+        scaled = torch.empty(step, k, dtype=torch.float32, device=x.device)
         part = None if direct else torch.empty(rows, step, dtype=torch.float32, device=x.device)
         raws = [None] * len(turns)
         for number, start in enumerate(range(first, last, step)):
@@ -113,8 +114,8 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
             if law != NONE and number % per_block == 0:
                 origin = start
                 end = min(start + per_block * step, last)
-                raws = _raw_block(law, distinct, base4, quads, n, start, end, limit)
-            if codebooks is not None:
+                raws = _raw_block(law, distinct, weight.base4, quads, n, start, end, limit)
+            if books is not None:
                 unpacked = vector_rows(codes, k, start, stop, books, x.dtype)
             elif table is not None:
                 unpacked = table_entries(codes, k, start, stop, table, x.dtype, exact)
@@ -124,7 +125,7 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
             if zeros is not None:
                 unpacked -= (zeros[:, start:stop].to(torch.float32) - middle(bits)).T.unsqueeze(2)
             s = scales[:, start:stop]                                                  # [quads, rows of W, 4]
-            w = weight[:stop - start].view(unpacked.shape)
+            w = scaled[:stop - start].view(unpacked.shape)
             if shared or law == NONE:
                 torch.mul(unpacked, _by_group(s, w), out=w)             # one weight serves every evaluation
             for turn, raw in zip(turns, raws, strict=True):
@@ -134,7 +135,7 @@ def qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, l
                         torch.mul(unpacked, _by_group(perturb_torch(s, here, coef_list[e], relative), w), out=w)
                     target = y[e * rows:(e + 1) * rows, start:stop]
                     out = target if direct else part[:, :stop - start]
-                    torch.mm(blocks[e], weight[:stop - start].T, out=out)
+                    torch.mm(blocks[e], scaled[:stop - start].T, out=out)
                     if here is not None and shared:
                         out *= perturb_torch(1.0, here[0, :, 0], coef_list[e], True)
                     if bias is not None:

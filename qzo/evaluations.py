@@ -5,7 +5,8 @@ import functools
 
 import torch
 
-from .kernels.noise import check_sharing, kernel_coefs, law_number, signed64
+from .kernels.noise import NONE, check_sharing, kernel_coefs, law_number, signed64
+from .kernels.operands import Perturbation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +53,8 @@ class Evaluations:
     def __getitem__(self, some):
         """The evaluations of a slice. What was checked is not checked again: nothing waits for a GPU."""
         part = copy.copy(self)
-        vars(part).pop("pairs", None)
+        for derived in ("pairs", "perturbation", "unperturbed"):
+            vars(part).pop(derived, None)
         vars(part).update(seeds=self.seeds[some], coefs=self.coefs[some], kernel_coefs=self.kernel_coefs[some])
         return part
 
@@ -75,7 +77,18 @@ class Evaluations:
         if self.seeds.device == torch.device(device):
             return self
         moved = copy.copy(self)
+        for derived in ("perturbation", "unperturbed"):
+            vars(moved).pop(derived, None)
         derived = {"pairs": self.pairs, "kernel_coefs": self.kernel_coefs.to(device)}
         vars(moved).update(seeds=self.seeds.to(device), coefs=self.coefs.to(device), **derived)
         return moved
 
+    @functools.cached_property
+    def perturbation(self):
+        """What the kernels take of it."""
+        return Perturbation(self.seeds, self.kernel_coefs, self.law, self.relative, self.sharing == "row", self.pairs)
+
+    @functools.cached_property
+    def unperturbed(self):
+        """The same rows that belong together, the scales as they are: for layers that do not train."""
+        return Perturbation(self.seeds, self.kernel_coefs, NONE, self.relative, False, self.pairs)

@@ -144,6 +144,7 @@ def evaluating(module, evaluations):
     try:
         for layer in found:
             layer._evaluations = evaluations
+            layer.prepare()
         yield evaluations
     finally:
         for layer, old in zip(found, before, strict=True):

@@ -5,6 +5,7 @@ from torch import nn
 
 from . import ops
 from .arena import ScaleArena, codebooks_name
+from .kernels.operands import Weight, addresses
 from .kernels.table import named_table
 from .quantize import quantize_weight
 from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows
@@ -75,7 +76,7 @@ class QZOLinear(nn.Module):
         self.register_buffer("codebooks", packed.codebooks, persistent=False)
         self.trains_codebooks = False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._evaluations = None
+        self._evaluations = self._planned = None
         self.arena = ScaleArena.of_shapes({"": tuple(packed.scales.shape)}, packed.scales.device)
         self.arena_name = ""
         if not packed.scales.is_meta:
@@ -120,13 +121,6 @@ class QZOLinear(nn.Module):
             return self.codebooks
         return self.arena.quads(codebooks_name(self.arena_name)).reshape(self.codebooks.shape).clone()
 
-    def _codebooks(self):
-        """What ops.matmul takes of codebooks: as they are, or those that train and where their noise begins."""
-        if not self.trains_codebooks:
-            return dict(codebooks=self.codebooks)
-        name = codebooks_name(self.arena_name)
-        return dict(codebooks=self.arena.quads(name).view(self.codebooks.shape), book4=self.arena.slots[name].base4)
-
     @property
     def weight(self):
         """Shape, dtype and device, for models that ask a Linear for them as T5 does. It has no values:
@@ -135,19 +129,44 @@ class QZOLinear(nn.Module):
         return _NoValues(self.out_features, self.in_features, dtype, self.codes.device)
 
     def forward(self, x):
-        evaluations = self._evaluations
-        if evaluations is not None and x.shape[0] % len(evaluations):
-            raise ValueError(f"{x.shape[0]} rows do not divide into {len(evaluations)} evaluations: stack the batch "
-                             f"{len(evaluations)} times along its first dimension (qzo.pair does it)")
+        perturbation, evaluations = None, self._evaluations
+        if evaluations is not None:
+            if x.shape[0] % len(evaluations):
+                raise ValueError(f"{x.shape[0]} rows do not divide into {len(evaluations)} evaluations: stack the "
+                                 f"batch {len(evaluations)} times along its first dimension (qzo.pair does it)")
+            perturbation = evaluations.perturbation if self.trainable else evaluations.unperturbed
         if self.codes.dtype == torch.uint8 and ops.uses_triton(x.device):
             self.codes = to_planes(self.codes, self.in_features, self.bits)
         if self.perm is not None and x.shape[-1] == self.in_features:      # other widths: ops names the mismatch
             x = x.index_select(-1, self.perm)
-        y = ops.matmul(x.reshape(-1, x.shape[-1]), self.codes, self.arena.quads(self.arena_name), self.zeros, self.bias,
-                       evaluations, base4=self.arena.slots[self.arena_name].base4, group=self.group_size,
-                       out_dtype=self.out_dtype, trains=self.trainable, bits=self.bits, table=self.table,
-                       **self._codebooks())
+        weight = self._describe() if ops.is_traced(x) else self.kernel_weight()
+        y = ops.matmul(x.reshape(-1, x.shape[-1]), weight, perturbation, self.out_dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def kernel_weight(self):
+        """The weight as the kernels take it; the same object, with what was planned for it, until a tensor moves."""
+        buffers, arena = self._buffers, self.arena
+        now = (arena.slots[self.arena_name], self.trains_codebooks,
+               addresses(arena.data, buffers["codes"], buffers["zeros"], self.bias, buffers["codebooks"]))
+        if self._planned is None or self._planned[0] != now:
+            weight = self._describe()
+            ops.know(weight)
+            self._planned = now, weight
+        return self._planned[1]
+
+    def prepare(self):
+        """Make the kernels' weight known where nothing has run yet: compiled code finds it by its tensors."""
+        if self._planned is None and not self.codes.is_meta:
+            self.kernel_weight()
+
+    def _describe(self):
+        name, books = self.arena_name, {"codebooks": self.codebooks}
+        if self.trains_codebooks:
+            own = codebooks_name(name)
+            books = {"codebooks": self.arena.quads(own).view(self.codebooks.shape),
+                     "book4": self.arena.slots[own].base4}
+        return Weight(self.codes, self.arena.quads(name), self.in_features, self.group_size, self.zeros, self.bias,
+                      self.arena.slots[name].base4, self.bits, self.table, **books)
 
     def extra_repr(self):
         form = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
@@ -159,9 +178,18 @@ class QZOLinear(nn.Module):
 
     # ------------------------------------------------------------------------------------ moving and saving
 
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in ("codes", "zeros", "bias", "codebooks", "arena"):
+            self.__dict__["_planned"] = None            # or it would keep the memory of what is replaced
+
+    def __getstate__(self):
+        return self.__dict__ | {"_planned": None}       # a copy makes plans of its own
+
     def _apply(self, fn, recurse=True):
         if self.out_dtype is not None:
             self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype, device=self.codes.device)).dtype
+        self._planned = None
         codes, kept = self.codes, {name: self._buffers[name] for name in ("zeros", "codebooks")}
         self._buffers |= dict.fromkeys(kept)        # what a file has in float stays in its type, whatever the model is
         super()._apply(fn, recurse)

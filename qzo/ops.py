@@ -1,29 +1,43 @@
 """The only door to the kernels: arguments are checked once, results allocated, the device chooses the code that runs.
 
-`qmm` and `update_` are torch.library operators, so torch.compile and CUDA graphs see one opaque call whose seeds and
-coefficients are tensors: a new seed never recompiles.
+A matmul is planned when a weight first meets rows of some shape under a perturbation of some form; from then on it is a
+look-up and a launch. What is traced (torch.compile, fake and meta tensors) or counted (a dispatch mode) sees one opaque
+operator, `qzo::qmm`, whose seeds and coefficients are tensors: a new seed never recompiles. So is `qzo::update_`.
 """
 import contextlib
 import contextvars
 import functools
+import typing
+import weakref
 from collections.abc import Sequence
 
 import torch
 
 from .kernels import codes as code_layouts
-from .kernels import dequantize, noise, perturb, qmm, qmm_torch, tiles, update, vectors
+from .kernels import dequantize, noise, perturb, plan, qmm, qmm_torch, tiles, update, vectors
+from .kernels.operands import Perturbation, Weight
 
 _BACKENDS = ("auto", "torch", "triton")
 LARGE_ROWS = ("fused", "blas")
 TABLES = ("rounded", "exact")
-_backend = contextvars.ContextVar("qzo_backend", default="auto")
-_large_rows = contextvars.ContextVar("qzo_large_rows", default="fused")
-_tables = contextvars.ContextVar("qzo_tables", default="rounded")
-_tile = contextvars.ContextVar("qzo_tile", default=None)
+
+
+class Choice(typing.NamedTuple):
+    """What `backend` chooses."""
+
+    name: str = "auto"
+    large_rows: str = "fused"
+    tables: str = "rounded"
+    tile: tiles.Tile | None = None
+    overlap: bool = True
+
+
+DEFAULT = Choice()
+_choice = contextvars.ContextVar("qzo_choice", default=DEFAULT)
 
 
 @contextlib.contextmanager
-def backend(name=None, *, large_rows=None, tables=None, tile=None):
+def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None):
     """Choose what runs inside the block; None leaves a choice as it is.
 
     name : "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton". "triton" on CPU tensors needs Triton's
@@ -36,6 +50,7 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None):
         2^-22 in float16 (or 2^-25, if that is more), and takes a second pass over each tile. float32 activations need
         neither.
     tile : a kernels.tiles.Tile that every matmul is to run with, in place of the one that tiles.pick chooses
+    overlap : whether a launch may begin while the one ahead of it ends, where the chip can (True); no bit depends on it
 
     Raises ValueError for another value; for a tile that cannot be, and where a matmul inside would run without it.
     """
@@ -46,13 +61,12 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None):
         raise ValueError(f"tables={tables!r}: {' or '.join(map(repr, TABLES))} is wanted")
     if tile is not None:
         tile.check()
-    chosen = {_backend: name, _large_rows: large_rows, _tables: tables, _tile: tile}
-    before = {variable: variable.set(value or variable.get()) for variable, value in chosen.items()}
+    asked = dict(name=name, large_rows=large_rows, tables=tables, tile=tile, overlap=overlap)
+    token = _choice.set(_choice.get()._replace(**{field: value for field, value in asked.items() if value is not None}))
     try:
         yield
     finally:
-        for variable, token in before.items():
-            variable.reset(token)
+        _choice.reset(token)
 
 
 def check_large_rows(value):
@@ -63,7 +77,7 @@ def check_large_rows(value):
 
 def uses_triton(device):
     """Whether tensors on `device` go to the Triton kernels, under the current `backend`."""
-    name = _backend.get()
+    name = _choice.get().name
     if name == "auto":
         return device.type == "cuda"
     if name == "triton" and device.type == "cpu" and not interpreted():
@@ -82,44 +96,118 @@ def _architecture(device):
     return "interpreter" if device.type == "cpu" or interpreted() else tiles.architecture(device)
 
 
-def _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks, book4, shared):
-    """Shapes and dtypes of qmm; returns (rows, outputs). Called by the operator and by its fake."""
-    if x.dim() != 2 or not x.is_floating_point() or x.dtype == torch.float64:
-        raise TypeError(f"x must be float16, bfloat16 or float32 [rows, in_features], got {x.dtype} {list(x.shape)}")
-    m, k = x.shape
-    n = codes.shape[0] if codes.dtype == torch.uint8 else codes.shape[1]
-    evaluations = seeds.numel()
-    if codebooks is not None:
-        _check_codebooks(codebooks, bits, k, group, zeros, table, book4, shared)
-        wanted = vectors.vector_shape(n, k, len(codebooks), bits)
-    else:
-        wanted = (code_layouts.row_shape if codes.dtype == torch.uint8 else code_layouts.plane_shape)(n, k, bits)
-    if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != wanted:
-        raise ValueError(f"x has {k} columns, which does not fit {bits}-bit codes {codes.dtype} {list(codes.shape)}: "
-                         "in_features of the layer and the last dimension of its input must agree")
-    if k % group:
-        raise ValueError(f"group_size {group} does not divide in_features {k}; use one that does, or -1 (whole row)")
-    groups = k // group
-    if scales.dtype != torch.float32 or list(scales.shape) != [-(-groups // 4), n, 4]:
-        raise ValueError(f"scales must be float32 {[-(-groups // 4), n, 4]}, got {scales.dtype} {list(scales.shape)}")
-    if zeros is not None and (zeros.dtype not in (torch.uint8, torch.float32) or list(zeros.shape) != [groups, n]):
-        raise ValueError(f"zeros must be uint8 or float32 {[groups, n]}, got {zeros.dtype} {list(zeros.shape)}")
-    if table is not None and (len(table) != 16 or bits != 4 or zeros is not None):
-        raise ValueError(f"a table of 16 entries goes with 4-bit codes and no zeros, got {len(table)} entries, {bits} "
-                         "bits" + ("" if zeros is None else " and zeros"))
-    if bias is not None and list(bias.shape) != [n]:
-        raise ValueError(f"bias must have shape {[n]}, got {list(bias.shape)}")
-    if evaluations != coefs.numel() or evaluations == 0:
-        raise ValueError(f"{evaluations} seeds and {coefs.numel()} coefficients: one of each per evaluation is wanted")
-    if m % evaluations:
-        raise ValueError(f"{m} rows do not divide into {evaluations} evaluations: stack the batch {evaluations} times "
-                         "along its first dimension (qzo.pair does it)")
-    for name, t in (("codes", codes), ("scales", scales), ("zeros", zeros), ("bias", bias), ("codebooks", codebooks),
-                    ("seeds", seeds), ("coefs", coefs)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"x is on {x.device} but the layer's {name} on {t.device}: move the whole model with "
-                             "model.to(device)")
-    return m, n
+# ------------------------------------------------------------------------------------------------ the matmul
+
+def matmul(x, weight, perturbation=None, out_dtype=None):
+    """y = x . W^T + bias [rows, N] of a kernels.operands.Weight under a Perturbation (None: the scales as they are).
+
+    x : float16, bfloat16 or float32 [rows, K], on the weight's device
+    out_dtype : of y; None: that of x
+
+    Raises TypeError or ValueError for what does not fit, naming it.
+    """
+    if perturbation is None:
+        perturbation = _plain(x.device)
+    choice = _choice.get()
+    if is_traced(x):
+        return qmm_op(x, weight.codes, weight.scales, weight.zeros, weight.bias, perturbation.seeds, perturbation.coefs,
+                      weight.base4, weight.group, perturbation.law, perturbation.relative, out_dtype or x.dtype,
+                      perturbation.shared, perturbation.pair, choice.large_rows, weight.bits, weight.table,
+                      choice.tables == "exact", weight.codebooks, weight.book4)
+    return _multiply(x, weight, perturbation, out_dtype or x.dtype, choice)
+
+
+def is_traced(x):
+    """Whether somebody follows operators: a compiler, a dispatch mode, autograd; or there is nothing to run on."""
+    return (torch.compiler.is_compiling() or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
+            or (x.requires_grad and torch.is_grad_enabled()))
+
+
+def _multiply(x, weight, perturbation, out_dtype, choice):
+    key = x.shape, x.dtype, x.get_device(), out_dtype, perturbation.form, choice
+    run = weight.plans.get(key)
+    if run is None:
+        _check(x, weight, perturbation)
+        run = weight.keep(key, _plan(x, weight, perturbation, choice))
+    y = x.new_empty((x.shape[0], weight.out_features), dtype=out_dtype)
+    if y.numel():
+        run(x, weight, perturbation, y)
+    return y
+
+
+def _plan(x, weight, perturbation, choice):
+    """What fills y: a function of x, weight, perturbation and y."""
+    exact, blas = choice.tables == "exact", choice.large_rows == "blas"
+    on_triton = uses_triton(x.device)
+    if choice.tile and (blas or not on_triton):
+        why = "large_rows='blas'" if blas else f"the torch backend, which is what runs on {x.device},"
+        raise ValueError(f"backend(tile={choice.tile}): {why} has no tiles; ask for one of the two")
+    if weight.book4 >= 0 and perturbation.law != noise.NONE:
+        return functools.partial(_train_codebooks, choice)
+    books = weight.codebooks
+    if books is not None and (books.dtype != x.dtype or not books.is_contiguous() or books.data_ptr() % 16):
+        return functools.partial(_cast_codebooks, choice)
+    if not on_triton:
+        return functools.partial(_torch, exact)
+    if weight.codes.dtype != torch.int16:
+        raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
+    m, arch = len(x), _architecture(x.device)
+    rows, asm = m // len(perturbation), arch.startswith("sm_")
+    if blas and rows >= tiles.BLAS_FROM:
+        return functools.partial(_blas, asm, exact)
+    tile = choice.tile or tiles.pick(rows, weight.out_features, weight.in_features, weight.group, x.dtype, arch,
+                                     weight.zero_type, weight.bits, lookup_of(weight.table, exact, weight.codebooks))
+    return _Fused(plan.Plan(weight, perturbation, m, x.dtype, tile=tile, asm=asm, exact=exact,
+                            pdl=choice.overlap and rows <= tiles.OVERLAP_UP_TO and plan.overlaps(arch)))
+
+
+class _Fused:
+    """A plan's launch, on rows as the kernel reads them."""
+
+    def __init__(self, made):
+        self.plan = made
+
+    def __call__(self, x, weight, perturbation, y):
+        if not x.is_contiguous() or x.data_ptr() & 15:
+            x = _aligned(x.contiguous())
+        self.plan(x, perturbation.seeds, perturbation.coefs, y)
+
+
+def _torch(exact, x, weight, perturbation, y):
+    qmm_torch.qmm_torch(x.contiguous(), weight, perturbation, y, exact=exact)
+
+
+def _blas(asm, exact, x, weight, perturbation, y):
+    dequantize.matmul(_aligned(x.contiguous()), weight, perturbation, y, asm=asm, exact=exact)
+
+
+def _cast_codebooks(choice, x, weight, perturbation, y):
+    """Codebooks in another type than x: cast while they are multiplied."""
+    books = weight.with_codebooks(_aligned(weight.codebooks.to(x.dtype).contiguous()))
+    _plan(x, books, perturbation, choice)(x, books, perturbation, y)
+
+
+def _train_codebooks(choice, x, weight, perturbation, y):
+    """Codebooks that train: those of one evaluation at a time, and its rows."""
+    own, count = torch.empty(weight.codebooks.shape, dtype=x.dtype, device=x.device), len(perturbation)
+    run = perturb.launch if uses_triton(x.device) else perturb.perturb_codebooks_torch
+    books = weight.with_codebooks(own)
+    for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
+        one = perturbation.one(e)
+        run(weight.codebooks.view(-1, 4), one.seeds, one.coefs, own.view(-1, 4), base4=weight.book4, law=one.law,
+            relative=one.relative)
+        _plan(rows, books, one, choice)(rows, books, one, out)
+
+
+def _aligned(tensor):
+    """On 16 bytes, as the kernels load it: a view into another tensor may not be."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+@functools.cache
+def _plain(device):
+    """One unperturbed evaluation."""
+    return Perturbation(torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device), noise.NONE)
 
 
 def lookup_of(table, exact, codebooks):
@@ -130,82 +218,97 @@ def lookup_of(table, exact, codebooks):
     return None if table is None else "exact" if exact else "table"
 
 
-def _check_codebooks(codebooks, bits, k, group, zeros, table, book4, shared):
+def _check(x, weight, perturbation):
+    """Shapes, dtypes and devices of a matmul, once for each plan; the operator's fake asks the same."""
+    if x.dim() != 2 or not x.is_floating_point() or x.dtype == torch.float64:
+        raise TypeError(f"x must be float16, bfloat16 or float32 [rows, in_features], got {x.dtype} {list(x.shape)}")
+    m, k = x.shape
+    codes, scales, zeros, bits, group = weight.codes, weight.scales, weight.zeros, weight.bits, weight.group
+    n = codes.shape[0] if codes.dtype == torch.uint8 else codes.shape[1]
+    seeds, coefs = perturbation.seeds, perturbation.coefs
+    if weight.codebooks is not None:
+        _check_codebooks(weight, k, perturbation.shared)
+        wanted = vectors.vector_shape(n, k, len(weight.codebooks), bits)
+    else:
+        wanted = (code_layouts.row_shape if codes.dtype == torch.uint8 else code_layouts.plane_shape)(n, k, bits)
+    if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != wanted or k != weight.in_features:
+        raise ValueError(f"x has {k} columns, which does not fit {bits}-bit codes {codes.dtype} {list(codes.shape)}: "
+                         "in_features of the layer and the last dimension of its input must agree")
+    if k % group:
+        raise ValueError(f"group_size {group} does not divide in_features {k}; use one that does, or -1 (whole row)")
+    groups = k // group
+    if scales.dtype != torch.float32 or list(scales.shape) != [-(-groups // 4), n, 4]:
+        raise ValueError(f"scales must be float32 {[-(-groups // 4), n, 4]}, got {scales.dtype} {list(scales.shape)}")
+    if zeros is not None and (zeros.dtype not in (torch.uint8, torch.float32) or list(zeros.shape) != [groups, n]):
+        raise ValueError(f"zeros must be uint8 or float32 {[groups, n]}, got {zeros.dtype} {list(zeros.shape)}")
+    if weight.table is not None and (len(weight.table) != 16 or bits != 4 or zeros is not None):
+        raise ValueError(f"a table of 16 entries goes with 4-bit codes and no zeros, got {len(weight.table)} entries, "
+                         f"{bits} bits" + ("" if zeros is None else " and zeros"))
+    if weight.bias is not None and list(weight.bias.shape) != [n]:
+        raise ValueError(f"bias must have shape {[n]}, got {list(weight.bias.shape)}")
+    if seeds.numel() != coefs.numel() or seeds.numel() == 0:
+        raise ValueError(f"{seeds.numel()} seeds and {coefs.numel()} coefficients: one of each per evaluation is "
+                         "wanted")
+    if m % len(perturbation):
+        raise ValueError(f"{m} rows do not divide into {len(perturbation)} evaluations: stack the batch "
+                         f"{len(perturbation)} times along its first dimension (qzo.pair does it)")
+    for name, t in (*weight.tensors().items(), ("seeds", seeds), ("coefs", coefs)):
+        if t.device != x.device:
+            raise ValueError(f"x is on {x.device} but the layer's {name} on {t.device}: move the whole model with "
+                             "model.to(device)")
+
+
+def _check_codebooks(weight, k, shared):
     """ValueError unless they are [C, 2^bits, 8], one scale to an output; if they train, with noise for each number."""
-    if codebooks.dim() != 3 or list(codebooks.shape[1:]) != [1 << bits, vectors.LENGTH]:
+    books, bits, zeros, table = weight.codebooks, weight.bits, weight.zeros, weight.table
+    if books.dim() != 3 or list(books.shape[1:]) != [1 << bits, vectors.LENGTH]:
         raise ValueError(f"codebooks must be [C, {1 << bits}, {vectors.LENGTH}] for codes of {bits} bits, got "
-                         f"{list(codebooks.shape)}")
-    if group != k or zeros is not None or table is not None:
+                         f"{list(books.shape)}")
+    if weight.group != k or zeros is not None or table is not None:
         also = ("" if zeros is None else ", zeros") + ("" if table is None else ", a table")
         raise ValueError(f"x has {k} columns, and codebooks go with one scale to an output row of as many, no zeros "
-                         f"and no table; got a group_size of {group}{also}: in_features of the layer and the last "
-                         "dimension of its input must agree")
-    if book4 >= 0 and (shared or codebooks.dtype != torch.float32 or not codebooks.is_contiguous()):
+                         f"and no table; got a group_size of {weight.group}{also}: in_features of the layer and the "
+                         "last dimension of its input must agree")
+    if weight.book4 >= 0 and (shared or books.dtype != torch.float32 or not books.is_contiguous()):
         raise ValueError("codebooks that train are contiguous float32 with noise for each number, got "
-                         f"{codebooks.dtype}" + (" and noise shared by rows" if shared else ""))
+                         f"{books.dtype}" + (" and noise shared by rows" if shared else ""))
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+_known: weakref.WeakValueDictionary = weakref.WeakValueDictionary()     # a layer's Weight, which has plans already
+
+
+def know(weight):
+    """Let the operator find a layer's Weight again by its tensors."""
+    _known[weight.codes.data_ptr(), weight.scales.data_ptr()] = weight
+
+
+def _weight(x, codes, scales, zeros, bias, base4, group, bits, table, codebooks, book4):
+    """The Weight of an operator's arguments: that of the layer where they are its own."""
+    own = _known.get((codes.data_ptr(), scales.data_ptr())) if not codes.is_meta else None
+    made = Weight(codes, scales, x.shape[-1], group, zeros, bias, base4, bits, None if table is None else tuple(table),
+                  codebooks, book4)
+    return own if own is not None and own.same(made) else made
 
 
 @torch.library.custom_op("qzo::qmm", mutates_args=())
 def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
            bias: torch.Tensor | None, seeds: torch.Tensor, coefs: torch.Tensor, base4: int, group: int, law: int,
            relative: bool, out_dtype: torch.dtype, shared: bool = False, pair: bool = False,
-           blas: bool = False, bits: int = 4, table: Sequence[float] | None = None, exact: bool = False,
+           large_rows: str = "fused", bits: int = 4, table: Sequence[float] | None = None, exact: bool = False,
            codebooks: torch.Tensor | None = None, book4: int = -1) -> torch.Tensor:
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks, book4, shared)
-    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    numbers = dict(base4=base4, group=group, law=law, relative=relative, shared=shared, bits=bits, exact=exact,
-                   table=None if table is None else tuple(table))
-    x = x.contiguous()
-    if codebooks is None or book4 < 0 or law == noise.NONE:
-        codebooks = None if codebooks is None else _aligned(codebooks.to(x.dtype).contiguous())
-        _run(x, codes, scales, zeros, bias, seeds, coefs, y, pair, blas, numbers | {"codebooks": codebooks})
-        return y
-    # codebooks that train: those of one evaluation at a time, and its rows
-    own = torch.empty(codebooks.shape, dtype=x.dtype, device=x.device)
-    count = seeds.numel()
-    for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
-        one = seeds[e:e + 1], coefs[e:e + 1]
-        run = perturb.launch if uses_triton(x.device) else perturb.perturb_codebooks_torch
-        run(codebooks.view(-1, 4), *one, own.view(-1, 4), base4=book4, law=law, relative=relative)
-        _run(rows, codes, scales, zeros, bias, *one, out, False, blas, numbers | {"codebooks": own})
-    return y
-
-
-def _aligned(tensor):
-    """On 16 bytes, as the kernels load it: a view into another tensor may not be."""
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def _run(x, codes, scales, zeros, bias, seeds, coefs, y, pair, blas, numbers):
-    """Fill y by the backend and the kernel that are wanted; numbers: what all of them take by name."""
-    rows, group = len(x) // seeds.numel(), numbers["group"]
-    asked = _tile.get()
-    if asked and (blas or not uses_triton(x.device)):
-        why = "large_rows='blas'" if blas else f"the torch backend, which is what runs on {x.device},"
-        raise ValueError(f"backend(tile={asked}): {why} has no tiles; ask for one of the two")
-    if not uses_triton(x.device):
-        qmm_torch.qmm_torch(x, codes, scales, zeros, bias, seeds, coefs, y, **numbers)
-        return
-    if codes.dtype != torch.int16:
-        raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
-    x, arch = _aligned(x), _architecture(x.device)
-    asm = arch.startswith("sm_")
-    if blas and rows >= tiles.BLAS_FROM:
-        dequantize.matmul(x, codes, scales, zeros, bias, seeds, coefs, y, asm=asm, **numbers)
-        return
-    lookup = lookup_of(numbers["table"], numbers["exact"], numbers["codebooks"])
-    tile = asked or tiles.pick(rows, y.shape[1], x.shape[1], group, x.dtype, arch,
-                               None if zeros is None else zeros.dtype, numbers["bits"], lookup)
-    qmm.launch(x, codes, scales, zeros, bias, seeds, coefs, y, tile=tile, asm=asm, pair=pair, **numbers)
+    choice = _choice.get()._replace(large_rows=large_rows, tables=TABLES[exact])
+    return _multiply(x, _weight(x, codes, scales, zeros, bias, base4, group, bits, table, codebooks, book4),
+                     Perturbation(seeds, coefs, law, relative, shared, pair), out_dtype, choice)
 
 
 @qmm_op.register_fake
 def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype, shared=False, pair=False,
-      blas=False, bits=4, table=None, exact=False, codebooks=None, book4=-1):
-    m, n = _check_qmm(x, codes, scales, zeros, bias, seeds, coefs, group, bits, table, codebooks, book4, shared)
-    return x.new_empty(m, n, dtype=out_dtype)
+      large_rows="fused", bits=4, table=None, exact=False, codebooks=None, book4=-1):
+    weight = Weight(codes, scales, x.shape[-1], group, zeros, bias, base4, bits, table, codebooks, book4)
+    _check(x, weight, Perturbation(seeds, coefs, law, relative, shared, pair))
+    return x.new_empty(x.shape[0], weight.out_features, dtype=out_dtype)
 
 
 @torch.library.custom_op("qzo::update_", mutates_args=("scales",))
@@ -229,28 +332,3 @@ def _check_update(scales, seeds, coefs):
     if seeds.dtype != torch.int64 or coefs.dtype != torch.float32 or seeds.shape != coefs.shape or seeds.dim() != 1:
         raise ValueError(f"seeds and coefs must be int64 and float32 [J], got {seeds.dtype} {list(seeds.shape)} and "
                          f"{coefs.dtype} {list(coefs.shape)}")
-
-
-def matmul(x, codes, scales, zeros, bias, evaluations, *, base4, group, out_dtype=None, trains=True, bits=4,
-           table=None, codebooks=None, book4=-1):
-    """y = x . W^T + bias [rows, N] under `evaluations` (None: the scales as they are). Shapes as in kernels/qmm.py.
-
-    codebooks: in any type; book4: number of their first quad in the noise law if they train, float32 then.
-    trains=False: the scales as they are for every evaluation, whose number still fixes what rows belong together.
-    """
-    blas = _large_rows.get() == "blas"
-    form = dict(bits=bits, table=table, exact=_tables.get() == "exact", codebooks=codebooks,
-                book4=book4)
-    if evaluations is None:
-        plain = _plain(x.device)
-        return qmm_op(x, codes, scales, zeros, bias, *plain, base4, group, noise.NONE, True, out_dtype or x.dtype,
-                      blas=blas, **form)
-    return qmm_op(x, codes, scales, zeros, bias, evaluations.seeds, evaluations.kernel_coefs, base4, group,
-                  evaluations.law if trains else noise.NONE, evaluations.relative, out_dtype or x.dtype,
-                  trains and evaluations.sharing == "row", evaluations.pairs, blas, **form)
-
-
-@functools.cache
-def _plain(device):
-    """Seeds and coefficients of one unperturbed evaluation."""
-    return torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device)

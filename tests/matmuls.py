@@ -5,8 +5,9 @@ import zlib
 
 import torch
 
-from qzo.kernels import dequantize, noise, qmm, qmm_torch, tiles
+from qzo.kernels import dequantize, noise, plan, qmm_torch, tiles
 from qzo.kernels.codes import pack_planes, pack_rows
+from qzo.kernels.operands import Perturbation, Weight
 from qzo.kernels.vectors import pack_vectors
 from tests import oracle
 from tests.close import ULP, assert_close
@@ -99,39 +100,36 @@ class Matmul:
 
     # -------------------------------------------------------------------------------- the two implementations
 
-    def arguments(self, device="cpu"):
-        """What qmm.launch and qmm_torch take after x and codes: tensors in order, then keywords."""
-        tensors = (self.quads, self.zero_points, self.bias_values, torch.tensor(self.seeds), self.raw_coefs)
-        law = noise.NONE if self.law is None else noise.LAWS[self.law]
-        return ([None if t is None else t.to(device) for t in tensors],
-                dict(base4=self.base4, group=self.width, law=law, relative=self.relative, shared=self.shared,
-                     bits=self.bits, table=self.table, exact=self.exact,
-                     codebooks=None if self.codebooks is None else self.codebooks.to(device)))
-
     def packed(self, form=pack_planes):
         """The codes as a kernel reads them; form: of those that are no vectors."""
         return pack_vectors(self.codes, self.bits) if self.books else form(self.codes, self.bits)
 
+    def operands(self, device="cpu", form=pack_planes):
+        """(Weight, Perturbation): what plan.launch and qmm_torch take beside x and y."""
+        tensors = [None if t is None else t.to(device) for t in (
+            self.packed(form), self.quads, self.zero_points, self.bias_values, self.codebooks)]
+        codes, scales, zeros, bias, codebooks = tensors
+        law = noise.NONE if self.law is None else noise.LAWS[self.law]
+        return (Weight(codes, scales, self.k, self.width, zeros, bias, self.base4, self.bits, self.table, codebooks),
+                Perturbation(torch.tensor(self.seeds, device=device), self.raw_coefs.to(device), law, self.relative,
+                             self.shared, self.pair))
+
     def kernel(self, tile=TILE, out_dtype=torch.float32, device="cpu", asm=False):
-        """qmm.launch: in the interpreter, or on a GPU."""
+        """plan.launch: in the interpreter, or on a GPU."""
         y = torch.empty(len(self.x), self.n, dtype=out_dtype, device=device)
-        tensors, numbers = self.arguments(device)
-        codes = self.packed().to(device)
-        qmm.launch(self.x.to(device), codes, *tensors, y, **numbers, tile=tile, asm=asm, pair=self.pair)
+        plan.launch(self.x.to(device), *self.operands(device), y, tile=tile, asm=asm, exact=self.exact)
         return y.cpu()
 
     def twin(self, form=pack_rows, out_dtype=torch.float32):
         """qmm_torch, on CPU rows or on planes."""
         y = torch.empty(len(self.x), self.n, dtype=out_dtype)
-        tensors, numbers = self.arguments()
-        qmm_torch.qmm_torch(self.x, self.packed(form), *tensors, y, **numbers)
+        qmm_torch.qmm_torch(self.x, *self.operands(form=form), y, exact=self.exact)
         return y
 
     def chunked(self, device="cpu", asm=False):
         """dequantize.matmul: what large_rows="blas" runs; y has x's type."""
         y = torch.empty(len(self.x), self.n, dtype=self.dtype, device=device)
-        tensors, numbers = self.arguments(device)
-        dequantize.matmul(self.x.to(device), self.packed().to(device), *tensors, y, **numbers, asm=asm)
+        dequantize.matmul(self.x.to(device), *self.operands(device), y, asm=asm, exact=self.exact)
         return y.cpu()
 
     # ---------------------------------------------------------------------------------------------- the truth

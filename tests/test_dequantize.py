@@ -6,7 +6,6 @@ import qzo
 from qzo import __main__ as command
 from qzo import ops
 from qzo.kernels import dequantize, noise, tiles
-from qzo.kernels.codes import pack_planes
 from tests import oracle
 from tests.close import assert_same_bits
 from tests.matmuls import Matmul
@@ -30,15 +29,14 @@ def name_of(matmul):
 @pytest.mark.parametrize("matmul", MATMULS, ids=name_of)
 @pytest.mark.parametrize("start", [0, 7])
 def test_a_chunk_has_the_bits_of_its_twin_and_is_true(matmul, start):
-    (scales, zeros, _, seeds, coefs), numbers = matmul.arguments()
-    planes = pack_planes(matmul.codes, matmul.bits)
+    weight, perturbation = matmul.operands()
     rows = min(24, matmul.n - start)
     ours, twin = (torch.empty(rows, matmul.k, dtype=matmul.dtype) for _ in range(2))
-    for e in range(len(seeds)):
-        dequantize.launch(planes, scales, zeros, seeds, coefs, ours, e=e, start=start, asm=False, **numbers)
-        dequantize.dequantize_torch(planes, scales, zeros, seeds, coefs, twin, e=e, start=start, **numbers)
+    for e in range(len(perturbation)):
+        dequantize.launch(weight, perturbation, ours, e=e, start=start, asm=False)
+        dequantize.dequantize_torch(weight, perturbation, twin, e=e, start=start)
         assert_same_bits(ours, twin)
-        p = oracle.perturbed(matmul.scales, matmul.raw_noise[e], float(coefs[e]), matmul.relative)
+        p = oracle.perturbed(matmul.scales, matmul.raw_noise[e], float(perturbation.coefs[e]), matmul.relative)
         want = oracle.weight(matmul.codes, p, matmul.zero_points, matmul.bits)[start:start + rows]
         size = (oracle.weight(matmul.codes, p, None, matmul.bits).abs()
                 + 1.5 * 2**(matmul.bits - 1) * p.abs().T.repeat_interleave(matmul.width, 1))[start:start + rows]
@@ -86,7 +84,7 @@ def test_it_runs_where_it_is_asked_for_and_rows_are_many(rows, asked, expected, 
     ran = []
     real = dequantize.matmul
     monkeypatch.setattr(dequantize, "matmul", lambda *a, **k: (ran.append(1), real(*a, **k)))
-    monkeypatch.setattr(ops.qmm, "launch", lambda *a, **k: a[7].zero_())      # the fused kernel is slow interpreted
+    monkeypatch.setattr(ops._Fused, "__call__", lambda *a: a[-1].zero_())     # the fused kernel is slow interpreted
     model, x, evaluations = layer_and_rows(rows)
     with qzo.backend("triton", large_rows=asked), qzo.evaluating(model, evaluations):
         y = model(x)
@@ -98,8 +96,8 @@ def test_it_runs_where_it_is_asked_for_and_rows_are_many(rows, asked, expected, 
 
 def test_an_optimizers_steps_ask_for_it_and_nothing_else_does(monkeypatch):
     seen = []
-    real = torch.ops.qzo.qmm.default
-    monkeypatch.setattr(ops, "qmm_op", lambda *a, **k: (seen.append((a[14:] or (k["blas"],))[0]), real(*a, **k))[1])
+    real = ops._multiply
+    monkeypatch.setattr(ops, "_multiply", lambda *a: (seen.append(a[-1].large_rows == "blas"), real(*a))[1])
     model, x, _ = layer_and_rows(4)
     optimizer = qzo.QZO(model, lr=0.1, large_rows="blas")
     optimizer.step(lambda: model(x).square().mean(1).view(2, -1).mean(1))
@@ -127,11 +125,10 @@ def test_other_values_are_refused():
 def test_compiled_chunks_have_the_twins_bits(dtype, law, zeros):
     for group in (32, 64, 128, 0):
         matmul = Matmul(k=640, n=200, rows=2, group=group, law=law, zeros=zeros, dtype=dtype)
-        tensors, numbers = matmul.arguments("cuda")
-        (scales, points, _, seeds, coefs), planes = tensors, pack_planes(matmul.codes).cuda()
+        operands = matmul.operands("cuda")
         ours, twin = (torch.empty(150, 640, dtype=dtype, device="cuda") for _ in range(2))
-        dequantize.launch(planes, scales, points, seeds, coefs, ours, e=1, start=50, asm=True, **numbers)
-        dequantize.dequantize_torch(planes, scales, points, seeds, coefs, twin, e=1, start=50, **numbers)
+        dequantize.launch(*operands, ours, e=1, start=50, asm=True)
+        dequantize.dequantize_torch(*operands, twin, e=1, start=50)
         assert_same_bits(ours.cpu(), twin.cpu())
         y, want = matmul.chunked("cuda", asm=True), matmul.want()
         assert float((y - want).norm() / want.norm()) < {2: 1e-2, 4: 1e-3}[dtype.itemsize]

@@ -5,8 +5,9 @@ import torch
 
 from qzo import noise
 from qzo.kernels import noise as laws
-from qzo.kernels import qmm, qmm_torch, update
+from qzo.kernels import plan, qmm_torch, update
 from qzo.kernels.codes import pack_planes, pack_rows
+from qzo.kernels.operands import Perturbation, Weight
 from tests import oracle
 from tests.close import assert_close, assert_same_bits
 from tests.matmuls import TILE
@@ -51,15 +52,15 @@ def from_twin(law, seed, at):
     return raw.gather(-1, (at % 4).unsqueeze(-1)).squeeze(-1)
 
 
-def matmul_arguments(law, seed, base4, relative):
-    """A layer of 4 groups of 32 whose weights are all 1 * p: one-hot rows of x read p[g, n] out of it."""
+def matmul_operands(law, seed, base4, relative, form):
+    """x, weight, perturbation and y of a layer of 4 groups of 32 whose weights are all 1 * p: one-hot rows of x read
+    p[g, n] out of it."""
     x = torch.eye(4).repeat_interleave(32, 1) * (torch.arange(128) % 32 == 5)
     codes = torch.full((OUTPUTS, 128), 9, dtype=torch.uint8)
     scales = torch.full((1, OUTPUTS, 4), 1.0 if relative else 0.0)
     coef = 2.0**-10 if relative else 1.0                     # 1 + k * 2^-10 is exact for every |k| <= 510
-    y = torch.empty(4, OUTPUTS)
-    tail = (None, None, signed(seed), torch.tensor([coef]), y)
-    return x.half(), codes, scales, tail, dict(base4=base4, group=32, law=laws.LAWS[law], relative=relative)
+    return (x.half(), Weight(form(codes), scales, 128, 32, base4=base4),
+            Perturbation(signed(seed), torch.tensor([coef]), laws.LAWS[law], relative), torch.empty(4, OUTPUTS))
 
 
 def signed(seed):
@@ -71,15 +72,15 @@ def recovered(y, relative):
 
 
 def from_matmul_kernel(law, seed, at, relative=True):
-    x, codes, scales, tail, numbers = matmul_arguments(law, seed, int(at[0, 0]) // 4, relative)
-    qmm.launch(x, pack_planes(codes), scales, *tail, **numbers, tile=TILE, asm=False)
-    return recovered(tail[-1], relative)
+    operands = matmul_operands(law, seed, int(at[0, 0]) // 4, relative, pack_planes)
+    plan.launch(*operands, tile=TILE, asm=False)
+    return recovered(operands[-1], relative)
 
 
 def from_cpu_backend(law, seed, at, relative=True):
-    x, codes, scales, tail, numbers = matmul_arguments(law, seed, int(at[0, 0]) // 4, relative)
-    qmm_torch.qmm_torch(x, pack_rows(codes), scales, *tail, **numbers)
-    return recovered(tail[-1], relative)
+    operands = matmul_operands(law, seed, int(at[0, 0]) // 4, relative, pack_rows)
+    qmm_torch.qmm_torch(*operands)
+    return recovered(operands[-1], relative)
 
 
 def from_update(run):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from qzo.kernels import qmm, qmm_torch, tiles
+from qzo.kernels import plan, qmm_torch, tiles
 from qzo.kernels.codes import pack_planes, pack_rows
 from tests import oracle
 from tests.close import assert_close, assert_same_bits
@@ -196,8 +196,9 @@ def test_a_pair_is_one_program(monkeypatch):
     def record(grid):
         grids.append(grid)
         return lambda *_, **__: None
-    monkeypatch.setattr(qmm, "_qmm_kernel", type("Kernel", (), {"__getitem__": staticmethod(record)})())
-    for rows, pair in ((8, True), (16, True), (17, True), (qmm.PAIRED_UP_TO + 1, True), (8, False)):
+    kernel = type("Kernel", (), {"__getitem__": staticmethod(record), "fn": None, "arg_names": ()})()
+    monkeypatch.setattr(plan, "_qmm_kernel", kernel)
+    for rows, pair in ((8, True), (16, True), (17, True), (plan.PAIRED_UP_TO + 1, True), (8, False)):
         Matmul(n=32, rows=rows, pair=pair, seeds=(5, 5, 9, 9), coefs=(0.1,) * 4).kernel()
     assert grids == [(1, 2, 1), (1, 2, 1), (1, 4, 1), (1, 12, 1), (1, 4, 1)]
 

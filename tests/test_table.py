@@ -113,13 +113,12 @@ def test_a_pair_has_the_bits_of_single_evaluations():
 
 @pytest.mark.parametrize("matmul", [m for m in MATMULS if m.dtype == torch.float16], ids=name)
 def test_a_chunk_has_the_bits_of_its_twin(matmul):
-    (scales, zeros, _, seeds, coefs), numbers = matmul.arguments()
-    planes = pack_planes(matmul.codes)
+    weight, perturbation = matmul.operands()
     ours, twin = (torch.empty(20, matmul.k, dtype=matmul.dtype) for _ in range(2))
-    dequantize.launch(planes, scales, zeros, seeds, coefs, ours, e=1, start=7, asm=False, **numbers)
-    dequantize.dequantize_torch(planes, scales, zeros, seeds, coefs, twin, e=1, start=7, **numbers)
+    dequantize.launch(weight, perturbation, ours, e=1, start=7, asm=False, exact=matmul.exact)
+    dequantize.dequantize_torch(weight, perturbation, twin, e=1, start=7, exact=matmul.exact)
     assert_same_bits(ours, twin)
-    p = oracle.perturbed(matmul.scales, matmul.raw_noise[1], float(coefs[1]), matmul.relative)
+    p = oracle.perturbed(matmul.scales, matmul.raw_noise[1], float(perturbation.coefs[1]), matmul.relative)
     want = oracle.weight(matmul.codes, p, None, 4, matmul.entries)[7:27]
     assert bool(((ours.double() - want).abs() <= 2.0**-10 * want.abs() + 6e-8).all())
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qzo.kernels import dequantize, lookup, qmm, tiles, vectors
+from qzo.kernels import dequantize, lookup, plan, qmm, tiles, vectors
 from tests import oracle
 from tests.close import assert_same_bits
 from tests.matmuls import TILE, Matmul
@@ -143,7 +143,7 @@ def test_one_program_reads_the_codes_of_a_pair(monkeypatch, rows):
         def __getitem__(self, grid):
             grids.append(grid)
             return lambda *a, **k: None
-    monkeypatch.setattr(qmm, "_qmm_kernel", Recorder())
+    monkeypatch.setattr(plan, "_qmm_kernel", Recorder())
     for arch in tiles.PROCESSORS:
         matmul.kernel(tiles.pick(rows, matmul.n, 512, 512, torch.float16, arch, bits=8, lookup="vectors"))
     assert len(grids) == len(tiles.PROCESSORS)
@@ -176,13 +176,13 @@ def test_cpu_backend_is_true(matmul):
 
 @pytest.mark.parametrize("matmul", [m for m in MATMULS if m.dtype == torch.float16], ids=name)
 def test_a_chunk_has_the_bits_of_its_twin(matmul):
-    (scales, zeros, _, seeds, coefs), numbers = matmul.arguments()
+    weight, perturbation = matmul.operands()
     ours, twin = (torch.empty(20, matmul.k, dtype=matmul.dtype) for _ in range(2))
     for e in (0, 1):
-        dequantize.launch(matmul.packed(), scales, zeros, seeds, coefs, ours, e=e, start=7, asm=False, **numbers)
-        dequantize.dequantize_torch(matmul.packed(), scales, zeros, seeds, coefs, twin, e=e, start=7, **numbers)
+        dequantize.launch(weight, perturbation, ours, e=e, start=7, asm=False)
+        dequantize.dequantize_torch(weight, perturbation, twin, e=e, start=7)
         assert_same_bits(ours, twin)
-        p = oracle.perturbed(matmul.scales, matmul.raw_noise[e], float(coefs[e]), matmul.relative)
+        p = oracle.perturbed(matmul.scales, matmul.raw_noise[e], float(perturbation.coefs[e]), matmul.relative)
         want = matmul.weight(p)[7:27]
         assert bool(((ours.double() - want).abs() <= 2.0**-10 * want.abs() + 6e-8).all())
 

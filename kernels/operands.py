@@ -1,0 +1,114 @@
+"""What a matmul is of, beside x: a Weight and a Perturbation. Every kernel, and its torch twin, takes these two."""
+import dataclasses
+import functools
+
+import torch
+
+MOST_PLANS = 64     # of a weight; the oldest goes
+
+
+def addresses(*tensors):
+    """Where each lies in memory: it changes when a tensor is replaced, or given other memory (`tensor.data = ...`)."""
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """One layer's weight W [N, K] as the kernels read it; its tensors stay as they are, or another Weight is made.
+
+    codes : int16 planes [T, N, words] (codes.py, vectors.py), or uint8 rows [N, bytes] for a CPU
+    scales : float32 [Q, N, 4], a layer's slice of the arena and so on 16 bytes; scale (g, n) at [g // 4, n, g % 4]
+    in_features : K
+    group : inputs that share a scale; K: the whole row
+    zeros : None (all are the middle code), uint8 [G, N] or float32 [G, N]
+    bias : [N] or None
+    base4 : number of the first quad of scales in the noise law
+    bits : of a code
+    table : sixteen floats that 4-bit codes stand for, or None; zeros is None then
+    codebooks : [C, 2^bits, 8] that codes choose from, or None; no zeros and no table then, and group is K
+    book4 : number of the codebooks' first quad in the noise law where they train, float32 then; else -1
+    plans : how this weight is multiplied, by what it is multiplied with (ops.py)
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    in_features: int
+    group: int
+    zeros: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    base4: int = 0
+    bits: int = 4
+    table: tuple | None = None
+    codebooks: torch.Tensor | None = None
+    book4: int = -1
+    plans: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def out_features(self):
+        return self.scales.shape[1]
+
+    @property
+    def groups(self):
+        return self.in_features // self.group
+
+    @property
+    def zero_type(self):
+        """dtype of the zero points, or None."""
+        return None if self.zeros is None else self.zeros.dtype
+
+    def with_codebooks(self, codebooks):
+        """The same weight with these codebooks, which do not train."""
+        return dataclasses.replace(self, codebooks=codebooks, book4=-1, plans={})
+
+    def tensors(self):
+        """Name -> tensor of what there is."""
+        found = {name: getattr(self, name) for name in ("codes", "scales", "zeros", "bias", "codebooks")}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def same(self, other):
+        """Whether another Weight says the same of the same memory."""
+        return (self.addresses() == other.addresses() and self.table == other.table
+                and (self.in_features, self.group, self.base4, self.bits, self.book4)
+                == (other.in_features, other.group, other.base4, other.bits, other.book4))
+
+    def addresses(self):
+        return addresses(self.codes, self.scales, self.zeros, self.bias, self.codebooks)
+
+    def keep(self, key, plan):
+        """Remember a plan; the oldest is dropped from MOST_PLANS on."""
+        while len(self.plans) >= MOST_PLANS:
+            del self.plans[next(iter(self.plans))]
+        self.plans[key] = plan
+        return plan
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Perturbation:
+    """The evaluations that the E row blocks of x run under: block e with scales perturbed by coefs[e] * k(seeds[e]).
+
+    seeds : int64 [E]
+    coefs : float32 [E], on raw noise (noise.kernel_coefs)
+    law : a number of noise.LAWS; NONE: the scales as they are, E still tells what rows belong together
+    relative : s * (1 + coef * k) if true, s + coef * k if false
+    shared : one z per output row, which leaves the sum (relative only)
+    pair : seeds[2e] == seeds[2e + 1] for every e, so that one reading of the codes may serve both
+    """
+
+    seeds: torch.Tensor
+    coefs: torch.Tensor
+    law: int
+    relative: bool = True
+    shared: bool = False
+    pair: bool = False
+
+    def __len__(self):
+        return self.seeds.numel()
+
+    @functools.cached_property
+    def form(self):
+        """All of it but the numbers in the tensors: what a plan is made for."""
+        return self.seeds.numel(), self.law, self.relative, self.shared, self.pair, self.seeds.device
+
+    def one(self, e):
+        """Evaluation e alone."""
+        return dataclasses.replace(self, seeds=self.seeds[e:e + 1], coefs=self.coefs[e:e + 1], pair=False)
