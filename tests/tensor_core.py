@@ -1,8 +1,8 @@
 """How NVIDIA's tensor cores add, in float64, and the kernel's order of additions on them: what a GPU should give.
 
-A block of 8 or 16 products and the accumulator are one sum. The products are exact; they and the accumulator are aligned
-to the largest exponent, that of a product being the sum of its factors', and cut off toward zero `bits` binary places
-below it; the sum of what is left is exact, and cut off toward zero again, to float32.
+A block of 8 or 16 products and the accumulator are one sum. The products are exact; they and the accumulator are
+aligned to the largest exponent, that of a product being the sum of its factors', and cut off toward zero `bits` binary
+places below it; the sum of what is left is exact, and cut off toward zero again, to float32.
     Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330, 2021
     Xie, Wang, Yang, Yang: MMA-Sim, arXiv 2511.10909 (Hopper, Blackwell 25 places; Ampere, Ada 24 and blocks of 8)
     Khattak, Mikaitis: Accurate Models of NVIDIA Tensor Cores, arXiv 2512.07004 (the same for the H100 and the A100)
@@ -105,7 +105,7 @@ def _evaluation(matmul, tile, core, x, scales, words):
 
 
 def emulate(matmul, tile, core, evaluations=None, row=slice(None), out=slice(None)):
-    """float32 y as the kernel gives it on a tile without splits, or some rows, of each evaluation, and outputs of it."""
+    """float32 y as the kernel gives it on a tile without splits, or some of it; row: of each evaluation."""
     assert (tile.splits, matmul.zeros) == (1, None)
     pad = (0, -matmul.k % TILE_K if matmul.group == 0 else 0)
     words = [torch.nn.functional.pad(word[out], pad) for word in matmul.passes(torch.ones_like(matmul.scales))]

@@ -33,7 +33,7 @@ def test_a_sum_is_cut_off_toward_zero():
 
 @pytest.mark.parametrize(("arch", "bits"), [("sm_80", 24), ("sm_90", 25)])
 def test_terms_are_cut_off_first(arch, bits):
-    """Eight that stand on the last place kept make a carry; eight below it, though each is of the same sum, nothing."""
+    """Four on the last place kept are added; four below it are nothing, though together they reach it."""
     core, last = CORES[arch], 2.0**-bits
     assert one(0.0, [1.0] + [last] * 4 + [-1.0], core) == 4 * last
     assert one(0.0, [1.0] + [last / 2] * 4 + [-1.0], core) == 0
@@ -107,5 +107,12 @@ def test_the_bound_takes_truncation_and_little_more(name):
 def test_groups_with_partial_sums_keep_the_bound_tight():
     matmul, tile = exact(group=32), Tile(16, 64, 4, 5, deep=True)
     assert truncations(matmul, tile, "sm_90") == 2
-    y = emulate(matmul, tile, H100)
-    matmul.assert_true(y, 2, 0.3)
+    matmul.assert_true(emulate(matmul, tile, H100), 2, 0.3)
+
+
+def test_truncations_of_a_chain():
+    assert truncations(*FAILED["exact row"], "sm_90") == 2 * 640 // 16
+    assert truncations(*FAILED["3x12"], "sm_90") == truncations(*FAILED["5x8"], "sm_90") == 3 * 640 // 16
+    for arch in ("sm_80", "sm_70"):
+        assert truncations(exact(exact=False), EXACT, arch) == 640 // 8
+    assert truncations(exact(dtype=torch.float32), EXACT, "sm_90") == 0
