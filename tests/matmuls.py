@@ -135,13 +135,16 @@ class Matmul:
     # ---------------------------------------------------------------------------------------------- the truth
 
     @property
-    def entries(self):
-        """The table, rounded to the type of x, or to the sum of two numbers of that type."""
-        if self.table is None:
-            return None
+    def parts(self):
+        """The table in the type of x, and, exact, what rounding it left in that type: one float64 [16] for a pass."""
         table = torch.tensor(self.table, dtype=torch.float64)
         rounded = table.to(self.dtype).double()
-        return rounded + (table - rounded).to(self.dtype).double() if self.exact else rounded
+        return [rounded, (table - rounded).to(self.dtype).double()] if self.exact else [rounded]
+
+    @property
+    def entries(self):
+        """The table, rounded to the type of x, or to the sum of two numbers of that type."""
+        return None if self.table is None else sum(self.parts)
 
     def weight(self, p, zeros=None):
         """float64 [N, K] with scales p."""
@@ -173,20 +176,45 @@ class Matmul:
             return x @ self.weight(oracle.perturbed(self.scales, k, c, self.relative), self.zero_points).T + bias
         return self._each(y)
 
+    def passes(self, p):
+        """float64 [N, K] with scales p for each pass of the kernel over a tile, zero points in the middle: what it adds
+        to its accumulator in turn, and only together the weight."""
+        if self.books:
+            each = 2 if self.bits <= 8 else 1
+            return [oracle.vector_weight(self.codes[:, :, i:i + each], p, self.codebooks[i:i + each], self.bits)
+                    for i in range(0, self.books, each)]
+        tables = [None] if self.table is None else self.parts
+        return [oracle.weight(self.codes, p, None, self.bits, table) for table in tables]
+
+    def _added(self, k, c):
+        """The absolute values of `passes`, the zero points' with the first, for raw noise k and coefficient c."""
+        s = oracle.perturbed(self.scales.abs(), k.abs(), abs(c), self.relative)
+        sizes = [w.abs() for w in self.passes(s)]
+        if self.zero_points is not None:
+            off = (self.zero_points.double() - 2 ** (self.bits - 1)).abs()
+            sizes[0] += (s * off).T.repeat_interleave(self.width, 1)
+        return sizes
+
     def magnitude(self):
         """Sum of the absolute values that an output adds up: its rounding errors are proportional to it."""
         bias = 0.0 if self.bias_values is None else self.bias_values.double().abs()
+        return self._each(lambda x, k, c: x.abs() @ sum(self._added(k, c)).T + bias)
 
-        def size(x, k, c):
-            s = oracle.perturbed(self.scales.abs(), k.abs(), abs(c), self.relative)
-            off = torch.zeros_like(s) if self.zero_points is None else (
-                self.zero_points.double() - 2 ** (self.bits - 1)).abs()
-            w = self.weight(s).abs()
-            w += (s * off).T.repeat_interleave(self.width, 1)
-            return x.abs() @ w.T + bias
-        return self._each(size)
+    def spread(self):
+        """Root of the sum of the squares of what an output adds up: the size of a sum of terms of random sign."""
+        return self._each(lambda x, k, c: (x.square() @ sum(w.square() for w in self._added(k, c)).T).sqrt())
 
-    def assert_true(self, y, largest=6, rms=1.0):
-        """In ULP of the magnitude. A sum of K terms errs by at most K of them; rounding being random, by
-        about sqrt(K) / 4 in the worst of a few hundred sums: at most 4 (largest) and 0.6 (RMS) here."""
-        assert_close(y, self.want(), self.magnitude() * ULP, largest, rms)
+    def assert_true(self, y, largest=6, rms=1.0, truncations=0):
+        """In ULP of the magnitude M, or of sqrt(M^2 + T^2 S^2 / 3) with T truncations of a tensor core's accumulator.
+
+        Rounded to nearest, an addition errs by at most ULP of the sum so far, by 0.42 of it RMS. N terms of random
+        sign, S the root of the sum of their squares, give sums so far whose squares add up to N S^2 / 2: the errors, of
+        random sign too, make 0.3 sqrt(N) S, which for normal x and weights is 0.5 M whatever N is. N counts the terms
+        of every pass, and so does M: the words of a vector may cancel in its weight, but meet in the accumulator.
+
+        A tensor core (tensor_core.py says how it adds, and who found out) cuts the sum of a block and the accumulator
+        off toward zero: by half a unit in the last place in the mean, at most ULP of the sum so far, and always to one
+        side. T sums so far that grow by independent steps add up to T S / sqrt(3) RMS; T: tensor_core.truncations.
+        """
+        unit = torch.hypot(self.magnitude(), truncations / 3**0.5 * self.spread()) if truncations else self.magnitude()
+        assert_close(y, self.want(), unit * ULP, largest, rms)
