@@ -43,9 +43,14 @@ class Weight:
     book4: int = -1
     plans: dict = dataclasses.field(default_factory=dict, repr=False)
 
-    @property
+    @functools.cached_property
     def out_features(self):
         return self.scales.shape[1]
+
+    @functools.cached_property
+    def in_rows(self):
+        """Whether the codes are a CPU's rows."""
+        return self.codes.dtype == torch.uint8
 
     @property
     def groups(self):

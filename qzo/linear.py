@@ -129,19 +129,16 @@ class QZOLinear(nn.Module):
         return _NoValues(self.out_features, self.in_features, dtype, self.codes.device)
 
     def forward(self, x):
-        perturbation, evaluations = None, self._evaluations
+        perturbation, evaluations, perm = None, self._evaluations, self._buffers["perm"]
         if evaluations is not None:
-            if x.shape[0] % len(evaluations):
-                raise ValueError(f"{x.shape[0]} rows do not divide into {len(evaluations)} evaluations: stack the "
-                                 f"batch {len(evaluations)} times along its first dimension (qzo.pair does it)")
             perturbation = evaluations.perturbation if self.trainable else evaluations.unperturbed
-        if self.codes.dtype == torch.uint8 and ops.uses_triton(x.device):
-            self.codes = to_planes(self.codes, self.in_features, self.bits)
-        if self.perm is not None and x.shape[-1] == self.in_features:      # other widths: ops names the mismatch
-            x = x.index_select(-1, self.perm)
+        if perm is not None and x.shape[-1] == self.in_features:      # other widths: ops names the mismatch
+            x = x.index_select(-1, perm)
         weight = self._describe() if ops.is_traced(x) else self.kernel_weight()
-        y = ops.matmul(x.reshape(-1, x.shape[-1]), weight, perturbation, self.out_dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        if weight.in_rows and ops.uses_triton(x.device):
+            self.codes = to_planes(self.codes, self.in_features, self.bits)
+            weight = self.kernel_weight()
+        return ops.matmul(x, weight, perturbation, self.out_dtype)
 
     def kernel_weight(self):
         """The weight as the kernels take it; the same object, with what was planned for it, until a tensor moves."""

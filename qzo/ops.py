@@ -99,9 +99,9 @@ def _architecture(device):
 # ------------------------------------------------------------------------------------------------ the matmul
 
 def matmul(x, weight, perturbation=None, out_dtype=None):
-    """y = x . W^T + bias [rows, N] of a kernels.operands.Weight under a Perturbation (None: the scales as they are).
+    """y = x . W^T + bias [..., N] of a kernels.operands.Weight under a Perturbation (None: the scales as they are).
 
-    x : float16, bfloat16 or float32 [rows, K], on the weight's device
+    x : float16, bfloat16 or float32 [..., K], on the weight's device; its first dimension holds the evaluations
     out_dtype : of y; None: that of x
 
     Raises TypeError or ValueError for what does not fit, naming it.
@@ -110,10 +110,13 @@ def matmul(x, weight, perturbation=None, out_dtype=None):
         perturbation = _plain(x.device)
     choice = _choice.get()
     if is_traced(x):
-        return qmm_op(x, weight.codes, weight.scales, weight.zeros, weight.bias, perturbation.seeds, perturbation.coefs,
-                      weight.base4, weight.group, perturbation.law, perturbation.relative, out_dtype or x.dtype,
-                      perturbation.shared, perturbation.pair, choice.large_rows, weight.bits, weight.table,
-                      choice.tables == "exact", weight.codebooks, weight.book4)
+        _check_rows(x, perturbation)
+        flat = x.reshape(-1, x.shape[-1])
+        y = qmm_op(flat, weight.codes, weight.scales, weight.zeros, weight.bias, perturbation.seeds, perturbation.coefs,
+                   weight.base4, weight.group, perturbation.law, perturbation.relative, out_dtype or x.dtype,
+                   perturbation.shared, perturbation.pair, choice.large_rows, weight.bits, weight.table,
+                   choice.tables == "exact", weight.codebooks, weight.book4)
+        return y.view(*x.shape[:-1], weight.out_features)
     return _multiply(x, weight, perturbation, out_dtype or x.dtype, choice)
 
 
@@ -124,19 +127,20 @@ def is_traced(x):
 
 
 def _multiply(x, weight, perturbation, out_dtype, choice):
-    key = x.shape, x.dtype, x.get_device(), out_dtype, perturbation.form, choice
+    shape = x.shape
+    key = shape, x.dtype, x.get_device(), out_dtype, perturbation.form, choice
     run = weight.plans.get(key)
     if run is None:
         _check(x, weight, perturbation)
-        run = weight.keep(key, _plan(x, weight, perturbation, choice))
-    y = x.new_empty((x.shape[0], weight.out_features), dtype=out_dtype)
+        run = weight.keep(key, _plan(x.reshape(-1, shape[-1]), weight, perturbation, choice))
+    y = torch.empty((*shape[:-1], weight.out_features), dtype=out_dtype, device=x.device)
     if y.numel():
         run(x, weight, perturbation, y)
     return y
 
 
 def _plan(x, weight, perturbation, choice):
-    """What fills y: a function of x, weight, perturbation and y."""
+    """What fills y [..., N]: a function of x [..., K], weight, perturbation and y. x here: [rows, K]."""
     exact, blas = choice.tables == "exact", choice.large_rows == "blas"
     on_triton = uses_triton(x.device)
     if choice.tile and (blas or not on_triton):
@@ -173,18 +177,23 @@ class _Fused:
         self.plan(x, perturbation.seeds, perturbation.coefs, y)
 
 
+def _flat(tensor):
+    """[..., K] -> contiguous [rows, K]."""
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+
+
 def _torch(exact, x, weight, perturbation, y):
-    qmm_torch.qmm_torch(x.contiguous(), weight, perturbation, y, exact=exact)
+    qmm_torch.qmm_torch(_flat(x), weight, perturbation, y.view(-1, y.shape[-1]), exact=exact)
 
 
 def _blas(asm, exact, x, weight, perturbation, y):
-    dequantize.matmul(_aligned(x.contiguous()), weight, perturbation, y, asm=asm, exact=exact)
+    dequantize.matmul(_aligned(_flat(x)), weight, perturbation, y.view(-1, y.shape[-1]), asm=asm, exact=exact)
 
 
 def _cast_codebooks(choice, x, weight, perturbation, y):
     """Codebooks in another type than x: cast while they are multiplied."""
     books = weight.with_codebooks(_aligned(weight.codebooks.to(x.dtype).contiguous()))
-    _plan(x, books, perturbation, choice)(x, books, perturbation, y)
+    _plan(_flat(x), books, perturbation, choice)(x, books, perturbation, y)
 
 
 def _train_codebooks(choice, x, weight, perturbation, y):
@@ -192,7 +201,7 @@ def _train_codebooks(choice, x, weight, perturbation, y):
     own, count = torch.empty(weight.codebooks.shape, dtype=x.dtype, device=x.device), len(perturbation)
     run = perturb.launch if uses_triton(x.device) else perturb.perturb_codebooks_torch
     books = weight.with_codebooks(own)
-    for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
+    for e, (rows, out) in enumerate(zip(_flat(x).chunk(count), y.view(-1, y.shape[-1]).chunk(count), strict=True)):
         one = perturbation.one(e)
         run(weight.codebooks.view(-1, 4), one.seeds, one.coefs, own.view(-1, 4), base4=weight.book4, law=one.law,
             relative=one.relative)
@@ -220,9 +229,9 @@ def lookup_of(table, exact, codebooks):
 
 def _check(x, weight, perturbation):
     """Shapes, dtypes and devices of a matmul, once for each plan; the operator's fake asks the same."""
-    if x.dim() != 2 or not x.is_floating_point() or x.dtype == torch.float64:
-        raise TypeError(f"x must be float16, bfloat16 or float32 [rows, in_features], got {x.dtype} {list(x.shape)}")
-    m, k = x.shape
+    if x.dim() < 1 or not x.is_floating_point() or x.dtype == torch.float64:
+        raise TypeError(f"x must be float16, bfloat16 or float32 [.., in_features], got {x.dtype} {list(x.shape)}")
+    k = x.shape[-1]
     codes, scales, zeros, bits, group = weight.codes, weight.scales, weight.zeros, weight.bits, weight.group
     n = codes.shape[0] if codes.dtype == torch.uint8 else codes.shape[1]
     seeds, coefs = perturbation.seeds, perturbation.coefs
@@ -249,13 +258,19 @@ def _check(x, weight, perturbation):
     if seeds.numel() != coefs.numel() or seeds.numel() == 0:
         raise ValueError(f"{seeds.numel()} seeds and {coefs.numel()} coefficients: one of each per evaluation is "
                          "wanted")
-    if m % len(perturbation):
-        raise ValueError(f"{m} rows do not divide into {len(perturbation)} evaluations: stack the batch "
-                         f"{len(perturbation)} times along its first dimension (qzo.pair does it)")
+    _check_rows(x, perturbation)
     for name, t in (*weight.tensors().items(), ("seeds", seeds), ("coefs", coefs)):
         if t.device != x.device:
             raise ValueError(f"x is on {x.device} but the layer's {name} on {t.device}: move the whole model with "
                              "model.to(device)")
+
+
+def _check_rows(x, perturbation):
+    """ValueError unless the first dimension holds as many rows of each evaluation."""
+    rows, count = (x.shape[0] if x.dim() > 1 else 1), len(perturbation)
+    if rows % count:
+        raise ValueError(f"{rows} rows do not divide into {count} evaluations: stack the batch {count} times along its "
+                         "first dimension (qzo.pair does it)")
 
 
 def _check_codebooks(weight, k, shared):
