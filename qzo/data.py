@@ -154,32 +154,53 @@ def check_one_kind(examples):
         raise ValueError(f"the data mixes examples with {' and '.join(names)}; give all lines the same shape")
 
 
-def collate(examples, pad_id, device=None):
-    """A batch for `losses`: padded on the right. All examples are of one kind (ValueError otherwise)."""
+def collate(examples, pad_id, device=None, shape=None):
+    """A batch for `losses`: padded on the right. All examples are of one kind (ValueError otherwise).
+
+    shape: (tokens, targets) of each row instead of what the examples need; the batch is then `static` (losses.py).
+    """
     check_one_kind(examples)
+    label = {} if examples[0].options is None else {"label": torch.tensor([e.label for e in examples], device=device)}
     if examples[0].options is None:
-        return padded([(e.ids, e.labels) for e in examples], pad_id, device)
-    label = torch.tensor([e.label for e in examples], device=device)
-    if all(len(o) == 1 for e in examples for o in e.options):
-        batch = padded([(e.ids, None) for e in examples], pad_id, device)
-        option_ids = torch.tensor([[o[0] for o in e.options] for e in examples], device=device)
-        return {**batch, "option_ids": option_ids, "label": label}
-    rows = [(e.ids + o, (IGNORED,) * len(e.ids) + o) for e in examples for o in e.options]
-    return {**padded(rows, pad_id, device), "options": len(examples[0].options), "label": label}
+        rows = [(e.ids, e.labels) for e in examples]
+    elif all(len(o) == 1 for e in examples for o in e.options):
+        rows = [(e.ids, None) for e in examples]
+        label["option_ids"] = torch.tensor([[o[0] for o in e.options] for e in examples], device=device)
+    else:
+        rows = [(e.ids + o, (IGNORED,) * len(e.ids) + o) for e in examples for o in e.options]
+        label["options"] = len(examples[0].options)
+    if shape is None:
+        return {**padded(rows, pad_id, device), **label}
+    batch = padded([(ids, None) for ids, _ in rows], pad_id, device, shape[0])
+    if rows[0][1] is None:
+        return {**batch, **label}
+    sources = [[t for t in range(len(ids) - 1) if labels[t + 1] != IGNORED] for ids, labels in rows]
+    targets = [[labels[t + 1] for t in read] for read, (_, labels) in zip(sources, rows, strict=True)]
+    return {**batch, **label, "static": check_targets(targets), "sources": pad(sources, shape[1], 0, device),
+            "targets": pad(targets, shape[1], IGNORED, device), "slots": pad([()] * len(rows), shape[1], 0, device)}
 
 
-def padded(rows, pad_id, device):
-    """(ids, labels or None) of each row -> input_ids, attention_mask and perhaps labels, int64 [rows, T]."""
-    width = max(len(ids) for ids, _ in rows)
+def check_targets(targets):
+    """True if some row has a token to predict, else ValueError: losses that are static cannot look."""
+    if all(target == IGNORED for row in targets for target in row):
+        raise ValueError("no position of the batch carries a label: every entry of labels is -100")
+    return True
 
-    def pad(sequences, value):
-        return torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences], device=device)
 
-    batch = {"input_ids": pad([ids for ids, _ in rows], pad_id),
-             "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0)}
+def padded(rows, pad_id, device, width=None):
+    """(ids, labels or None) of each row -> input_ids, attention_mask and perhaps labels, int64 [rows, T]. T: width, or
+    the longest row's."""
+    width = width or max(len(ids) for ids, _ in rows)
+    batch = {"input_ids": pad([ids for ids, _ in rows], width, pad_id, device),
+             "attention_mask": pad([[1] * len(ids) for ids, _ in rows], width, 0, device)}
     if rows[0][1] is not None:
-        batch["labels"] = pad([labels for _, labels in rows], IGNORED)
+        batch["labels"] = pad([labels for _, labels in rows], width, IGNORED, device)
     return batch
+
+
+def pad(sequences, width, value, device=None):
+    """int64 [rows, width]: each sequence, then `value`."""
+    return torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences], device=device)
 
 
 def order(count, epoch, seed):
