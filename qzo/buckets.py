@@ -1,9 +1,9 @@
 """A few shapes for the batches of a data set, so that a step captured for each of them serves all (graph.py).
 
-Widths come from the data: of all choices of at most COUNT widths, the one that pads its rows least. So a run never has more
-shapes than there are graphs, and headlines of 20 tokens are not padded to 64. What it costs: 12 % more tokens where
-lengths are spread evenly from 30 to 1000, 19 % where their logarithms are from 32 to 1024, and never more than r^(1/8)
-- 1 for lengths from L to r L (as eight widths in equal ratios would; UNIT aside).
+Widths come from the data: of all choices of at most COUNT widths, the one that pads its rows least. So a run never has
+more shapes than there are graphs, and headlines of 20 tokens are not padded to 64. What it costs: 12 % more tokens
+where lengths are spread evenly from 30 to 1000, 19 % where their logarithms are from 32 to 1024, and never more than
+r^(1/8) - 1 for lengths from L to r L (as eight widths in equal ratios would; UNIT aside).
 """
 import collections
 
@@ -47,9 +47,9 @@ def best_widths(lengths, count):
         tokens.append(tokens[-1] + number * length)
     best = {0: (0, ())}                            # shortest lengths that are served -> (padding, widths)
     for _ in range(min(count, len(numbers))):
-        best |= {end: min((best[start][0] + numbers[end - 1][0] * (rows[end] - rows[start]) - tokens[end] + tokens[start],
-                           (*best[start][1], numbers[end - 1][0])) for start in best if start < end)
-                 for end in range(1, len(numbers) + 1)}
+        best |= {end: min((padding + width * (rows[end] - rows[start]) - tokens[end] + tokens[start], (*widths, width))
+                          for start, (padding, widths) in best.items() if start < end)
+                 for end, (width, _) in enumerate(numbers, 1)}
     return best[len(numbers)][1]
 
 

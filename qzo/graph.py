@@ -134,7 +134,7 @@ class Graphs:
 
     def step(self, closure, batch, paired):
         """The (losses, derivatives, applied) of a step that ran as a graph, or None: run it without."""
-        if self.off or batch is None and not self._comes_again(closure):
+        if self.off or (batch is None and not self._comes_again(closure)):
             return None
         try:
             key = (closure, paired, self.optimizer.large_rows, *_recipe(self.optimizer.param_groups[0]), *_form(batch))
@@ -148,7 +148,7 @@ class Graphs:
             try:
                 self.captured[key] = GraphStep(self.optimizer, closure, batch, paired, self.recorder)
             except RuntimeError as error:
-                return self.give_up(f"{_where(self.optimizer.module, error)} cannot be captured "
+                return self.give_up(f"{where(self.optimizer.module, error)} cannot be captured "
                                     f"({str(error).splitlines()[0] if str(error) else type(error).__name__})")
         return self.captured[key].run(batch)
 
@@ -206,8 +206,8 @@ def graphs_of(optimizer):
     recorder = recorder_of(arena_data.device)
     if recorder is None and optimizer.cuda_graph:
         optimizer.cuda_graph = False
-        warnings.warn(f"cuda_graph=True: the scales are on {arena_data.device.type!r}, a graph needs a CUDA device; the "
-                      "steps run without a graph", stacklevel=5)
+        warnings.warn(f"cuda_graph=True: the scales are on {arena_data.device.type!r}, a graph needs a CUDA device; "
+                      "the steps run without a graph", stacklevel=5)
     return None if recorder is None else Graphs(optimizer, recorder)
 
 
@@ -237,8 +237,8 @@ def _static(batch):
     return static
 
 
-def _where(module, error):
-    """The innermost of a module's own modules in which an error was raised, for a message."""
+def where(module, error):
+    """The innermost of a module's own modules in which an error was raised, name and type, for a message."""
     names = {id(m): f"{name or 'the model'} ({type(m).__name__})" for name, m in module.named_modules()}
     inside = [names[id(frame.f_locals.get("self"))] for frame, _ in traceback.walk_tb(error.__traceback__)
               if id(frame.f_locals.get("self")) in names]

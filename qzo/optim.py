@@ -127,14 +127,14 @@ class QZO(torch.optim.Optimizer):
         has few shapes (`qzo.graph.LIMIT` graphs are held).
 
         Returns the mean loss, a float. A NaN or infinite loss skips the step, which the journal records;
-        FloatingPointError after `max_skipped` of them in a row. ValueError when the losses have another shape, TypeError
-        when the batch is no mapping.
+        FloatingPointError after `max_skipped` of them in a row. ValueError when the losses have another shape,
+        TypeError when the batch is no mapping.
         """
         if batch is not None and not isinstance(batch, Mapping):
             raise TypeError(f"batch={type(batch).__name__}: a mapping of tensors is wanted, or none and a closure that "
                             "knows its own")
         paired = self.paired if paired is None else paired
-        if self.cuda_graph or self.cuda_graph is None and batch is not None:
+        if self.cuda_graph or (self.cuda_graph is None and batch is not None):
             result = self._as_graph(closure, batch, paired)
             if result is not None:
                 return self._finish(*result, updated=True)

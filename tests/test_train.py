@@ -167,16 +167,16 @@ def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monkeypatch):
-    real, calls = Task.closure, []
+    real, calls = Task.batch, []
 
-    def closure(self, indices, count):
+    def batch(self, indices, count):
         if count > 1 and len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(count)
         return real(self, indices, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Task, "closure", closure)
+        patch.setattr(Task, "batch", batch)
         assert main(arguments(base, corpus, tmp_path / "out")) == 1
     assert "stopped after 3 steps" in one_line(capsys)
     assert main(arguments(base, corpus, tmp_path / "out", "--resume")) == 0
