@@ -9,7 +9,7 @@ import collections
 
 COUNT = 8                    # as many as there are graphs (graph.LIMIT)
 UNIT = 8                     # masks of attention are read in eights
-UNITS = 128                  # of the longest row; longer rows are rounded more coarsely
+UNITS = 256                  # of the longest row; longer rows are rounded more coarsely
 
 
 class Buckets:

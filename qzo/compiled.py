@@ -56,6 +56,8 @@ class Compiled:
                 return self.forward(*args, **kwargs)
             except TorchDynamoException as error:
                 self.failed = True
-                warnings.warn(f"compile: the compiler failed in {where(self.base, error)}: "
-                              f"{' '.join(str(error).split())[:160]}; the model runs uncompiled", stacklevel=2)
+                place = where(self.base, error, type(self.base).__name__)
+                reason = " ".join(str(error).partition("\n\n")[0].split())[:160]
+                warnings.warn(f"compile: the compiler failed in {place} ({reason}); the model runs uncompiled",
+                              stacklevel=2)
         return self.plain(*args, **kwargs)

@@ -148,7 +148,7 @@ class Graphs:
             try:
                 self.captured[key] = GraphStep(self.optimizer, closure, batch, paired, self.recorder)
             except RuntimeError as error:
-                return self.give_up(f"{where(self.optimizer.module, error)} cannot be captured "
+                return self.give_up(f"{where(self.optimizer.module, error, 'the closure')} cannot be captured "
                                     f"({str(error).splitlines()[0] if str(error) else type(error).__name__})")
         return self.captured[key].run(batch)
 
@@ -176,7 +176,7 @@ class Graphs:
         return again
 
     def _count(self, key, uses):
-        if self.steps == PERIOD:
+        if self.steps >= PERIOD:
             self.steps = 0
             self.uses = {key: count // 2 for key, count in self.uses.items() if count > 1 or key in self.captured}
         self.steps += 1
@@ -237,9 +237,10 @@ def _static(batch):
     return static
 
 
-def where(module, error):
-    """The innermost of a module's own modules in which an error was raised, name and type, for a message."""
+def where(module, error, otherwise):
+    """The innermost of a module's own modules in which an error was raised, name and type, for a message; otherwise:
+    what is named where it was raised in none."""
     names = {id(m): f"{name or 'the model'} ({type(m).__name__})" for name, m in module.named_modules()}
     inside = [names[id(frame.f_locals.get("self"))] for frame, _ in traceback.walk_tb(error.__traceback__)
               if id(frame.f_locals.get("self")) in names]
-    return inside[-1] if inside else "the closure"
+    return inside[-1] if inside else otherwise

@@ -9,6 +9,8 @@ import sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qzo import graph
+
 HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::is_nonzero",
               "aten::repeat_interleave.Tensor")
 REFUSED = "operation not permitted when stream is capturing"
@@ -124,7 +126,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def graph(self, graph, pool, stream):
-        """As torch.cuda.graph: its stream stays the current one, and another error is raised, when the capture fails."""
+        """As torch.cuda.graph: when the capture fails, its stream stays the current one and another error is raised."""
         self.log.append(("captures in", pool))
         before, self.now = self.now, stream
         try:
@@ -140,3 +142,16 @@ class _Main:
 
     def wait_stream(self, other):
         self.cuda.log.append("main waits")
+
+
+def stand_in(monkeypatch):
+    """From now on every device has such graphs; returns the list of the recorders that will be made."""
+    made = []
+
+    def recorder_of(device):
+        made.append(Recorder(device))
+        return made[-1]
+
+    monkeypatch.setattr(graph, "recorder_of", recorder_of)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return made

@@ -1,9 +1,9 @@
-"""Whole steps as graphs: their bits are those of plain steps, whatever shapes come; what cannot be captured runs plainly.
+"""Whole steps as graphs have the bits of plain steps, whatever shapes come; what cannot be captured runs plainly.
 
 Where there is no GPU, tests/graphs.py stands in for the graphs.
 """
+import contextlib
 import copy
-import itertools
 import math
 import warnings
 
@@ -15,7 +15,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import qzo
 from qzo import graph, train
 from qzo.layers import arena_of
-from qzo.task import Task
 from tests import graphs, tiny
 
 
@@ -26,16 +25,7 @@ def two_layers(seed=0):
 
 @pytest.fixture
 def recorders(monkeypatch):
-    """Every device has the graphs of the stand-in; the list of the recorders that were made."""
-    made = []
-
-    def recorder_of(device):
-        made.append(graphs.Recorder(device))
-        return made[-1]
-
-    monkeypatch.setattr(graph, "recorder_of", recorder_of)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return made
+    return graphs.stand_in(monkeypatch)
 
 
 def losses_of(model, count):
@@ -50,6 +40,12 @@ def batches(rows, count=4):
     for step, number in enumerate(rows):
         generator = torch.Generator().manual_seed(step)
         yield qzo.pair({"x": torch.randn(number, 96, generator=generator)}, count)
+
+
+def steps(optimizer, closure, given):
+    """A step on each batch."""
+    for batch in given:
+        optimizer.step(closure, batch=batch)
 
 
 def run(journal, rows, poison=None, model=None, closure=None, **options):
@@ -115,21 +111,20 @@ def test_few_graphs_are_held_and_the_least_used_goes(recorders, monkeypatch):
     optimizer = qzo.QZO(model, lr=0.1, directions=2)
     losses = losses_of(model, 4)
 
-    def steps(*rows):
-        for batch in batches(rows):
-            optimizer.step(losses, batch=batch)
+    def after(*rows):
+        steps(optimizer, losses, batches(rows))
         return sorted(len(graph.batch["x"]) // 4 for graph in optimizer.graphs.captured.values())
 
-    steps(1)
+    after(1)
     optimizer.graphs.limit = 2
-    assert steps(1, 1, 2, 2, 2, 2) == [1, 2]         # three uses and four
-    assert steps(3, 3, 3, 3, 3) == [1, 2]            # five uses are not twice as many
-    assert steps(3) == [2, 3]
+    assert after(1, 1, 2, 2, 2, 2) == [1, 2]         # three uses and four
+    assert after(3, 3, 3, 3, 3) == [1, 2]            # five uses are not twice as many
+    assert after(3) == [2, 3]
     [recorder] = recorders
     assert [graph.dead for graph in recorder.graphs] == [True, False, False]
-    assert steps(*[1, 2, 3] * 4) == [2, 3]           # no endless captures
-    monkeypatch.setattr(graph, "PERIOD", 1)          # what was used long ago counts less and less
-    assert steps(*[1] * 6) == [1, 3]
+    assert after(*[1, 2, 3] * 4) == [2, 3]           # no endless captures
+    monkeypatch.setattr(graph, "PERIOD", 4)          # what was used long ago counts less and less
+    assert 1 in after(*[1] * 20)
     assert len(recorder.graphs) == 4
 
 
@@ -230,7 +225,7 @@ def test_what_reads_on_the_host_runs_plainly_after_one_warning_that_names_it(tmp
         return nn.Sequential(layers[0], nn.Sequential(nn.ReLU(), Reads()), layers[2])
 
     own = model()
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="cuda_graph") as said:
         optimizer, scales, records = run(tmp_path / "a", ROWS, model=own, closure=losses_of(own, 4))
     [text] = {str(one.message) for one in said}
     assert "1.1 (Reads) cannot be captured (operation not permitted when stream is capturing" in text
@@ -245,10 +240,12 @@ def test_what_reads_on_the_host_runs_plainly_after_one_warning_that_names_it(tmp
 def test_a_closure_that_reads_is_named_as_such(recorders):
     model = two_layers()
     optimizer = qzo.QZO(model, lr=0.1)
+
+    def losses(batch):
+        return model(batch["x"]).mean(1) + float(batch["x"].sum())
+
     with pytest.warns(UserWarning, match=r"the closure cannot be captured \(operation not permitted") as said:
-        for batch in batches([1] * 4, 2):
-            optimizer.step(losses := locals().get("losses") or (
-                lambda batch: model(batch["x"]).mean(1) + float(batch["x"].sum())), batch=batch)
+        steps(optimizer, losses, batches([1] * 4, 2))
     assert len(said) == 1
 
 
@@ -259,12 +256,10 @@ def test_graphs_that_exist_go_when_a_capture_fails(recorders):
     def picky(batch):
         return losses(batch) + (float(batch["x"].sum()) if len(batch["x"]) > 2 else 0)
 
-    for batch in batches([1, 1, 1], 2):
-        optimizer.step(picky, batch=batch)
+    steps(optimizer, picky, batches([1, 1, 1], 2))
     assert len(recorders[0].alive) == 1
     with pytest.warns(UserWarning, match="cannot be captured"):
-        for batch in batches([2, 2, 1], 2):
-            optimizer.step(picky, batch=batch)
+        steps(optimizer, picky, batches([2, 2, 1], 2))
     assert recorders[0].alive == []
 
 
@@ -290,8 +285,7 @@ def test_a_graph_with_other_losses_than_the_plain_step_is_not_used(tmp_path, rec
 def test_values_that_cannot_be_compared_run_plainly(recorders):
     optimizer = qzo.QZO(two_layers(), lr=0.1)
     with pytest.warns(UserWarning, match=r"cuda_graph: the batch cannot be kept .*\(more is a list") as said:
-        for _ in range(3):
-            optimizer.step(lambda batch: torch.ones(2), batch={"more": [torch.ones(1)]})
+        steps(optimizer, lambda batch: torch.ones(2), [{"more": [torch.ones(1)]}] * 3)
     assert len(said) == 1
 
 
@@ -316,11 +310,10 @@ def test_experts_run_plainly_and_are_named(recorders):
         return qzo.losses(model, batch, 2)
 
     with pytest.warns(UserWarning, match=r"model\.layers\.0\.mlp\.experts \(Experts\) cannot be captured"):
-        for _ in range(2):
-            optimizer.step(losses, batch=qzo.pair(batch, 2))
+        steps(optimizer, losses, [qzo.pair(batch, 2)] * 2)
 
 
-# ---------------------------------------------------------------------------------------------- closures without a batch
+# ---------------------------------------------------------------------------------------------- without a batch
 
 def test_a_closure_is_captured_when_it_is_asked_for_and_comes_again(recorders):
     ends = []
@@ -344,11 +337,78 @@ def test_a_closure_is_captured_when_it_is_asked_for_and_comes_again(recorders):
 def test_closures_that_never_come_again_are_said_once(recorders):
     model, x = two_layers(), torch.ones(2, 96)
     optimizer = qzo.QZO(model, lr=0.1, cuda_graph=True)
-    with pytest.warns(UserWarning, match="another closure than the one before") as said:
+
+    def closures():
         for _ in range(4):
             optimizer.step(lambda: model(x).float().mean(1))
+
+    with pytest.warns(UserWarning, match="another closure than the one before") as said:
+        closures()
     assert len(said) == 1
     assert recorders[0].graphs == []
+
+
+# ---------------------------------------------------------------------------------------------- training runs
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tiny.save_checkpoint(tmp_path_factory.mktemp("base"))
+    return qzo.from_pretrained(folder, group_size=32, device="cpu"), qzo.load_tokenizer(folder)
+
+
+WORDS = " ".join(tiny.WORDS[:8])
+TEXTS = [{"prompt": WORDS[:5 + 3 * i], "completion": " ".join(["up", "down", "left"][:1 + i % 3])} for i in range(12)]
+
+
+def fit(loaded, out, records=TEXTS, resume=False, bucketed=True, **changes):
+    """-> (bytes of the journal, scales)."""
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    settings = train.Settings(**{"max_steps": 10, "batch_size": 2, "directions": 2, "learning_rate": 0.02, **changes})
+    prefix = train.choose_layers(model, settings.train_layers)
+    task = train.build_task(model, records, tokenizer, settings, prefix)
+    task.bucketed = bucketed
+    train.fit(task, settings, out, resume, show=False)
+    return (out / "journal.qzo").read_bytes(), arena_of(model).data
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_layers": 1}, {"sequential": True}, {"packing": "auto"},
+                                     {"records": tiny.RECORDS, "train_layers": 1}], ids=str)
+def test_a_run_in_graphs_writes_the_journal_of_a_plain_one(loaded, tmp_path, recorders, changes):
+    plain = fit(loaded, tmp_path / "plain", cuda_graph=False, **changes)
+    assert recorders == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured = fit(loaded, tmp_path / "graphs", **changes)
+    assert captured[0] == plain[0]
+    assert torch.equal(captured[1], plain[1])
+    [recorder] = recorders
+    assert 1 <= len(recorder.graphs) <= graph.LIMIT
+    assert sum(one.replays for one in recorder.graphs) > len(recorder.graphs)
+
+
+def test_a_run_in_graphs_that_was_cut_goes_on_in_the_same_bits(loaded, tmp_path, recorders):
+    """Resumed with graphs and without; what was captured before the cut is captured anew, or not."""
+    whole, scales = fit(loaded, tmp_path / "a")
+    for name, choice in (("b", None), ("c", False)):
+        fit(loaded, tmp_path / name)
+        path = tmp_path / name / "journal.qzo"
+        path.write_bytes(whole[:-4 * 64 - 7])                     # four steps and a torn record short
+        again = fit(loaded, tmp_path / name, resume=True, cuda_graph=choice)
+        assert again[0] == whole
+        assert torch.equal(again[1], scales)
+
+
+def test_a_journal_says_how_batches_were_padded(loaded, tmp_path):
+    assert "padding" not in qzo.journal.read(_journal(loaded, tmp_path / "cpu", False))[0]["recipe"]
+    fit(loaded, tmp_path / "gpu", max_steps=1)
+    for name, bucketed in (("cpu", True), ("gpu", False)):
+        with pytest.raises(qzo.JournalError, match=r"recipe.padding is .*as on a CUDA device"):
+            fit(loaded, tmp_path / name, resume=True, bucketed=bucketed, max_steps=1)
+
+
+def _journal(loaded, out, bucketed):
+    fit(loaded, out, bucketed=bucketed, max_steps=1)
+    return out / "journal.qzo"
 
 
 # ---------------------------------------------------------------------------------------------- the calls of torch.cuda
@@ -373,3 +433,101 @@ def test_after_a_capture_that_failed_the_stream_is_the_one_before_and_the_first_
         graph.Recorder(torch.device("cuda"), cuda).record(fails)
     assert cuda.now == "main"
     assert cuda.log[-1] == "synchronize"
+
+
+# ---------------------------------------------------------------------------------------------- on a GPU
+
+def on_gpu():
+    return two_layers().cuda().half()
+
+
+def gpu_run(journal, rows, choice, sharing="group", limit=graph.LIMIT, resume=False):
+    """Steps on batches of changing shapes, another rate each, one loss not finite; -> (graphs, scales, journal)."""
+    model = on_gpu()
+    optimizer = qzo.QZO(model, lr=0.1, directions=2, sharing=sharing, journal=journal, cuda_graph=choice, resume=resume)
+    losses, start = losses_of(model, 4), optimizer.param_groups[0]["step"]
+    for t, batch in enumerate(batches(rows)):
+        if t < start:
+            continue
+        x = batch["x"].cuda().half()
+        optimizer.param_groups[0]["lr"] = 0.1 / (t + 1)
+        optimizer.step(losses, batch={"x": x.fill_(math.nan) if t == 4 else x})
+        if optimizer.graphs is not None:
+            optimizer.graphs.limit = limit
+    optimizer.close()
+    return optimizer.graphs and optimizer.graphs.captured, arena_of(model).data.cpu(), journal.read_bytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sharing", ["group", "row"])
+@pytest.mark.parametrize("limit", [graph.LIMIT, 1])
+def test_captured_steps_have_the_bits_of_plain_ones(tmp_path, sharing, limit):
+    """With room for all shapes, and for one, which gives way to another."""
+    rows = [*ROWS, *[2] * 12]
+    none, scales, records = gpu_run(tmp_path / "plain", rows, False, sharing)
+    held, captured, bits = gpu_run(tmp_path / "graphs", rows, None, sharing, limit)
+    assert none is None
+    assert len(held) == min(limit, 3)
+    assert torch.equal(captured, scales)
+    assert bits == records
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_that_was_cut_goes_on_in_the_same_bits(tmp_path):
+    _, scales, whole = gpu_run(tmp_path / "whole", ROWS, None)
+    for choice in (None, False):
+        path = tmp_path / f"{choice}"
+        path.write_bytes(whole[:-4 * 64 - 7])
+        _, again, bits = gpu_run(path, ROWS, choice, resume=True)
+        assert bits == whole
+        assert torch.equal(again, scales)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"train_layers": 1}, {"sequential": True}, {"packing": "auto"},
+                                     {"records": tiny.RECORDS, "train_layers": 1}], ids=str)
+def test_a_run_on_a_gpu_writes_the_journal_of_a_plain_one(loaded, tmp_path, changes):
+    model = copy.deepcopy(loaded[0]).cuda().half()
+    ends = [fit((model, loaded[1]), tmp_path / f"{choice}", bucketed=True, cuda_graph=choice, **changes)
+            for choice in (False, None)]
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])
+    assert b"as on a CUDA device" in ends[0][0]
+
+
+@pytest.mark.gpu
+def test_a_closure_is_replayed_on_a_gpu():
+    ends = []
+    for choice in (False, True):
+        model, x = on_gpu(), torch.empty(4, 96, dtype=torch.float16, device="cuda")
+
+        def closure(model=model, x=x):
+            return model(x).float().square().mean(1)
+
+        optimizer = qzo.QZO(model, lr=0.1, directions=2, cuda_graph=choice)
+        for t in range(5):
+            x.copy_(torch.randn(1, 96, generator=torch.Generator().manual_seed(t)).expand(4, 96))
+            optimizer.step(closure)
+        ends.append(arena_of(model).data.cpu())
+    assert len(optimizer.graphs.captured) == 1
+    assert torch.equal(*ends)
+
+
+@pytest.mark.gpu
+def test_after_a_capture_that_failed_a_gpu_goes_on():
+    """Scales, stream and allocator are as if nothing had been tried, and another optimizer captures."""
+    ends = []
+    for choice in (False, None):
+        layers = on_gpu()
+        model = nn.Sequential(layers[0], nn.Sequential(nn.ReLU(), Reads()), layers[2])
+        optimizer = qzo.QZO(model, lr=0.1, directions=2, cuda_graph=choice)
+        given = [{"x": batch["x"].cuda().half()} for batch in batches([1] * 4)]
+        with contextlib.nullcontext() if choice is False else pytest.warns(UserWarning, match=r"1\.1 \(Reads\) cannot"):
+            steps(optimizer, losses_of(model, 4), given)
+        ends.append(arena_of(model).data.cpu())
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.equal(*ends)
+    model = on_gpu()
+    optimizer = qzo.QZO(model, lr=0.1, directions=2)
+    steps(optimizer, losses_of(model, 4), given)
+    assert len(optimizer.graphs.captured) == 1
