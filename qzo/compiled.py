@@ -1,4 +1,4 @@
-"""A model's body through torch.compile, around its quantized layers, which stay calls of their own.
+"""A model's body through torch.compile, around its quantized layers and experts, which stay calls of their own.
 
 What lies between them (norms, rotary embeddings, activations, residuals) is fused. Code that is compiled once serves
 all blocks, and knows nothing of seeds, scales or arenas: a new seed compiles nothing.
@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from .experts import Experts
 from .graph import where
 from .layers import layers
 
@@ -30,8 +31,8 @@ class Compiled:
         options = {"deterministic": True} if backend == "inductor" else None
         self.forward = torch.compile(self.base.forward, backend=backend, dynamic=False, options=options)
         self.plain = self.base.forward
-        self.opaque = {layer: torch.compiler.disable(layer.forward)
-                       for layer in layers(model, trainable=None).values()}
+        calls = [*layers(model, trainable=None).values(), *(m for m in model.modules() if isinstance(m, Experts))]
+        self.forwards = {m: torch.compiler.disable(m.forward) for m in calls} | {self.base: self._run}
         self.failed = False
 
     @contextlib.contextmanager
@@ -40,15 +41,18 @@ class Compiled:
         if self.failed:
             yield
             return
-        for layer, forward in self.opaque.items():
-            layer.forward = forward
-        self.base.forward = self._run
+        before = {module: vars(module).get("forward") for module in self.forwards}
+        for module, forward in self.forwards.items():
+            module.forward = forward
         try:
             with torch._dynamo.config.patch(recompile_limit=SHAPES):
                 yield
         finally:
-            for module in (self.base, *self.opaque):
-                del module.forward
+            for module, forward in before.items():
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
 
     def _run(self, *args, **kwargs):
         if not self.failed:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from .kernels.noise import SEED_ROUNDS, philox4x32
+from .losses import static_batch
 
 IGNORED = -100
 WINDOW = 16                  # batches among which examples are sorted
@@ -169,22 +170,9 @@ def collate(examples, pad_id, device=None, shape=None):
     else:
         rows = [(e.ids + o, (IGNORED,) * len(e.ids) + o) for e in examples for o in e.options]
         label["options"] = len(examples[0].options)
-    if shape is None:
-        return {**padded(rows, pad_id, device), **label}
-    batch = padded([(ids, None) for ids, _ in rows], pad_id, device, shape[0])
-    if rows[0][1] is None:
-        return {**batch, **label}
-    sources = [[t for t in range(len(ids) - 1) if labels[t + 1] != IGNORED] for ids, labels in rows]
-    targets = [[labels[t + 1] for t in read] for read, (_, labels) in zip(sources, rows, strict=True)]
-    return {**batch, **label, "static": check_targets(targets), "sources": pad(sources, shape[1], 0, device),
-            "targets": pad(targets, shape[1], IGNORED, device), "slots": pad([()] * len(rows), shape[1], 0, device)}
-
-
-def check_targets(targets):
-    """True if some row has a token to predict, else ValueError: losses that are static cannot look."""
-    if all(target == IGNORED for row in targets for target in row):
-        raise ValueError("no position of the batch carries a label: every entry of labels is -100")
-    return True
+    width, targets = shape or (None, None)
+    batch = {**padded(rows, pad_id, device, width), **label}
+    return static_batch(batch, targets) if shape and "labels" in batch else batch
 
 
 def padded(rows, pad_id, device, width=None):

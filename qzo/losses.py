@@ -33,6 +33,27 @@ def pair(batch, E):
     return batch
 
 
+def static_batch(batch, targets=None):
+    """The batch with sources, targets and slots in place of its labels [B, T], `static` as `losses` has it.
+
+    targets: how many places of each row are read, by default as many as the row with the most labels has; give one
+    number to all batches of a shape, so that one captured step serves them (`QZO.step(closure, batch=batch)`). Where
+    some masks are all ones and others not, leave a token of padding in each: transformers looks for that on the host.
+    ValueError for fewer than there are, and for a batch without a label.
+    """
+    labels = batch["labels"][:, 1:]                      # position t predicts token t + 1
+    most = int((labels != -100).sum(1).max())
+    targets = most if targets is None else targets
+    if not most:
+        raise ValueError("no position of the batch carries a label: every entry of labels is -100")
+    if not most <= targets <= labels.shape[1]:
+        raise ValueError(f"targets={targets}: the batch has rows of {most} labels, in {labels.shape[1]} places")
+    sources = (labels == -100).to(torch.uint8).argsort(dim=1, stable=True)[:, :targets]
+    rest = {key: value for key, value in batch.items() if key != "labels"}
+    return type(batch)({**rest, "sources": sources, "targets": labels.gather(1, sources),
+                        "slots": torch.zeros_like(sources), "static": True})
+
+
 def losses(model, batch, E):
     """Loss of each evaluation, float32 [E]: the mean over the evaluation's rows.
 

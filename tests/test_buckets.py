@@ -7,15 +7,20 @@ import torch
 
 import qzo
 from qzo import data, train
-from qzo.buckets import Buckets, best_widths, next_step
+from qzo.buckets import COUNT, Buckets, best_widths, next_step
 from qzo.data import Example
-from qzo.losses import option_scores
+from qzo.graph import LIMIT
+from qzo.losses import option_scores, static_batch
 from qzo.task import Task
 from tests import graphs, tiny
 
 
 def padding(lengths, widths):
     return sum(min(w for w in widths if w >= length) - length for length in lengths)
+
+
+def test_a_run_has_no_more_widths_than_graphs():
+    assert COUNT <= LIMIT
 
 
 def test_the_widths_pad_least():
@@ -108,6 +113,26 @@ def test_the_options_of_a_static_batch_are_scored_as_those_of_another(model):
         exact, padded = (data.collate(KINDS[kind], 0, shape=shape) for shape in (None, (32, 5)))
         assert "labels" not in padded
         assert torch.allclose(option_scores(model, padded), option_scores(model, exact), atol=1e-5)
+
+
+def test_a_static_batch_reads_what_labels_say(model):
+    labels = torch.tensor([[3, -100, 5, 6, -100], [-100, -100, -100, 4, -100], [3, -100, -100, -100, -100]])
+    batch = {"input_ids": labels.clamp(min=3), "attention_mask": torch.ones_like(labels), "labels": labels}
+    static = static_batch(qzo.pair(batch, 2), 3)
+    assert static["targets"].tolist() == 2 * [[5, 6, -100], [4, -100, -100], [-100, -100, -100]]
+    assert static["sources"][:2, :2].tolist() == [[1, 2], [2, 0]]
+    assert static_batch(batch)["targets"].shape == (3, 2)
+    with graphs.capturing():
+        got = qzo.losses(model, static, 2)
+    assert torch.allclose(got, qzo.losses(model, batch, 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("labels", "targets", "said"), [
+    ([[3, 4, 5]], 1, "targets=1: the batch has rows of 2 labels, in 2 places"), ([[3, 4, 5]], 3, "targets=3"),
+    ([[3, -100, -100]], None, "no position of the batch carries a label")])
+def test_static_batches_that_cannot_be(labels, targets, said):
+    with pytest.raises(ValueError, match=said):
+        static_batch({"labels": torch.tensor(labels)}, targets)
 
 
 @pytest.mark.parametrize("bucketed", [False, True])

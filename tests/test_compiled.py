@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import qzo
 from qzo import data, train
@@ -74,6 +75,10 @@ def test_nothing_is_left_behind(loaded):
     with compiled.body():
         assert "forward" in vars(model.base_model)
     assert not any("forward" in vars(module) for module in model.modules())
+    own = model.base_model.forward = model.base_model.forward        # as accelerate's hooks set it
+    with compiled.body():
+        assert model.base_model.forward is not own
+    assert model.base_model.forward is own
 
 
 def test_where_the_compiler_fails_one_warning_says_where_and_the_model_runs(loaded):
@@ -82,7 +87,7 @@ def test_where_the_compiler_fails_one_warning_says_where_and_the_model_runs(load
 
     model = copy.deepcopy(loaded[0])
     task = Task(model, loaded[1], 0, bucketed=True, compiled=Compiled(model, fails))
-    with pytest.warns(UserWarning, match="compile: the compiler failed in LlamaModel .*no such instruction.*runs uncomp"):
+    with pytest.warns(UserWarning, match="compile: the compiler failed in LlamaModel .*no such instruc.*uncompiled"):
         assert torch.equal(*both(task, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -128,6 +133,34 @@ def test_a_journal_says_that_a_run_was_compiled(loaded, tmp_path):
     assert "compile" not in other["recipe"]
     assert steps == again
     assert [r.loss_plus for [r] in steps] == pytest.approx([r.loss_plus for [r] in plain], rel=1e-3)
+
+
+def test_experts_are_not_compiled_for_each_number_of_rows():
+    config = MixtralConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=64,
+                           hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    model, counter = qzo.quantize_(MixtralForCausalLM(config).eval(), group_size=32), Counter()
+    compiled, numbers = Compiled(model, counter), set()
+    for step in range(3):
+        batch = {"input_ids": torch.randint(0, 64, (2, 9)), "labels": torch.randint(0, 64, (2, 9))}
+        with qzo.evaluating(model, qzo.Evaluations([step, step], [0.1, -0.1])):
+            plain = qzo.losses(model, batch, 2)
+            with compiled.body():
+                assert torch.equal(qzo.losses(model, batch, 2), plain)
+        numbers.add(counter.compiled)
+    assert len(numbers) == 1
+
+
+@pytest.mark.gpu
+def test_a_compiled_run_on_a_gpu_has_the_same_bits_in_graphs(loaded, tmp_path):
+    ends = []
+    for choice in (False, None):
+        model = copy.deepcopy(loaded[0]).cuda().half()
+        settings = train.Settings(max_steps=6, batch_size=2, directions=1, compile=True, cuda_graph=choice)
+        task = Task(model, loaded[1], 0, train.choose_layers(model, 1), compiled=Compiled(model))
+        train.fit(task, settings, tmp_path / f"{choice}", show=False)
+        ends.append((tmp_path / f"{choice}" / "journal.qzo").read_bytes())
+    assert ends[0] == ends[1]
 
 
 def test_compile_is_a_bool():
