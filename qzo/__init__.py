@@ -10,7 +10,7 @@ from .journal import JournalError
 from .kernels.noise import noise
 from .layers import codebooks, evaluating, quantize_, scale_index, scales, train_codebooks_, train_only
 from .linear import QZOLinear
-from .losses import losses, pair
+from .losses import losses, pair, static_batch
 from .ops import backend
 from .optim import QZO, replay
 from .save import export, save_pretrained
@@ -20,7 +20,8 @@ __version__ = "0.1.0.dev0"
 _FROM_QUANTIZER = ("QZOConfig", "loading")
 __all__ = ["QZO", "Evaluations", "JournalError", "PackedWeight", "QZOConfig", "QZOLinear", "ScaleArena", "backend",
            "codebooks", "evaluating", "export", "from_pretrained", "load_tokenizer", "loading", "losses", "noise",
-           "pair", "quantize_", "replay", "save_pretrained", "scale_index", "scales", "train_codebooks_", "train_only"]
+           "pair", "quantize_", "replay", "save_pretrained", "scale_index", "scales", "static_batch",
+           "train_codebooks_", "train_only"]
 
 
 def __getattr__(name):

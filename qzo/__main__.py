@@ -25,6 +25,8 @@ LESS_MEMORY = ("--sequential holds one evaluation's activations at a time, a sma
                "--max-length or --seq-len less of them; qzo memory tells what is needed")
 CHOICES = {"noise": tuple(VERSIONS), "sharing": SHARINGS, "large_rows": LARGE_ROWS, "packing": PACKINGS,
            "recipe": ("paper",), "dtype": ("float32", "float16", "bfloat16")}
+CUDA_GRAPH = dict(action=argparse.BooleanOptionalAction, help="run the steps of each shape of batch as one CUDA graph: "
+                  "the same bits, sooner (default: where the model is on a CUDA device)")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,6 +83,7 @@ def build_parser():
     demo.add_argument("--output-dir", help="where journal, metrics, curve and model go "
                       "(default: a new folder qzo-demo, qzo-demo-2, ...)")
     demo.add_argument("--resume", action="store_true", help="continue the demo in --output-dir")
+    demo.add_argument("--cuda-graph", **CUDA_GRAPH)
 
     training = _command(commands, "train", run_train, "fine-tune a model on JSON lines",
                         "qzo train --model model.gguf --data data/ --output-dir out --max-steps 500 --train-layers 6")
@@ -191,6 +194,9 @@ def _add_train_options(parser):
                      "kernel (default), or chunks of 16-bit weights for the library's matmul (blas)")
     run.add_argument("--sequential", action="store_true", default=None, help="run the evaluations of a step one after "
                      "another instead of stacked: activations of one, not of all 2 x directions")
+    run.add_argument("--cuda-graph", **CUDA_GRAPH)
+    run.add_argument("--compile", action="store_true", default=None, help="what lies between the quantized layers goes "
+                     "through torch.compile: other roundings, and the first step of each shape waits (default: off)")
     run.add_argument("--packing", choices=PACKINGS, help="auto: a batch of unequal lengths is one row without "
                      "padding where that costs less and the model computes the same (default off)")
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
@@ -314,7 +320,7 @@ def run_demo(options):
     if options.resume and not options.output_dir:
         raise ValueError("--resume needs the --output-dir of the demo that was stopped")
     out = options.output_dir or _new_folder("qzo-demo")
-    results = run(options.seed, out, resume=options.resume, say=_say)
+    results = run(options.seed, out, resume=options.resume, say=_say, cuda_graph=options.cuda_graph)
     if options.json:
         print(json.dumps(results))
         return 0

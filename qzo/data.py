@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from .kernels.noise import SEED_ROUNDS, philox4x32
+from .losses import static_batch
 
 IGNORED = -100
 WINDOW = 16                  # batches among which examples are sorted
@@ -154,32 +155,40 @@ def check_one_kind(examples):
         raise ValueError(f"the data mixes examples with {' and '.join(names)}; give all lines the same shape")
 
 
-def collate(examples, pad_id, device=None):
-    """A batch for `losses`: padded on the right. All examples are of one kind (ValueError otherwise)."""
+def collate(examples, pad_id, device=None, shape=None):
+    """A batch for `losses`: padded on the right. All examples are of one kind (ValueError otherwise).
+
+    shape: (tokens, targets) of each row instead of what the examples need; the batch is then `static` (losses.py).
+    """
     check_one_kind(examples)
+    label = {} if examples[0].options is None else {"label": torch.tensor([e.label for e in examples], device=device)}
     if examples[0].options is None:
-        return padded([(e.ids, e.labels) for e in examples], pad_id, device)
-    label = torch.tensor([e.label for e in examples], device=device)
-    if all(len(o) == 1 for e in examples for o in e.options):
-        batch = padded([(e.ids, None) for e in examples], pad_id, device)
-        option_ids = torch.tensor([[o[0] for o in e.options] for e in examples], device=device)
-        return {**batch, "option_ids": option_ids, "label": label}
-    rows = [(e.ids + o, (IGNORED,) * len(e.ids) + o) for e in examples for o in e.options]
-    return {**padded(rows, pad_id, device), "options": len(examples[0].options), "label": label}
+        rows = [(e.ids, e.labels) for e in examples]
+    elif all(len(o) == 1 for e in examples for o in e.options):
+        rows = [(e.ids, None) for e in examples]
+        label["option_ids"] = torch.tensor([[o[0] for o in e.options] for e in examples], device=device)
+    else:
+        rows = [(e.ids + o, (IGNORED,) * len(e.ids) + o) for e in examples for o in e.options]
+        label["options"] = len(examples[0].options)
+    width, targets = shape or (None, None)
+    batch = {**padded(rows, pad_id, device, width), **label}
+    return static_batch(batch, targets) if shape and "labels" in batch else batch
 
 
-def padded(rows, pad_id, device):
-    """(ids, labels or None) of each row -> input_ids, attention_mask and perhaps labels, int64 [rows, T]."""
-    width = max(len(ids) for ids, _ in rows)
-
-    def pad(sequences, value):
-        return torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences], device=device)
-
-    batch = {"input_ids": pad([ids for ids, _ in rows], pad_id),
-             "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0)}
+def padded(rows, pad_id, device, width=None):
+    """(ids, labels or None) of each row -> input_ids, attention_mask and perhaps labels, int64 [rows, T]. T: width, or
+    the longest row's."""
+    width = width or max(len(ids) for ids, _ in rows)
+    batch = {"input_ids": pad([ids for ids, _ in rows], width, pad_id, device),
+             "attention_mask": pad([[1] * len(ids) for ids, _ in rows], width, 0, device)}
     if rows[0][1] is not None:
-        batch["labels"] = pad([labels for _, labels in rows], IGNORED)
+        batch["labels"] = pad([labels for _, labels in rows], width, IGNORED, device)
     return batch
+
+
+def pad(sequences, width, value, device=None):
+    """int64 [rows, width]: each sequence, then `value`."""
+    return torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences], device=device)
 
 
 def order(count, epoch, seed):

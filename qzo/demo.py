@@ -51,8 +51,8 @@ def headlines():
     return records[HELD_OUT:], records[:HELD_OUT]
 
 
-def run(seed, out, resume=False, say=print):
-    """The whole demo; returns its results as `qzo demo --json` prints them."""
+def run(seed, out, resume=False, say=print, cuda_graph=None):
+    """The whole demo; returns its results as `qzo demo --json` prints them. cuda_graph: as in `qzo.QZO`."""
     from . import train
     from .hf import from_pretrained, load_tokenizer
     from .save import save_pretrained
@@ -60,7 +60,7 @@ def run(seed, out, resume=False, say=print):
     started = time.perf_counter()
     training, held_out = headlines()
     training = training[:TRAIN_ROWS]
-    settings = train.Settings(max_steps=STEPS, seed=seed, train_layers=TRAIN_LAYERS)
+    settings = train.Settings(max_steps=STEPS, seed=seed, train_layers=TRAIN_LAYERS, cuda_graph=cuda_graph)
     path = model_file()
     if not resume and (Path(out) / "journal.qzo").exists():
         raise ValueError(f"{out} holds a journal already: continue it with --resume, or name another --output-dir")

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 LOGIT_BYTES = 64 << 20       # float32 logits held at once
-NOT_INPUTS = ("labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots")
+NOT_INPUTS = ("labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots",
+              "static", "states")
 
 
 class Stacked(dict):
@@ -32,6 +33,27 @@ def pair(batch, E):
     return batch
 
 
+def static_batch(batch, targets=None):
+    """The batch with sources, targets and slots in place of its labels [B, T], `static` as `losses` has it.
+
+    targets: how many places of each row are read, by default as many as the row with the most labels has; give one
+    number to all batches of a shape, so that one captured step serves them (`QZO.step(closure, batch=batch)`). Where
+    some masks are all ones and others not, leave a token of padding in each: transformers looks for that on the host.
+    ValueError for fewer than there are, and for a batch without a label.
+    """
+    labels = batch["labels"][:, 1:]                      # position t predicts token t + 1
+    most = int((labels != -100).sum(1).max())
+    targets = most if targets is None else targets
+    if not most:
+        raise ValueError("no position of the batch carries a label: every entry of labels is -100")
+    if not most <= targets <= labels.shape[1]:
+        raise ValueError(f"targets={targets}: the batch has rows of {most} labels, in {labels.shape[1]} places")
+    sources = (labels == -100).to(torch.uint8).argsort(dim=1, stable=True)[:, :targets]
+    rest = {key: value for key, value in batch.items() if key != "labels"}
+    return type(batch)({**rest, "sources": sources, "targets": labels.gather(1, sources),
+                        "slots": torch.zeros_like(sources), "static": True})
+
+
 def losses(model, batch, E):
     """Loss of each evaluation, float32 [E]: the mean over the evaluation's rows.
 
@@ -50,6 +72,9 @@ def losses(model, batch, E):
     sources, targets, slots [R, N]   the cross entropies of targets that are not -100, read at sources; with
                                      options and label, slots are the options of the row that they belong to
     sources [R, B/R], option_ids, label   options of one token, read at sources
+
+    static: True beside sources, targets, slots, of plain rows too: no shape and nothing on the host depends on what
+    the tensors hold, as a CUDA graph wants it; targets that are -100 are read and count as nothing.
 
     Raises ValueError for a batch without labels and for rows that E does not divide.
     """
@@ -77,6 +102,12 @@ def option_scores(model, batch, E=1):
     if "option_ids" in batch:
         return _logits(model, read_states(model, batch, E)).gather(1, batch["option_ids"])
     count = batch["label"].shape[0] * batch["options"]
+    if "static" in batch:
+        negative, targets = _target_losses(model, batch, E), batch["targets"]
+        slots = torch.arange(count // _rows(batch), device=negative.device)
+        own = (batch["slots"][:, None] == slots[:, None]) & (targets != -100)[:, None]     # [R, slots, N]
+        scores = torch.where(own, -negative[:, None], 0).sum(-1) / own.sum(-1)
+        return scores.view(-1, batch["options"])
     row, slot, negative = _token_losses(model, batch, E)
     slot = row * (count // _rows(batch)) + slot
     total = torch.zeros(count, device=negative.device).index_add_(0, slot, negative)
@@ -123,6 +154,9 @@ def _label_losses(model, batch, count):
         return functional.cross_entropy(logits, batch["labels"], reduction="none").view(count, -1).mean(1)
     if getattr(model.config, "is_encoder_decoder", False):
         row, each = _decoder_losses(model, batch)
+    elif "static" in batch:
+        each, labelled = _target_losses(model, batch, count), batch["targets"] != -100
+        return each.view(count, -1).sum(1) / labelled.view(count, -1).sum(1)
     else:
         row, _, each = _token_losses(model, batch, count)
     if not len(each):
@@ -161,11 +195,23 @@ def _labelled(batch):
 def _token_losses(model, batch, E):
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
     row, column, target, slot = _labelled(batch)
-    hidden = hidden_states(model, batch, E)[row, column]
+    return row, slot, _cross_entropies(model, hidden_states(model, batch, E)[row, column], target)
+
+
+def _target_losses(model, batch, E):
+    """-> the cross entropy of each target of a batch that is static, float32 [R, N], 0 where there is none."""
+    sources, targets = batch["sources"], batch["targets"]
+    rows = torch.arange(len(sources), device=sources.device)
+    hidden = hidden_states(model, batch, E)[rows[:, None], sources]
+    return _cross_entropies(model, hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+
+
+def _cross_entropies(model, hidden, target):
+    """float32 [positions] of hidden states [positions, H], a bounded number of logits at a time; 0 for -100."""
     step = max(1, LOGIT_BYTES // (4 * _vocabulary(model)))
     each = [functional.cross_entropy(_logits(model, hidden[at:at + step]), target[at:at + step], reduction="none")
             for at in range(0, len(target), step)]
-    return row, slot, torch.cat(each) if each else hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat(each) if each else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def hidden_states(model, batch, E=1):

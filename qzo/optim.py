@@ -9,10 +9,12 @@ and the scales move along every z(seed_j) by a_j (kernels/update.py).
 """
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import platform
 import warnings
+from collections.abc import Mapping
 
 import torch
 
@@ -57,22 +59,26 @@ class QZO(torch.optim.Optimizer):
     recipe : JSON-able dict for the journal's header: what else a resumed run has to agree on
     max_skipped : consecutive steps with a NaN or infinite loss before `step` gives up
     large_rows : "fused", or "blas" for what `qzo.backend` describes, during the steps
-    cuda_graph : capture the whole step, update included, in one CUDA graph and replay it (qzo/graph.py). For shapes
-        that stay: every step takes the same closure, which finds each batch in the same tensors. Where it cannot be,
-        a warning says why and the steps run without.
+    cuda_graph : run whole steps, update included, as CUDA graphs (qzo/graph.py): the same bits, without the cost of
+        launching kernels one by one. None (the default): steps that are given their batch, where the scales are on a
+        CUDA device. True: also those of a closure that comes again, which has to find each batch in the same tensors,
+        and a warning where there is no such device. False: never. What cannot be captured runs without, after one
+        warning that says why.
 
     Raises ValueError for values out of range, JournalError (a ValueError) for a journal that exists or does not fit.
     """
 
     def __init__(self, module, lr, eps=1e-2, clip=5.0, noise="rademacher", relative=True, sharing="group",
                  directions=1, seed=0, journal=None, *, resume=False, paired=True, floor=FLOOR, max_skipped=10,
-                 recipe=None, large_rows="fused", cuda_graph=False):
+                 recipe=None, large_rows="fused", cuda_graph=None):
         _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
         _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
         _check(clip > 0, "clip", clip, "a number > 0 (math.inf: no clipping)")
         _check(isinstance(directions, int) and 1 <= directions < 1 << 16, "directions", directions, "an int >= 1")
         _check(isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64, "seed", seed, "a 64-bit int")
         _check(floor >= 0, "floor", floor, "a number >= 0")
+        _check(cuda_graph is None or isinstance(cuda_graph, bool), "cuda_graph", cuda_graph,
+               "None (where there is a CUDA device), True or False")
         law_number(noise)
         check_sharing(sharing, relative)
         check_sharing_of(module, sharing)
@@ -80,7 +86,7 @@ class QZO(torch.optim.Optimizer):
         self.module, self.large_rows = module, large_rows
         self.arena = arena_of(module, exact=True)
         self.paired, self.max_skipped = paired, max_skipped
-        self.cuda_graph, self.graph = cuda_graph, None
+        self.cuda_graph, self.graphs = cuda_graph, None
         self.last = None
         self._skipped_in_a_row = 0
         super().__init__([self.arena.data], dict(
@@ -110,24 +116,37 @@ class QZO(torch.optim.Optimizer):
         return Evaluations(seeds, coefs, group["noise"], group["relative"], group["sharing"]).to(self.arena.data.device)
 
     @torch.no_grad()
-    def step(self, closure, paired=None):
-        """One step. closure() runs forward only.
+    def step(self, closure, paired=None, *, batch=None):
+        """One step. closure(), or closure(batch), runs forward only.
 
         paired (the default): called once, returns the loss of each evaluation, [2 J], of a batch stacked 2 J times.
         paired=False: called 2 J times, each under one evaluation, returns a scalar.
+        batch: a mapping of tensors and plain values. On a CUDA device a step is captured when (closure, names, shapes,
+        dtypes, values) come for the second time and replayed from then on, with the batch copied into the tensors of
+        the capture: so the closure is the same object in each step and finds all that changes in the batch, and a run
+        has few shapes (`qzo.graph.LIMIT` graphs are held).
 
         Returns the mean loss, a float. A NaN or infinite loss skips the step, which the journal records;
-        FloatingPointError after `max_skipped` of them in a row. ValueError when the losses have another shape.
+        FloatingPointError after `max_skipped` of them in a row. ValueError when the losses have another shape,
+        TypeError when the batch is no mapping.
         """
+        if batch is not None and not isinstance(batch, Mapping):
+            raise TypeError(f"batch={type(batch).__name__}: a mapping of tensors is wanted, or none and a closure that "
+                            "knows its own")
         paired = self.paired if paired is None else paired
-        if self.cuda_graph and paired:
-            from .graph import captured
-            graph = captured(self, closure)
-            if graph is not None:
-                return self._finish(*graph.run(), updated=True)
-        losses = self._losses(closure, self.evaluations(), paired).double().cpu()
+        if self.cuda_graph or (self.cuda_graph is None and batch is not None):
+            result = self._as_graph(closure, batch, paired)
+            if result is not None:
+                return self._finish(*result, updated=True)
+        call = closure if batch is None else functools.partial(closure, batch)
+        losses = self.losses(call, self.evaluations(), paired).double().cpu()
         derivatives, applied = project(losses, self.rates(), law_number(self.param_groups[0]["noise"]))
         return self._finish(losses.tolist(), derivatives.tolist(), applied.tolist())
+
+    def _as_graph(self, closure, batch, paired):
+        from .graph import graphs_of
+        self.graphs = graphs_of(self)
+        return None if self.graphs is None else self.graphs.step(closure, batch, paired)
 
     def rates(self):
         """(lr / J, 2 eps, clip) of the coming step, what `project` takes."""
@@ -167,8 +186,8 @@ class QZO(torch.optim.Optimizer):
         with ops.backend(large_rows=self.large_rows), evaluating(self.module, evaluations):
             yield
 
-    def _losses(self, closure, evaluations, paired):
-        """[2 J] of the evaluations, where the closure left them."""
+    def losses(self, closure, evaluations, paired):
+        """[2 J] of the evaluations, where the closure left them; what `step` raises for another shape."""
         if paired:
             with self.perturbed(evaluations):
                 losses = closure()
@@ -181,8 +200,11 @@ class QZO(torch.optim.Optimizer):
         losses = []
         for e in range(len(evaluations)):
             with self.perturbed(evaluations[e:e + 1]):
-                losses.append(float(closure()))
-        return torch.tensor(losses, dtype=torch.float64)
+                losses.append(torch.as_tensor(closure(), dtype=torch.float64))
+            if losses[-1].numel() != 1:
+                raise ValueError(f"with paired=False the closure must return one number, the loss of the evaluation it "
+                                 f"runs under; got {list(losses[-1].shape)}")
+        return torch.stack([loss.view(()) for loss in losses])
 
     def _apply(self, records):
         """The update of one step from its records: what a replay does, too."""

@@ -17,7 +17,7 @@ import itertools
 
 import torch
 
-from .data import IGNORED, Example, check_one_kind, padded
+from .data import IGNORED, Example, check_one_kind, pad, padded
 from .losses import hidden_states
 from .oom import is_out_of_memory
 
@@ -85,20 +85,22 @@ def joined(rows, slots=1):
                  for field in dataclasses.fields(Row)))
 
 
-def packed_batch(examples, pad_id, device=None, join=False):
+def packed_batch(examples, pad_id, device=None, join=False, shape=None):
     """A batch for `losses` in which options share their prompt; join: and all examples one row, unpadded.
 
     int64 [R, T], R the number of examples or 1: input_ids, position_ids, seen_until
     int64 [R, N]: sources, and for labels and options of several tokens targets (-100: none) and slots
     beside them, as `collate` gives them: option_ids [B, O], or options O; label [B]
 
-    ValueError when the examples are not of one kind.
+    shape: (T, N) instead of what the rows need; the batch is then `static` (losses.py) if it has targets
+    ValueError when the examples are not of one kind, or a static batch has no target.
     """
     check_one_kind(examples)
     one_token = one_token_each(examples)
     count = len(examples[0].options or (None,))
     rows = [row_of(example, one_token) for example in examples]
-    batch = rows_batch([joined(rows, count)] if join else rows, pad_id, device)
+    rows = [joined(rows, count)] if join else rows
+    batch = rows_batch(rows, pad_id, device, shape or (None, None))
     if examples[0].options is not None:
         batch["label"] = torch.tensor([e.label for e in examples], device=device)
         if one_token:
@@ -106,22 +108,25 @@ def packed_batch(examples, pad_id, device=None, join=False):
             batch["option_ids"] = torch.tensor([[o[0] for o in e.options] for e in examples], device=device)
         else:
             batch["options"] = count
+    if shape and "targets" in batch:
+        if not any(row.targets for row in rows):
+            raise ValueError("no position of the batch carries a label: every entry of labels is -100")
+        batch["static"] = True
     return batch
 
 
-def rows_batch(rows, pad_id, device=None):
-    """The tensors of rows, padded on the right."""
-    width = max(map(len, rows))
-    count = max(len(row.sources) for row in rows)
+def rows_batch(rows, pad_id, device=None, shape=(None, None)):
+    """The tensors of rows, padded on the right; shape: (T, N), None for what the rows need."""
+    width, count = shape
+    width, count = width or max(map(len, rows)), count or max(len(row.sources) for row in rows)
 
-    def pad(name, size, value):
-        parts = [getattr(row, name) for row in rows]
-        return torch.tensor([[*part, *[value] * (size - len(part))] for part in parts], device=device)
+    def padded_to(name, size, value):
+        return pad([getattr(row, name) for row in rows], size, value, device)
 
-    batch = {"input_ids": pad("ids", width, pad_id), "position_ids": pad("positions", width, 0),
-             "seen_until": pad("seen_until", width, 0)}
-    return {**batch, "sources": pad("sources", count, 0), "targets": pad("targets", count, IGNORED),
-            "slots": pad("slots", count, 0)}
+    batch = {"input_ids": padded_to("ids", width, pad_id), "position_ids": padded_to("positions", width, 0),
+             "seen_until": padded_to("seen_until", width, 0)}
+    return {**batch, "sources": padded_to("sources", count, 0), "targets": padded_to("targets", count, IGNORED),
+            "slots": padded_to("slots", count, 0)}
 
 
 def one_token_each(examples):

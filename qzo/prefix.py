@@ -7,6 +7,7 @@ import contextlib
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 class _Reached(Exception):
@@ -31,6 +32,7 @@ class FrozenPrefix:
         self.model = model
         self.below = list(blocks[:len(blocks) - train_layers])
         self.first = blocks[len(blocks) - train_layers]
+        self.given, self.give = None, self._give         # one object: compiled code looks whether it is the same
         self.trained_names = tuple(f"{name}.{i}." for i in range(len(self.below), len(blocks)))
 
     def trains(self, layer_name):
@@ -57,20 +59,20 @@ class FrozenPrefix:
     @contextlib.contextmanager
     def skipped(self, states):
         """Inside, the model's forward starts from `states` [rows, T, hidden] at the first trained block."""
-        def inject(_, args, kwargs):
-            if args:
-                return (states, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": states}
-
-        handle = self.first.register_forward_pre_hook(inject, with_kwargs=True)
+        self.given = states
         for block in self.below:
             block.forward = _pass_on
+        if self.below:
+            self.below[-1].forward = self.give           # with no block below, the model makes these states itself
         try:
             yield
         finally:
-            handle.remove()
+            self.given = None
             for block in self.below:
                 del block.forward
+
+    def _give(self, *_, **__):
+        return self.given
 
     def check(self, inputs):
         """Raise ValueError unless the split forward gives the bits of the whole one on these inputs."""
@@ -112,9 +114,10 @@ class PrefixCache:
             row[:len(states)] = states
         return out
 
-    def joined(self, indices, lengths):
-        """The same states behind one another: [1, sum of lengths, hidden]."""
-        return torch.cat(self._states(indices, lengths)).unsqueeze(0)
+    def joined(self, indices, lengths, width=None):
+        """The same states behind one another: [1, width, hidden]; width: the sum of the lengths, or zero beyond it."""
+        found = torch.cat(self._states(indices, lengths))
+        return functional.pad(found, (0, 0, 0, (width or len(found)) - len(found))).unsqueeze(0)
 
     def _states(self, indices, lengths):
         return [self._group(self.group_of[i])[i][:length] for i, length in zip(indices, lengths, strict=True)]

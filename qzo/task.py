@@ -5,7 +5,8 @@ import warnings
 
 import torch
 
-from .data import check_one_kind, collate, padded
+from .buckets import Buckets, next_step
+from .data import IGNORED, check_one_kind, collate, padded
 from .losses import losses, model_inputs, option_scores, pair
 from .packing import (
     PACKINGS,
@@ -26,15 +27,31 @@ class Task:
     Options of several tokens share one pass of their prompt where that costs less and the model computes the
     same. packing: "auto", and a batch is one row without padding on the same two conditions (packing.py); or "off".
     A model that refuses is named in a warning. ValueError for examples of several kinds, or another packing.
+
+    bucketed: pad batches to a few shapes (buckets.py); None: on a CUDA device, where steps are captured by shape. The
+    losses are the same but for rounding, so it must not depend on whether they are. compiled: the model's body is
+    called through a `Compiled` (compiled.py) when a step runs, not where the task is measured.
     """
 
-    def __init__(self, model, examples, pad_id, prefix=None, packing="off"):
+    def __init__(self, model, examples, pad_id, prefix=None, packing="off", bucketed=None, compiled=None):
         check_one_kind(examples)       # now, not at the first step whose batch mixes them
         if packing not in PACKINGS:
             raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
         self.model, self.examples, self.pad_id = model, examples, pad_id
         self.prefix, self.packing = prefix, packing
         self.device = next(model.parameters()).device
+        self.bucketed = self.device.type == "cuda" if bucketed is None else bucketed
+        self.bucketed &= not getattr(model.config, "is_encoder_decoder", False)     # its rows have another decoder's
+        self.compiled = compiled
+
+    @functools.cached_property
+    def buckets(self):
+        """The Buckets of the examples' rows."""
+        several, sizes = _several(self.examples), []
+        for example in self.examples:
+            width = max(map(len, self._rows(example, several)))
+            sizes.append((width, self._targets(example, several)))
+        return Buckets(sizes, getattr(self.model.config.get_text_config(), "max_position_embeddings", None))
 
     @functools.cached_property
     def shares(self):
@@ -79,20 +96,25 @@ class Task:
 
         The batch and the prefix's states are made here, outside the perturbed forward that calls the function.
         """
-        batch, starting = self._prepared(indices, count)
+        return functools.partial(self.losses, self.batch(indices, count), count)
 
-        def run():
-            with starting():
-                return losses(self.model, batch, count)
-        return run
+    def losses(self, batch, count):
+        """The loss of each of `count` evaluations over a `batch`, float32 [count]."""
+        with self._starting(batch):
+            return losses(self.model, batch, count)
+
+    def compiled_losses(self, batch, count):
+        """The same through the compiled body, if there is one."""
+        with contextlib.nullcontext() if self.compiled is None else self.compiled.body():
+            return self.losses(batch, count)
 
     @torch.no_grad()
     def scores(self, batch_size=32):
         """float32 [examples, options] of a task with options, in the order of the examples."""
         parts = {}
         for indices in self._by_length(batch_size):
-            batch, starting = self._prepared(indices, 1)
-            with starting():
+            batch = self.batch(indices, 1)
+            with self._starting(batch):
                 parts.update(zip(indices, option_scores(self.model, batch), strict=True))
         return torch.stack([parts[i] for i in range(len(self.examples))])
 
@@ -115,24 +137,41 @@ class Task:
         order = sorted(range(len(self.examples)), key=lambda i: (len(self.examples[i].ids), i))
         return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
-    def _prepared(self, indices, count):
-        """-> (stacked batch, function making the context in which the model runs it)."""
+    def batch(self, indices, count):
+        """The batch of these examples for `count` evaluations, stacked; with the prefix's output as `states`."""
         examples = [self.examples[i] for i in indices]
         several = _several(examples)
         rows = [self._rows(example, several) for example in examples]
         lengths = [len(row) for some in rows for row in some]
         join = self.joins and joining_pays(lengths)
+        shape = self._shape(examples, several, lengths, join) if self.bucketed else None
         if join or (several and self.shares):
-            batch = packed_batch(examples, self.pad_id, self.device, join)
+            batch = packed_batch(examples, self.pad_id, self.device, join, shape)
         else:
-            batch = collate(examples, self.pad_id, self.device)
-        if self.prefix is None:
-            return pair(batch, count), contextlib.nullcontext
-        cache, first_row = self.cache
-        numbers = [first_row[i] + k for i, some in zip(indices, rows, strict=True) for k in range(len(some))]
-        width = batch["input_ids"].shape[1]
-        states = pair(cache.joined(numbers, lengths) if join else cache.batch(numbers, lengths, width), count)
-        return pair(batch, count), lambda: self.prefix.skipped(states)
+            batch = collate(examples, self.pad_id, self.device, shape)
+        if self.prefix is not None:
+            cache, first_row = self.cache
+            numbers = [first_row[i] + k for i, some in zip(indices, rows, strict=True) for k in range(len(some))]
+            width = batch["input_ids"].shape[1]
+            batch["states"] = (cache.joined if join else cache.batch)(numbers, lengths, width)
+        return pair(batch, count)
+
+    def _starting(self, batch):
+        """What the model runs a batch in."""
+        return contextlib.nullcontext() if self.prefix is None else self.prefix.skipped(batch["states"])
+
+    def _shape(self, examples, several, lengths, join):
+        """(tokens, targets) of the batch's rows, of which one holds all if they are joined."""
+        if not join:
+            return self.buckets.shape(max(lengths))
+        count = sum(self._targets(example, several) for example in examples)
+        return next_step(sum(lengths)), next_step(count) if count else len(examples)
+
+    def _targets(self, example, several):
+        """How many places of a row of the example are read to predict a token."""
+        if example.options is None:
+            return sum(label != IGNORED for label in example.labels[1:])
+        return 0 if not several else (sum if self.shares else max)(map(len, example.options))
 
     def _rows(self, example, several):
         """The rows of tokens an example needs: its ids, or its options behind them in one row or a row each."""

@@ -23,12 +23,14 @@ from .task import Task
 PAPER = dict(learning_rate=1e-7, eps=1e-3, clip=100.0, noise="gaussian", relative=False, floor=0.0, directions=1,
              batch_size=16, decay=1.0)
 LEARNING_RATE_PER_DIRECTION = 2e-2     # relative; one pair over a small batch diverges at twice this
+BUCKETS = "buckets/1, as on a CUDA device"      # what a journal says of batches padded so (buckets.py)
 DECAY = 0.1                            # the learning rate falls linearly to this part of itself
 
 
 @dataclasses.dataclass
 class Settings:
-    """What decides a run's result, beside the model and the data. `learning_rate` None: 2e-2 per direction."""
+    """What decides a run's result, beside the model and the data. `learning_rate` None: 2e-2 per direction.
+    `cuda_graph` decides nothing of it, only how steps are launched; None: as graphs on a CUDA device."""
 
     max_steps: int = 200
     batch_size: int = 8
@@ -48,6 +50,8 @@ class Settings:
     max_length: int = 1024
     packing: str = "off"
     train_codebooks: bool = False
+    cuda_graph: bool | None = None
+    compile: bool = False
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "directions", "max_length"):
@@ -63,9 +67,11 @@ class Settings:
                 setattr(self, name, float(getattr(self, name)))      # YAML reads 1e-2 as a text
             except (TypeError, ValueError):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a number is wanted") from None
-        for name in ("relative", "sequential", "train_codebooks"):
+        for name in ("relative", "sequential", "train_codebooks", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: true or false is wanted")
+        if not isinstance(self.cuda_graph, bool | None):
+            raise ValueError(f"cuda_graph={self.cuda_graph!r}: true or false is wanted, or null (on a CUDA device)")
 
     def rate(self, step):
         """Learning rate of a step: linear from learning_rate to decay * learning_rate."""
@@ -113,11 +119,15 @@ def fit(task, settings, out, resume=False, show=None):
     optimizer = QZO(task.model, settings.learning_rate, settings.eps, settings.clip, settings.noise, settings.relative,
                     settings.sharing, settings.directions, settings.seed, journal=out / "journal.qzo", resume=resume,
                     floor=settings.floor, recipe=recipe(task, settings), large_rows=settings.large_rows,
-                    paired=not settings.sequential)
+                    paired=not settings.sequential, cuda_graph=settings.cuda_graph)
     start = optimizer.param_groups[0]["step"]
     at_once = 1 if settings.sequential else 2 * settings.directions
     lengths = [len(example.ids) for example in task.examples]
     strata = [example.label for example in task.examples]
+
+    def losses(batch):
+        return task.compiled_losses(batch, at_once)
+
     try:
         with _metrics(out / "metrics.jsonl", start) as metrics, Progress(settings.max_steps, start, show) as progress:
             for step in range(start, settings.max_steps):
@@ -125,7 +135,7 @@ def fit(task, settings, out, resume=False, show=None):
                 indices = data.batch_indices(step, lengths, settings.batch_size, settings.seed,
                                              strata)
                 rate = optimizer.param_groups[0]["lr"] = settings.rate(step)
-                loss = optimizer.step(task.closure(indices, at_once))
+                loss = optimizer.step(losses, batch=task.batch(indices, at_once))
                 line = {"step": step, "loss": loss, "derivative": max(map(abs, optimizer.last.derivatives)), "lr": rate,
                         "skipped": optimizer.last.skipped, "seconds": round(time.perf_counter() - begun, 4)}
                 metrics.write(json.dumps(_finite(line)) + "\n")
@@ -143,7 +153,10 @@ def recipe(task, settings):
     digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
     kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length", "large_rows",
             "sequential", "packing")
-    return {**{name: getattr(settings, name) for name in kept}, "data": "sha256:" + digest}
+    bits = {"padding": BUCKETS} if task.bucketed else {}
+    if settings.compile:
+        bits["compile"] = True
+    return {**{name: getattr(settings, name) for name in kept}, "data": "sha256:" + digest, **bits}
 
 
 class _metrics:
@@ -207,8 +220,12 @@ class Progress:
 
 def build_task(model, records, tokenizer, settings, prefix):
     """Records -> Task on the model."""
+    compiled = None
+    if settings.compile:
+        from .compiled import Compiled  # it imports the compiler
+        compiled = Compiled(model)
     examples = data.tokenize(records, tokenizer, settings.max_length)
-    return Task(model, examples, pad_id(tokenizer), prefix, settings.packing)
+    return Task(model, examples, pad_id(tokenizer), prefix, settings.packing, compiled=compiled)
 
 
 def pad_id(tokenizer):

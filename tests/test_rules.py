@@ -17,9 +17,10 @@ LAYERS = [   # a module may import its own layer's elders and everything above i
     {"kernels.noise", "kernels.codes", "kernels.tiles", "kernels.operands"}, {"kernels.table", "kernels.vectors"},
     {"kernels.lookup"}, {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.plan"},
     {"kernels.dequantize", "kernels.perturb"},
-    {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "experts", "formats"}, {"quantize"},
+    {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "experts", "formats",
+     "buckets"}, {"quantize"},
     {"linear"}, {"layers"}, {"optim", "losses", "hf", "save", "quantizer", "graph"},
-    {"data", "prefix", "packing", "signal"}, {"task"}, {"train"}, {"demo"},
+    {"data", "prefix", "packing", "signal", "compiled"}, {"task"}, {"train"}, {"demo"},
     {"__main__", "bench", "inspect", "quantize_folder"}]
 
 

@@ -12,7 +12,7 @@ import torch
 
 import qzo
 from qzo import data, train
-from qzo.__main__ import main
+from qzo.__main__ import build_parser, main, merge_options
 from qzo.layers import arena_of, layers
 from qzo.prefix import FrozenPrefix, PrefixCache
 from qzo.task import Task, fit_label_bias, measure
@@ -120,6 +120,35 @@ def test_yaml_and_the_paper_recipe(base, corpus, tmp_path):
     assert header["recipe"]["max_steps"] == 2
 
 
+@pytest.mark.parametrize(("given", "line", "want"), [
+    ([], "", (None, False)), (["--cuda-graph"], "", (True, False)), (["--no-cuda-graph"], "", (False, False)),
+    (["--compile"], "", (None, True)), ([], "cuda-graph: false\ncompile: true\n", (False, True)),
+    (["--cuda-graph"], "cuda_graph: false\n", (True, False))])
+def test_graph_and_compile_options(base, corpus, tmp_path, given, line, want):
+    config = tmp_path / "run.yaml"
+    config.write_text(line)
+    options = build_parser().parse_args([*arguments(base, corpus, tmp_path), "--config", str(config), *given])
+    settings, _ = merge_options(options)
+    assert (settings.cuda_graph, settings.compile) == want
+
+
+def test_a_graph_that_is_asked_for_without_a_gpu_is_one_line(base, corpus, tmp_path, capsys):
+    assert main(arguments(base, corpus, tmp_path / "out", "--cuda-graph", "--max-steps", "2")) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1
+    assert said[0].startswith("qzo: warning: cuda_graph=True: the scales are on 'cpu'")
+    assert main(arguments(base, corpus, tmp_path / "plain", "--no-cuda-graph", "--max-steps", "2")) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "journal.qzo").read_bytes() == (tmp_path / "plain" / "journal.qzo").read_bytes()
+
+
+def test_a_value_of_cuda_graph_that_cannot_be_is_one_line(base, corpus, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("cuda_graph: auto\n")
+    assert main(arguments(base, corpus, tmp_path / "out", "--config", str(config))) == 2
+    assert "cuda_graph='auto': true or false is wanted, or null" in one_line(capsys)
+
+
 def one_line(capsys):
     text = capsys.readouterr().err.strip().splitlines()
     assert text, "nothing was said"
@@ -167,16 +196,16 @@ def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monkeypatch):
-    real, calls = Task.closure, []
+    real, calls = Task.batch, []        # the batches of steps: those of a measure have one evaluation
 
-    def closure(self, indices, count):
-        if count > 1 and len(calls) == 3:
+    def batch(self, indices, count):
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append(count)
+        calls += [count] * (count > 1)
         return real(self, indices, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Task, "closure", closure)
+        patch.setattr(Task, "batch", batch)
         assert main(arguments(base, corpus, tmp_path / "out")) == 1
     assert "stopped after 3 steps" in one_line(capsys)
     assert main(arguments(base, corpus, tmp_path / "out", "--resume")) == 0
