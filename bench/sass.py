@@ -29,6 +29,11 @@ from ..kernels import noise, tiles
 from . import launches
 from .budgets import BUDGETS, over_budget
 
+# (arch, rows, outputs, warps) of a tile of int4 codes without zero points -> most bytes of stack, because it is the
+# fastest measured all the same. On an H100, with the 208 bytes of Triton 3.6 in bfloat16, 187 and 684 microseconds at
+# 512 and 2,048 rows, where the best without a spill take 193 and 756 (bench/results/h100-tiles-2026-11-27.jsonl);
+# Triton 3.9 spills 256.
+MEASURED_SPILLS = {("sm_90", 128, 128, 4): 256}
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);")
 TENSOR_CORE = {
     "sm_80": r"HMMA",
@@ -186,7 +191,8 @@ def measure(launch):
 def faults(launch, figures):
     """What is wrong with a compiled launch, whatever its form: one-line texts, none when all is well."""
     bad = []
-    if figures["spill"] or figures.get("local"):
+    allowed = spill_allowed(launch)
+    if figures["spill"] > allowed or (figures.get("local") and not allowed):
         bad.append(
             f"spills: {figures['spill']} bytes of stack, {figures.get('local', 0)} accesses in the main loop"
         )
@@ -205,6 +211,15 @@ def faults(launch, figures):
     if figures.get("trap") and figures["tensor"] and launch.arch != "sm_100":
         bad.append(f"{figures['trap']} traps")
     return bad
+
+
+def spill_allowed(launch):
+    """Bytes of stack that a launch may have: those of MEASURED_SPILLS, else none."""
+    if launch.kernel != "qmm" or launch.constant("BITS") != 4 or launch.constant("ZERO"):
+        return 0
+    if launch.constant("TABLE") or launch.constant("BOOKS"):
+        return 0
+    return MEASURED_SPILLS.get((launch.arch, launch.constant("BM"), launch.constant("BN"), launch.warps), 0)
 
 
 def form_faults(launch, figures):

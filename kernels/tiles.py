@@ -12,6 +12,10 @@ import torch
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
                 "sm_120": 99 << 10, "gfx942": 64 << 10}
+# On sm_90, rows x outputs and warps of a program of many rows -> (programs of it that a multiprocessor holds at once,
+# microseconds that a round of those takes 4,096 inputs): bench/results/h100-tiles-2026-11-27.jsonl
+ROUNDS = {(64, 64, 4): (3, 30), (128, 64, 4): (2, 33), (128, 128, 4): (2, 62), (128, 128, 8): (1, 40),
+          (256, 128, 8): (1, 69)}
 GROUPS = (32, 64, 128)      # group sizes the kernels take, beside the whole row
 BLAS_FROM = 512             # rows per evaluation from which large_rows="blas", where asked for, is what runs
 OVERLAP_UP_TO = 128         # rows per evaluation up to which a launch is so short that its beginning counts
@@ -85,13 +89,9 @@ def _nearest(arch):
     return max(elder, key=lambda a: int(a[3:]))
 
 
-def _fills(arch, rows, n, tile):
-    """Whether a pair of evaluations makes programs for three quarters of the chip."""
-    return 8 * -(-rows // tile.rows) * -(-n // tile.outputs) >= 3 * PROCESSORS[arch]
-
-
 def _table(arch, rows, n, group, zeros, bits, lookup):
-    """Tiles that compile without spilling a register, whatever the flags: bench/sass.py tells."""
+    """Measured tiles on sm_90, on other chips by occupancy; none spills a register, but for those that bench/sass.py
+    names, whatever the flags."""
     # a second accumulator beside several groups a step, a table or eight codes a word spills in the large tiles
     looked_up = lookup is not None
     short = group < 128 or ((looked_up or bits == 2) and arch not in ("sm_90", "sm_100"))
@@ -100,21 +100,7 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
     if lookup == "exact":
         return _exact(arch, rows, group)
     if arch == "sm_90":
-        if rows <= 16:
-            return Tile(16, 128, 4, 6, deep=True)
-        if rows <= 32:
-            return Tile(32, 64, 4, 5, deep=True)
-        if rows <= 64:
-            return Tile(64, 64, 4, 4, deep=True, ratio=short)
-        # a step's instructions per product fall with the rows: 262, 323, 427 for 64, 128, 256
-        large = Tile(256, 128, 8, 3, deep=True, ratio=True)
-        medium = Tile(128, 128, 8, 3, deep=True, ratio=True)
-        roomy = (zeros is None or (short and not float_zeros)) and (short or not (looked_up or bits == 8))
-        if rows > 256 and roomy and _fills(arch, rows, n, large):
-            return large
-        if rows > 128 and not float_zeros and _fills(arch, rows, n, medium):
-            return medium
-        return Tile(64, 128, 8, 3, deep=True, ratio=short)
+        return _hopper(rows, n, group, zeros, bits, lookup)
     if arch == "sm_100":
         if rows <= 16 or lookup == "long vectors":      # every plane of theirs is kept in tensor memory
             return Tile(16, 128, 4, 4, registers=registers)
@@ -136,6 +122,43 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
     return Tile(64, 128, 8 if short else 4, 3 if arch == "sm_80" else 2, ratio=short, registers=registers)
 
 
+def _hopper(rows, n, group, zeros, bits, lookup):
+    """Tiles of sm_90. Three stages: a fourth keeps a block of the chip's shared memory from another program, and cost
+    1.44 times the time at 64 rows."""
+    float_zeros = zeros == torch.float32
+    if rows <= 8 and lookup != "table" and not float_zeros:     # they hold more registers, 238 at the most
+        return Tile(16, 128, 4, 3, deep=True)
+    if rows <= 16:
+        return Tile(16, 64, 4, 3, deep=True)
+    if rows <= 32:
+        return Tile(32, 64, 4, 3, deep=True)
+    # the ratio form costs a tenth where there are registers without it
+    small = Tile(64, 64, 4, 3, deep=True, ratio=group == 32 or (group == 64 and float_zeros))
+    if rows <= 64:
+        return small
+    found = [small]
+    vectors = lookup in ("vectors", "long vectors")
+    if not vectors and (group == 128 or (group == 64 and not float_zeros)):
+        found.append(Tile(128, 64, 4, 3, deep=True))
+    elif not float_zeros:       # four warps would spill
+        found.append(Tile(128, 128, 8, 3, deep=True, ratio=True))
+    if bits == 4 and zeros is None and lookup is None:
+        found.append(Tile(128, 128, 4, 3, deep=True, ratio=True))
+    elif not float_zeros and (group < 128 or (zeros is None and bits == 2)):
+        found.append(Tile(256, 128, 8, 3, deep=True, ratio=True))
+    return min(found, key=lambda tile: _microseconds(tile, rows, n))
+
+
+def _microseconds(tile, rows, n):
+    """Time of a pair of evaluations of many rows on sm_90, 4,096 inputs: its programs run in rounds that fill the chip,
+    and the last one takes as long as the others."""
+    resident, each = ROUNDS[tile.rows, tile.outputs, tile.warps]
+    if tile.outputs == 64 and rows > 512:       # 835 microseconds at 2,048 rows, where 21 rounds of 33 are 693
+        each *= 1.25
+    programs = 2 * -(-rows // tile.rows) * -(-n // tile.outputs)
+    return each * -(-programs // (resident * PROCESSORS["sm_90"]))
+
+
 def _exact(arch, rows, group):
     """Tiles of tables in two passes, which take registers for both."""
     if arch == "sm_90":
@@ -151,12 +174,21 @@ def _exact(arch, rows, group):
 
 
 def _splits(tile, rows, n, k, group, arch):
-    """Largest power of two that leaves at most two programs a multiprocessor and a quad of groups each."""
+    """Largest power of two with which the programs of a pair of evaluations are all on the chip at once, and each has a
+    quad of groups.
+
+    Fewer programs leave the chip waiting for memory, more run in a second round that takes as long as the first: on an
+    H100 344 programs on 132 multiprocessors are fastest at 1, 16 and 64 rows, with 4, 2 and 1 splits, and 688 take 1.13
+    to 1.28 times as long (bench/results/h100-tiles-2026-11-27.jsonl; NF4's take the same time). How many a
+    multiprocessor holds follows from the registers of the compiled code: at most 168 of four warps on sm_90 under the
+    usual flags, 199 where both halves of a pair of 17 to 32 rows share a tile. On the other chips, where no tile was
+    timed, the forms with most registers, or the shared memory, leave room for two.
+    """
     if rows > 64:
         return 1
-    columns = -(-n // tile.outputs) * -(-rows // tile.rows)
+    together = rows <= (16 if group == 32 else 32)      # a pair in one tile: qmm.constants
+    resident = 3 if arch == "sm_90" and (rows <= 16 or not together) else 2
+    programs = -(-n // tile.outputs) * -(-rows // tile.rows) * (1 if together else 2)
     quads = -(-k // (4 * group)) if group != k else -(-k // 512)
-    splits = 1
-    while 2 * splits * columns <= 2 * PROCESSORS[arch] and 2 * splits <= quads:
-        splits *= 2
-    return splits
+    most = min(resident * PROCESSORS[arch] // programs, quads)
+    return 1 << most.bit_length() - 1 if most else 1
