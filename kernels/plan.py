@@ -17,7 +17,6 @@ from .qmm import _group_sums_kernel, _qmm_kernel, gdc_wait
 ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = 0, 1, 2
 ZEROS = {None: ZERO_NONE, torch.float32: ZERO_FLOAT, torch.uint8: ZERO_INTEGER}
 WIDE_FROM = 1 << 32          # quad numbers from here on need the second counter word
-PAIRED_UP_TO = 32            # rows per evaluation: above it, products limit the speed and not what is read
 
 
 def constants(tile, weight, *, rows, law, relative, shared, pair, asm, pdl=False, lookup=PLAIN):
@@ -29,7 +28,7 @@ def constants(tile, weight, *, rows, law, relative, shared, pair, asm, pdl=False
     k, group = weight.in_features, weight.group
     whole_row = group not in tiles.GROUPS or group == k
     ratio = tile.ratio and not whole_row
-    most = PAIRED_UP_TO // 2 if group == 32 else PAIRED_UP_TO       # registers: two scales of four groups a step
+    most = tiles.most_paired(group)
     if lookup["PASSES"] > (2 if lookup["BOOKS"] else 1):
         most //= 4 if lookup["BOOKS"] else 2
     pair = pair and law != NONE and rows <= most and not ratio

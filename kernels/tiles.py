@@ -173,6 +173,12 @@ def _exact(arch, rows, group):
     return dataclasses.replace(tile, registers=255)
 
 
+def most_paired(group):
+    """Rows per evaluation up to which one tile serves a pair: above it, products limit the speed and not what is read.
+    Groups of 32 take registers for two scales of four groups a step."""
+    return 16 if group == 32 else 32
+
+
 def _splits(tile, rows, n, k, group, arch):
     """Largest power of two with which the programs of a pair of evaluations are all on the chip at once, and each has a
     quad of groups.
@@ -186,7 +192,7 @@ def _splits(tile, rows, n, k, group, arch):
     """
     if rows > 64:
         return 1
-    together = rows <= (16 if group == 32 else 32)      # a pair in one tile: qmm.constants
+    together = rows <= most_paired(group)
     resident = 3 if arch == "sm_90" and (rows <= 16 or not together) else 2
     programs = -(-n // tile.outputs) * -(-rows // tile.rows) * (1 if together else 2)
     quads = -(-k // (4 * group)) if group != k else -(-k // 512)

@@ -198,7 +198,7 @@ def test_a_pair_is_one_program(monkeypatch):
         return lambda *_, **__: None
     kernel = type("Kernel", (), {"__getitem__": staticmethod(record), "fn": None, "arg_names": ()})()
     monkeypatch.setattr(plan, "_qmm_kernel", kernel)
-    for rows, pair in ((8, True), (16, True), (17, True), (plan.PAIRED_UP_TO + 1, True), (8, False)):
+    for rows, pair in ((8, True), (16, True), (17, True), (tiles.most_paired(64) + 1, True), (8, False)):
         Matmul(n=32, rows=rows, pair=pair, seeds=(5, 5, 9, 9), coefs=(0.1,) * 4).kernel()
     assert grids == [(1, 2, 1), (1, 2, 1), (1, 4, 1), (1, 12, 1), (1, 4, 1)]
 
