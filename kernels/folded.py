@@ -65,33 +65,30 @@ def _quad_of_zeros(zeros_ptr, quad, G, N, n):
 
 
 @triton.jit
-def _column(v, BN: tl.constexpr):
-    """[BN, 1] of one number per lane; lanes 2 n and 2 n + 1 hold the same where there are twice as many."""
-    if v.shape[0] == 2 * BN:
-        v, _ = tl.split(tl.reshape(v, (BN, 2)))
-    return v[:, None]
-
-
-@triton.jit
-def _halves(p, BN: tl.constexpr, DT: tl.constexpr, KEPT: tl.constexpr, LIFT_: tl.constexpr):
-    """[BN, 1] words: high in the lower half, low in the upper."""
+def _halves(p, z, i, BN: tl.constexpr, DT: tl.constexpr, KEPT: tl.constexpr, LIFT_: tl.constexpr,
+            ZERO: tl.constexpr, MIDDLE: tl.constexpr):
+    """[BN, 1] words, from a number per lane: high in the lowest 16 bits, low in the next, and in a third 16 the zero
+    point that is byte i of z, less the middle code. Lanes 2 n and 2 n + 1 hold the same where there are 2 BN."""
     bits = (p * LIFT_).to(tl.int32, bitcast=True) + (1 << 23 - KEPT)
     p = (bits & -(1 << 24 - KEPT)).to(tl.float32, bitcast=True)
     high = p.to(DT)
     low = (p - high.to(tl.float32)).to(DT)
     word = high.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return _column(word | (low.to(tl.int16, bitcast=True).to(tl.int32) << 16), BN)
+    word |= low.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    if ZERO == 1:
+        zero = (((z >> 8 * i) & 255) - MIDDLE).to(DT).to(tl.int16, bitcast=True)
+        word = (word.to(tl.int64) & 0xFFFFFFFF) | (zero.to(tl.int64) << 32)
+    if word.shape[0] == 2 * BN:
+        word, _ = tl.split(tl.reshape(word, (BN, 2)))
+    return word[:, None]
 
 
 @triton.jit
-def _zero(word, i: tl.constexpr, BN: tl.constexpr, MIDDLE: tl.constexpr, DT: tl.constexpr):
-    """[BN, 1]: zero point i of a word, less the middle code, exact in DT."""
-    return _column((((word >> 8 * i) & 255) - MIDDLE).to(DT), BN)
-
-
-@triton.jit
-def _fold(c, halves, DT: tl.constexpr, ASM: tl.constexpr):
-    """w of the module's docstring, from c [BN, 32] and the words of its scales [BN, 1]."""
+def _fold(c, halves, DT: tl.constexpr, ASM: tl.constexpr, ZERO: tl.constexpr):
+    """w of the module's docstring, from codes less the middle one [BN, 32] and the words of its scales [BN, 1]."""
+    if ZERO == 1:
+        c = c - (halves >> 32).to(tl.int16).to(DT, bitcast=True)
+        halves = halves.to(tl.int32)
     if not ASM:
         high = halves.to(tl.int16).to(DT, bitcast=True).to(tl.float32)
         low = (halves >> 16).to(tl.int16).to(DT, bitcast=True).to(tl.float32)
@@ -188,44 +185,27 @@ def _folded_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_pt
             s0 = s1
             s1 = s2
             s2 = s3
-            z = z >> 8
         else:
             s0 = s2
             s1 = s3
-            z = z >> 16
 
         w0, w1, w2, w3 = load_planes(cp + words_at, entries_ptr, 0, BN, BITS, 0, DT, TABLE, ASM)
-        if ZERO == 1:
-            z0 = _zero(z, 0, BN, MIDDLE, DT)
-            z1 = z0
-            z2 = z0
-            z3 = z0
-            if PER_TILE == 2:
-                z2 = _zero(z, 1, BN, MIDDLE, DT)
-                z3 = z2
-            if PER_TILE == 4:
-                z1 = _zero(z, 1, BN, MIDDLE, DT)
-                z2 = _zero(z, 2, BN, MIDDLE, DT)
-                z3 = _zero(z, 3, BN, MIDDLE, DT)
-            w0 = w0 - z0
-            w1 = w1 - z1
-            w2 = w2 - z2
-            w3 = w3 - z3
-        h0 = _halves(s0, BN, DT, KEPT, LIFT_)
+        group = t % PERIOD * PER_TILE       # within the quad
+        h0 = _halves(s0, z, group, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
         h1 = h0
         h2 = h0
         h3 = h0
         if PER_TILE == 2:
-            h2 = _halves(s1, BN, DT, KEPT, LIFT_)
+            h2 = _halves(s1, z, group + 1, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
             h3 = h2
         if PER_TILE == 4:
-            h1 = _halves(s1, BN, DT, KEPT, LIFT_)
-            h2 = _halves(s2, BN, DT, KEPT, LIFT_)
-            h3 = _halves(s3, BN, DT, KEPT, LIFT_)
-        w0 = _fold(w0, h0, DT, ASM)
-        w1 = _fold(w1, h1, DT, ASM)
-        w2 = _fold(w2, h2, DT, ASM)
-        w3 = _fold(w3, h3, DT, ASM)
+            h1 = _halves(s1, z, group + 1, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
+            h2 = _halves(s2, z, group + 2, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
+            h3 = _halves(s3, z, group + 3, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
+        w0 = _fold(w0, h0, DT, ASM, ZERO)
+        w1 = _fold(w1, h1, DT, ASM, ZERO)
+        w2 = _fold(w2, h2, DT, ASM, ZERO)
+        w3 = _fold(w3, h3, DT, ASM, ZERO)
         if DEEP:
             planes = (join_planes4(w0, w1, w2, w3, BN),)
         else:
