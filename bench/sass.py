@@ -158,7 +158,7 @@ def measure(launch):
     )
     wgmma = [i for i in body if _is(i, "HGMMA")]
     period = 1
-    if launch.kernel == "folded" or launch.kernel == "qmm" and not launch.constant("WHOLE_ROW"):
+    if launch.kernel == "folded" or (launch.kernel == "qmm" and not launch.constant("WHOLE_ROW")):
         period = 4 * launch.constant("GROUP") // 128
     skip = _skip(body)
     return {
@@ -223,7 +223,7 @@ def form_faults(launch, figures):
         )
     if launch.kernel == "folded" and figures["idle"]:
         bad.append(f"{figures['idle']} of {figures['waits']} waits leave the tensor cores nothing to do")
-    if launch.kernel == "qmm" and launch.constant("BOOKS"):  # x comes in pieces of 4 bytes: those of 16 are the words of codes
+    if launch.kernel == "qmm" and launch.constant("BOOKS"):  # x in pieces of 4 bytes: those of 16 are words of codes
         words = launch.constant("BN") * 16 * launch.constant("PASSES")
         if figures["copies_16"] * 8 * 32 * launch.warps != words:
             bad.append(f"{figures['copies_16']} copies of 16 bytes a thread, not those that read {words} words once")
@@ -231,9 +231,10 @@ def form_faults(launch, figures):
             bad.append(f"codebooks of {figures['words']} of {launch.constant('PASSES')} words are looked up")
     if launch.arch == "sm_100" and (launch.constant("BITS") == 2 or launch.constant("TABLE")):
         return bad  # not all of them find a way into tensor memory
-    # one number per output, a scale or a zero point, may pass through shared memory; unpacked weights not
+    # one number per output, a scale or a zero point, may pass through shared memory; unpacked weights not. Of the
+    # folded form that is a word for each group, which sm_120 stores 16 bytes at a time
     weights = launch.constant("BN") * 128 * 2 // (32 * launch.warps)
-    if figures["stored_bytes"] > weights // 4:
+    if figures["stored_bytes"] > weights // (2 if launch.kernel == "folded" else 4):
         bad.append(
             f"{figures['stored_bytes']} bytes a thread stored to shared memory in a step, where the weights "
             f"are {weights}"

@@ -206,10 +206,7 @@ def _folded_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_pt
         w1 = _fold(w1, h1, DT, ASM, ZERO)
         w2 = _fold(w2, h2, DT, ASM, ZERO)
         w3 = _fold(w3, h3, DT, ASM, ZERO)
-        if DEEP:
-            planes = (join_planes4(w0, w1, w2, w3, BN),)
-        else:
-            planes = (w0, w1, w2, w3)
+        planes = (join_planes4(w0, w1, w2, w3, BN),) if DEEP else (w0, w1, w2, w3)
         for h in tl.static_range(128 // DEPTH):
             if MASK_K:
                 xk = tl.load(xp + (xk_at + h * DEPTH), mask=(t * 128 + h * DEPTH + k < K)[:, None], other=0.0)
@@ -260,8 +257,8 @@ def launch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law,
     entries, lookup = lookups(_folded_kernel, scales, x.dtype, table, False, None)
     limit = {"maxnreg": tile.registers} if tile.registers else {}       # an option that AMD's compiler lacks
     _folded_kernel[(triton.cdiv(n, tile.outputs), m // rows * triton.cdiv(rows, tile.rows))](
-        x, codes, scales, scales if zeros is None else zeros, entries, scales if bias is None else bias, y, seeds, coefs,
-        base4, rows, n, k, k // group, x.stride(0), triton.cdiv(k, TILE_K),
+        x, codes, scales, scales if zeros is None else zeros, entries, scales if bias is None else bias, y, seeds,
+        coefs, base4, rows, n, k, k // group, x.stride(0), triton.cdiv(k, TILE_K),
         BM=tile.rows, BN=tile.outputs, LANES=tile.outputs * (2 if 32 * tile.warps > tile.outputs else 1), BITS=bits,
         GROUP=group, LAW=law, RELATIVE=bool(relative), SHARED=bool(shared),
         WIDE=base4 + scales.shape[0] * n > WIDE_FROM, ZERO=ZERO_NONE if zeros is None else ZERO_INTEGER,
@@ -285,7 +282,7 @@ def folded_weight(c, p, dtype, bits, table=None):
 def folded_torch(x, codes, scales, zeros, bias, seeds, coefs, y, *, base4, group, law, relative, shared=False, bits=4,
                  table=None):
     """Fill y [E*R, N] as launch does, on any device, codes in planes or rows: the same weights, sums in float32."""
-    m, k = x.shape
+    k = x.shape[1]
     n, count = y.shape[1], 1 if law == NONE else seeds.numel()
     step = chunk_rows(n, k)
     quads = torch.arange(scales.shape[0], device=x.device)[:, None] * n

@@ -179,8 +179,8 @@ def pick_folded(rows, n, k, group, dtype, arch, zeros=None, bits=4, lookup=None)
     if known == "sm_90":
         large = Tile(256, 128, 8, 3, deep=True)
         medium = Tile(128, 128, 8, 3, deep=True)
-        if rows > 128 and zeros is None and lookup is None and _fills(known, rows, n, large):
-            return large        # zero points or a table spill in it
+        if rows > 128 and zeros is None and bits < 8 and not lookup and _fills(known, rows, n, large):
+            return large        # zero points, bytes or a table spill in it
         return medium if _fills(known, rows, n, medium) else Tile(128, 64, 4, 3, deep=True)
     if known == "sm_100":
         return Tile(64, 128, 8, 4)      # as in _table: Triton 3.6 and 128 rows
@@ -188,4 +188,4 @@ def pick_folded(rows, n, k, group, dtype, arch, zeros=None, bits=4, lookup=None)
         return Tile(64, 64, 4, 2) if lookup else Tile(128, 128, 8, 2)
     tile = Tile(128, 128, 8, 3 if known == "sm_80" else 2)
     small = (lookup and group == 32) or not _fills(known, rows, n, tile)     # the former for registers
-    return dataclasses.replace(tile, rows=64) if small else tile
+    return dataclasses.replace(tile, rows=64, registers=255) if small else tile
