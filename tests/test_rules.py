@@ -15,7 +15,7 @@ PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.gl
                   *ROOT.glob("qzo/formats/*.py")])
 LAYERS = [   # a module may import its own layer's elders and everything above it
     {"kernels.noise", "kernels.codes", "kernels.tiles"}, {"kernels.table", "kernels.vectors"}, {"kernels.lookup"},
-    {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.dequantize", "kernels.perturb"},
+    {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.dequantize", "kernels.folded", "kernels.perturb"},
     {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "experts", "formats"}, {"quantize"},
     {"linear"}, {"layers"}, {"optim", "losses", "hf", "save", "quantizer", "graph"},
     {"data", "prefix", "packing", "signal"}, {"task"}, {"train"}, {"demo"},
