@@ -9,7 +9,8 @@ from .launches import Case
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Most instructions per step, bf16; group 128, but 64 for NF4, and the whole row for vectors."""
+    """Most instructions per step, bf16 but for the folded form; group 128, but 64 for NF4, and the whole row for
+    vectors."""
 
     name: str
     case: Case
@@ -77,6 +78,17 @@ GROUP_64 = {  # int4 in groups of 64, what NF4 is held against
     "sm_80": {8: 286, 16: 321, 64: 399, 512: 407},
     "sm_90": {8: 412, 16: 317, 64: 353, 512: 727},
 }
+FOLDED = {  # (architecture, law, zero points) -> rows -> a step of the folded form in float16
+    ("sm_80", "rademacher", "none"): {128: 342, 512: 455},
+    ("sm_86", "rademacher", "none"): {512: 445},
+    ("sm_89", "rademacher", "none"): {128: 331, 512: 445},
+    ("sm_90", "none", "none"): {512: 331},
+    ("sm_90", "rademacher", "none"): {128: 342, 256: 321, 512: 329},
+    ("sm_90", "ih4", "none"): {512: 336},
+    ("sm_90", "rademacher", "integer"): {128: 392, 512: 372},
+    ("sm_100", "rademacher", "none"): {512: 369},
+    ("sm_120", "rademacher", "none"): {128: 327, 512: 436},
+}
 TABLE_COSTS = 1.8  # times the instructions of an int4 step, at the most
 VECTORS_COST = 1.6  # the same, of AQLM's against int4 with one scale to a row
 BUDGETS = (
@@ -101,6 +113,15 @@ BUDGETS = (
     *(
         Budget(f"{arch} {rows} rows nf4 exact", Case(arch, rows, codes="nf4-exact", group=64), most)
         for arch, regimes in EXACT_TABLES.items()
+        for rows, most in regimes.items()
+    ),
+    *(
+        Budget(
+            f"{arch} {rows} rows folded {law} {zeros}",
+            Case(arch, rows, dtype=launches.torch.float16, law=law, zeros=zeros, folded=True),
+            most,
+        )
+        for (arch, law, zeros), regimes in FOLDED.items()
         for rows, most in regimes.items()
     ),
     *(

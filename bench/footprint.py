@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..kernels import dequantize, perturb, plan, qmm_torch, tiles
+from ..kernels.operands import Weight
 from ..layers import layers
 from ..linear import QZOLinear
-from ..ops import lookup_of
+from ..ops import lookup_of, many_rows_form
 
 aten = torch.ops.aten
 CHIPS = tuple(tiles.PROCESSORS)
@@ -214,13 +215,16 @@ class Ledger(TorchDispatchMode):
             return cast + qmm_torch.scratch_bytes(
                 m, n, k, group, seeds.numel(), x.dtype, law, shared, scales.untyped_storage().nbytes(), self.threads,
                 table=table is not None, books=0 if codebooks is None else len(codebooks), bits=bits)
-        if large_rows == "blas" and m // seeds.numel() >= tiles.BLAS_FROM:
+        weight = Weight(codes, scales, k, group, zeros, bias, base4, bits, table, codebooks, book4)
+        form = many_rows_form(large_rows, m // seeds.numel(), weight, x.dtype, exact)
+        if form == "blas":
             return cast + dequantize.scratch_bytes(n, k, x.dtype)
-        points = None if zeros is None else zeros.dtype
-        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, points, bits,
-                          lookup_of(table, exact, codebooks))
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
-        return cast + copy + plan.scratch_bytes(m, n, k, group, tile, points)
+        if form == "folded":
+            return cast + copy
+        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, weight.zero_type, bits,
+                          lookup_of(table, exact, codebooks))
+        return cast + copy + plan.scratch_bytes(m, n, k, group, tile, weight.zero_type)
 
 
 class _OneAttention(TorchFunctionMode):

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import codes, dequantize, noise, perturb, plan, qmm, tiles, update, vectors
+from ..kernels import codes, dequantize, folded, noise, perturb, plan, qmm, tiles, update, vectors
 from ..kernels.operands import Perturbation, Weight
 from . import cases
 
@@ -23,6 +23,7 @@ ARCHES = tuple(tiles.PROCESSORS)
 FLAGS = ("DEEP", "RATIO", "PAIR", "SHARED", "RELATIVE", "WIDE", "PDL", "BIAS", "MASK_K")
 KERNELS = {
     "qmm": qmm._qmm_kernel,
+    "folded": folded._folded_kernel,
     "group_sums": qmm._group_sums_kernel,
     "dequantize": dequantize._dequantize_kernel,
     "update": update._update_kernel,
@@ -77,7 +78,7 @@ def _perturbation(law, relative=True, shared=False, pair=False):
 class Case:
     """One matmul: `rows` of each evaluation, its layer, and every flag that reaches the compiler.
 
-    tile: instead of the one that tiles.pick returns.
+    tile: instead of the one that tiles.pick, or pick_folded, returns.
     """
 
     arch: str
@@ -94,6 +95,7 @@ class Case:
     wide: bool = False
     pair: bool = True
     shared: bool = False
+    folded: bool = False
     tile: tiles.Tile | None = None
 
 
@@ -117,21 +119,21 @@ class Launch:
         names = [name for name, _ in self.signature]
         held = {names[i]: value for i, value in self.constants}
         held.pop("ROUNDS_", None)
-        if self.kernel != "qmm":
+        if self.kernel not in ("qmm", "folded"):
             held |= {name: bool(held[name]) for name in ("HEAD", "STEP", "TABLE", "LAST") if name in held}
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
-        group = "row" if held["WHOLE_ROW"] else held["GROUP"]
-        flags = [f for f in FLAGS if held[f]]
+        group = "row" if held.get("WHOLE_ROW") else held["GROUP"]
+        flags = [f for f in FLAGS if held.get(f)]
         zeros = {plan.ZERO_INTEGER: ["ZERO_INTEGER"], plan.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
         bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
-        if held["BOOKS"]:
+        if held.get("BOOKS"):
             bits = f"{held['BOOKS']}x{held['BITS']} "
         elif held["TABLE"]:
-            bits = "exact table " if held["PASSES"] > 1 else "table "
+            bits = "exact table " if held.get("PASSES", 1) > 1 else "table "
         return (
-            f"{self.arch} qmm {held['BM']}x{held['BN']} w{self.warps} s{self.stages} {types['x_ptr'][1:]} "
+            f"{self.arch} {self.kernel} {held['BM']}x{held['BN']} w{self.warps} s{self.stages} {types['x_ptr'][1:]} "
             f"{bits}g{group} {law} {' '.join(flags + zeros).lower()}"
         )
 
@@ -203,7 +205,8 @@ def matmul(case):
     """The launches of one matmul with two evaluations, as qzo.ops makes them."""
     weight = _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros, case.bias, case.wide)
     kind, exact = CODES[case.codes], case.codes.endswith("-exact")
-    tile = case.tile or tiles.pick(
+    pick = tiles.pick_folded if case.folded else tiles.pick
+    tile = case.tile or pick(
         case.rows,
         case.n,
         case.k,
@@ -214,28 +217,24 @@ def matmul(case):
         kind.bits,
         "exact" if exact else kind.lookup,
     )
+    operands = (
+        _meta(2 * case.rows, case.k, dtype=case.dtype),
+        weight,
+        _perturbation(case.law, case.relative, case.shared, case.pair),
+        _meta(2 * case.rows, case.n, dtype=case.dtype),
+    )
+    asm = case.arch.startswith("sm_")
     with recorded(case.arch) as launches:
-        plan.launch(
-            _meta(2 * case.rows, case.k, dtype=case.dtype),
-            weight,
-            _perturbation(case.law, case.relative, case.shared, case.pair),
-            _meta(2 * case.rows, case.n, dtype=case.dtype),
-            tile=tile,
-            asm=case.arch.startswith("sm_"),
-            exact=exact,
-            pdl=case.rows <= tiles.OVERLAP_UP_TO and plan.overlaps(case.arch),
-        )
+        if case.folded:
+            folded.launch(*operands, tile=tile, asm=asm)
+        else:
+            overlap = case.rows <= tiles.OVERLAP_UP_TO and plan.overlaps(case.arch)
+            plan.launch(*operands, tile=tile, asm=asm, exact=exact, pdl=overlap)
     return launches
 
 
-def chunks(
-    arch,
-    laws=tuple(noise.LAWS),
-    dtypes=(torch.bfloat16, torch.float16),
-    relative=(True, False),
-    zero_points=tuple(ZEROS),
-    kinds=("int4",),
-):
+def chunks(arch, laws=tuple(noise.LAWS), dtypes=(torch.bfloat16, torch.float16), relative=(True, False),
+           zero_points=tuple(ZEROS), kinds=("int4",)):
     """The launches that large_rows="blas" makes, for every group size."""
     found = []
     for law, group, dtype, zeros, relative_, kind in itertools.product(
@@ -283,9 +282,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
             )
         for law in laws:
             update.launch(
-                _meta(1, 4096, 4),
-                _meta(2, dtype=torch.int64),
-                _meta(2),
+                *(_meta(1, 4096, 4), _meta(2, dtype=torch.int64), _meta(2)),
                 base4=0,
                 law=noise.LAWS[law],
                 relative=True,
@@ -303,6 +300,8 @@ def _stands(kind, group, zeros):
 def _fits(case):
     if case.shared and not (case.relative and case.law != "none"):
         return False
+    if case.folded and not folded.supports(case.dtype, case.k, case.group, ZEROS[case.zeros]):
+        return False
     if not _stands(case.codes, case.group, case.zeros):
         return False
     return case.group == WHOLE_ROW or case.k % case.group == 0
@@ -316,27 +315,21 @@ def shapes():
 def every(arch):
     """Every matmul of the benchmark on `arch`: the product of shapes, rows and flags."""
     flags = itertools.product(
-        shapes(),
-        ROWS,
-        GROUPS,
-        (torch.bfloat16, torch.float16),
-        noise.LAWS,
-        ZEROS,
-        (True, False),
-        (False, True),
+        shapes(), ROWS, GROUPS, (torch.bfloat16, torch.float16), noise.LAWS, ZEROS, (True, False), (False, True)
     )
     for (k, n), rows, group, dtype, law, zeros, relative, bias in flags:
         case = Case(arch, rows, k, n, group, dtype, law, zeros, relative or law == "none", bias)
-        if _fits(case):
-            yield case
+        many = dataclasses.replace(case, folded=True)
+        yield from filter(_fits, (case, many) if rows >= tiles.FOLDED_FROM else (case,))
 
 
 def plain(arch):
     """Every shape and row count with the usual flags, and one float32 matmul: every tile, few flags."""
     for (k, n), rows in itertools.product(shapes(), ROWS):
-        case = Case(arch, rows, k, n)
-        if _fits(case):
-            yield case
+        found = [Case(arch, rows, k, n)]
+        if rows >= tiles.FOLDED_FROM:
+            found += [Case(arch, rows, k, n, dtype=t, folded=True) for t in (torch.float16, torch.bfloat16)]
+        yield from filter(_fits, found)
     yield Case(arch, 64, dtype=torch.float32)
 
 
@@ -371,6 +364,20 @@ VECTORS = {
     "relative": (True, False),
     "bias": (False, True),
     "pair": (True, False),
+    "shared": (False, True),
+}
+FOLDED = {
+    "folded": (True,),
+    "rows": (128, 512),
+    "k": (4096, 576),
+    "group": tiles.GROUPS,
+    "dtype": (torch.float16, torch.bfloat16),
+    "law": tuple(noise.LAWS),
+    "zeros": ("none", "integer"),
+    "codes": ("int4", "int2", "int8", "nf4"),
+    "relative": (True, False),
+    "bias": (False, True),
+    "wide": (False, True),
     "shared": (False, True),
 }
 

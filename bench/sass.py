@@ -108,10 +108,13 @@ def _cuobjdump(cubin, flag):
 
 
 def main_loop(code, tensor_core):
-    """The loop with the most tensor-core instructions, the shortest of those; without a loop all code."""
-    bodies = [
-        [i for i in code if back.jump <= i.at <= back.at] for back in code if (back.jump or back.at) < back.at
-    ]
+    """The loop with the most tensor-core instructions, the shortest of those; without a loop all code.
+
+    A jump back into the middle of another loop, from behind it, is no loop: there ptxas puts the waiting of sm_100.
+    """
+    back = [(i.jump, i.at) for i in code if (i.jump or i.at) < i.at]
+    loops = [(to, at) for to, at in back if not any(first < to < last < at for first, last in back)]
+    bodies = [[i for i in code if to <= i.at <= at] for to, at in loops]
     most = max(bodies, key=lambda body: (sum(_is(i, tensor_core) for i in body), -len(body)), default=code)
     return [i for i in most if i.name != "NOP"]
 
@@ -160,7 +163,7 @@ def measure(launch):
     )
     wgmma = [i for i in body if _is(i, "HGMMA")]
     period = 1
-    if launch.kernel == "qmm" and not launch.constant("WHOLE_ROW"):
+    if launch.kernel == "folded" or (launch.kernel == "qmm" and not launch.constant("WHOLE_ROW")):
         period = 4 * launch.constant("GROUP") // 128
     skip = _skip(body)
     return {
@@ -181,6 +184,7 @@ def measure(launch):
         "wgmma": len(wgmma),
         "wgmma_registers": sum(bool(re.match(r"R\d+,\s*R\d+,", i.operands)) for i in wgmma),
         "waits": sum(i.name.startswith("WARPGROUP.DEPBAR") for i in body),
+        "idle": sum(i.name.startswith("WARPGROUP.DEPBAR") and "0x0" in i.operands for i in body),  # wait for all
         "mix": dict(mix),
     }
 
@@ -200,7 +204,7 @@ def faults(launch, figures):
         bad.append(
             f"shared memory {figures['shared']} > {tiles.SHARED_BYTES[launch.arch]} bytes of {launch.arch}"
         )
-    if launch.kernel != "qmm" or not _is_half(launch):  # float32 runs on plain multiply-adds
+    if launch.kernel not in ("qmm", "folded") or not _is_half(launch):  # float32 runs on plain multiply-adds
         return bad
     if not figures["tensor"]:
         bad.append(
@@ -224,7 +228,7 @@ def spill_allowed(launch):
 
 def form_faults(launch, figures):
     """Where weights leave the way from packed words through registers to tensor cores; as faults()."""
-    if launch.kernel != "qmm" or not _is_half(launch) or launch.arch.startswith("gfx"):
+    if launch.kernel not in ("qmm", "folded") or not _is_half(launch) or launch.arch.startswith("gfx"):
         return []
     bad = []
     if figures["wgmma_registers"] != figures["wgmma"]:
@@ -232,7 +236,9 @@ def form_faults(launch, figures):
             f"{figures['wgmma'] - figures['wgmma_registers']} of {figures['wgmma']} wgmma read their weights "
             "from shared memory"
         )
-    if launch.constant("BOOKS"):  # x comes in pieces of 4 bytes: those of 16 are the words of codes
+    if launch.kernel == "folded" and figures["idle"]:
+        bad.append(f"{figures['idle']} of {figures['waits']} waits leave the tensor cores nothing to do")
+    if launch.kernel == "qmm" and launch.constant("BOOKS"):  # x in pieces of 4 bytes: those of 16 are words of codes
         words = launch.constant("BN") * 16 * launch.constant("PASSES")
         if figures["copies_16"] * 8 * 32 * launch.warps != words:
             bad.append(f"{figures['copies_16']} copies of 16 bytes a thread, not those that read {words} words once")
@@ -240,9 +246,10 @@ def form_faults(launch, figures):
             bad.append(f"codebooks of {figures['words']} of {launch.constant('PASSES')} words are looked up")
     if launch.arch == "sm_100" and (launch.constant("BITS") == 2 or launch.constant("TABLE")):
         return bad  # not all of them find a way into tensor memory
-    # one number per output, a scale or a zero point, may pass through shared memory; unpacked weights not
+    # one number per output, a scale or a zero point, may pass through shared memory; unpacked weights not. Of the
+    # folded form that is a word for each group, which sm_120 stores 16 bytes at a time
     weights = launch.constant("BN") * 128 * 2 // (32 * launch.warps)
-    if figures["stored_bytes"] > weights // 4:
+    if figures["stored_bytes"] > weights // (2 if launch.kernel == "folded" else 4):
         bad.append(
             f"{figures['stored_bytes']} bytes a thread stored to shared memory in a step, where the weights "
             f"are {weights}"
@@ -278,6 +285,7 @@ def launch_set(name, archs):
             cases += launches.pairwise(arch)
             cases += launches.pairwise(arch, launches.OTHER_CODES)
             cases += launches.pairwise(arch, launches.VECTORS)
+            cases += launches.pairwise(arch, launches.FOLDED)
         if name == "every":
             cases += launches.every(arch)
         if name == "quick":

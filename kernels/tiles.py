@@ -17,7 +17,9 @@ SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90
 ROUNDS = {(64, 64, 4): (3, 30), (128, 64, 4): (2, 33), (128, 128, 4): (2, 62), (128, 128, 8): (1, 40),
           (256, 128, 8): (1, 69)}
 GROUPS = (32, 64, 128)      # group sizes the kernels take, beside the whole row
+FOLDED_FROM = 128           # rows per evaluation from which the folded form has tiles worth its rounding
 BLAS_FROM = 512             # rows per evaluation from which large_rows="blas", where asked for, is what runs
+BLAS_WINS_FROM = 2048       # and from which it is faster: 0.86 of dense on an H100, 0.97 at 8192, below fused at 512
 OVERLAP_UP_TO = 128         # rows per evaluation up to which a launch is so short that its beginning counts
 
 
@@ -198,3 +200,37 @@ def _splits(tile, rows, n, k, group, arch):
     quads = -(-k // (4 * group)) if group != k else -(-k // 512)
     most = min(resident * PROCESSORS[arch] // programs, quads)
     return 1 << most.bit_length() - 1 if most else 1
+
+
+def pick_folded(rows, n, k, group, dtype, arch, zeros=None, bits=4, lookup=None):
+    """The tile of the folded form (folded.py) for `rows` rows per evaluation; arguments as `pick` takes them.
+
+    It never splits K, and nothing in its loop waits for the tensor cores: the larger the tile, the fewer instructions
+    for a product. Raises ValueError for what the form cannot be had for.
+    """
+    if (dtype not in (torch.float16, torch.bfloat16) or group not in GROUPS or group == k
+            or zeros not in (None, torch.uint8) or lookup not in (None, "table")):
+        raise ValueError(f"{dtype} activations, group_size={group} of {k}, zero points {zeros}, lookup {lookup}: the "
+                         f"folded form takes float16 or bfloat16, groups of {GROUPS} below K, uint8 zero points or "
+                         "none, and integers or a table rounded to 16 bits; use tiles.pick")
+    if arch == "interpreter":
+        return Tile(rows=64, outputs=64, warps=4, stages=1)
+    known = _nearest(arch)
+    if known == "sm_90":
+        large = Tile(256, 128, 8, 3, deep=True)
+        medium = Tile(128, 128, 8, 3, deep=True)
+        if rows > 128 and zeros is None and bits < 8 and not lookup and _fills(known, rows, n, large):
+            return large        # zero points, bytes or a table spill in it
+        return medium if _fills(known, rows, n, medium) else Tile(128, 64, 4, 3, deep=True)
+    if known == "sm_100":
+        return Tile(64, 128, 8, 4)      # as in _table: Triton 3.6 and 128 rows
+    if known == "gfx942":
+        return Tile(64, 64, 4, 2) if lookup else Tile(128, 128, 8, 2)
+    tile = Tile(128, 128, 8, 3 if known == "sm_80" else 2)
+    small = (lookup and group == 32) or not _fills(known, rows, n, tile)     # the former for registers
+    return dataclasses.replace(tile, rows=64, registers=255) if small else tile
+
+
+def _fills(arch, rows, n, tile):
+    """Whether a pair of evaluations makes programs for three quarters of the chip."""
+    return 8 * -(-rows // tile.rows) * -(-n // tile.outputs) >= 3 * PROCESSORS[arch]

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 
 from .kernels import codes as code_layouts
-from .kernels import dequantize, noise, perturb, plan, qmm, qmm_torch, tiles, update, vectors
+from .kernels import dequantize, folded, noise, perturb, plan, qmm, qmm_torch, tiles, update, vectors
 from .kernels.operands import Perturbation, Weight
 
 _BACKENDS = ("auto", "torch", "triton")
-LARGE_ROWS = ("fused", "blas")
+LARGE_ROWS = ("fused", "folded", "blas", "auto")
 TABLES = ("rounded", "exact")
 
 
@@ -42,9 +42,12 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None)
 
     name : "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton". "triton" on CPU tensors needs Triton's
         interpreter: set TRITON_INTERPRET=1 before the first import of qzo.
-    large_rows : what the Triton backend does from 512 rows per evaluation on. "fused" (the default) never stores a
-        perturbed weight. "blas" writes a chunk of at most 32 MB of them for the library's matmul: faster where the
-        tensor cores are the limit, but each weight is rounded to 16 bits. The torch backend works by chunks anyway.
+    large_rows : what the Triton backend does with many rows per evaluation. "fused" (the default) multiplies by the
+        scales in float32, exactly. The others round each perturbed weight once to 16 bits: "folded", from 128 rows
+        on, in registers (kernels/folded.py); "blas", from 512 on, in a chunk of at most 32 MB that the library's
+        matmul then reads. "auto" takes of these two what is thought fastest for the rows, with float16 activations
+        only (bfloat16 would lose an eighth of the signal). The torch backend works by chunks, exactly, whatever is
+        asked.
     tables : "rounded" (the default): the entries of a table (NF4, FP4) are rounded once to the type of the activations.
         "exact": they are multiplied as the sum of two such numbers, which leaves 2^-16 of an entry in bfloat16 and
         2^-22 in float16 (or 2^-25, if that is more), and takes a second pass over each tile. float32 activations need
@@ -72,7 +75,8 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None)
 def check_large_rows(value):
     """ValueError unless it is one of LARGE_ROWS."""
     if value not in LARGE_ROWS:
-        raise ValueError(f"large_rows={value!r}: {' or '.join(map(repr, LARGE_ROWS))} is wanted")
+        raise ValueError(f"large_rows={value!r}: {', '.join(map(repr, LARGE_ROWS[:-1]))} or {LARGE_ROWS[-1]!r} is "
+                         "wanted")
 
 
 def uses_triton(device):
@@ -141,10 +145,9 @@ def _multiply(x, weight, perturbation, out_dtype, choice):
 
 def _plan(x, weight, perturbation, choice):
     """What fills y [..., N]: a function of x [..., K], weight, perturbation and y. x here: [rows, K]."""
-    exact, blas = choice.tables == "exact", choice.large_rows == "blas"
-    on_triton = uses_triton(x.device)
-    if choice.tile and (blas or not on_triton):
-        why = "large_rows='blas'" if blas else f"the torch backend, which is what runs on {x.device},"
+    exact, on_triton = choice.tables == "exact", uses_triton(x.device)
+    if choice.tile and (choice.large_rows == "blas" or not on_triton):
+        why = "large_rows='blas'" if on_triton else f"the torch backend, which is what runs on {x.device},"
         raise ValueError(f"backend(tile={choice.tile}): {why} has no tiles; ask for one of the two")
     if weight.book4 >= 0 and perturbation.law != noise.NONE:
         return functools.partial(_train_codebooks, choice)
@@ -157,10 +160,14 @@ def _plan(x, weight, perturbation, choice):
         raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
     m, arch = len(x), _architecture(x.device)
     rows, asm = m // len(perturbation), arch.startswith("sm_")
-    if blas and rows >= tiles.BLAS_FROM:
+    form = many_rows_form(choice.large_rows, rows, weight, x.dtype, exact)
+    if form == "blas":
         return functools.partial(_blas, asm, exact)
-    tile = choice.tile or tiles.pick(rows, weight.out_features, weight.in_features, weight.group, x.dtype, arch,
-                                     weight.zero_type, weight.bits, lookup_of(weight.table, exact, weight.codebooks))
+    pick = tiles.pick_folded if form == "folded" else tiles.pick
+    tile = choice.tile or pick(rows, weight.out_features, weight.in_features, weight.group, x.dtype, arch,
+                               weight.zero_type, weight.bits, lookup_of(weight.table, exact, weight.codebooks))
+    if form == "folded":
+        return functools.partial(_folded, tile, asm)
     return _Fused(plan.Plan(weight, perturbation, m, x.dtype, tile=tile, asm=asm, exact=exact,
                             pdl=choice.overlap and rows <= tiles.OVERLAP_UP_TO and plan.overlaps(arch)))
 
@@ -188,6 +195,20 @@ def _torch(exact, x, weight, perturbation, y):
 
 def _blas(asm, exact, x, weight, perturbation, y):
     dequantize.matmul(_aligned(_flat(x)), weight, perturbation, y.view(-1, y.shape[-1]), asm=asm, exact=exact)
+
+
+def many_rows_form(asked, rows, weight, dtype, exact=False):
+    """"fused", "folded" or "blas": what a matmul of so many rows per evaluation runs as where `asked` is wanted."""
+    if asked == "auto":
+        asked = "fused" if dtype != torch.float16 else "blas" if rows >= tiles.BLAS_WINS_FROM else "folded"
+    if asked == "blas":
+        return "blas" if rows >= tiles.BLAS_FROM else "fused"
+    folds = asked == "folded" and rows >= tiles.FOLDED_FROM and folded.supports(weight, dtype, exact)
+    return "folded" if folds else "fused"
+
+
+def _folded(tile, asm, x, weight, perturbation, y):
+    folded.launch(_aligned(_flat(x)), weight, perturbation, y.view(-1, y.shape[-1]), tile=tile, asm=asm)
 
 
 def _cast_codebooks(choice, x, weight, perturbation, y):

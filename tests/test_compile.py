@@ -48,7 +48,7 @@ def test_every_kernel_is_compiled(compiled, arch):
     names = [launch.split()[1:3] for launch in compiled[0] if launch.startswith(arch + " ")]
     # float zero points, which the group sums are for, come with the pairs of flags
     paired = {"group_sums"} if arch in sass.PAIRED else set()
-    every = {"qmm", "reduce", "dequantize", "update", "update_rows", "perturb"}
+    every = {"qmm", "folded", "reduce", "dequantize", "update", "update_rows", "perturb"}
     assert {kernel for kernel, _ in names} == every | paired
     wanted = {
         tiles.pick(rows, 4096, 4096, 128, sass.launches.torch.bfloat16, arch)
@@ -94,6 +94,12 @@ def test_without_a_loop_the_whole_code_counts(code):
     assert sass.main_loop(straight, "HMMA") == straight
 
 
+def test_a_jump_back_from_behind_a_loop_is_no_loop():
+    names = ["IADD"] * 6 + ["HMMA", "BRA", "EXIT", "BRA"]
+    code = [sass.Instruction(16 * at, name, {7: "0x0", 9: "0x50"}.get(at, "")) for at, name in enumerate(names)]
+    assert [i.at // 16 for i in sass.main_loop(code, "HMMA")] == list(range(8))
+
+
 def test_skip_is_the_block_under_a_forward_branch(code):
     assert sass._skip(sass.main_loop(code, "HMMA")) == 2
 
@@ -114,11 +120,11 @@ def test_stored_bytes(name, stored):
     assert sass._stored_bytes([sass.Instruction(0, name, "[R1], R2")]) == stored
 
 
-def launch(arch="sm_90", warps=8, **different):
+def launch(arch="sm_90", warps=8, kernel="qmm", **different):
     constants = {"BM": 128, "BN": 128, "BITS": 4, "ZERO": 0, "BOOKS": 0, "PASSES": 1, "TABLE": ""} | different
     signature = (("x_ptr", "*bf16"), *((name, "constexpr") for name in constants))
     held = tuple(enumerate(constants.values(), 1))
-    return sass.launches.Launch("qmm", arch, signature, held, (), warps=warps, stages=3, registers=None)
+    return sass.launches.Launch(kernel, arch, signature, held, (), warps=warps, stages=3, registers=None)
 
 
 SOUND = {
@@ -130,6 +136,8 @@ SOUND = {
     "stored_bytes": 16,
     "wgmma": 8,
     "wgmma_registers": 8,
+    "waits": 2,
+    "idle": 1,
     "words": 3,
     "copies_16": 3,  # three words of 128 outputs and 16 vectors, by 256 threads
 }
@@ -181,6 +189,17 @@ def test_what_was_not_measured_may_not_spill(other):
 )
 def test_each_fault_of_vectors_is_named(wrong, text):
     assert sass.form_faults(launch(BOOKS=5, PASSES=3), SOUND | wrong) == [text]
+
+
+def test_a_folded_kernel_that_waits_for_every_product_is_named():
+    folded = launch(kernel="folded")
+    assert sass.faults(folded, SOUND) == []
+    assert sass.form_faults(folded, SOUND) == ["1 of 2 waits leave the tensor cores nothing to do"]
+    assert sass.form_faults(folded, SOUND | {"idle": 0, "stored_bytes": 64}) == []
+    (fault,) = sass.form_faults(folded, SOUND | {"idle": 0, "stored_bytes": 65})
+    assert "the weights are 128" in fault
+    (fault,) = sass.faults(folded, SOUND | {"tensor": 0})
+    assert "no tensor-core instruction" in fault
 
 
 def test_a_bare_trap_is_a_fault_where_traps_are_usual():

@@ -108,7 +108,7 @@ def test_an_optimizers_steps_ask_for_it_and_nothing_else_does(monkeypatch):
 
 
 def test_other_values_are_refused():
-    with pytest.raises(ValueError, match="large_rows='cublas': 'fused' or 'blas' is wanted"), \
+    with pytest.raises(ValueError, match="large_rows='cublas': 'fused', 'folded', 'blas' or 'auto' is wanted"), \
             qzo.backend("auto", large_rows="cublas"):
         pass
     with pytest.raises(ValueError, match="large_rows=1"):

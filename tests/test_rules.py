@@ -16,7 +16,7 @@ PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.gl
 LAYERS = [   # a module may import its own layer's elders and everything above it
     {"kernels.noise", "kernels.codes", "kernels.tiles", "kernels.operands"}, {"kernels.table", "kernels.vectors"},
     {"kernels.lookup"}, {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.plan"},
-    {"kernels.dequantize", "kernels.perturb"},
+    {"kernels.dequantize", "kernels.folded", "kernels.perturb"},
     {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "experts", "formats",
      "buckets"}, {"quantize"},
     {"linear"}, {"layers"}, {"optim", "losses", "hf", "save", "quantizer", "graph"},
