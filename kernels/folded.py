@@ -126,9 +126,10 @@ def _folded_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_pt
                    ROUNDS_: tl.constexpr):
     """grid = (cdiv(N, BN), row blocks); a tile holds rows of one evaluation. Operands and flags as in _qmm_kernel.
 
-    LANES: BN or twice that, as many numbers as the program has threads. Scales that fewer threads than all would load
-    are loaded by each in the layout of whatever they meet, and Triton then passes the folded weights to the tensor
-    cores through shared memory; so many are loaded once each, and one word for each output goes that way.
+    LANES: BN or twice that, as many as the program has threads: scales and zero points are loaded, perturbed and cut
+    into words by one thread a lane, and only the words pass to the weights' threads through shared memory. Of loads
+    of fewer numbers than threads Triton thinks that every thread may repeat them where the weights are unpacked, and
+    then passes the folded weights themselves through shared memory.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     DEPTH: tl.constexpr = 128 if DEEP else 32

@@ -96,8 +96,9 @@ def test_without_a_loop_the_whole_code_counts(code):
 
 def test_a_jump_back_from_behind_a_loop_is_no_loop():
     names = ["IADD"] * 6 + ["HMMA", "BRA", "EXIT", "BRA"]
-    code = [sass.Instruction(16 * at, name, {7: "0x0", 9: "0x50"}.get(at, "")) for at, name in enumerate(names)]
-    assert [i.at // 16 for i in sass.main_loop(code, "HMMA")] == list(range(8))
+    jumps = {8: "0x10", 10: "0x60"}
+    code = [sass.Instruction(16 * at, name, jumps.get(at, "")) for at, name in enumerate(names, 1)]
+    assert [i.at // 16 for i in sass.main_loop(code, "HMMA")] == list(range(1, 9))
 
 
 def test_skip_is_the_block_under_a_forward_branch(code):

@@ -272,7 +272,7 @@ FAULTS = {   # what stands exactly once in folded.py, and what it becomes
     "lanes": ("tl.arange(0, LANES) // (LANES // BN)", "tl.arange(0, LANES) % BN"),
     "low half": ("low = (p - high.to(tl.float32)).to(DT)", "low = (p - p).to(DT)"),
     "rounding of P": ("+ (1 << 23 - KEPT)", "+ 0"),
-    "product of the low half unrounded": ("(c * low).to(DT).to(tl.float32)", "c * low * 1.01"),
+    "sign of the low half": ("(c * low).to(DT).to(tl.float32)", "(c * -low).to(DT).to(tl.float32)"),
     "factor of a row": ("_factor(k0, coef)", "_factor(k0, -coef)"),
     "rows of the first evaluation": ("xp = x_ptr + (e * R + first)", "xp = x_ptr + (0 * R + first)"),
     "seed of the first evaluation": ("tl.load(seeds_ptr + e)", "tl.load(seeds_ptr)"),
@@ -284,7 +284,7 @@ FAULTS = {   # what stands exactly once in folded.py, and what it becomes
     "twin: low half": ("(p - high).to(dtype)", "(p - p).to(dtype)"),
     "twin: zero points": ("c = c - (zeros", "c = c + (zeros"),
     "twin: noise of a row": ("at[0])[:, 0]", "at[0])[:, 1]"),
-    "twin: noise of the first evaluation": ("raw_noise(law, perturbation.seeds[e], at)", "raw_noise(law, perturbation.seeds[0], at)"),
+    "twin: noise of the first evaluation": ("perturbation.seeds[e], at), coef", "perturbation.seeds[0], at), coef"),
 }
 
 
@@ -330,11 +330,12 @@ def test_a_copy_without_a_fault_is_green(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------- a GPU
 
-def picked(matmul):
+def picked(matmul, n=None):
+    """The tile that the package would run, were there n outputs, and whether it unpacks with inline PTX."""
     arch = tiles.architecture(torch.device("cuda"))
     points = None if matmul.zero_points is None else matmul.zero_points.dtype
-    tile = tiles.pick_folded(matmul.rows, matmul.n, matmul.k, matmul.group, matmul.dtype, arch, points, matmul.bits,
-                             None if matmul.table is None else "table")
+    tile = tiles.pick_folded(matmul.rows, n or matmul.n, matmul.k, matmul.group, matmul.dtype, arch, points,
+                             matmul.bits, None if matmul.table is None else "table")
     return dict(tile=tile, device="cuda", asm=arch.startswith("sm_"))
 
 
@@ -344,7 +345,7 @@ def picked(matmul):
 def test_compiled_kernel_and_twin_have_the_same_weights(form, dtype):
     """With x one-hot a sum is one weight; the integer laws, so every bit."""
     matmul = weights(**form, dtype=dtype)
-    assert_same_bits(kernel(matmul, **picked(matmul)), twin(matmul))
+    assert_same_bits(kernel(matmul, **picked(matmul)) + 0.0, twin(matmul) + 0.0)        # -0 is 0
 
 
 @pytest.mark.gpu
@@ -352,14 +353,14 @@ def test_compiled_kernel_and_twin_have_the_same_weights(form, dtype):
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(("rows", "n"), [(130, 192), (300, 8192)])
 def test_compiled_kernel_is_true(name, rows, n, dtype):
-    matmul = dataclasses.replace(FORMS[name], rows=rows, n=n, dtype=dtype)
-    y = kernel(matmul, **picked(matmul))
+    matmul = dataclasses.replace(FORMS[name], rows=rows, n=192, dtype=dtype)
+    y = kernel(matmul, **picked(matmul, n))
     assert_true(matmul, y)
-    assert_same_bits(y, kernel(matmul, **picked(matmul)))
+    assert_same_bits(y, kernel(matmul, **picked(matmul, n)))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("law", ["rademacher", "gaussian"])
 def test_compiled_zero_coefficient_is_the_plain_forward(law):
-    matmul = Matmul(k=640, n=8192, rows=300, coefs=(0.1, 0.0, -0.1), law=law, zeros="uint8", bias=True)
-    assert_zero_block_is_plain(matmul, 1, lambda m: kernel(m, **picked(m)))
+    matmul = Matmul(k=640, n=192, rows=300, coefs=(0.1, 0.0, -0.1), law=law, zeros="uint8", bias=True)
+    assert_zero_block_is_plain(matmul, 1, lambda m: kernel(m, **picked(m, 8192)))
