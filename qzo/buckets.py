@@ -23,7 +23,7 @@ class Buckets:
     """
 
     def __init__(self, sizes, limit=None):
-        self.limit, longest = limit, max(tokens for tokens, _ in sizes) + 1
+        self.limit, longest = limit, max(tokens for tokens, _ in sizes)
         self.unit = UNIT
         while longest > UNITS * self.unit:
             self.unit *= 2

@@ -7,6 +7,7 @@ import contextlib
 import warnings
 
 import torch
+import torch._inductor.config
 from torch._dynamo.exc import TorchDynamoException
 
 from .experts import Experts
@@ -28,7 +29,8 @@ class Compiled:
 
     def __init__(self, model, backend="inductor"):
         self.base = model.base_model
-        options = {"deterministic": True} if backend == "inductor" else None
+        inductor = backend == "inductor" and hasattr(torch._inductor.config, "deterministic")    # not in every torch
+        options = {"deterministic": True} if inductor else None
         self.forward = torch.compile(self.base.forward, backend=backend, dynamic=False, options=options)
         self.plain = self.base.forward
         calls = [*layers(model, trainable=None).values(), *(m for m in model.modules() if isinstance(m, Experts))]

@@ -7,8 +7,10 @@ import contextlib
 import sys
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import qzo
 from qzo import graph
 
 HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::is_nonzero",
@@ -155,3 +157,40 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(graph, "recorder_of", recorder_of)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return made
+
+
+# ------------------------------------------------------------------------------------------------ what is captured
+
+ROWS = [1, 2, 1, 1, 2, 2, 3, 1, 2, 3, 3]
+
+
+def two_layers(seed=0):
+    torch.manual_seed(seed)
+    return qzo.quantize_(nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32)), group_size=32)
+
+
+def losses_of(model, count):
+    """A closure of a batch."""
+    def losses(batch):
+        return model(batch["x"]).float().square().mean(1).view(count, -1).mean(1)
+    return losses
+
+
+def batches(rows, count=4):
+    """One batch a step, of so many rows under each evaluation, no two alike."""
+    for step, number in enumerate(rows):
+        generator = torch.Generator().manual_seed(step)
+        yield qzo.pair({"x": torch.randn(number, 96, generator=generator)}, count)
+
+
+def steps(optimizer, closure, given):
+    """A step on each batch."""
+    for batch in given:
+        optimizer.step(closure, batch=batch)
+
+
+class Reads(nn.Module):
+    """Looks at a value on the way."""
+
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x

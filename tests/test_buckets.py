@@ -11,6 +11,7 @@ from qzo.buckets import COUNT, Buckets, best_widths, next_step
 from qzo.data import Example
 from qzo.graph import LIMIT
 from qzo.losses import option_scores, static_batch
+from qzo.packing import packed_batch
 from qzo.task import Task
 from tests import graphs, tiny
 
@@ -133,6 +134,13 @@ def test_a_static_batch_reads_what_labels_say(model):
 def test_static_batches_that_cannot_be(labels, targets, said):
     with pytest.raises(ValueError, match=said):
         static_batch({"labels": torch.tensor(labels)}, targets)
+
+
+def test_a_packed_batch_without_targets_is_refused():
+    examples = [Example((3,), labels=(3,))] * 2
+    assert "static" not in packed_batch(examples, 0, join=True)
+    with pytest.raises(ValueError, match="no position of the batch carries a label"):
+        packed_batch(examples, 0, join=True, shape=(8, 8))
 
 
 @pytest.mark.parametrize("bucketed", [False, True])

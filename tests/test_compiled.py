@@ -113,7 +113,7 @@ def test_errors_of_the_model_are_its_own(loaded):
     model = copy.deepcopy(loaded[0])
     task = Task(model, loaded[1], 0, bucketed=True, compiled=Compiled(model, Counter()))
     batch = task.batch([0, 1, 2], 1)
-    with (qzo.evaluating(model, qzo.Evaluations([1, 1], [0.1, -0.1])),
+    with (qzo.evaluating(model, qzo.Evaluations([1, 1], [0.1, -0.1])), warnings.catch_warnings(action="error"),
           pytest.raises(ValueError, match="3 rows do not divide into 2 evaluations")):
         task.compiled_losses(batch, 1)
 

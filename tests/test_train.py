@@ -201,7 +201,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monk
     def batch(self, indices, count):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls += [count] * (count > 1)
+        calls.extend([count] * (count > 1))
         return real(self, indices, count)
 
     with monkeypatch.context() as patch:
