@@ -84,6 +84,11 @@ def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seco
     return rows
 
 
+def left_out(case, device, why):
+    """The row of a case that is not measured."""
+    return _row(case, "qzo", device, None, None, None, why)
+
+
 def _wrong(provider, case, error, allowed):
     whose = f"{provider.package} {_version(provider.package)}" if provider.package else "qzo"
     return (f"wrong: what {whose} gives for {2 * case.rows} rows is off by {error:.3g} of its size (root mean square, "

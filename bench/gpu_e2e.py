@@ -1,0 +1,243 @@
+"""Part "e2e" of gpu_check.py: the whole product on the device, from checkpoint to checkpoint.
+
+Every fixture folder of the tests: logits beside the expected ones, files byte for byte after a step with lr 0, five
+steps. A model with the products of many rows through BLAS, and one under torch.compile. Then the command line, as a
+user has it: the same run twice, without graphs, killed with SIGKILL and resumed: the same journal and model, bit for
+bit; replayed; exported. What is untrue is a row whose note begins with "failed".
+"""
+import concurrent.futures
+import filecmp
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import qzo
+
+from .. import journal
+from .gpu_parts import failures
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ROOT / "tests" / "fixtures"
+MODEL = "gptqmodel-gptq-sym-g128"                # what the command line trains
+STEPS = 200
+# relative error of logits, root mean square, beside the expected ones, which are a float32 model's
+ALLOWED = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-2}
+
+
+class Untrue(RuntimeError):
+    """Something that must hold does not."""
+
+
+def must(good, text):
+    if not good:
+        raise Untrue(text)
+
+
+def e2e(check):
+    """All of it; a row each."""
+    for folder in sorted(FOLDERS.iterdir()) if FOLDERS.is_dir() else ():
+        if (folder / "expected.safetensors").exists():
+            attempt(check, f"folder {folder.name}", trained_and_saved, folder, check.device)
+    source = FOLDERS / MODEL
+    attempt(check, "large_rows=blas in a model", through_blas, source, check.device)
+    attempt(check, "torch.compile of a model", compiled, source, check.device)
+    with tempfile.TemporaryDirectory() as folder:
+        command_line(check, source, Path(folder))
+
+
+def attempt(check, case, function, *arguments):
+    """A row with what the function says, or with what it breaks with."""
+    if check.left() < 10:
+        check.note("e2e", case, note="no time left")
+        return
+    begun = time.monotonic()
+    try:
+        note = function(*arguments)
+    except failures() as error:
+        note = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    check.note("e2e", case, note=note, seconds=round(time.monotonic() - begun, 1))
+
+
+# ------------------------------------------------------------------------------------------------ in Python
+
+def source_of(folder):
+    """What is loaded: the folder, or the GGUF file in it."""
+    return folder / "model.gguf" if (folder / "model.gguf").exists() else folder
+
+
+def relative_error(got, want):
+    return float((got.double().cpu() - want.double().cpu()).norm() / want.double().norm())
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def trained_and_saved(folder, device):
+    """Load, compare, step with lr 0, save, step five times."""
+    expected, said = load_file(folder / "expected.safetensors"), []
+    ids = expected["input_ids"].to(device)
+    for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32,):
+        model = qzo.from_pretrained(str(source_of(folder)), dtype=dtype, device=device)
+        error = relative_error(logits(model, ids), expected["logits"])
+        must(error < ALLOWED[dtype], f"logits in {dtype} are off by {error:.2e}")
+        said.append(f"{error:.1e}")
+    batch = {"input_ids": ids, "labels": ids}
+    qzo.QZO(model, lr=0.0).step(lambda: qzo.losses(model, batch, 2))
+    with tempfile.TemporaryDirectory() as out:
+        qzo.save_pretrained(model, out)
+        shared = [path for path in Path(out).iterdir() if (folder / path.name).exists()]
+        must(shared, "nothing that the folder has was saved")
+        for path in shared:
+            must(filecmp.cmp(path, folder / path.name, shallow=False), f"lr 0 changed {path.name}")
+    optimizer = qzo.QZO(model, lr=1e-2, directions=2)
+
+    def closure():
+        return qzo.losses(model, batch, 4)
+    losses = [float(optimizer.step(closure)) for _ in range(5)]
+    must(all(map(torch.isfinite, torch.tensor(losses))), f"losses {losses}")
+    return f"logits off by {', '.join(said)}; lr 0 gives the same files; loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+def through_blas(folder, device, tokens=1024):
+    """A step whose products have `tokens` rows an evaluation, fused and through BLAS."""
+    model = qzo.from_pretrained(str(folder), dtype=torch.float16 if device == "cuda" else torch.float32, device=device)
+    ids = load_file(folder / "expected.safetensors")["input_ids"].to(device)
+    ids = ids.repeat(-(-tokens // ids.numel()), 1)
+    found = {}
+    for form in ("fused", "blas"):
+        optimizer = qzo.QZO(model, lr=0.0, large_rows=form)
+        optimizer.step(lambda: qzo.losses(model, {"input_ids": ids, "labels": ids}, 2))
+        found[form] = torch.tensor(optimizer.last.losses)
+    error = relative_error(found["blas"], found["fused"])
+    must(error < 2e-3, f"losses {found['blas'].tolist()}, fused {found['fused'].tolist()}")
+    return f"losses of {ids.numel()} rows differ by {error:.1e}"
+
+
+def compiled(folder, device, backend="inductor"):
+    """Logits under a pair of evaluations, compiled around the operator and not."""
+    model = qzo.from_pretrained(str(folder), dtype=torch.float16 if device == "cuda" else torch.float32, device=device)
+    ids = load_file(folder / "expected.safetensors")["input_ids"].to(device)
+    ids = torch.cat([ids, ids])
+    with qzo.evaluating(model, qzo.Evaluations([7, 7], [1e-2, -1e-2])):
+        want = logits(model, ids)
+        fast = torch.compile(model, backend=backend)
+        error = relative_error(logits(fast, ids), want)
+    torch._dynamo.reset()
+    must(error < ALLOWED[torch.float16], f"compiled logits differ by {error:.2e}")
+    return f"logits differ by {error:.1e}"
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+def qzo_command(arguments, seconds):
+    """(exit status, standard error) of `python -m qzo ...`."""
+    done = subprocess.run([sys.executable, "-m", "qzo", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=max(1, seconds))
+    return done.returncode, done.stderr
+
+
+def train_arguments(model, folder, name, device):
+    return ["train", "--model", str(model), "--data", str(folder / "data.jsonl"), "--output-dir", str(folder / name),
+            "--max-steps", str(STEPS), "--batch-size", "4", "--directions", "2", "--device", device]
+
+
+def command_line(check, model, folder):
+    """Runs that do not wait for one another go at once; each is compared with the first."""
+    lines = [{"prompt": "line " * (1 + 7 * (i % 5)), "completion": f"answer {i % 3}"} for i in range(48)]   # many shapes
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train = {"first": [], "again": [], "eager": ["--no-cuda-graph"], "blas": ["--large-rows", "blas"]}
+    with concurrent.futures.ThreadPoolExecutor(len(train) + 1 if os.cpu_count() > 4 else 1) as pool:
+        ended = {name: pool.submit(qzo_command, train_arguments(model, folder, name, check.device) + more, check.left())
+                 for name, more in train.items()}
+        killed = pool.submit(kill_half_way, train_arguments(model, folder, "killed", check.device),
+                             folder / "killed" / "journal.qzo", check.left())
+    attempt(check, "train", _trained, ended["first"], folder / "first")
+    attempt(check, "train again", _same_run, ended["again"], folder / "first", folder / "again")
+    attempt(check, "train --no-cuda-graph, batches of many shapes", _same_run, ended["eager"], folder / "first",
+            folder / "eager")
+    attempt(check, "train --large-rows blas", _trained, ended["blas"], folder / "blas")
+    attempt(check, "train, killed and resumed", _resumed, check, killed, model, folder)
+    journal_of_first = str(folder / "first" / "journal.qzo")
+    attempt(check, "replay", _replayed, check, ["replay", str(model), journal_of_first, "--output-dir",
+                                                str(folder / "replayed"), "--device", check.device], folder)
+    attempt(check, "export", _exported, check, ["export", str(model), "--to", "compressed-tensors", "--journal",
+                                                journal_of_first, "--output-dir", str(folder / "exported"),
+                                                "--device", check.device], folder)
+
+
+def kill_half_way(arguments, path, seconds):
+    """SIGKILL for a run once its journal holds a third of the steps; how many it then holds."""
+    process = subprocess.Popen([sys.executable, "-m", "qzo", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    ends = time.monotonic() + seconds
+    try:
+        while process.poll() is None and time.monotonic() < ends and _steps_of(path) < STEPS // 3:
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    return _steps_of(path)
+
+
+def _steps_of(path):
+    found = journal.read(path) if path.exists() else None
+    return len(found[1]) if found else 0
+
+
+def _went(ended):
+    status, said = ended.result() if isinstance(ended, concurrent.futures.Future) else ended
+    if status == 2 and "unrecognized arguments" in said:
+        raise Untrue(f"this qzo does not know an option: {said.strip().splitlines()[-1]}")
+    must(status == 0, f"exit status {status}: {said.strip()[-250:]}")
+    return said
+
+
+def _trained(ended, out):
+    said = _went(ended)
+    warned = [line for line in said.splitlines() if "warning" in line]
+    return f"{_steps_of(out / 'journal.qzo')} steps" + (f"; {warned[0][:150]}" if warned else "")
+
+
+def _same(first, other, *names):
+    for name in names:
+        must(filecmp.cmp(first / name, other / name, shallow=False), f"{name} has other bytes")
+
+
+def _same_run(ended, first, other):
+    _went(ended)
+    _same(first, other, "journal.qzo", "model/model.safetensors")
+    return "same journal, same model"
+
+
+def _resumed(check, killed, model, folder):
+    steps = killed.result()
+    must(0 < steps < STEPS, f"it was not killed half-way: {steps} of {STEPS} steps")
+    _went(qzo_command([*train_arguments(model, folder, "killed", check.device), "--resume"], check.left()))
+    _same(folder / "first", folder / "killed", "journal.qzo", "model/model.safetensors")
+    return f"killed after {steps} of {STEPS} steps; same journal, same model"
+
+
+def _replayed(check, arguments, folder):
+    _went(qzo_command(arguments, check.left()))
+    _same(folder / "first" / "model", folder / "replayed", "model.safetensors")
+    return "same model"
+
+
+def _exported(check, arguments, folder):
+    _went(qzo_command(arguments, check.left()))
+    dtype = torch.float16 if check.device == "cuda" else torch.float32
+    ids = torch.arange(24, device=check.device).view(2, 12)
+    want, got = (logits(qzo.from_pretrained(str(path), dtype=dtype, device=check.device), ids)
+                 for path in (folder / "first" / "model", folder / "exported"))
+    error = relative_error(got, want)
+    must(error < 1e-3, f"logits differ by {error:.2e}")
+    return f"logits differ by {error:.1e}"
