@@ -5,6 +5,8 @@ import sys
 
 EXAMPLE = "example: qzo bench run --filter 4096x11008 --rows 1 16 --seconds 300 --out results.jsonl"
 
+CPU_SECONDS = 600            # of the set that a CPU measures when it is not told which
+
 
 def add_commands(parser):
     """`run`, `compare`, `table` and `plot` under an argparse parser."""
@@ -18,7 +20,7 @@ def add_commands(parser):
     run.add_argument("--rows", type=int, nargs="+", help="only cases with these rows per evaluation")
     run.add_argument("--providers", metavar="A,B", help="only these, separated by commas")
     run.add_argument("--seconds", type=float, metavar="S", help="for all cases together; those that do not fit are "
-                     "rows that say so (default: no limit)")
+                     f"rows that say so (default: {CPU_SECONDS} for a CPU without --filter, else no limit)")
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     run.add_argument("--out", metavar="FILE", help="also write the rows there, as JSON lines")
     run.add_argument("--json", action="store_true", help="JSON lines on standard output instead of a table")
@@ -87,7 +89,8 @@ def _run(options):
     rows = []
     out = open(options.out, "w", encoding="utf-8") if options.out else None       # noqa: SIM115  closed below
     try:
-        for row in _measured(chosen, device, names, options.seconds):
+        limit = CPU_SECONDS if device == "cpu" and options.filter is None else None
+        for row in _measured(chosen, device, names, options.seconds or limit):
             rows.append(row)
             line = json.dumps(row)
             if out:

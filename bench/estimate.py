@@ -8,15 +8,17 @@ import time
 
 import torch
 
+from . import timing
 from .run import PROVIDERS
 
 
 @dataclasses.dataclass(frozen=True)
 class _Cost:
-    """Seconds of a case of layers, of each of its weights and operations, of a case without layers; all providers
-    together, on the machine where the probe takes `probe` seconds."""
+    """Seconds of a case of layers, of each set of its weights, each weight and each operation; of a case without
+    layers; all providers together, on the machine where the probe takes `probe` seconds."""
 
     case: float
+    copy: float
     weight: float
     flop: float
     small: float
@@ -24,7 +26,7 @@ class _Cost:
 
 
 # two cores of a Xeon whose 260 MB of cache every provider's weights have to exceed; one H100 with kernels compiled
-COSTS = {"cpu": _Cost(5.0, 2.2e-7, 9e-10, 1.5, 0.2), "cuda": _Cost(4.0, 3e-9, 0.0, 1.0, 0.0)}
+COSTS = {"cpu": _Cost(4.2, 1.2e-3, 2.2e-7, 9e-10, 1.5, 0.07), "cuda": _Cost(4.0, 0.0, 3e-9, 0.0, 1.0, 0.0)}
 
 
 def seconds(case, device, names=None):
@@ -34,7 +36,9 @@ def seconds(case, device, names=None):
     if not case.shapes:
         return cost.small * len(asked) / max(1, len(able))
     weights = sum(k * n for k, n in case.shapes)
-    return (cost.case + cost.weight * weights + cost.flop * case.flops) * len(asked) / len(able)
+    copies = timing.cache_bytes(device) * 8 / (weights * case.form.weight_bits) if case.kind == "linear" else 1
+    whole = cost.case + cost.copy * copies + cost.weight * weights + cost.flop * case.flops
+    return whole * len(asked) / len(able)
 
 
 def probe(device):

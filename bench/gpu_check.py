@@ -117,7 +117,7 @@ def main(arguments=None):
                         "calls)")
     parser.add_argument("--out", type=Path, help="results file (default bench/results/<gpu>-<date>.jsonl); the "
                         "tiles go beside it")
-    parser.add_argument("--no-warm", action="store_true", help="compile nothing ahead: it has been done on this machine")
+    parser.add_argument("--no-warm", action="store_true", help="compile nothing ahead: this machine has done it")
     options = parser.parse_args(arguments)
     import torch
     if not torch.cuda.is_available():

@@ -28,7 +28,7 @@ FOLDERS = ROOT / "tests" / "fixtures"
 MODEL = "gptqmodel-gptq-sym-g128"                # what the command line trains
 STEPS = 200
 # relative error of logits, root mean square, beside the expected ones, which are a float32 model's
-ALLOWED = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-2}
+ALLOWED = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4}
 
 
 class Untrue(RuntimeError):
@@ -103,7 +103,7 @@ def trained_and_saved(folder, device):
     def closure():
         return qzo.losses(model, batch, 4)
     losses = [float(optimizer.step(closure)) for _ in range(5)]
-    must(all(map(torch.isfinite, torch.tensor(losses))), f"losses {losses}")
+    must(losses[-1] < losses[0], f"five steps with lr 1e-2 had the losses {losses}")
     return f"logits off by {', '.join(said)}; lr 0 gives the same files; loss {losses[0]:.3f} -> {losses[-1]:.3f}"
 
 
@@ -152,7 +152,7 @@ def train_arguments(model, folder, name, device):
 
 def command_line(check, model, folder):
     """Runs that do not wait for one another go at once; each is compared with the first."""
-    lines = [{"prompt": "line " * (1 + 7 * (i % 5)), "completion": f"answer {i % 3}"} for i in range(48)]   # many shapes
+    lines = [{"prompt": "line " * (1 + 7 * (i % 5)), "completion": f"answer {i % 3}"} for i in range(48)]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train = {"first": [], "again": [], "eager": ["--no-cuda-graph"], "blas": ["--large-rows", "blas"]}
     with concurrent.futures.ThreadPoolExecutor(len(train) + 1 if os.cpu_count() > 4 else 1) as pool:
@@ -207,28 +207,35 @@ def _trained(ended, out):
     return f"{_steps_of(out / 'journal.qzo')} steps" + (f"; {warned[0][:150]}" if warned else "")
 
 
-def _same(first, other, *names):
-    for name in names:
-        must(filecmp.cmp(first / name, other / name, shallow=False), f"{name} has other bytes")
+def _same_steps(first, other):
+    """The same records and the same model, bit for bit; headers may tell another option."""
+    one, two = (journal.read(out / "journal.qzo")[1] for out in (first, other))
+    differ = [step for step, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]]
+    must(len(one) == len(two) and not differ, f"journals of {len(one)} and {len(two)} steps differ from step "
+         f"{differ[0] if differ else min(len(one), len(two))} on")
+    _same_model(first / "model", other / "model")
+    return "same journal, same model"
+
+
+def _same_model(first, other):
+    must(filecmp.cmp(first / "model.safetensors", other / "model.safetensors", shallow=False), "the models differ")
 
 
 def _same_run(ended, first, other):
     _went(ended)
-    _same(first, other, "journal.qzo", "model/model.safetensors")
-    return "same journal, same model"
+    return _same_steps(first, other)
 
 
 def _resumed(check, killed, model, folder):
     steps = killed.result()
     must(0 < steps < STEPS, f"it was not killed half-way: {steps} of {STEPS} steps")
     _went(qzo_command([*train_arguments(model, folder, "killed", check.device), "--resume"], check.left()))
-    _same(folder / "first", folder / "killed", "journal.qzo", "model/model.safetensors")
-    return f"killed after {steps} of {STEPS} steps; same journal, same model"
+    return f"killed after {steps} of {STEPS} steps; {_same_steps(folder / 'first', folder / 'killed')}"
 
 
 def _replayed(check, arguments, folder):
     _went(qzo_command(arguments, check.left()))
-    _same(folder / "first" / "model", folder / "replayed", "model.safetensors")
+    _same_model(folder / "first" / "model", folder / "replayed")
     return "same model"
 
 

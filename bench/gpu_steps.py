@@ -87,7 +87,7 @@ def _timed(run, generators, mode, check):
     return (None, "; ".join(fell_back)) if fell_back else (timing.percentiles(times), "")
 
 
-# -------------------------------------------------- build(check) -> model; prepare(model, batch, mode) -> run, generators
+# ------------------------------------------------ build(check) -> model; prepare(model, batch, mode) -> run, generators
 
 def _qzo_model(check):
     return memory.random_model(CONFIG, None, "none", check.device, check.dtype)[0]()

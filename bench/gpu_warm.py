@@ -49,8 +49,9 @@ def warm(check, todo, processes=None):
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         said = list(pool.map(one, todo))
     failed = [f"{' '.join(map(str, job))}: {why}" for job, why in zip(todo, said, strict=True) if why]
+    ended = f"{len(failed)} failed: {failed[0]}" if failed else "all ran"
     check.note("warm", f"{len(todo)} jobs in {processes} processes", failed=failed,
-               note=f"{time.monotonic() - begun:.0f} s, {len(failed)} failed{': ' if failed else ''}{failed[0] if failed else ''}")
+               note=f"{time.monotonic() - begun:.0f} s; {ended}")
 
 
 def run(device, job):
