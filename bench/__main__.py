@@ -62,6 +62,7 @@ def execute(options):
 
 def _run(options):
     import torch
+    from tqdm import tqdm
 
     from . import cases, results
     from .run import check_providers
@@ -86,7 +87,7 @@ def _run(options):
     if device == "cpu":
         torch.set_num_threads(1)
         keep_memory()
-    rows = []
+    rows, told = [], set()
     out = open(options.out, "w", encoding="utf-8") if options.out else None       # noqa: SIM115  closed below
     try:
         limit = CPU_SECONDS if device == "cpu" and options.filter is None else None
@@ -97,8 +98,10 @@ def _run(options):
                 print(line, file=out, flush=True)
             if options.json:
                 print(line, flush=True)
-            if row["note"] and not options.json:
-                print(f"{row['case']}, {row['provider']}: {row['note']}", file=sys.stderr)
+            note = results.note_of(row)
+            if note and note not in told and not options.json:
+                told.add(note)
+                tqdm.write(note, file=sys.stderr)
     finally:
         if out:
             out.close()

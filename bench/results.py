@@ -66,6 +66,12 @@ def named(row):
     return row["case"] + (", graph" if row["mode"] == "graph" else "")
 
 
+def note_of(row):
+    """What a row says for itself: a provider of all its cases, or of the case alone; empty if nothing."""
+    whose = row["provider"] if row["note"].startswith(NOT_THERE) else f"{row['case']}, {row['provider']}"
+    return row["note"] and f"{whose}: {row['note']}"
+
+
 def table(rows):
     """Markdown: a line for each case, mode and provider that was timed, then what was not and why."""
     lines = ["| case | provider | ms (p20-p80) | roof, ms | GB/s | of bandwidth | TFLOP/s | of dense | x qzo | error |",
@@ -78,8 +84,7 @@ def table(rows):
                  _percent(r["matmul_fraction"]), "" if r["ratio"] is None else f"{r['ratio']:.2f}",
                  "" if r["error"] is None else f"{r['error']:.1e}"]
         lines.append("| " + " | ".join(cells) + " |")
-    notes = dict.fromkeys((r["provider"], r["note"]) for r in rows if r.get("note"))
-    lines += [""] + [f"{provider}: {note}" for provider, note in notes]
+    lines += [""] + [note for note in dict.fromkeys(map(note_of, rows)) if note]
     first = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return "\n".join([*lines, "", f"{first['device']}; {versions}; {first['date']}."])

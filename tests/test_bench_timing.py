@@ -274,6 +274,7 @@ def test_run_says_how_long_and_leaves_nothing_out_in_silence(tmp_path, capsys, m
     assert [r["kind"] for r in timed] == ["journal"]
     [note] = {r["note"] for r in rows if not r["ms"]}
     assert note == "left out: it takes about 2.0 h, and 60 s of --seconds 60 are left"
+    assert said.count("left out") == len(rows) - 1
     assert f"{len(rows)} cases on cpu, about {2 * (len(rows) - 1)}.0 h, --seconds 60;" in said
     assert main(["bench", "run", "--seconds", "0"]) == 2
     assert "--seconds 0: more than 0 is wanted" in capsys.readouterr().err
