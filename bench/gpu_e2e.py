@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ROOT / "tests" / "fixtures"
 MODEL = "gptqmodel-gptq-sym-g128"                # what the command line trains
 STEPS = 200
+LEAST = 10                                       # seconds without which nothing is begun
 # relative error of logits, root mean square, beside the expected ones, which are a float32 model's
 ALLOWED = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4}
 
@@ -42,27 +43,42 @@ def must(good, text):
 
 def e2e(check):
     """All of it; a row each."""
-    for folder in sorted(FOLDERS.iterdir()) if FOLDERS.is_dir() else ():
-        if (folder / "expected.safetensors").exists():
-            attempt(check, f"folder {folder.name}", trained_and_saved, folder, check.device)
-    source = FOLDERS / MODEL
-    attempt(check, "large_rows=blas in a model", through_blas, source, check.device)
-    attempt(check, "torch.compile of a model", compiled, source, check.device)
+    folders = sorted(FOLDERS.iterdir()) if FOLDERS.is_dir() else ()
+    todo = [(f"folder {folder.name}", "folder", folder) for folder in folders
+            if (folder / "expected.safetensors").exists()]
+    todo += [("large_rows=blas in a model", "blas", FOLDERS / MODEL), ("torch.compile of a model", "compiled",
+                                                                       FOLDERS / MODEL)]
+    with _pool() as pool:
+        found = {case: pool.submit(in_own_process, kind, folder, check.device, check.left())
+                 for case, kind, folder in todo if check.left() > LEAST}
+        for case, _, _ in todo:
+            attempt(check, case, lambda case=case: found[case].result())
+    if check.left() < LEAST:
+        check.note("e2e", "the command line", note="no time left")
+        return
     with tempfile.TemporaryDirectory() as folder:
-        command_line(check, source, Path(folder))
+        command_line(check, FOLDERS / MODEL, Path(folder))
+
+
+def _pool():
+    """As many at once as there are cores to start Python on."""
+    return concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2))
 
 
 def attempt(check, case, function, *arguments):
     """A row with what the function says, or with what it breaks with."""
-    if check.left() < 10:
+    if check.left() < LEAST:
         check.note("e2e", case, note="no time left")
         return
-    begun = time.monotonic()
     try:
         note = function(*arguments)
     except failures() as error:
-        note = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    check.note("e2e", case, note=note, seconds=round(time.monotonic() - begun, 1))
+        note = _failed(error)
+    check.note("e2e", case, note=note)
+
+
+def _failed(error):
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # ------------------------------------------------------------------------------------------------ in Python
@@ -136,6 +152,17 @@ def compiled(folder, device, backend="inductor"):
     return f"logits differ by {error:.1e}"
 
 
+IN_PYTHON = {"folder": trained_and_saved, "blas": through_blas, "compiled": compiled}
+
+
+def in_own_process(kind, folder, device, seconds):
+    """What one of IN_PYTHON says, run by itself: what breaks the device there breaks nothing here."""
+    command = [sys.executable, "-m", "qzo.bench.gpu_e2e", kind, str(folder), device]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, seconds))
+    must(done.returncode == 0, f"exit status {done.returncode}: {done.stderr.strip()[-250:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
 # ------------------------------------------------------------------------------------------------ the command line
 
 def qzo_command(arguments, seconds):
@@ -154,24 +181,30 @@ def command_line(check, model, folder):
     """Runs that do not wait for one another go at once; each is compared with the first."""
     lines = [{"prompt": "line " * (1 + 7 * (i % 5)), "completion": f"answer {i % 3}"} for i in range(48)]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    train = {"first": [], "again": [], "eager": ["--no-cuda-graph"], "blas": ["--large-rows", "blas"]}
-    with concurrent.futures.ThreadPoolExecutor(len(train) + 1 if os.cpu_count() > 4 else 1) as pool:
-        ended = {name: pool.submit(qzo_command, train_arguments(model, folder, name, check.device) + more, check.left())
-                 for name, more in train.items()}
-        killed = pool.submit(kill_half_way, train_arguments(model, folder, "killed", check.device),
-                             folder / "killed" / "journal.qzo", check.left())
-    attempt(check, "train", _trained, ended["first"], folder / "first")
-    attempt(check, "train again", _same_run, ended["again"], folder / "first", folder / "again")
-    attempt(check, "train --no-cuda-graph, batches of many shapes", _same_run, ended["eager"], folder / "first",
-            folder / "eager")
-    attempt(check, "train --large-rows blas", _trained, ended["blas"], folder / "blas")
-    attempt(check, "train, killed and resumed", _resumed, check, killed, model, folder)
-    journal_of_first = str(folder / "first" / "journal.qzo")
-    attempt(check, "replay", _replayed, check, ["replay", str(model), journal_of_first, "--output-dir",
-                                                str(folder / "replayed"), "--device", check.device], folder)
-    attempt(check, "export", _exported, check, ["export", str(model), "--to", "compressed-tensors", "--journal",
-                                                journal_of_first, "--output-dir", str(folder / "exported"),
-                                                "--device", check.device], folder)
+    first, killed = folder / "first", folder / "killed"
+
+    def trained(name, *more):
+        return [*train_arguments(model, folder, name, check.device), *more]
+    after = ["--device", check.device, "--output-dir"]
+    with _pool() as pool:
+        def started(arguments):
+            return pool.submit(qzo_command, arguments, check.left())
+        runs = {name: started(trained(name, *more)) for name, more in (
+            ("first", []), ("again", []), ("eager", ["--no-cuda-graph"]), ("blas", ["--large-rows", "blas"]))}
+        steps = pool.submit(kill_half_way, trained("killed"), killed / "journal.qzo", check.left())
+        attempt(check, "train", _trained, runs["first"], first)
+        concurrent.futures.wait([steps])
+        resumed = started(trained("killed", "--resume"))
+        replayed = started(["replay", str(model), str(first / "journal.qzo"), *after, str(folder / "replayed")])
+        exported = started(["export", str(model), "--to", "compressed-tensors", "--journal", str(first / "journal.qzo"),
+                            *after, str(folder / "exported")])
+        attempt(check, "train again", _same_run, runs["again"], first, folder / "again")
+        attempt(check, "train --no-cuda-graph, batches of many shapes", _same_run, runs["eager"], first,
+                folder / "eager")
+        attempt(check, "train --large-rows blas", _trained, runs["blas"], folder / "blas")
+        attempt(check, "train, killed and resumed", _resumed, steps, resumed, first, killed)
+        attempt(check, "replay", _replayed, replayed, first / "model", folder / "replayed")
+        attempt(check, "export", _exported, exported, first / "model", folder / "exported", check.device)
 
 
 def kill_half_way(arguments, path, seconds):
@@ -194,7 +227,7 @@ def _steps_of(path):
 
 
 def _went(ended):
-    status, said = ended.result() if isinstance(ended, concurrent.futures.Future) else ended
+    status, said = ended.result()
     if status == 2 and "unrecognized arguments" in said:
         raise Untrue(f"this qzo does not know an option: {said.strip().splitlines()[-1]}")
     must(status == 0, f"exit status {status}: {said.strip()[-250:]}")
@@ -226,25 +259,32 @@ def _same_run(ended, first, other):
     return _same_steps(first, other)
 
 
-def _resumed(check, killed, model, folder):
-    steps = killed.result()
-    must(0 < steps < STEPS, f"it was not killed half-way: {steps} of {STEPS} steps")
-    _went(qzo_command([*train_arguments(model, folder, "killed", check.device), "--resume"], check.left()))
-    return f"killed after {steps} of {STEPS} steps; {_same_steps(folder / 'first', folder / 'killed')}"
+def _resumed(steps, ended, first, killed):
+    must(0 < steps.result() < STEPS, f"it was not killed half-way: {steps.result()} of {STEPS} steps")
+    _went(ended)
+    return f"killed after {steps.result()} of {STEPS} steps; {_same_steps(first, killed)}"
 
 
-def _replayed(check, arguments, folder):
-    _went(qzo_command(arguments, check.left()))
-    _same_model(folder / "first" / "model", folder / "replayed")
+def _replayed(ended, model, replayed):
+    _went(ended)
+    _same_model(model, replayed)
     return "same model"
 
 
-def _exported(check, arguments, folder):
-    _went(qzo_command(arguments, check.left()))
-    dtype = torch.float16 if check.device == "cuda" else torch.float32
-    ids = torch.arange(24, device=check.device).view(2, 12)
-    want, got = (logits(qzo.from_pretrained(str(path), dtype=dtype, device=check.device), ids)
-                 for path in (folder / "first" / "model", folder / "exported"))
+def _exported(ended, model, exported, device):
+    _went(ended)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    ids = torch.arange(24, device=device).view(2, 12)
+    want, got = (logits(qzo.from_pretrained(str(path), dtype=dtype, device=device), ids)
+                 for path in (model, exported))
     error = relative_error(got, want)
     must(error < 1e-3, f"logits differ by {error:.2e}")
     return f"logits differ by {error:.1e}"
+
+
+if __name__ == "__main__":
+    kind, folder, device = sys.argv[1:]
+    try:
+        print(IN_PYTHON[kind](Path(folder), device))
+    except failures() as error:
+        print(_failed(error))

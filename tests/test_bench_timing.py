@@ -68,16 +68,17 @@ def capturing(monkeypatch):
 
     generator = torch.Generator
 
-    def seeding(*arguments):
-        if active:
-            raise RuntimeError("Cannot construct a new CUDAGeneratorImpl")
-        return generator(*arguments)
+    class Seeding:
+        def __new__(cls, *arguments):
+            if active:
+                raise RuntimeError("Cannot construct a new CUDAGeneratorImpl")
+            return generator(*arguments)
 
     for name, value in (("CUDAGraph", Graph), ("graph", graph), ("synchronize", lambda: None)):
         monkeypatch.setattr(torch.cuda, name, value)
     for name in ("normal", "randn"):
         monkeypatch.setattr(torch, name, drawing(getattr(torch, name)))
-    monkeypatch.setattr(torch, "Generator", seeding)
+    monkeypatch.setattr(torch, "Generator", Seeding)
     return made
 
 

@@ -1,4 +1,5 @@
 """bench/gpu_check.py without a GPU: it says so; its parts run on a CPU at small sizes, in the interpreter."""
+import concurrent.futures
 import contextlib
 import inspect
 import io
@@ -222,7 +223,7 @@ def e2e(monkeypatch, tmp_path):
     """A Check, small runs, one folder."""
     monkeypatch.setattr(gpu_e2e, "qzo_command", in_this_process)
     monkeypatch.setattr(gpu_e2e, "STEPS", 12)
-    monkeypatch.setattr(gpu_e2e.os, "cpu_count", lambda: 2)              # one at a time: main prints into one stream
+    monkeypatch.setattr(gpu_e2e.os, "cpu_count", lambda: 1)              # one at a time: main prints into one stream
     check = gpu_check.Check(tmp_path / "out.jsonl", 600, device="cpu")
     check.share_ends = check.ends
     return check
@@ -249,8 +250,10 @@ def test_runs_that_differ_are_found(e2e, tmp_path):
         gpu_e2e._same_steps(tmp_path / "first", tmp_path / "other")
     with pytest.raises(gpu_e2e.Untrue, match="the models differ"):
         gpu_e2e._same_model(tmp_path / "first" / "model", tmp_path / "other" / "model")
-    gpu_e2e.attempt(e2e, "missing", gpu_e2e._trained, (2, "qzo: unrecognized arguments: --new; see"), tmp_path)
-    gpu_e2e.attempt(e2e, "broken", gpu_e2e._trained, (1, "out of luck"), tmp_path)
+    for ended in ((2, "qzo: unrecognized arguments: --new; see"), (1, "out of luck")):
+        run = concurrent.futures.Future()
+        run.set_result(ended)
+        gpu_e2e.attempt(e2e, "broken", gpu_e2e._trained, run, tmp_path)
     assert [row["note"] for row in e2e.rows] == [
         "failed: Untrue: this qzo does not know an option: qzo: unrecognized arguments: --new; see",
         "failed: Untrue: exit status 1: out of luck"]
@@ -270,6 +273,21 @@ def test_a_folder_is_loaded_compared_saved_and_trained(e2e, monkeypatch):
     assert changed == "failed: Untrue: lr 0 changed model.gguf"
 
 
+def test_every_folder_has_a_process_of_its_own(e2e, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_e2e, "in_own_process", lambda kind, folder, device, seconds: asked.append(kind) or "fine")
+    monkeypatch.setattr(gpu_e2e, "command_line", lambda *arguments: None)
+    gpu_e2e.e2e(e2e)
+    assert asked == ["folder"] * 14 + ["blas", "compiled"]
+    assert [row["note"] for row in e2e.rows] == ["fine"] * 16
+    monkeypatch.undo()
+    nowhere = gpu_e2e.FOLDERS / "nowhere"
+    assert gpu_e2e.in_own_process("folder", nowhere, "cpu", 60).startswith("failed: FileNotFoundError: ")
+    monkeypatch.setattr(gpu_e2e.sys, "executable", "false")
+    gpu_e2e.attempt(e2e, "a crash", gpu_e2e.in_own_process, "folder", nowhere, "cpu", 60)
+    assert e2e.rows[-1]["note"] == "failed: Untrue: exit status 1:"
+
+
 def test_many_rows_and_a_compiled_model(e2e):
     model = gpu_e2e.FOLDERS / gpu_e2e.MODEL
     assert re.fullmatch(r"losses of \d+ rows differ by 0.0e\+00", gpu_e2e.through_blas(model, "cpu", 64))
@@ -279,25 +297,27 @@ def test_many_rows_and_a_compiled_model(e2e):
 # ------------------------------------------------------------------------------------------------ tiles
 
 def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch):
-    wrong, refused = Tile(16, 32, 4, 1), Tile(32, 32, 4, 1)
+    wrong, refused, idle = Tile(16, 32, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)
     neighbours, launch = gpu_parts.neighbours, qmm.launch
 
     def faulty(*arguments, tile, **keywords):
         if tile == refused:
             raise RuntimeError("out of resources")
+        if tile == idle:                       # writes nothing: the last tile's product may not pass for its own
+            return
         launch(*arguments, tile=tile, **keywords)
         if tile == wrong:
             arguments[7].view(-1)[7] = torch.nan
 
     monkeypatch.setattr(qmm, "launch", faulty)
     monkeypatch.setattr(gpu_parts, "TILES", ("smollm2-135m 576x192 rows 1 g64 float32 rademacher",))
-    monkeypatch.setattr(gpu_parts, "neighbours", lambda tile: [wrong, refused, *neighbours(tile)[:1]])
+    monkeypatch.setattr(gpu_parts, "neighbours", lambda tile: [idle, wrong, refused, *neighbours(tile)[:1]])
     monkeypatch.setattr("qzo.bench.timing.cache_bytes", lambda device: 1)
     check = gpu_check.Check(tmp_path / "out.jsonl", 600, device="cpu")
     gpu_check.run(check, ["tiles"], warm=False)
     [found] = json.loads((tmp_path / "out.tiles.json").read_text()).values()
     timed = [row for row in check.rows if row["ms"]]
-    assert [row["note"].partition(":")[0] for row in check.rows] == ["", "wrong", "RuntimeError", ""]
+    assert [row["note"].partition(":")[0] for row in check.rows] == ["", "wrong", "wrong", "RuntimeError", ""]
     assert found["ms"] == min(row["ms"] for row in timed)
     assert found["picked_ms"] == timed[0]["ms"]
 
