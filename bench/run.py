@@ -90,7 +90,7 @@ def left_out(case, device, why):
 
 
 def _wrong(provider, case, error, allowed):
-    whose = f"{provider.package} {_version(provider.package)}" if provider.package else "qzo"
+    whose = f"{provider.name} ({provider.package} {_version(provider.package)})" if provider.package else provider.name
     return (f"wrong: what {whose} gives for {2 * case.rows} rows is off by {error:.3g} of its size (root mean square, "
             f"against float64; at most {allowed:.3g} allowed); not timed")
 

@@ -172,6 +172,7 @@ def roof(device, dtype):
     The dense product comes after, so that its heat does not.
     """
     size = max((1 << 30 if device == "cuda" else 1 << 27), cache_bytes(device)) // 4
+    size -= size % (bandwidth.BLOCK * bandwidth.TURNS)
     source = torch.randint(-(1 << 30), 1 << 30, (size,), dtype=torch.int32, device=device)
     if device == "cpu":
         source = source.float()

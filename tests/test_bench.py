@@ -154,7 +154,7 @@ def test_the_truth_knows_the_table(monkeypatch):
     names = ["qzo", "qzo-unperturbed", "dequantize", "official", "official-fused"]
     rows = run.measure(NF4_CASE, "cpu", names, **FAST)
     assert len(rows) == len(names)
-    assert all(row["note"].startswith("wrong: what qzo gives for 6 rows is off by") for row in rows)
+    assert all(row["note"].startswith(f"wrong: what {row['provider']} gives for 6 rows is off by") for row in rows)
 
 
 @pytest.mark.parametrize(("codes", "most"), [("nf4", 1e-5), ("int4", 0.2)])
@@ -174,7 +174,7 @@ def test_a_provider_that_is_wrong_is_reported_and_not_timed(monkeypatch):
     monkeypatch.setattr(run, "PROVIDERS", (Provider("wrong", wrong), *run.LAYER_PROVIDERS[:1]))
     bad, good = run.measure(CASE, "cpu", **FAST)
     assert (bad["ms"], bad["ratio"]) == (None, None)
-    assert bad["note"] == ("wrong: what qzo gives for 6 rows is off by 0.01 of its size (root mean square, against "
+    assert bad["note"] == ("wrong: what wrong gives for 6 rows is off by 0.01 of its size (root mean square, against "
                            "float64; at most 1e-05 allowed); not timed")
     assert good["ms"] > 0
 

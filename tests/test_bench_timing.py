@@ -203,7 +203,7 @@ def test_the_kernels_of_the_roof_read_and_copy_all():
 
 
 def test_the_roof_is_measured(monkeypatch):
-    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: (1 << 27) + 4000)         # no whole number of blocks
     roof = ROOF("cpu", torch.float32)
     assert all(0 < value < math.inf for value in (roof.read, roof.copy, roof.dense))
 
@@ -309,3 +309,10 @@ def test_the_formula_grows_with_the_case():
     assert estimate.seconds(few, "cpu", ["qzo"]) < estimate.seconds(few, "cpu") / 4
     assert sum(estimate.seconds(c, "cpu") for c in cases.default("cpu")) < 600
     assert 0 < estimate.probe("cpu") < 100
+
+
+def test_a_peer_that_is_wrong_is_named_with_its_version():
+    peer = Provider("bitsandbytes", None, package="pytest")
+    note = run._wrong(peer, cases.Case("linear", "", 64, 64, 8192), 35.123, 0.2)
+    assert note == (f"wrong: what bitsandbytes (pytest {pytest.__version__}) gives for 16384 rows is off by 35.1 of "
+                    "its size (root mean square, against float64; at most 0.2 allowed); not timed")
