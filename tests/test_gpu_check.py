@@ -156,12 +156,14 @@ def test_two_calls_hold_every_part_and_end_in_six_minutes():
 
 def test_what_no_time_is_left_for_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_parts, "CASES", ("576x192 rows 16 g64 float32 rademacher",))
+    monkeypatch.setattr(gpu_e2e.subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     check = gpu_check.Check(tmp_path / "out.jsonl", 0, device="cpu")
     gpu_check.run(check, ["memory", "bench", "steps", "e2e"], warm=False)
     assert {row["note"] for row in check.rows if "not there" not in row["note"]} == {"no time left"}
     assert sum(row["kind"] == "memory" for row in check.rows) == len(gpu_parts.MEMORY)
     assert sum(row["part"] == "steps" for row in check.rows) == 2 * (2 * 4 + 1)
     assert sum(row["case"].startswith("folder ") for row in check.rows) == 14
+    assert check.rows[-1]["case"] == "the command line"
 
 
 # ------------------------------------------------------------------------------------------------ compiled ahead
