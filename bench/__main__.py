@@ -3,7 +3,9 @@ import argparse
 import json
 import sys
 
-EXAMPLE = "example: qzo bench run --filter 4096x11008 --rows 1 16 --out results.jsonl"
+EXAMPLE = "example: qzo bench run --filter 4096x11008 --rows 1 16 --seconds 300 --out results.jsonl"
+
+CPU_SECONDS = 600            # of the set that a CPU measures when it is not told which
 
 
 def add_commands(parser):
@@ -12,10 +14,13 @@ def add_commands(parser):
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     run = commands.add_parser("run", help="measure", epilog=EXAMPLE, description=(
         "Time products, whole steps, updates, noise and the journal: kinds " + ", ".join(KINDS) + ". A provider is "
-        "timed only after its output agreed with float64. On a CPU, without --filter, a set that ends in minutes."))
+        "timed only after its output agreed with float64. Says first how long it will take; on a CPU, without "
+        "--filter, a set that ends within ten minutes."))
     run.add_argument("--filter", metavar="SUBSTRING", help="cases with this in their name, in any case")
     run.add_argument("--rows", type=int, nargs="+", help="only cases with these rows per evaluation")
     run.add_argument("--providers", metavar="A,B", help="only these, separated by commas")
+    run.add_argument("--seconds", type=float, metavar="S", help="for all cases together; those that do not fit are "
+                     f"rows that say so (default: {CPU_SECONDS} for a CPU without --filter, else no limit)")
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     run.add_argument("--out", metavar="FILE", help="also write the rows there, as JSON lines")
     run.add_argument("--json", action="store_true", help="JSON lines on standard output instead of a table")
@@ -60,11 +65,13 @@ def _run(options):
     from tqdm import tqdm
 
     from . import cases, results
-    from .run import check_providers, measure
+    from .run import check_providers
     from .timing import keep_memory
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(f"--seconds {options.seconds:g}: more than 0 is wanted")
     names = options.providers.split(",") if options.providers else None
     check_providers(names)
     chosen = cases.choose(device, options.filter)
@@ -80,27 +87,53 @@ def _run(options):
     if device == "cpu":
         torch.set_num_threads(1)
         keep_memory()
-    left_out = len(cases.every(device)) - len(chosen)
-    print(f"{len(chosen)} cases on {device}, {left_out} left out (qzo bench run --list names them)", file=sys.stderr)
-    rows = []
+    rows, told = [], set()
     out = open(options.out, "w", encoding="utf-8") if options.out else None       # noqa: SIM115  closed below
     try:
-        for case in tqdm(chosen, unit="case", disable=None):
-            for row in measure(case, device, names):
-                rows.append(row)
-                line = json.dumps(row)
-                if out:
-                    print(line, file=out, flush=True)
-                if options.json:
-                    print(line, flush=True)
-                if row["note"] and not options.json:
-                    print(f"{row['case']}, {row['provider']}: {row['note']}", file=sys.stderr)
+        limit = CPU_SECONDS if device == "cpu" and options.filter is None else None
+        for row in _measured(chosen, device, names, options.seconds or limit):
+            rows.append(row)
+            line = json.dumps(row)
+            if out:
+                print(line, file=out, flush=True)
+            if options.json:
+                print(line, flush=True)
+            note = results.note_of(row)
+            if note and note not in told and not options.json:
+                told.add(note)
+                tqdm.write(note, file=sys.stderr)
     finally:
         if out:
             out.close()
     if not options.json:
         print(results.table(rows))
     return 0
+
+
+def _measured(chosen, device, names, limit):
+    """The rows of the cases in turn, with what it will take before and a live line on standard error meanwhile."""
+    from tqdm import tqdm
+
+    from . import cases, estimate
+    from .run import left_out, measure
+    costs = {case: estimate.seconds(case, device, names) for case in chosen}
+    budget = estimate.Budget(limit, estimate.probe(device))
+    others = len(cases.every(device)) - len(chosen)
+    print(f"{len(chosen)} cases on {device}, about {estimate.said(budget.factor * sum(costs.values()))}"
+          f"{f', --seconds {limit:g}' if limit else ''}; {others} not chosen (qzo bench run --list names them)",
+          file=sys.stderr)
+    # in the seconds of the formula, so that tqdm's own guess of what remains knows which cases are long
+    with tqdm(total=sum(costs.values()), disable=None, smoothing=0,
+              bar_format="{percentage:3.0f}% {elapsed}, {remaining} left: {desc}") as bar:
+        for case, wanted in costs.items():
+            bar.set_description_str(case.name)
+            refused = budget.refuses(wanted)
+            if refused:
+                yield left_out(case, device, refused)
+            else:
+                yield from measure(case, device, names)
+                budget.done(wanted)
+            bar.update(wanted)
 
 
 def main(arguments=None):

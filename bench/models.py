@@ -185,6 +185,11 @@ def fill_random(model, device, seed=0):
         arena.write(layer.arena_name, scales)
         if layer.zeros is not None:
             layer.zeros = torch.full(layer.zeros.shape, 1 << layer.bits - 1, dtype=layer.zeros.dtype, device=device)
+    return fill_parameters(model, device, generator)
+
+
+def fill_parameters(model, device, generator):
+    """Random numbers for the parameters on meta, in place, on `device`: 1 for norms, 0 for biases."""
     for owner in model.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_meta:

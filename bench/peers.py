@@ -9,7 +9,7 @@ import importlib
 import torch
 
 from ..weights import unpack_codes
-from .providers import EXACT, Built, Provider
+from .providers import EVERY, EXACT, Built, Provider
 
 # relative RMS error allowed: of the very weight, however it is multiplied; and what rounding it to 4 bits costs
 SAME_CODES = 4 * EXACT["bfloat16"]
@@ -24,8 +24,8 @@ def _peer(problem, make, allowed, bytes_per_weight=0.5):
     first, k, _ = packed[0]
     want = problem.truth(first, first.scales, first.scales)
 
-    def run():
-        return [forward(problem.x[k]) for forward, k in forwards]
+    def run(part=EVERY):
+        return [forward(problem.x[k]) for forward, k in forwards[part]]
     return Built(run, passes, lambda: forwards[0][0](problem.x[k]), want, allowed)
 
 

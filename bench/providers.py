@@ -1,12 +1,14 @@
 """Who is timed: qzo and what it is made to beat; peers.py has the libraries beside it.
 
 A provider builds its own weights for a Problem, enough of them that no cache holds all, and gives a run that passes
-over them once, together with an output and the float64 truth it has to agree with. One that cannot run a case, or
+over them, together with an output and the float64 truth it has to agree with. One that cannot run a case, or
 is not installed, says so.
 
 The official QZO loop perturbs float16 scales in place with noise that is materialized by torch.normal: +eps, forward,
 -2 eps, forward, +eps, update (arXiv 2505.13430 and its published trainer). MeZO (arXiv 2305.17333) does the same to
-dense weights. Both are written here from their description.
+dense weights. Both are written here from their description, with one difference: where they seed one generator anew
+before each sweep, four generators of one seed stand here, a sweep each (`four_alike`). Nothing may be seeded in a CUDA
+graph, and so each replay, too, draws the same noise four times, and other noise than the last one.
 """
 import dataclasses
 import functools
@@ -34,18 +36,26 @@ EXACT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 @dataclasses.dataclass
 class Built:
-    """run(): one pass over all layers; passes: how many times the case's work that is. output(): y [2 rows, N] of the
-    first layer, to be near `want` (float64, for the sampled rows and outputs) within `allowed`."""
+    """run(part): the case's work once with each set of weights of `part`, a slice of `passes`; with all if not given.
+    output(): y [2 rows, N] of the first layer, to be near `want` (float64, for the sampled rows and outputs) within
+    `allowed`; None where nothing is computed. generators: all that the run draws from. host: what is timed is Python's
+    own time on the CPU, on every device."""
 
     run: object
     passes: int = 1
     output: object = None
     want: torch.Tensor | None = None
     allowed: float = 0.0
+    generators: tuple = ()
+    host: bool = False
+
+
+EVERY = slice(None)
 
 
 class Problem:
-    """The random quantized layers and inputs of a case. Weights are random: what is timed does not depend on them."""
+    """The random quantized layers and inputs of a case. Weights are random: what is timed does not depend on them, and
+    sets of them are copies of one."""
 
     def __init__(self, case, device, least_bytes):
         self.case, self.device, self.least_bytes = case, device, least_bytes
@@ -53,7 +63,7 @@ class Problem:
         generator = torch.Generator(device).manual_seed(SEED)
         self.x = {k: torch.randn(2 * case.rows, k, generator=generator, device=device).to(self.dtype)
                   for k, _ in case.shapes}
-        self.generator = generator
+        self.generator, self.first = generator, {}
 
     def copies(self, bytes_of_one):
         """How many sets of weights exceed the cache; a whole step is large enough, or the model is small."""
@@ -65,7 +75,19 @@ class Problem:
         copies = self.copies(max(1, int(one)))
         return self.case.shapes * copies, copies
 
+    def taken(self, layers, part):
+        """Of a provider's layers those that the passes `part` run: a product's have one each, a step is all of them."""
+        return layers[part] if self.case.kind == "linear" else layers
+
     def packed(self, k, n):
+        """A PackedWeight of its own; those of one shape hold the same numbers."""
+        if (k, n) not in self.first:
+            self.first[k, n] = self._packed(k, n)
+        first = self.first[k, n]
+        books = first.codebooks if first.codebooks is None else first.codebooks.clone()
+        return dataclasses.replace(first, codes=first.codes.clone(), scales=first.scales.clone(), codebooks=books)
+
+    def _packed(self, k, n):
         form, given = self.case.form, dict(generator=self.generator, device=self.device)
         scales = torch.rand(k // self.case.group, n, **given) * 0.02 + 0.01
         scales = scales.half().float()                       # the same number in every format that is compared
@@ -86,7 +108,8 @@ class Problem:
     def dense(self):
         """(dense weights [N, K], passes)."""
         shapes, passes = self.shapes(self.dtype.itemsize)
-        return [self.packed(k, n).dequantize().to(self.dtype) for k, n in shapes], passes
+        first = {(k, n): self.packed(k, n).dequantize().to(self.dtype) for k, n in self.case.shapes}
+        return [first[shape].clone() for shape in shapes], passes
 
     def sample(self, y):
         """The rows of either sign and the outputs that are compared."""
@@ -119,7 +142,9 @@ def packed_of(weight):
 
 
 def error_of(built, problem):
-    """Relative RMS error of an output, or inf where it has another shape or is not finite."""
+    """Relative RMS error of an output, or inf where it has another shape or is not finite; 0 where there is none."""
+    if built.output is None:
+        return 0.0
     y = problem.sample(built.output())
     if y.shape != built.want.shape or not bool(torch.isfinite(y).all()):
         return float("inf")
@@ -135,15 +160,16 @@ def _qzo(problem, sharing="group", perturbed=True, large_rows="fused"):
     arena, first = arena_of(model), model[0]
     applied = kernel_coefs([LR], law_number(case.noise)).to(problem.device)
 
-    def forward():
-        return [layer(problem.x[layer.in_features]) for layer in model]
+    def forward(layers):
+        return [layer(problem.x[layer.in_features]) for layer in layers]
 
     @torch.no_grad()
-    def run():
+    def run(part=EVERY):
+        layers = problem.taken(model, part)
         if not perturbed:
-            return forward()
-        with ops.backend(large_rows=large_rows), evaluating(model, evaluations):
-            outputs = forward()
+            return forward(layers)
+        with ops.backend(large_rows=large_rows), evaluating(layers, evaluations):
+            outputs = forward(layers)
         if case.kind == "step":
             torch.stack([y.float().square().mean() for y in outputs[-1].chunk(2)])
             ops.update_op(arena.data, evaluations.seeds[:1], applied, 0, law_number(case.noise), True, 2.0**-24,
@@ -171,8 +197,8 @@ def _dense(problem):
     weights, passes = problem.dense()
     first = weights[0]
 
-    def run():
-        return [dense_linear(problem.x[w.shape[1]], w) for w in weights]
+    def run(part=EVERY):
+        return [dense_linear(problem.x[w.shape[1]], w) for w in problem.taken(weights, part)]
     want = problem.sample(problem.x[first.shape[1]].double() @ first[:SAMPLE].double().T)
     return Built(run, passes, lambda: dense_linear(problem.x[first.shape[1]], first), want, EXACT[problem.case.dtype])
 
@@ -184,7 +210,8 @@ def _float16_scales(problem):
     return [(p, p.scales.half()) for p in packed], passes
 
 
-def _dequantized_product(x, packed, scales):
+def dequantized_product(x, packed, scales):
+    """x [..., K] by the weight of packed codes under scales [G, N], which is made, in x's dtype, and multiplied."""
     k, (groups, n) = packed.in_features, scales.shape
     if packed.books:
         w = vector_rows(packed.codes, k, 0, n, packed.codebooks.float(), x.dtype)
@@ -200,103 +227,113 @@ def _dequantize(problem):
     layers, passes = _float16_scales(problem)
     first, scales = layers[0]
 
-    def run():
-        return [_dequantized_product(problem.x[p.in_features], p, s) for p, s in layers]
+    def run(part=EVERY):
+        return [dequantized_product(problem.x[p.in_features], p, s) for p, s in problem.taken(layers, part)]
     allowed = 4 * EXACT[problem.case.dtype]                  # the scaled weight is rounded once more
     want = problem.truth(first, scales, scales)
     x = problem.x[first.in_features]
-    return Built(run, passes, lambda: _dequantized_product(x, first, scales), want, allowed)
+    return Built(run, passes, lambda: dequantized_product(x, first, scales), want, allowed)
 
 
-def _sweep(parameters, factor, seed):
-    """parameters += factor * z, z materialized tensor by tensor from a seed."""
-    device = parameters[0].device
-    generator = torch.Generator(device).manual_seed(seed)
+def four_alike(device):
+    """A generator for each sweep of a step, which all draw the same numbers; see the module's docstring."""
+    return tuple(torch.Generator(device).manual_seed(SEED) for _ in range(4))
+
+
+def sweep(parameters, factor, generator):
+    """parameters += factor * z, z materialized tensor by tensor."""
     for p in parameters:
-        z = torch.normal(0.0, 1.0, p.shape, generator=generator, device=device, dtype=p.dtype)
+        z = torch.normal(0.0, 1.0, p.shape, generator=generator, device=p.device, dtype=p.dtype)
         p.add_(z, alpha=factor)
 
 
-def in_place_pair(parameters, forward, rows, step):
+def in_place_pair(parameters, forward, rows, step, generators):
     """Outputs under +eps and -eps by perturbing `parameters` in place; the fourth sweep, an update, if `step`."""
     eps = EPS * 0.02                                          # absolute; the scales are around 0.02
-    outputs = []
-    for factor, some in ((eps, slice(0, rows)), (-2 * eps, slice(rows, 2 * rows))):
-        _sweep(parameters, factor, SEED)
-        outputs.append(forward(some))
-    _sweep(parameters, eps, SEED)
+    first, second, third, fourth = generators
+    sweep(parameters, eps, first)
+    plus = forward(slice(0, rows))
+    sweep(parameters, -2 * eps, second)
+    minus = forward(slice(rows, 2 * rows))
+    sweep(parameters, eps, third)
     if step:
-        _sweep(parameters, -LR, SEED)
-    return [torch.cat(pair) for pair in zip(*outputs, strict=True)]
+        sweep(parameters, -LR, fourth)
+    return [torch.cat(pair) for pair in zip(plus, minus, strict=True)]
+
+
+def signs_of(parameter, scale=EPS * 0.02):
+    """A parameter under +eps and -eps of the first step, as in_place_pair leaves it."""
+    plus, (first, second, _, _) = parameter.clone(), four_alike(parameter.device)
+    sweep([plus], scale, first)
+    minus = plus.clone()
+    sweep([minus], -2 * scale, second)
+    return plus, minus
 
 
 def _official(problem):
     layers, passes = _float16_scales(problem)
     first, scales = layers[0]
-    case = problem.case
-    everything = [s for _, s in layers]
+    case, generators = problem.case, four_alike(problem.device)
 
-    def forward(some, layers=layers):
-        return [_dequantized_product(problem.x[p.in_features][some], p, s) for p, s in layers]
+    def forward(some, layers):
+        return [dequantized_product(problem.x[p.in_features][some], p, s) for p, s in layers]
 
-    def run():
-        return in_place_pair(everything, forward, case.rows, case.kind == "step")
+    def pair(layers, generators):
+        return in_place_pair([s for _, s in layers], lambda some: forward(some, layers), case.rows,
+                             case.kind == "step", generators)
 
-    probe = scales.clone()
-    plus = probe.clone()
-    _sweep([plus], EPS * 0.02, SEED)
-    minus = plus.clone()
-    _sweep([minus], -2 * EPS * 0.02, SEED)
-    want = problem.truth(first, plus, minus)
-
-    def output():
-        return in_place_pair([probe], lambda some: forward(some, [(first, probe)]), case.rows, False)[0]
-    return Built(run, passes, output, want, 4 * EXACT[case.dtype])
+    def run(part=EVERY):
+        return pair(problem.taken(layers, part), generators)
+    kept, want = scales.clone(), problem.truth(first, *signs_of(scales))
+    return Built(run, passes, lambda: pair([(first, kept.clone())], four_alike(problem.device))[0], want,
+                 4 * EXACT[case.dtype], generators)
 
 
 def _official_fused(problem):
     """The official loop over qzo's own kernel without noise: what fusing the perturbation is worth."""
     model, passes = problem.model()
     case, arena, first = problem.case, arena_of(model), model[0]
+    generators = four_alike(problem.device)
 
-    def forward(some, layers=model):
-        return [layer(problem.x[layer.in_features][some]) for layer in layers]
+    def pair(layers, scales, generators):
+        def forward(some):
+            return [layer(problem.x[layer.in_features][some]) for layer in layers]
+        return in_place_pair(scales, forward, case.rows, case.kind == "step", generators)
 
-    def run():
-        return in_place_pair([arena.data], forward, case.rows, case.kind == "step")
+    def run(part=EVERY):
+        layers = problem.taken(model, part)
+        whole = len(layers) == len(model)                     # then all scales are one tensor
+        return pair(layers, [arena.data] if whole else [arena.quads(x.arena_name) for x in layers], generators)
 
-    kept = arena.data.clone()
-    signs = []
-    for factor in (EPS * 0.02, -2 * EPS * 0.02):
-        _sweep([arena.data], factor, SEED)
+    kept, signs = arena.data.clone(), []
+    for scales in signs_of(arena.data):
+        arena.data.copy_(scales)
         signs.append(first.read_scales())
     want = problem.truth(first, *signs)
 
     def output():
         arena.data.copy_(kept)
-        return in_place_pair([arena.data], lambda some: forward(some, [first]), case.rows, False)[0]
-    return Built(run, passes, output, want, EXACT[case.dtype])
+        return pair([first], [arena.data], four_alike(problem.device))[0]
+    return Built(run, passes, output, want, EXACT[case.dtype], generators)
 
 
 def _mezo(problem):
     weights, passes = problem.dense()
     case, first = problem.case, weights[0].clone()
+    generators = four_alike(problem.device)
 
-    def forward(some, weights=weights):
-        return [dense_linear(problem.x[w.shape[1]][some], w) for w in weights]
+    def pair(weights, generators):
+        def forward(some):
+            return [dense_linear(problem.x[w.shape[1]][some], w) for w in weights]
+        return in_place_pair(weights, forward, case.rows, case.kind == "step", generators)
 
-    def run():
-        return in_place_pair(weights, forward, case.rows, case.kind == "step")
-    plus = first.clone()
-    _sweep([plus], EPS * 0.02, SEED)
-    minus = plus.clone()
-    _sweep([minus], -2 * EPS * 0.02, SEED)
+    def run(part=EVERY):
+        return pair(problem.taken(weights, part), generators)
+    plus, minus = (w[:SAMPLE].double() for w in signs_of(first))
     x = problem.x[first.shape[1]].double()
-    signs = (x[:case.rows] @ plus[:SAMPLE].double().T, x[case.rows:] @ minus[:SAMPLE].double().T)
-
-    def output():
-        return in_place_pair([first], lambda some: forward(some, [first]), case.rows, False)[0]
-    return Built(run, passes, output, problem.sample(torch.cat(signs)), EXACT[case.dtype])
+    want = problem.sample(torch.cat([x[:case.rows] @ plus.T, x[case.rows:] @ minus.T]))
+    return Built(run, passes, lambda: pair([first.clone()], four_alike(problem.device))[0], want, EXACT[case.dtype],
+                 generators)
 
 
 # ------------------------------------------------------------------------------------------------ the list

@@ -3,8 +3,8 @@
     <!-- table of bench/results/NAME.jsonl -->
     <!-- end -->
 
-A file of `qzo bench run` gives the times of qzo and what the others take of them; one of `qzo memory --json` gives
-bytes. Edit the text around, never a table.
+A file of `qzo bench run` or `bench/gpu_check.py` gives the times of qzo and what the others take of them; one of
+`qzo memory --json` gives bytes. Edit the text around, never a table.
 """
 import json
 import re
@@ -14,6 +14,7 @@ from pathlib import Path
 from . import results
 
 ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("linear", "step", "whole step", "update", "noise")
 SECTION = re.compile(r"(<!-- table of (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -29,15 +30,19 @@ def table(path):
 
 
 def ratio_table(rows):
-    """A line for each case: the milliseconds of qzo, and each other provider's time over them."""
-    timed = [r for r in rows if r["ms"] and r["kind"] in ("linear", "step", "update", "noise")]
+    """A line for each case, and mode where there is more than calls: the milliseconds of qzo, and each other provider's
+    time over them. A provider without a ratio was not timed in this mode."""
+    timed = [r for r in rows if r["ms"] and r["kind"] in KINDS]
     others = [name for name in dict.fromkeys(r["provider"] for r in timed) if name != "qzo"]
+    graphs = any(r["mode"] == "graph" for r in timed)
     lines = [f"| case | qzo, ms | {' | '.join(others)} |", "|---|---|" + "---|" * len(others)]
-    for case in dict.fromkeys(r["case"] for r in timed):
-        by_name = {r["provider"]: r for r in timed if r["case"] == case}
-        cells = [f"{by_name[name]['ratio']:.2f}x" if name in by_name else "" for name in others]
-        lines.append(f"| {case} | {by_name['qzo']['ms']:.3g} | {' | '.join(cells)} |")
-    missing = [r["provider"] for r in rows if r["note"].startswith("missing")]
+    for case, mode in dict.fromkeys((r["case"], r["mode"]) for r in timed):
+        by_name = {r["provider"]: r for r in timed if (r["case"], r["mode"]) == (case, mode)}
+        ratios = [by_name[name]["ratio"] if name in by_name else None for name in others]
+        cells = ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
+        ours = f"{by_name['qzo']['ms']:.3g}" if "qzo" in by_name else ""
+        lines.append(f"| {case}{f', {mode}' if graphs else ''} | {ours} | {' | '.join(cells)} |")
+    missing = [r["provider"] for r in rows if r["note"].startswith(results.NOT_THERE)]
     said = f"Not there and so not timed: {', '.join(dict.fromkeys(missing))}. " if missing else ""
     versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
     return "\n".join([*lines, "", f"{said}{rows[0]['device']}; {versions}; {rows[0]['date']}."])

@@ -1,15 +1,28 @@
-"""Result files, JSON lines with a schema number: read, compare, table, plot."""
+"""Result files, JSON lines with a schema number: read, compare, table, plot.
+
+A row's `mode` is how it was timed: "graph", a replayed CUDA graph, or "eager", the calls one after another. `ratio` is
+the provider's ms over qzo's of the same case and mode. `gbps` and `tflops` are what has to be moved and computed over
+the time. `bandwidth_fraction` is of the bandwidth of reading where three quarters of the bytes or more are read (few
+rows), else of that of a copy; `matmul_fraction` of a dense product; `roof_ms` is the least time that these allow, all
+measured in the same run (`read_gbps`, `copy_gbps`, `dense_tflops`). `note` says why a row has no ms, or no graph.
+"""
 import json
 import statistics
 from pathlib import Path
 
-SCHEMA = 1
-FIELDS = ("case", "provider", "rows", "n", "k", "group", "dtype", "noise", "ms", "p20", "p80", "gbps", "tflops",
-          "bandwidth_fraction", "matmul_fraction", "ratio", "error", "device", "versions", "date")
+SCHEMA = 2
+_OF_1 = ("case", "provider", "rows", "n", "k", "group", "dtype", "noise", "ms", "p20", "p80", "gbps", "tflops",
+         "bandwidth_fraction", "matmul_fraction", "ratio", "error", "device", "versions", "date")
+FIELDS = (*_OF_1, "mode", "roof_ms")
+NOT_THERE = ("not there", "missing")         # how the note of a provider begins that this machine lacks; now and before
 
 
 def read(path):
-    """Rows of a results file. ValueError naming the line that is no JSON, lacks a field or has another schema."""
+    """Rows of a results file. ValueError naming the line that is no JSON, lacks a field or has an unknown schema.
+
+    Rows of schema 1 become those of schema 2. They did not say how they were timed: on a CPU it was eager; on a GPU
+    some were graphs and some were not, so that their ratios say nothing and are left out.
+    """
     rows = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -18,43 +31,60 @@ def read(path):
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict) or row.get("schema") != SCHEMA:
+        if not isinstance(row, dict) or row.get("schema") not in (1, SCHEMA):
             found = row.get("schema", "none") if isinstance(row, dict) else "none"
-            raise ValueError(f"{path}, line {number}: schema {found}, this qzo reads schema {SCHEMA}; measure again "
-                             "with qzo bench run")
-        lacking = [name for name in FIELDS if name not in row]
+            raise ValueError(f"{path}, line {number}: schema {found}, this qzo reads schemas 1 and {SCHEMA}; measure "
+                             "again with qzo bench run")
+        lacking = [name for name in (_OF_1 if row["schema"] == 1 else FIELDS) if name not in row]
         if lacking:
             raise ValueError(f"{path}, line {number}: the fields {', '.join(lacking)} are missing")
-        rows.append(row)
+        rows.append(_of_1(row) if row["schema"] == 1 else row)
     if not rows:
         raise ValueError(f"{path} holds no results")
     return rows
 
 
+def _of_1(row):
+    on_gpu = "cuda" in row["versions"]
+    return row | {"schema": SCHEMA, "mode": None if on_gpu else "eager", "roof_ms": None,
+                  "ratio": None if on_gpu else row["ratio"]}
+
+
 def compare(old, new, threshold):
-    """[(case, provider, old ms, new ms, new / old)] of what both measured, and those slower by more than threshold."""
-    before = {(r["case"], r["provider"], r["device"]): r["ms"] for r in old if r["ms"]}
-    both = [(r["case"], r["provider"], before[key], r["ms"], r["ms"] / before[key]) for r in new
-            if r["ms"] and (key := (r["case"], r["provider"], r["device"])) in before]
+    """[(case, provider, old ms, new ms, new / old)] of what both measured in the same mode, and those slower by more
+    than threshold. A case is named with its mode where that is a graph."""
+    before = {(named(r), r["provider"], r["mode"], r["device"]): r["ms"] for r in old if r["ms"]}
+    both = [(named(r), r["provider"], before[key], r["ms"], r["ms"] / before[key]) for r in new
+            if r["ms"] and (key := (named(r), r["provider"], r["mode"], r["device"])) in before]
     if not both:
-        raise ValueError("the two files share no case, provider and device; nothing can be compared")
+        raise ValueError("the two files share no case, provider, mode and device; nothing can be compared")
     return both, [line for line in both if line[4] > 1 + threshold]
 
 
+def named(row):
+    """The case, and that it is a graph."""
+    return row["case"] + (", graph" if row["mode"] == "graph" else "")
+
+
+def note_of(row):
+    """What a row says for itself: a provider of all its cases, or of the case alone; empty if nothing."""
+    whose = row["provider"] if row["note"].startswith(NOT_THERE) else f"{row['case']}, {row['provider']}"
+    return row["note"] and f"{whose}: {row['note']}"
+
+
 def table(rows):
-    """Markdown: a line for each case and provider that was timed, then what was not and why."""
-    lines = ["| case | provider | ms (p20-p80) | GB/s | of copy | TFLOP/s | of dense | x qzo | error |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    """Markdown: a line for each case, mode and provider that was timed, then what was not and why."""
+    lines = ["| case | provider | ms (p20-p80) | roof, ms | GB/s | of bandwidth | TFLOP/s | of dense | x qzo | error |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         if r["ms"] is None:
             continue
-        cells = [r["case"], r["provider"], f"{_number(r['ms'])} ({_number(r['p20'])}-{_number(r['p80'])})",
-                 _number(r["gbps"]), _percent(r["bandwidth_fraction"]), _number(r["tflops"]),
+        cells = [named(r), r["provider"], f"{_number(r['ms'])} ({_number(r['p20'])}-{_number(r['p80'])})",
+                 _number(r["roof_ms"]), _number(r["gbps"]), _percent(r["bandwidth_fraction"]), _number(r["tflops"]),
                  _percent(r["matmul_fraction"]), "" if r["ratio"] is None else f"{r['ratio']:.2f}",
                  "" if r["error"] is None else f"{r['error']:.1e}"]
         lines.append("| " + " | ".join(cells) + " |")
-    notes = dict.fromkeys((r["provider"], r["note"]) for r in rows if r.get("note"))
-    lines += [""] + [f"{provider}: {note}" for provider, note in notes]
+    lines += [""] + [note for note in dict.fromkeys(map(note_of, rows)) if note]
     first = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return "\n".join([*lines, "", f"{first['device']}; {versions}; {first['date']}."])
@@ -94,7 +124,8 @@ def plot(rows, path):
             ratio.semilogx([x for x in rows_seen for _ in by_rows[x]], [y for x in rows_seen for y in by_rows[x]], "o",
                            markersize=3, alpha=0.4, color=look["color"])
             ratio.semilogx(rows_seen, [statistics.median(by_rows[x]) for x in rows_seen], "-", **look)
-    copy, dense = timed[0].get("copy_gbps"), timed[0].get("dense_tflops")
+    copy = timed[0].get("read_gbps", timed[0].get("copy_gbps"))        # of what lies under the slope most is read
+    dense = timed[0].get("dense_tflops")
     if copy and dense:
         knee = 1e3 * dense / copy
         ends = sorted({min(*intensities, knee / 4), knee, max(*intensities, 4 * knee)})

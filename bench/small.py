@@ -7,7 +7,7 @@ import torch
 from .. import ops
 from ..journal import Journal, Record
 from ..kernels.noise import kernel_coefs, law_number, noise
-from .providers import LR, SEED, Built, Provider, _sweep
+from .providers import EVERY, LR, SEED, Built, Provider, sweep
 
 
 class Arena:
@@ -27,8 +27,8 @@ def _update(problem):
     seeds = torch.tensor([SEED], device=problem.device)
     coefs = kernel_coefs([1e-3], law).to(problem.device)
 
-    def run():
-        for scales in arenas:
+    def run(part=EVERY):
+        for scales in arenas[part]:
             ops.update_op(scales, seeds, coefs, 0, law, True, 0.0)
 
     probe = arenas[0][:4096].clone()
@@ -47,18 +47,21 @@ def _official_update(problem):
     arenas = [[torch.rand(part, device=problem.device).half() + 0.5 for part in _parts(problem.case.n)]
               for _ in range(problem.copies)]
 
-    def run():
-        for scales in arenas:
-            _sweep(scales, LR, SEED)
+    def seeded():
+        return torch.Generator(problem.device).manual_seed(SEED)
+    generator = seeded()
+
+    def run(part=EVERY):
+        for scales in arenas[part]:
+            sweep(scales, LR, generator)
     probe = arenas[0][0].clone()
-    z = torch.normal(0.0, 1.0, probe.shape, generator=torch.Generator(problem.device).manual_seed(SEED),
-                     device=problem.device, dtype=probe.dtype)
+    z = torch.normal(0.0, 1.0, probe.shape, generator=seeded(), device=problem.device, dtype=probe.dtype)
 
     def output():
         scales = probe.clone()
-        _sweep([scales], 0.1, SEED)
+        sweep([scales], 0.1, seeded())
         return scales
-    return Built(run, problem.copies, output, probe.double() + 0.1 * z.double(), 1e-3)
+    return Built(run, problem.copies, output, probe.double() + 0.1 * z.double(), 1e-3, (generator,))
 
 
 def _parts(n, layer=1 << 17):
@@ -71,7 +74,7 @@ def _noise(problem):
 
     def mean_square(values):
         return values[:1 << 16].double().square().mean()[None]
-    return Built(lambda: noise(law, SEED, index), 1, lambda: mean_square(noise(law, SEED, index)),
+    return Built(lambda part: noise(law, SEED, index), 1, lambda: mean_square(noise(law, SEED, index)),
                  torch.ones(1, dtype=torch.float64, device=problem.device), 0.03)          # variance 1, of 65,536
 
 
@@ -79,10 +82,10 @@ def _randn(problem):
     generator = torch.Generator(problem.device).manual_seed(SEED)
     out = torch.empty(problem.case.n, device=problem.device)
 
-    def run():
+    def run(part=EVERY):
         return torch.randn(out.shape, generator=generator, out=out, device=problem.device)
     return Built(run, 1, lambda: run()[:1 << 16].double().square().mean()[None],
-                 torch.ones(1, dtype=torch.float64, device=problem.device), 0.03)
+                 torch.ones(1, dtype=torch.float64, device=problem.device), 0.03, (generator,))
 
 
 def _journal(problem):
@@ -90,7 +93,7 @@ def _journal(problem):
     journal = Journal.create(Path(folder.name) / "journal.qzo", {"directions": 1})
     step = 0
 
-    def run():
+    def run(part=EVERY):
         nonlocal step
         journal.append([Record(step, 0, SEED, 0.5, 1.0, 2.0, False)])
         step += 1
@@ -98,7 +101,7 @@ def _journal(problem):
     def output():
         run()
         return torch.tensor([(Path(folder.name) / "journal.qzo").stat().st_size > 32], dtype=torch.float64)
-    built = Built(run, 1, output, torch.ones(1, dtype=torch.float64), 0.0)
+    built = Built(run, 1, output, torch.ones(1, dtype=torch.float64), 0.0, host=True)
     built.folder = folder                          # lives as long as the run
     return built
 

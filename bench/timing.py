@@ -1,9 +1,12 @@
-"""How long something takes: process time of one thread on a CPU, events around a replayed CUDA graph on a GPU.
+"""How long something takes: process time of one thread on a CPU; on a GPU events around a replayed CUDA graph ("graph")
+or around the calls themselves, launches and all ("eager"). A number says which; only numbers of one kind are compared.
 
 What is compared is run in turn, so that a change of clock or load meets all alike; the median is reported with the
-20th and 80th percentile. The caller sees to it that no cache holds the weights.
+20th and 80th percentile. A run is given as `run(part)`: its passes `part`, a slice, each over a set of weights of its
+own, of which there are so many that no cache holds them.
 """
 import ctypes
+import dataclasses
 import functools
 import statistics
 import subprocess
@@ -11,9 +14,17 @@ import time
 
 import torch
 
+from . import bandwidth
+
 WARM_UP = 1
 LEAST, MOST = 5, 40          # turns
-SECONDS = {"cpu": 0.5, "cuda": 2.0}      # of one run's turns together, once LEAST are done
+SECONDS = {"cpu": 0.3, "cuda": 2.0}      # of one run's turns together, once LEAST are done
+TURN = 0.03                  # of process time, which a turn on a CPU takes at least where there are passes enough
+MODES = ("graph", "eager")
+
+
+class NotCaptured(RuntimeError):
+    """A run that no CUDA graph can be made of; says why."""
 
 
 def percentiles(times):
@@ -23,67 +34,160 @@ def percentiles(times):
     return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
 
 
-def interleaved(runs, device, least=LEAST, seconds=None):
-    """Milliseconds of each of `runs` (name -> function without arguments): name -> (median, p20, p80)."""
-    seconds = SECONDS[device] if seconds is None else seconds
-    clocks = {name: (_Graph(run) if device == "cuda" else _Process(run)) for name, run in runs.items()}
-    times = {name: [] for name in runs}
+def interleaved(clocks, least=LEAST, seconds=SECONDS["cpu"]):
+    """Milliseconds of each of `clocks` (name -> what `clock` makes): name -> (median, p20, p80)."""
+    times, spent = {name: [] for name in clocks}, dict.fromkeys(clocks, 0.0)
     for _ in range(WARM_UP):
         for clock in clocks.values():
             clock()
     for turn in range(MOST):
-        if turn >= least and all(sum(t) >= 1e3 * seconds or len(t) >= MOST for t in times.values()):
+        if turn >= least and all(took >= seconds for took in spent.values()):
             break
         for name, clock in clocks.items():
-            if turn < least or sum(times[name]) < 1e3 * seconds:
+            if turn < least or spent[name] < seconds:
+                begun = time.perf_counter()
                 times[name].append(clock())
+                spent[name] += time.perf_counter() - begun
     return {name: percentiles(t) for name, t in times.items()}
 
 
+def clock(run, device, mode="eager", passes=1, generators=()):
+    """Function () -> milliseconds of a pass of `run`. mode: of MODES; on a CPU there are calls only.
+
+    generators: the torch.Generators that the run draws from, for its graph. NotCaptured where there can be no graph.
+    """
+    if device == "cpu":
+        return _Process(run, passes)
+    if mode == "eager":
+        return _Eager(lambda: run(slice(passes)), passes)
+    return _Graph(lambda: run(slice(passes)), passes, generators)
+
+
 class _Process:
-    def __init__(self, run):
-        self.run = run
+    """Turns of TURN or more, each of which goes on with the weights after the last one's: those used longest ago."""
+
+    def __init__(self, run, passes):
+        self.run, self.passes, self.next = run, passes, 0
+        self.count = 1
+        while self.count < passes and 1e-3 * self.count * self() < TURN:
+            self.count = min(2 * self.count, passes)
 
     def __call__(self):
+        if self.next + self.count > self.passes:
+            self.next = 0
+        part = slice(self.next, self.next + self.count)
+        self.next += self.count
         begun = time.process_time()
-        self.run()
-        return 1e3 * (time.process_time() - begun)
+        self.run(part)
+        return 1e3 * (time.process_time() - begun) / self.count
 
 
-class _Graph:
-    """The run captured once; a run that cannot be captured is launched call by call."""
+class _Eager:
+    """The calls, one after another, on a device that waits for the first."""
 
-    def __init__(self, run):
-        run()                                     # compiles
-        torch.cuda.synchronize()
-        self.replay = run
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            self.replay = graph.replay
-        except RuntimeError:
-            torch.cuda.synchronize()
+    def __init__(self, run, passes):
+        self.run, self.passes = run, passes
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
+    def before(self):
+        torch.cuda.synchronize()
+
     def __call__(self):
+        self.before()
         self.events[0].record()
-        self.replay()
+        self.run()
         self.events[1].record()
         self.events[1].synchronize()
-        return self.events[0].elapsed_time(self.events[1])
+        return self.events[0].elapsed_time(self.events[1]) / self.passes
+
+
+class _Graph(_Eager):
+    """A replay. The device reads as much as no cache holds while the host issues it: what is timed is the device's."""
+
+    def __init__(self, run, passes, generators):
+        super().__init__(capture(run, generators), passes)
+        self.spare, self.sums = _spare()
+
+    def before(self):
+        bandwidth.read(self.spare, self.sums)
+
+
+@functools.cache
+def _spare():
+    spare = torch.zeros(cache_bytes("cuda") // 4, dtype=torch.int32, device="cuda")
+    return spare, bandwidth.sums_of(spare)
+
+
+def capture(run, generators=()):
+    """replay() of run() captured as a CUDA graph, after one call of it, which compiles.
+
+    generators: all torch.Generators that it draws from. Their states are registered with the graph, so that a replay
+    starts from the seed and offset that each has then and moves the offset on; to seed one inside is an error (torch's
+    note "CUDA Graph-safe RNG states"). Raises NotCaptured, or torch.OutOfMemoryError.
+    """
+    run()
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        for generator in generators:      # a broken capture leaves their states marked as being captured
+            generator.graphsafe_set_state(generator.clone_state())
+        while isinstance(error.__context__, RuntimeError):        # the end of a broken capture fails, too
+            error = error.__context__
+        raise NotCaptured(str(error).strip().splitlines()[0]) from None
+    return graph.replay
+
+
+@dataclasses.dataclass(frozen=True)
+class Roof:
+    """What the machine does at best: GB/s that are only read, GB/s of a copy (read and written both counted), TFLOP/s
+    of a dense product."""
+
+    read: float
+    copy: float
+    dense: float
+
+    def bandwidth(self, nbytes, written):
+        """GB/s to hold `nbytes` against, of which `written` are written: those of reading where three quarters or more
+        are read, as with few rows, else those of a copy."""
+        return self.read if 4 * written <= nbytes else self.copy
+
+    def ms(self, nbytes, written, flops):
+        """The least milliseconds that these bytes and operations take."""
+        return max(1e-6 * nbytes / self.bandwidth(nbytes, written), 1e-9 * flops / self.dense)
 
 
 @functools.cache
 def roof(device, dtype):
-    """(GB/s of a copy, read and write both counted; TFLOP/s of a dense product in `dtype`), measured now."""
-    size = (1 << 30 if device == "cuda" else 1 << 27) // 4
-    source = torch.zeros(size, device=device)
-    target = torch.empty_like(source)
+    """Roof in `dtype`, measured now.
+
+    On a GPU with kernels of our own on random numbers, several passes in a graph: torch's copy_ is a memcpy node there,
+    which the driver carries out as it likes (H100: 2,388 GB/s, against 3,006 of the same call outside a graph).
+    The dense product comes after, so that its heat does not.
+    """
+    size = max((1 << 30 if device == "cuda" else 1 << 27), cache_bytes(device)) // 4
+    size -= size % (bandwidth.BLOCK * bandwidth.TURNS)
+    source = torch.randint(-(1 << 30), 1 << 30, (size,), dtype=torch.int32, device=device)
+    if device == "cpu":
+        source = source.float()
+    target, sums = torch.empty_like(source), bandwidth.sums_of(source)
+    mode, passes = ("graph", 8) if device == "cuda" else ("eager", 1)
+
+    def repeated(once):
+        return clock(lambda part: [once() for _ in range(passes)[part]], device, mode, passes)
+
+    moved = interleaved({"read": repeated(lambda: bandwidth.read(source, sums)),
+                         "copy": repeated(lambda: bandwidth.copy(source, target))})
     side = 8192 if device == "cuda" else 1024
     x, w = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    times = interleaved({"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(x, w)}, device)
-    return 8e-6 * size / times["copy"][0], 2e-9 * side**3 / times["matmul"][0]
+    [(dense, _, _)] = interleaved({"": repeated(lambda: torch.mm(x, w))}).values()
+    return Roof(4e-6 * size / moved["read"][0], 8e-6 * size / moved["copy"][0], 2e-9 * side**3 / dense)
 
 
 def keep_memory():
