@@ -102,45 +102,35 @@ def tiles(check):
 
 
 def launcher(case, device, least_bytes):
-    """(run(tile, part), which multiplies a pair by the weights of the passes `part` and returns y, overwritten by the
-    next run; passes; the picked tile)."""
-    import torch
-
-    from ..kernels import qmm
-    from ..kernels.noise import law_number
-    from ..kernels.tiles import architecture, pick
-    from ..layers import arena_of
-    from ..weights import to_planes
+    """(run(tile, part), which sends a pair through the layers of the passes `part` and returns the last one's y;
+    passes; the picked tile)."""
+    from .. import ops
+    from ..evaluations import Evaluations
+    from ..kernels.tiles import architecture
+    from ..layers import evaluating
     from .providers import EPS, EVERY, SEED, Problem
     problem = Problem(case, device, least_bytes)
     model, passes = problem.model()
+    x, layers = problem.x[case.k], list(model)
     arch = architecture("cuda") if device == "cuda" else "interpreter"
-    form = case.form
-    picked = pick(case.rows, case.n, case.k, case.group, problem.dtype, arch, bits=form.bits, lookup=form.lookup)
-    planes = [to_planes(layer.codes, case.k, layer.bits) for layer in model]
-    x, arena = problem.x[case.k], arena_of(model)
-    y = torch.empty(len(x), case.n, dtype=x.dtype, device=x.device)
-    seeds, coefs = torch.tensor([SEED, SEED], device=x.device), torch.tensor([EPS, -EPS], device=x.device)
+    picked = ops.pick_tile(case.rows, layers[0].kernel_weight(), x.dtype, arch)
+    evaluations = Evaluations([SEED, SEED], [EPS, -EPS], case.noise).to(device)
 
     def run(tile, part=EVERY):
-        for layer, codes in list(zip(model, planes, strict=True))[part]:
-            qmm.launch(x, codes, arena.quads(layer.arena_name), None, None, seeds, coefs, y,
-                       base4=arena.slots[layer.arena_name].base4, group=case.group, law=law_number(case.noise),
-                       relative=True, tile=tile, asm=arch.startswith("sm_"), pair=True, bits=form.bits,
-                       table=form.table, codebooks=layer.codebooks)
+        y = None
+        with ops.backend("triton", tile=tile), evaluating(model, evaluations):
+            for layer in layers[part]:
+                y = layer(x)
         return y
     return run, passes, picked
 
 
 def tiles_of(check, case):
     """(Tile -> ms of one product of the case, the picked tile). A tile has to agree with the picked one."""
-    import torch
-
     from . import timing
     run, passes, picked = launcher(case, check.device, timing.cache_bytes(check.device))
     mode = "graph" if check.device == "cuda" else "eager"
-    y = run(picked)
-    want, times = y.double(), {}
+    want, times = run(picked).double(), {}
     for tile in [picked, *neighbours(picked)]:
         row = {"case": f"tile for {case.name}", "provider": " ".join(f"{k}={v}" for k, v in vars(tile).items()),
                "rows": case.rows, "n": case.n, "k": case.k, "group": case.group, "dtype": case.dtype,
@@ -149,7 +139,6 @@ def tiles_of(check, case):
             check.note("tile", **row, note="no time left")
             break
         try:
-            y.fill_(torch.nan)
             error = float((run(tile).double() - want).norm() / want.norm())
             if not error < 1e-2:
                 check.note("tile", **row, note=f"wrong: relative error {error:.3g}; not timed")

@@ -206,16 +206,9 @@ def matmul(case):
     weight = _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros, case.bias, case.wide)
     kind, exact = CODES[case.codes], case.codes.endswith("-exact")
     pick = tiles.pick_folded if case.folded else tiles.pick
+    lookup = "exact" if exact else kind.lookup
     tile = case.tile or pick(
-        case.rows,
-        case.n,
-        case.k,
-        weight.group,
-        case.dtype,
-        case.arch,
-        ZEROS[case.zeros],
-        kind.bits,
-        "exact" if exact else kind.lookup,
+        case.rows, case.n, case.k, weight.group, case.dtype, case.arch, ZEROS[case.zeros], kind.bits, lookup
     )
     operands = (
         _meta(2 * case.rows, case.k, dtype=case.dtype),

@@ -163,9 +163,7 @@ def _plan(x, weight, perturbation, choice):
     form = many_rows_form(choice.large_rows, rows, weight, x.dtype, exact)
     if form == "blas":
         return functools.partial(_blas, asm, exact)
-    pick = tiles.pick_folded if form == "folded" else tiles.pick
-    tile = choice.tile or pick(rows, weight.out_features, weight.in_features, weight.group, x.dtype, arch,
-                               weight.zero_type, weight.bits, lookup_of(weight.table, exact, weight.codebooks))
+    tile = choice.tile or pick_tile(rows, weight, x.dtype, arch, exact, form)
     if form == "folded":
         return functools.partial(_folded, tile, asm)
     return _Fused(plan.Plan(weight, perturbation, m, x.dtype, tile=tile, asm=asm, exact=exact,
@@ -195,6 +193,13 @@ def _torch(exact, x, weight, perturbation, y):
 
 def _blas(asm, exact, x, weight, perturbation, y):
     dequantize.matmul(_aligned(_flat(x)), weight, perturbation, y.view(-1, y.shape[-1]), asm=asm, exact=exact)
+
+
+def pick_tile(rows, weight, dtype, arch, exact=False, form="fused"):
+    """The tile that so many rows per evaluation of a Weight run with on `arch`."""
+    pick = tiles.pick_folded if form == "folded" else tiles.pick
+    return pick(rows, weight.out_features, weight.in_features, weight.group, dtype, arch, weight.zero_type, weight.bits,
+                lookup_of(weight.table, exact, weight.codebooks))
 
 
 def many_rows_form(asked, rows, weight, dtype, exact=False):

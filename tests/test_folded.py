@@ -297,7 +297,7 @@ def check(module):
                    Matmul(k=256, group=64, shared=True, **common)):
         for run in (kernel, twin):
             assert_true(matmul, run(matmul, module=module))
-    bits = weights(group=64, k=128, n=5)
+    bits = weights(group=64, k=128, n=80)
     assert_same_bits(kernel(bits, module=module), twin(bits, module=module))
     assert_same_bits(twin(bits, module=module), twin(bits))
 

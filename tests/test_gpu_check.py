@@ -32,9 +32,10 @@ from qzo.bench import (
     timing,
 )
 from qzo.bench.providers import Built, Problem, Provider
-from qzo.kernels import qmm, tiles
+from qzo.kernels import tiles
 from qzo.kernels.tiles import Tile
 from qzo.layers import evaluating, layers
+from tests.close import assert_same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -301,16 +302,18 @@ def test_many_rows_and_a_compiled_model(e2e):
 
 def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch):
     wrong, refused, idle = Tile(16, 32, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)
-    neighbours, launch = gpu_parts.neighbours, qmm.launch
+    neighbours, fill = gpu_parts.neighbours, ops._Fused.__call__
 
-    def faulty(*arguments, tile, **keywords):
+    def faulty(self, x, weight, perturbation, y):
+        tile = ops._choice.get().tile
         if tile == refused:
             raise RuntimeError("out of resources")
+        y.fill_(torch.nan)
         if tile == idle:                       # writes nothing: the last tile's product may not pass for its own
             return
-        launch(*arguments, tile=tile, **keywords)
+        fill(self, x, weight, perturbation, y)
         if tile == wrong:
-            arguments[7].view(-1)[7] = torch.nan
+            y.view(-1)[7] = torch.nan
 
     def clock(run, device, mode, passes):
         def turn():
@@ -320,7 +323,7 @@ def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch)
         return turn
 
     monkeypatch.setattr(timing, "clock", clock)          # as on a GPU: all weights in each turn
-    monkeypatch.setattr(qmm, "launch", faulty)
+    monkeypatch.setattr(ops._Fused, "__call__", faulty)
     monkeypatch.setattr(gpu_parts, "TILES", ("smollm2-135m 576x192 rows 1 g64 float32 rademacher",))
     monkeypatch.setattr(gpu_parts, "neighbours", lambda tile: [idle, wrong, refused, *neighbours(tile)[:1]])
     monkeypatch.setattr("qzo.bench.timing.cache_bytes", lambda device: 1)
@@ -336,7 +339,7 @@ def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch)
 @pytest.mark.parametrize(("codes", "group"), [("int4", 64), ("nf4", 64), ("aqlm-2x8", 192)])
 def test_tiles_are_picked_and_launched_as_a_layer_does(codes, group, tmp_path, monkeypatch):
     """A tile timed for other codes than the case's would agree with every other such tile."""
-    pick, launch, picks, launches = tiles.pick, qmm.launch, [], []
+    pick, picks = tiles.pick, []
 
     def picking(*arguments, **keywords):
         bound = inspect.signature(pick).bind(*arguments, **keywords)
@@ -344,27 +347,16 @@ def test_tiles_are_picked_and_launched_as_a_layer_does(codes, group, tmp_path, m
         picks.append(bound.arguments)
         return pick(*arguments, **keywords)
 
-    def launching(*arguments, **keywords):
-        bound = inspect.signature(launch).bind(*arguments, **keywords)
-        bound.apply_defaults()
-        launches.append({name: value for name, value in bound.arguments.items() if not torch.is_tensor(value)})
-        launch(*arguments, **keywords)
-
     monkeypatch.setattr(tiles, "pick", picking)
-    monkeypatch.setattr(qmm, "launch", launching)
-    monkeypatch.setattr(gpu_parts, "neighbours", lambda tile: [])
     monkeypatch.setattr("qzo.bench.timing.cache_bytes", lambda device: 1)
     case = cases.Case("linear", "smollm2-135m", 192, 64, 1, group, "float32", codes=codes)
-    times, _ = gpu_parts.tiles_of(gpu_check.Check(tmp_path / "out.jsonl", 600, device="cpu"), case)
-    assert len(times) == 1
-    tiled = launches[0]
+    run, _, picked = gpu_parts.launcher(case, "cpu", 1)
     problem = Problem(case, "cpu", 1)
     model, _ = problem.model()
     with ops.backend("triton"), evaluating(model, qzo.Evaluations([7, 7], [0.01, -0.01])):
-        model[0](problem.x[192])
+        y = [layer(problem.x[192]) for layer in model][-1]
     assert picks[0] == picks[-1]
-    assert tiled == launches[-1]
-    assert tiled["table"] == case.form.table
+    assert_same_bits(run(picked), y)
 
 
 def test_the_cases_that_are_named_are_there():
