@@ -190,8 +190,9 @@ def _add_train_options(parser):
     run.add_argument("--noise", choices=CHOICES["noise"], help="noise law (default rademacher)")
     run.add_argument("--sharing", choices=SHARINGS,
                      help="one z per scale (group, the default) or one per output row (row)")
-    run.add_argument("--large-rows", choices=LARGE_ROWS, help="on a GPU, from 512 tokens per evaluation on: the fused "
-                     "kernel (default), or chunks of 16-bit weights for the library's matmul (blas)")
+    run.add_argument("--large-rows", choices=LARGE_ROWS, help="on a GPU, from 128 tokens per evaluation on: exact "
+                     "(fused), or perturbed weights rounded to 16 bits, in registers (folded) or in chunks for a "
+                     "library's matmul (blas); auto, the default: rounded if under 2 %% of the signal is lost by it")
     run.add_argument("--sequential", action="store_true", default=None, help="run the evaluations of a step one after "
                      "another instead of stacked: activations of one, not of all 2 x directions")
     run.add_argument("--cuda-graph", **CUDA_GRAPH)

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from .buckets import Buckets, next_step
-from .data import IGNORED, check_one_kind, collate, padded
+from .data import IGNORED, batch_indices, check_one_kind, collate, padded
 from .losses import losses, model_inputs, option_scores, pair
 from .packing import (
     PACKINGS,
@@ -90,6 +90,15 @@ class Task:
             return padded([(ids, None) for ids in some], self.pad_id, self.device)
 
         return PrefixCache(self.prefix, rows, inputs), first_row
+
+    def indices(self, step, batch_size, seed):
+        """The examples of a step (data.batch_indices)."""
+        lengths, strata = self._lengths_and_strata
+        return batch_indices(step, lengths, batch_size, seed, strata)
+
+    @functools.cached_property
+    def _lengths_and_strata(self):
+        return [len(example.ids) for example in self.examples], [example.label for example in self.examples]
 
     def closure(self, indices, count):
         """A function that returns the loss of each of `count` evaluations over these examples, float32 [count].

@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from . import data
+from . import data, many_rows
+from .journal import read
 from .layers import arena_of, codebooks, layers, train_codebooks_, train_only
 from .optim import FLOOR, QZO
 from .prefix import FrozenPrefix
@@ -30,7 +31,8 @@ DECAY = 0.1                            # the learning rate falls linearly to thi
 @dataclasses.dataclass
 class Settings:
     """What decides a run's result, beside the model and the data. `learning_rate` None: 2e-2 per direction.
-    `cuda_graph` decides nothing of it, only how steps are launched; None: as graphs on a CUDA device."""
+    `cuda_graph` decides nothing of it, only how steps are launched; None: as graphs on a CUDA device. `large_rows`
+    "auto" becomes "fused" in `fit` unless rounded weights are measured to keep the signal (many_rows.py)."""
 
     max_steps: int = 200
     batch_size: int = 8
@@ -41,7 +43,7 @@ class Settings:
     noise: str = "rademacher"
     relative: bool = True
     sharing: str = "group"
-    large_rows: str = "fused"
+    large_rows: str = "auto"
     sequential: bool = False
     floor: float = FLOOR
     decay: float = DECAY
@@ -116,14 +118,14 @@ def fit(task, settings, out, resume=False, show=None):
         batch = data.collate(task.examples[:2], task.pad_id, task.device)
         task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
     task.settle()
+    if settings.large_rows == "auto":
+        settings.large_rows = _settle_large_rows(task, settings, out / "journal.qzo" if resume else None, show)
     optimizer = QZO(task.model, settings.learning_rate, settings.eps, settings.clip, settings.noise, settings.relative,
                     settings.sharing, settings.directions, settings.seed, journal=out / "journal.qzo", resume=resume,
                     floor=settings.floor, recipe=recipe(task, settings), large_rows=settings.large_rows,
                     paired=not settings.sequential, cuda_graph=settings.cuda_graph)
     start = optimizer.param_groups[0]["step"]
     at_once = 1 if settings.sequential else 2 * settings.directions
-    lengths = [len(example.ids) for example in task.examples]
-    strata = [example.label for example in task.examples]
 
     def losses(batch):
         return task.compiled_losses(batch, at_once)
@@ -132,8 +134,7 @@ def fit(task, settings, out, resume=False, show=None):
         with _metrics(out / "metrics.jsonl", start) as metrics, Progress(settings.max_steps, start, show) as progress:
             for step in range(start, settings.max_steps):
                 begun = time.perf_counter()
-                indices = data.batch_indices(step, lengths, settings.batch_size, settings.seed,
-                                             strata)
+                indices = task.indices(step, settings.batch_size, settings.seed)
                 rate = optimizer.param_groups[0]["lr"] = settings.rate(step)
                 loss = optimizer.step(losses, batch=task.batch(indices, at_once))
                 line = {"step": step, "loss": loss, "derivative": max(map(abs, optimizer.last.derivatives)), "lr": rate,
@@ -148,12 +149,29 @@ def fit(task, settings, out, resume=False, show=None):
     return start
 
 
+def _settle_large_rows(task, settings, journal, show):
+    """"auto" or "fused" for a run that asks for "auto"; journal: of a run that goes on, or None."""
+    found = read(journal) if journal is not None else None
+    recorded = None if found is None else found[0].get("recipe", {}).get("large_rows", "fused")
+
+    def measure():
+        batch = task.batch(task.indices(0, settings.batch_size, settings.seed), 2)
+        return many_rows.lost(task.model, lambda: task.compiled_losses(batch, 2), settings.eps, settings.noise,
+                              settings.relative, settings.sharing, settings.seed)
+
+    value, part = many_rows.settle(task.device, measure, recorded)
+    if show is not False and many_rows.said(value, part):
+        print(many_rows.said(value, part), file=sys.stderr, flush=True)
+    return value
+
+
 def recipe(task, settings):
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
     digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
-    kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length", "large_rows",
+    kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length",
             "sequential", "packing")
     bits = {"padding": BUCKETS} if task.bucketed else {}
+    bits["large_rows"] = many_rows.NAMES.get(settings.large_rows, settings.large_rows)
     if settings.compile:
         bits["compile"] = True
     return {**{name: getattr(settings, name) for name in kept}, "data": "sha256:" + digest, **bits}
