@@ -27,7 +27,7 @@ BLOCKS = {  # the linears of one block, in order, and how many blocks the model 
 ROWS = (1, 4, 16, 64, 128, 512, 2048, 8192)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LAWS = ("rademacher", "ih4", "gaussian")
-KINDS = ("linear", "step", "update", "noise", "journal")
+KINDS = ("linear", "step", "update", "noise", "journal", "overhead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ CPU_ROWS = (1, 16, 256)
 class Case:
     """kind "linear": the product. "step": all linears of `blocks` blocks under a pair, their losses and the update.
     "update", "noise", "journal": one update of `n` scales, n noise values, one journal record; rows and k are 0.
+    "overhead": what Python costs a linear, no kernel launched (overhead.py); n and k are 0.
     codes: a name of CODES."""
 
     kind: str
@@ -100,7 +101,8 @@ class Case:
             what = f"{self.k}x{self.n}" if self.kind == "linear" else f"{self.blocks} blocks"
             return (f"{self.kind} {self.model} {what} rows {self.rows} g{self.group} {self.dtype} {self.noise}"
                     f"{self.form.suffix}")
-        return f"{self.kind} {self.noise} {self.n}" if self.kind != "journal" else "journal append"
+        small = {"journal": "journal append", "overhead": f"overhead of a linear, rows {self.rows}"}
+        return small.get(self.kind, f"{self.kind} {self.noise} {self.n}")
 
     @property
     def shapes(self):
@@ -167,6 +169,8 @@ def _small(device):
         if device == "cpu":               # no kernel writes noise: on a GPU there is nothing to time
             yield Case("noise", "", 0, ARENA // 8, 0, noise=law)
     yield Case("journal", "", 0, 0, 0)
+    for rows in (16, 512):                # per evaluation: with splits, and without
+        yield Case("overhead", "", 0, 0, rows)
 
 
 @functools.cache
@@ -195,7 +199,7 @@ def default(device):
     """What `run` measures when it is not told: all on a GPU; on a CPU what ends in minutes."""
     if device == "cuda":
         return every(device)
-    return tuple(c for c in every(device) if c.kind in ("update", "noise", "journal") or (c.rows <= 256 and (
+    return tuple(c for c in every(device) if c.kind not in ("linear", "step") or (c.rows <= 256 and (
         (c.model == "smollm2-135m" and (c.kind == "step" or c.n == 1536 or _usual(c)))
         or (c.model == "llama-2-7b" and c.n == c.k == 4096 and _usual(c)))))
 

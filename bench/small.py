@@ -1,4 +1,5 @@
 """What is timed beside the products: the update of an arena, noise, a record of the journal."""
+import functools
 import tempfile
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from .. import ops
 from ..journal import Journal, Record
 from ..kernels.noise import kernel_coefs, law_number, noise
+from . import overhead
 from .providers import EVERY, LR, SEED, Built, Provider, sweep
 
 
@@ -106,7 +108,14 @@ def _journal(problem):
     return built
 
 
+def _overhead(make, problem):
+    run = make(problem.case.rows) if make is overhead.quantized else make()
+    return Built(run, overhead.TURNS * overhead.LINEARS, host=True)
+
+
 PROVIDERS = (
+    Provider("qzo", functools.partial(_overhead, overhead.quantized), kinds=("overhead",)),
+    Provider("dense", functools.partial(_overhead, overhead.dense), kinds=("overhead",)),
     Provider("qzo", _update, kinds=("update",)),
     Provider("official", _official_update, kinds=("update",)),
     Provider("qzo", _noise, kinds=("noise",)),
