@@ -77,7 +77,7 @@ def _perturbation(law, relative=True, shared=False, pair=False):
 class Case:
     """One matmul: `rows` of each evaluation, its layer, and every flag that reaches the compiler.
 
-    tile: instead of the one that tiles.pick returns.
+    tile: instead of the one that tiles.pick returns; members: layers of this form in one launch.
     """
 
     arch: str
@@ -95,6 +95,7 @@ class Case:
     pair: bool = True
     shared: bool = False
     tile: tiles.Tile | None = None
+    members: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Launch:
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
         group = "row" if held["WHOLE_ROW"] else held["GROUP"]
-        flags = [f for f in FLAGS if held[f]]
+        flags = [f for f in FLAGS if held[f]] + [f"{held['MEMBERS']} members"] * (held["MEMBERS"] > 1)
         zeros = {plan.ZERO_INTEGER: ["ZERO_INTEGER"], plan.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
         bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
@@ -219,7 +220,8 @@ def matmul(case):
             _meta(2 * case.rows, case.k, dtype=case.dtype),
             weight,
             _perturbation(case.law, case.relative, case.shared, case.pair),
-            _meta(2 * case.rows, case.n, dtype=case.dtype),
+            *(_meta(2 * case.rows, case.n, dtype=case.dtype) for _ in range(case.members)),
+            others=[weight] * (case.members - 1),
             tile=tile,
             asm=case.arch.startswith("sm_"),
             exact=exact,
