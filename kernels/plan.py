@@ -153,9 +153,9 @@ class Plan:
         return torch.empty(shape, dtype=torch.float32, device=self.nothing.device)
 
     def _sum_groups(self, x, sums):
-        m, k = x.shape
-        group = k // len(sums)
-        _group_sums_kernel[(triton.cdiv(m, 32), len(sums))](
+        (groups, m), k = sums.shape, x.shape[-1]
+        group = k // groups
+        _group_sums_kernel[(triton.cdiv(m, 32), groups)](
             x, sums, m, k, group, k, BM=32, BK=min(128, triton.next_power_of_2(group)), enable_fp_fusion=False)
 
 

@@ -164,11 +164,11 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     GROUP: 32, 64 or 128. WHOLE_ROW: one scale per output, applied after the loop. SHARED: one z per output, applied
     last. PAIR: evaluations 2e and 2e + 1 have one seed; their rows alternate in the tile, so that which coefficient a
     column has is known from the accumulator's register and costs no instruction. SPLITS: programs that share a tile;
-    more than one leave their parts in partials_ptr, float32 [splits, M, N] (_finish_split), the members of a split one after another. PDL: this launch may begin
-    before the one ahead of it has ended (programmatic dependent launch), and waits for it before it reads anything
-    but codes. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-m) x - (zero-m) sum x),
-    m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K. BOOKS, PASSES,
-    HEAD, STEP, TABLE, LAST and entries_ptr: what codes stand for, see lookup.lookups.
+    more than one leave their parts in partials_ptr, float32 [splits, M, N] of one member after another (_finish_split).
+    PDL: this launch may begin before the one ahead of it has ended (programmatic dependent launch), and waits for it
+    before it reads anything but codes. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and
+    s * (sum (q-m) x - (zero-m) sum x), m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K.
+    BOOKS, PASSES, HEAD, STEP, TABLE, LAST and entries_ptr: what codes stand for, see lookup.lookups.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     DEPTH: tl.constexpr = GROUP if DEEP else 32     # k of one dot

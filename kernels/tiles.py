@@ -14,6 +14,7 @@ SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90
                 "sm_120": 99 << 10, "gfx942": 64 << 10}
 GROUPS = (32, 64, 128)      # group sizes the kernels take, beside the whole row
 BLAS_FROM = 512             # rows per evaluation from which large_rows="blas", where asked for, is what runs
+SHARED_UP_TO = 128          # rows per evaluation up to which layers with the same x share a launch: more fill a chip
 OVERLAP_UP_TO = 128         # rows per evaluation up to which a launch is so short that its beginning counts
 
 

@@ -30,6 +30,7 @@ class Choice(typing.NamedTuple):
     tables: str = "rounded"
     tile: tiles.Tile | None = None
     overlap: bool = True
+    shared_launches: bool = True
 
 
 DEFAULT = Choice()
@@ -37,7 +38,8 @@ _choice = contextvars.ContextVar("qzo_choice", default=DEFAULT)
 
 
 @contextlib.contextmanager
-def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None):
+def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None,
+            shared_launches=None):
     """Choose what runs inside the block; None leaves a choice as it is.
 
     name : "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton". "triton" on CPU tensors needs Triton's
@@ -50,6 +52,8 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None)
         2^-22 in float16 (or 2^-25, if that is more), and takes a second pass over each tile. float32 activations need
         neither.
     tile : a kernels.tiles.Tile that every matmul is to run with, in place of the one that tiles.pick chooses
+    shared_launches : whether layers of a module that are given the same x, as q, k and v are, may run in one launch
+        (True); no bit depends on it
     overlap : whether a launch may begin while the one ahead of it ends, where the chip can (True); no bit depends on it
 
     Raises ValueError for another value; for a tile that cannot be, and where a matmul inside would run without it.
@@ -61,7 +65,8 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None)
         raise ValueError(f"tables={tables!r}: {' or '.join(map(repr, TABLES))} is wanted")
     if tile is not None:
         tile.check()
-    asked = dict(name=name, large_rows=large_rows, tables=tables, tile=tile, overlap=overlap)
+    asked = dict(name=name, large_rows=large_rows, tables=tables, tile=tile, overlap=overlap,
+                 shared_launches=shared_launches)
     token = _choice.set(_choice.get()._replace(**{field: value for field, value in asked.items() if value is not None}))
     try:
         yield
@@ -107,7 +112,7 @@ def matmul(x, weight, perturbation=None, out_dtype=None):
     Raises TypeError or ValueError for what does not fit, naming it.
     """
     if perturbation is None:
-        perturbation = _plain(x.device)
+        perturbation = plain(x.device)
     choice = _choice.get()
     if is_traced(x):
         _check_rows(x, perturbation)
@@ -159,10 +164,23 @@ def _plan(x, weight, perturbation, choice):
     rows, asm = m // len(perturbation), arch.startswith("sm_")
     if blas and rows >= tiles.BLAS_FROM:
         return functools.partial(_blas, asm, exact)
-    tile = choice.tile or tiles.pick(rows, weight.out_features, weight.in_features, weight.group, x.dtype, arch,
-                                     weight.zero_type, weight.bits, lookup_of(weight.table, exact, weight.codebooks))
-    return _Fused(plan.Plan(weight, perturbation, m, x.dtype, tile=tile, asm=asm, exact=exact,
-                            pdl=choice.overlap and rows <= tiles.OVERLAP_UP_TO and plan.overlaps(arch)))
+    return _fused(x, weight, perturbation, choice)
+
+
+def _tile(x, weight, perturbation, choice):
+    """The tile of a fused matmul with x [rows, K]."""
+    return choice.tile or tiles.pick(
+        len(x) // len(perturbation), weight.out_features, weight.in_features, weight.group, x.dtype,
+        _architecture(x.device), weight.zero_type, weight.bits,
+        lookup_of(weight.table, choice.tables == "exact", weight.codebooks))
+
+
+def _fused(x, weight, perturbation, choice, others=()):
+    """One launch for x [rows, K] by a weight, and by others with the same tile."""
+    m, arch = len(x), _architecture(x.device)
+    pdl = choice.overlap and m // len(perturbation) <= tiles.OVERLAP_UP_TO and plan.overlaps(arch)
+    return _Fused(plan.Plan(weight, perturbation, m, x.dtype, tile=_tile(x, weight, perturbation, choice), pdl=pdl,
+                            asm=arch.startswith("sm_"), exact=choice.tables == "exact", others=others))
 
 
 class _Fused:
@@ -171,10 +189,35 @@ class _Fused:
     def __init__(self, made):
         self.plan = made
 
-    def __call__(self, x, weight, perturbation, y):
+    def __call__(self, x, weight, perturbation, *y):
         if not x.is_contiguous() or x.data_ptr() & 15:
             x = _aligned(x.contiguous())
-        self.plan(x, perturbation.seeds, perturbation.coefs, y)
+        self.plan(x, perturbation.seeds, perturbation.coefs, *y)
+
+
+# ------------------------------------------------------------------------------------ several weights in one launch
+
+def plan_together(x, weights, perturbation):
+    """(which of `weights`, what fills a y [..., N] of each) for one launch that multiplies x [..., K] by the first and
+    as many others as may come along; (), None: none may. Each has the bits that it has alone."""
+    choice, first = chosen(), weights[0]
+    _check(x, first, perturbation)
+    flat = x.reshape(-1, x.shape[-1])
+    if not 0 < len(flat) // len(perturbation) <= tiles.SHARED_UP_TO or first.in_rows:
+        return (), None
+    tile = _tile(flat, first, perturbation, choice)
+    others = [weight for weight in weights[1:] if not weight.in_rows and plan.together(first, weight)
+              and _tile(flat, weight, perturbation, choice) == tile][:plan.MOST_MEMBERS - 1]
+    if not others:
+        return (), None
+    for weight in others:
+        _check(x, weight, perturbation)
+    return (first, *others), _fused(flat, first, perturbation, choice, others)
+
+
+def chosen():
+    """The Choice of the current `backend`."""
+    return _choice.get()
 
 
 def _flat(tensor):
@@ -214,7 +257,7 @@ def _aligned(tensor):
 
 
 @functools.cache
-def _plain(device):
+def plain(device):
     """One unperturbed evaluation."""
     return Perturbation(torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device), noise.NONE)
 
