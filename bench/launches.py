@@ -62,8 +62,7 @@ def _weight(kind, n, k, group, dtype, zeros="none", bias=False, wide=False):
         None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
         _meta(n, dtype=dtype) if bias else None,
         plan.WIDE_FROM if wide else 0,
-        form.bits,
-        form.table,
+        *(form.bits, form.table),
         **more,
     )
 
@@ -77,7 +76,7 @@ def _perturbation(law, relative=True, shared=False, pair=False):
 class Case:
     """One matmul: `rows` of each evaluation, its layer, and every flag that reaches the compiler.
 
-    tile: instead of the one that tiles.pick returns; members: layers of this form in one launch.
+    tile: instead of the one that tiles.pick returns; members: layers of this form that one launch is for.
     """
 
     arch: str
@@ -205,12 +204,7 @@ def matmul(case):
     weight = _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros, case.bias, case.wide)
     kind, exact = CODES[case.codes], case.codes.endswith("-exact")
     tile = case.tile or tiles.pick(
-        case.rows,
-        case.n,
-        case.k,
-        weight.group,
-        case.dtype,
-        case.arch,
+        *(case.rows, case.n, case.k, weight.group, case.dtype, case.arch),
         ZEROS[case.zeros],
         kind.bits,
         "exact" if exact else kind.lookup,
@@ -303,6 +297,8 @@ def _stands(kind, group, zeros):
 
 
 def _fits(case):
+    if case.members > 1 and case.rows > tiles.SHARED_UP_TO:
+        return False
     if case.shared and not (case.relative and case.law != "none"):
         return False
     if not _stands(case.codes, case.group, case.zeros):
@@ -354,6 +350,7 @@ AXES = {
     "wide": (False, True),
     "pair": (True, False),
     "shared": (False, True),
+    "members": (1, plan.MOST_MEMBERS),
 }
 
 
@@ -362,6 +359,7 @@ OTHER_CODES = {
     "group": GROUPS,
     "zeros": tuple(ZEROS),
     "codes": ("int2", "int8", "nf4", "nf4-exact"),
+    "members": (1, plan.MOST_MEMBERS),
 }
 VECTORS = {
     "codes": ("aqlm-1x16", "aqlm-2x8", "aqlm-5x8"),

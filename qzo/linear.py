@@ -167,7 +167,7 @@ class QZOLinear(nn.Module):
         """Of all that was planned with the layer's tensors."""
         self.__dict__["_planned"] = None
         if self._siblings is not None:
-            self._siblings.forget()
+            self._siblings.let_go()
 
     def _describe(self):
         name, books = self.arena_name, {"codebooks": self.codebooks}
@@ -190,7 +190,7 @@ class QZOLinear(nn.Module):
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if name in ("codes", "zeros", "bias", "codebooks", "arena"):
+        if name in ("codes", "zeros", "bias", "codebooks", "arena", "perm", "out_dtype"):
             self._let_go()              # or it would keep the memory of what is replaced
 
     def __getstate__(self):

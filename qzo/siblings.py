@@ -4,6 +4,7 @@ Nobody says which they are: one forward shows it. From the next on the first of 
 their outputs are kept until they are asked for with that very x. Whatever else happens, a layer multiplies for itself.
 No bit depends on it: each runs the tile, and adds in the order, that it has alone.
 """
+import operator
 import weakref
 
 import torch
@@ -26,8 +27,10 @@ class _Run:
                 and self.version == _version(x, perturbation) and self.stream == _stream(x.device))
 
 
+_changes = operator.attrgetter("_version")      # how often a tensor's values were changed in place
+
+
 def _version(x, perturbation):
-    """A number that grows when a value is changed in place."""
     return x._version + perturbation.seeds._version + perturbation.coefs._version
 
 
@@ -42,13 +45,14 @@ class _Together:
     def __init__(self, x, layers=(), weights=(), run=None):
         self.layers, self.weights, self.run = layers, weights, run
         self.shapes = [(*x.shape[:-1], weight.out_features) for weight in weights]
-        self.behind = list(zip(layers, weights[1:], strict=True))
+        self.behind = [(found, weight, tuple(weight.tensors().values()))
+                       for found, weight in zip(layers, weights[1:], strict=True)]
 
     def stands(self, first):
         """Whether the layers are still what they were when this was planned."""
         if self.layers and first.kernel_weight() is not self.weights[0]:
             return False
-        for found, weight in self.behind:
+        for found, weight, _ in self.behind:
             layer = found()
             if layer is None or not _alike(first, layer) or layer.kernel_weight() is not weight:
                 return False
@@ -58,8 +62,8 @@ class _Together:
         """y of the first, and what is kept for each of the others."""
         ys = [torch.empty(shape, dtype=dtype, device=x.device) for shape in self.shapes]
         self.run(x, self.weights[0], perturbation, *ys)
-        return ys[0], {id(found()): (y, weight.scales, weight.scales._version)
-                       for (found, weight), y in zip(self.behind, ys[1:], strict=True)}
+        return ys[0], {id(found()): (y, tensors, sum(map(_changes, tensors)))
+                       for (found, _, tensors), y in zip(self.behind, ys[1:], strict=True)}
 
 
 def _alike(first, other):
@@ -73,16 +77,22 @@ class Siblings:
     knows nothing yet."""
 
     def __init__(self):
-        self.forget()
+        self._run = None
+        self._forget()
 
     def __reduce__(self):
         return Siblings, ()
 
-    def forget(self):
-        """Let go of everything that was learned, planned or kept."""
+    def _forget(self):
+        """What was learned, and what was planned by it."""
         self._after = {}        # id of a layer -> id -> reference of those that were given its x after it
         self._plans = {}
-        self._run = None
+
+    def let_go(self):
+        """Hold no tensors: a layer's are about to change."""
+        self._plans.clear()
+        if self._run is not None:
+            self._run.kept.clear()
 
     def product(self, layer, x, perturbation):
         """y of `layer`; None: it is to multiply for itself. Its columns have no order of their own, nobody traces x."""
@@ -90,8 +100,8 @@ class Siblings:
         if perturbation is None:
             perturbation = ops.plain(x.device)
         if run is not None and run.goes_on(x, perturbation, choice) and me not in run.callers:
-            y, scales, version = run.kept.pop(me, _NOTHING)
-            if y is not None and scales._version == version:
+            y, tensors, version = run.kept.pop(me, _NOTHING)
+            if y is not None and sum(map(_changes, tensors)) == version:
                 run.callers += (me,)
                 return y
         elif (not choice.shared_launches or not ops.uses_triton(x.device)
@@ -99,7 +109,7 @@ class Siblings:
             return None
         else:
             if run is not None and run.kept:            # somebody was not asked this time
-                self.forget()
+                self._forget()
             run = self._run = _Run(x, perturbation, choice)
         y = self._lead(layer, x, run)
         run.callers += (me,)
@@ -125,7 +135,7 @@ class Siblings:
     def _learn(self, layer, run):
         me = id(layer)
         if len(self._after) >= MOST_KNOWN or len(self._plans) >= MOST_KNOWN:
-            self._after, self._plans = {}, {}
+            self._forget()
         for earlier in run.callers:
             known = self._after.setdefault(earlier, {})
             if me not in known:
@@ -137,15 +147,15 @@ class Siblings:
         """A _Together; None: not now. A CUDA graph's capture makes no plans."""
         behind = {found: found() for me, found in self._after[id(layer)].items() if me not in run.callers}
         if any(other is None or not _alike(layer, other) or other.perm is not None for other in behind.values()):
-            self._after, self._plans = {}, {}
+            self._forget()
             return None
         if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
         found = {other.kernel_weight(): found for found, other in behind.items()}
-        if not found or any(weight.scales.is_inference() for weight in found):
+        if not found or any(tensor.is_inference() for weight in found for tensor in weight.tensors().values()):
             return _Together(x)
         weights, launch = ops.plan_together(x, (layer.kernel_weight(), *found), run.perturbation)
         return _Together(x, [found[weight] for weight in weights[1:]], weights, launch)
 
 
-_NOTHING = None, None, 0
+_NOTHING = None, (), 0
