@@ -89,6 +89,13 @@ FOLDED = {  # (architecture, law, zero points) -> rows -> a step of the folded f
     ("sm_100", "rademacher", "none"): {512: 369},
     ("sm_120", "rademacher", "none"): {128: 327, 512: 436},
 }
+MEMBERS = {  # rows for which q, k and v share a launch, whose step may take 1.02 times that of one layer's
+    "sm_80": (8, 64),
+    "sm_90": (8, 16, 64, 128),
+    "sm_100": (8,),
+    "sm_120": (64,),
+}
+MEMBERS_COST = 1.02
 TABLE_COSTS = 1.8  # times the instructions of an int4 step, at the most
 VECTORS_COST = 1.6  # the same, of AQLM's against int4 with one scale to a row
 BUDGETS = (
@@ -129,6 +136,11 @@ BUDGETS = (
         for arch, regimes in GROUP_64.items()
         for rows, most in regimes.items()
     ),
+    *(
+        Budget(f"{arch} {rows} rows, 3 members", Case(arch, rows, members=3), REGIMES[arch][rows])
+        for arch, several in MEMBERS.items()
+        for rows in several
+    ),
 )
 
 
@@ -145,6 +157,10 @@ def over_budget(figures_of):
             bad.append(
                 f"{budget.name}: the noise adds {added} instructions a step, at most {NOISE_ADDS[law]} wanted"
             )
+        single = steps_of(steps, dataclasses.replace(budget.case, members=1))
+        if budget.case.members > 1 and single and step > MEMBERS_COST * single:
+            most = f"{MEMBERS_COST} times the {single} of one at the most"
+            bad.append(f"{budget.name}: {step} instructions a step, {most}")
         plain = steps_of(steps, dataclasses.replace(budget.case, codes="int4"))
         allowed = TABLE_COSTS if budget.case.codes == "nf4" else VECTORS_COST
         if budget.case.codes in ("nf4", "aqlm-1x16", "aqlm-2x8") and plain and step > allowed * plain:

@@ -63,8 +63,7 @@ def _weight(kind, n, k, group, dtype, zeros="none", bias=False, wide=False):
         None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
         _meta(n, dtype=dtype) if bias else None,
         plan.WIDE_FROM if wide else 0,
-        form.bits,
-        form.table,
+        *(form.bits, form.table),
         **more,
     )
 
@@ -78,7 +77,7 @@ def _perturbation(law, relative=True, shared=False, pair=False):
 class Case:
     """One matmul: `rows` of each evaluation, its layer, and every flag that reaches the compiler.
 
-    tile: instead of the one that tiles.pick, or pick_folded, returns.
+    tile: instead of the one that is picked; members: layers of this form that one launch is for.
     """
 
     arch: str
@@ -97,6 +96,7 @@ class Case:
     shared: bool = False
     folded: bool = False
     tile: tiles.Tile | None = None
+    members: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Launch:
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
         group = "row" if held.get("WHOLE_ROW") else held["GROUP"]
-        flags = [f for f in FLAGS if held.get(f)]
+        flags = [f for f in FLAGS if held.get(f)] + [f"{held['MEMBERS']} members"] * (held.get("MEMBERS", 1) > 1)
         zeros = {plan.ZERO_INTEGER: ["ZERO_INTEGER"], plan.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
         bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
@@ -222,7 +222,10 @@ def matmul(case):
             folded.launch(*operands, tile=tile, asm=asm)
         else:
             overlap = case.rows <= tiles.OVERLAP_UP_TO and plan.overlaps(case.arch)
-            plan.launch(*operands, tile=tile, asm=asm, exact=exact, pdl=overlap)
+            more = [operands[3]] * (case.members - 1)
+            plan.launch(
+                *operands, *more, others=[weight] * len(more), tile=tile, asm=asm, exact=exact, pdl=overlap
+            )
     return launches
 
 
@@ -291,13 +294,14 @@ def _stands(kind, group, zeros):
 
 
 def _fits(case):
+    if case.members > 1 and case.rows > tiles.SHARED_UP_TO:
+        return False
     if case.shared and not (case.relative and case.law != "none"):
         return False
-    if case.folded and not folded.supports(case.dtype, case.k, case.group, ZEROS[case.zeros]):
+    if not _stands(case.codes, case.group, case.zeros) or (case.group != WHOLE_ROW and case.k % case.group):
         return False
-    if not _stands(case.codes, case.group, case.zeros):
-        return False
-    return case.group == WHOLE_ROW or case.k % case.group == 0
+    weight = case.folded and _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros)
+    return not case.folded or folded.supports(weight, case.dtype)
 
 
 def shapes():
@@ -326,6 +330,7 @@ def plain(arch):
     yield Case(arch, 64, dtype=torch.float32)
 
 
+BOTH = dict.fromkeys(("relative", "bias", "shared"), (False, True))
 AXES = {
     "rows": (16, 32, 64, 128, 256, 512),
     "k": (4096, 576),
@@ -333,19 +338,17 @@ AXES = {
     "dtype": (torch.bfloat16, torch.float16),
     "law": tuple(noise.LAWS),
     "zeros": tuple(ZEROS),
-    "relative": (True, False),
-    "bias": (False, True),
     "wide": (False, True),
     "pair": (True, False),
-    "shared": (False, True),
+    "members": (1, plan.MOST_MEMBERS),
+    **BOTH,
 }
-
-
 OTHER_CODES = {
     "rows": (16, 64, 512),
     "group": GROUPS,
     "zeros": tuple(ZEROS),
     "codes": ("int2", "int8", "nf4", "nf4-exact"),
+    "members": (1, plan.MOST_MEMBERS),
 }
 VECTORS = {
     "codes": ("aqlm-1x16", "aqlm-2x8", "aqlm-5x8"),
@@ -354,10 +357,8 @@ VECTORS = {
     "k": (4096, 576),
     "dtype": (torch.bfloat16, torch.float16),
     "law": ("rademacher", "ih4", "none"),
-    "relative": (True, False),
-    "bias": (False, True),
     "pair": (True, False),
-    "shared": (False, True),
+    **BOTH,
 }
 FOLDED = {
     "folded": (True,),
@@ -368,10 +369,8 @@ FOLDED = {
     "law": tuple(noise.LAWS),
     "zeros": ("none", "integer"),
     "codes": ("int4", "int2", "int8", "nf4"),
-    "relative": (True, False),
-    "bias": (False, True),
     "wide": (False, True),
-    "shared": (False, True),
+    **BOTH,
 }
 
 

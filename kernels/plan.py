@@ -17,10 +17,11 @@ from .qmm import _group_sums_kernel, _qmm_kernel, gdc_wait
 ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = 0, 1, 2
 ZEROS = {None: ZERO_NONE, torch.float32: ZERO_FLOAT, torch.uint8: ZERO_INTEGER}
 WIDE_FROM = 1 << 32          # quad numbers from here on need the second counter word
+MOST_MEMBERS = 3             # weights of one launch
 
 
-def constants(tile, weight, *, rows, law, relative, shared, pair, asm, pdl=False, lookup=PLAIN):
-    """The kernel's compile-time constants.
+def constants(tile, weight, *, rows, law, relative, shared, pair, asm, pdl=False, lookup=PLAIN, members=1):
+    """The kernel's compile-time constants; members: weights of one launch, which have the same ones.
 
     A pair that one tile cannot hold takes two tiles' rows: the product of one row has the same bits in either.
     lookup: the constants of lookup.lookups.
@@ -37,12 +38,21 @@ def constants(tile, weight, *, rows, law, relative, shared, pair, asm, pdl=False
                 RELATIVE=bool(relative), SHARED=bool(shared), PAIR=bool(pair), WIDE=is_wide(weight),
                 ZERO=ZEROS[weight.zero_type], RATIO=ratio, DEEP=tile.deep, ASM=bool(asm),
                 SPLITS=split_count(tile, k, group)[0], PDL=bool(pdl), BIAS=weight.bias is not None,
-                MASK_K=k % TILE_K != 0, ROUNDS_=ROUNDS, **lookup)
+                MASK_K=k % TILE_K != 0, ROUNDS_=ROUNDS, MEMBERS=members, **lookup)
 
 
 def is_wide(weight):
     """Whether quad numbers of the weight reach beyond 32 bits."""
     return weight.base4 + weight.scales.shape[0] * weight.out_features > WIDE_FROM
+
+
+def together(one, other):
+    """Whether one launch may multiply both weights: they differ in their outputs, and in their values."""
+    def form(weight):
+        bias = None if weight.bias is None else weight.bias.dtype
+        return (weight.in_features, weight.group, weight.bits, weight.table, weight.zero_type, bias, is_wide(weight),
+                weight.scales.device)
+    return form(one) == form(other) and one.codebooks is None is other.codebooks
 
 
 def split_count(tile, k, group):
@@ -68,6 +78,8 @@ def overlaps(arch):
 class Plan:
     """How `weight` is multiplied with m rows of `dtype` under perturbations of one form.
 
+    others : weights that the same launch multiplies with the same rows, each into a y of its own (`together`); up to
+        MOST_MEMBERS in all
     perturbation : any of that form
     tile, asm, pdl : the tile; unpack with inline PTX (NVIDIA, 16-bit x) or its plain twin; overlap with the launch
         ahead (`overlaps`)
@@ -76,19 +88,20 @@ class Plan:
     Two launches of one plan that run at the same time, on two streams, are not allowed: they share counters.
     """
 
-    def __init__(self, weight, perturbation, m, dtype, *, tile, asm, exact=False, pdl=False):
-        k, n, count = weight.in_features, weight.out_features, len(perturbation)
+    def __init__(self, weight, perturbation, m, dtype, *, tile, asm, exact=False, pdl=False, others=()):
+        members = (weight, *others)
+        k, count, widths = weight.in_features, len(perturbation), [member.out_features for member in members]
         law = perturbation.law
         rows = m if law == NONE else m // count                 # without noise all rows are one block
         entries, lookup = lookups(_qmm_kernel, weight.scales, dtype, weight.table, exact, weight.codebooks)
         self.constants = constants(
             tile, weight, rows=rows, law=law, relative=perturbation.relative, shared=perturbation.shared,
-            pair=perturbation.pair, asm=asm and dtype != torch.float32, pdl=pdl, lookup=lookup)
+            pair=perturbation.pair, asm=asm and dtype != torch.float32, pdl=pdl, lookup=lookup, members=len(members))
         splits, per_split = split_count(tile, k, weight.group)
         each = rows * (2 if self.constants["PAIR"] else 1)
         blocks = m // each * triton.cdiv(each, self.constants["BM"])
-        self.grid = triton.cdiv(n, tile.outputs), blocks, splits
-        self.parts = (splits, m, n) if splits > 1 else None
+        self.grid = sum(triton.cdiv(n, tile.outputs) for n in widths), blocks, splits
+        self.parts = (splits, m, sum(widths)) if splits > 1 else None
         self.sums = (weight.groups, m) if weight.zero_type == torch.float32 else None
         self.nothing = weight.scales                            # stands for a tensor that is not there
         device = weight.scales.device
@@ -100,7 +113,11 @@ class Plan:
             counters = torch.zeros(math.prod(self.grid[:2]), dtype=torch.int32, device=device)
         self.tensors = (weight.codes, weight.scales, self._or_nothing(weight.zeros), entries,
                         self._or_nothing(weight.bias), counters)
-        self.numbers = (weight.base4, rows, m, n, k, weight.groups, k, triton.cdiv(k, TILE_K), per_split)
+        self.absent = (self.nothing,) * (MOST_MEMBERS - len(members))       # in place of a member's y
+        self.more = [self._or_nothing(t) for w in others for t in (w.codes, w.scales, w.zeros, w.bias)]
+        self.more += [self.nothing] * (4 * len(self.absent))
+        self.numbers = (weight.base4, rows, m, widths[0], k, weight.groups, k, triton.cdiv(k, TILE_K), per_split,
+                        *(number for w in others for number in (w.base4, w.out_features)), *(0, 0) * len(self.absent))
         limit = {"maxnreg": tile.registers} if tile.registers else {}       # an option that AMD's compiler lacks
         self.options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, **limit)
         if pdl:
@@ -110,8 +127,9 @@ class Plan:
     def _or_nothing(self, tensor):
         return self.nothing if tensor is None else tensor
 
-    def __call__(self, x, seeds, coefs, y):
-        """Fill y [m, N] from contiguous x [m, K] on 16 bytes."""
+    def __call__(self, x, seeds, coefs, y, *more):
+        """Fill y [m, N] from contiguous x [m, K] on 16 bytes; more: the y of each of the others."""
+        more += self.absent
         parts = sums = self.nothing
         if self.parts:
             parts = self.scratch(self.parts)
@@ -120,26 +138,29 @@ class Plan:
             self._sum_groups(x, sums)
         if self.compiled is not None:
             self.compiled(x.data_ptr(), y.data_ptr(), seeds.data_ptr(), coefs.data_ptr(), parts.data_ptr(),
-                          sums.data_ptr(), *self.packed)
+                          sums.data_ptr(), *self.pointers, more[0].data_ptr(), more[1].data_ptr(), *self.packed)
             return
-        compiled = _qmm_kernel[self.grid](x, y, seeds, coefs, parts, sums, *self.tensors, *self.numbers,
-                                          **self.constants, **self.options)
+        compiled = _qmm_kernel[self.grid](x, y, seeds, coefs, parts, sums, *self.tensors, *more, *self.more,
+                                          *self.numbers, **self.constants, **self.options)
         if compiled is not None:                # None: the interpreter, or a launch that is only recorded
             names = _qmm_kernel.arg_names[-len(self.constants):]
-            self.packed = (*(t.data_ptr() for t in self.tensors), *self.numbers, *(self.constants[n] for n in names))
+            self.pointers = [t.data_ptr() for t in self.tensors]
+            self.packed = (*(t.data_ptr() for t in self.more), *self.numbers, *(self.constants[n] for n in names))
             self.compiled = compiled[self.grid]
 
     def scratch(self, shape):
         return torch.empty(shape, dtype=torch.float32, device=self.nothing.device)
 
     def _sum_groups(self, x, sums):
-        m, k = x.shape
-        group = k // len(sums)
-        _group_sums_kernel[(triton.cdiv(m, 32), len(sums))](
+        (groups, m), k = sums.shape, x.shape[-1]
+        group = k // groups
+        _group_sums_kernel[(triton.cdiv(m, 32), groups)](
             x, sums, m, k, group, k, BM=32, BK=min(128, triton.next_power_of_2(group)), enable_fp_fusion=False)
 
 
-def launch(x, weight, perturbation, y, *, tile, asm, exact=False, pdl=False):
-    """Run the kernels once on checked arguments; y [E*R, N] is filled. x is contiguous, E*R > 0."""
-    plan = Plan(weight, perturbation, len(x), x.dtype, tile=tile, asm=asm, exact=exact, pdl=pdl)
-    plan(x, perturbation.seeds, perturbation.coefs, y)
+def launch(x, weight, perturbation, y, *more, **how):
+    """Run the kernels once on checked arguments; y [E*R, N] is filled, and more are. x is contiguous, E*R > 0.
+
+    how: tile, asm, exact, pdl and others, as Plan takes them.
+    """
+    Plan(weight, perturbation, len(x), x.dtype, **how)(x, perturbation.seeds, perturbation.coefs, y, *more)

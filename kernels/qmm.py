@@ -89,10 +89,19 @@ def _choose(minus, s, r, PAIR: tl.constexpr):
 
 
 @triton.jit
-def _fetch_ahead(codes_ptr, first, last, N, BN: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr):
+def _member(second, third, a, b, c, MEMBERS: tl.constexpr):
+    """Of a, b and c that which belongs to this program's member; scalars, chosen without a jump."""
+    chosen = tl.where(second, b, a)
+    if MEMBERS == 3:
+        chosen = tl.where(third, c, chosen)
+    return chosen
+
+
+@triton.jit
+def _fetch_ahead(codes_ptr, first, last, tile_n, N, BN: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr):
     """Ask for the program's first tiles of codes, which no kernel writes, to be in L2 once they are loaded."""
     lines = tl.arange(0, BN * WORDS // 64)                                                      # of 128 bytes
-    at = codes_ptr + tl.minimum(tl.program_id(0) * BN * WORDS + 64 * lines, (N - 1) * WORDS)
+    at = codes_ptr + tl.minimum(tile_n * BN * WORDS + 64 * lines, (N - 1) * WORDS)
     for t in tl.static_range(TILES):
         tile = tl.minimum(first + t, last - 1).to(tl.int64)
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at + tile * N * WORDS],
@@ -127,21 +136,27 @@ def _finish_split(y_ptr, bias_ptr, partials_ptr, counters_ptr, n, to, acc, live,
         tl.store(counter, 0)
 
 
-@triton.jit(do_not_specialize=["base4", "R", "M", "G", "tiles", "tiles_per_split"],
+@triton.jit(do_not_specialize=["base4", "base4_1", "base4_2", "R", "M", "G", "tiles", "tiles_per_split"],
             do_not_specialize_on_alignment=["seeds_ptr", "coefs_ptr"])
 def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
-                codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_ptr, counters_ptr,
+                codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_ptr, counters_ptr, y1_ptr, y2_ptr,
+                codes1_ptr, scales1_ptr, zeros1_ptr, bias1_ptr, codes2_ptr, scales2_ptr, zeros2_ptr, bias2_ptr,
                 base4: tl.int64, R: tl.int32, M: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
                 tiles: tl.int32, tiles_per_split: tl.int32,
+                base4_1: tl.int64, N1: tl.int32, base4_2: tl.int64, N2: tl.int32,
                 BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
                 LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
                 ZERO: tl.constexpr, RATIO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, SPLITS: tl.constexpr,
                 PDL: tl.constexpr, BIAS: tl.constexpr, MASK_K: tl.constexpr, BOOKS: tl.constexpr, PASSES: tl.constexpr,
-                HEAD: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr, ROUNDS_: tl.constexpr):
-    """grid = (cdiv(N, BN), row blocks, splits); a tile holds rows of one evaluation, or of a pair.
+                HEAD: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr, ROUNDS_: tl.constexpr,
+                MEMBERS: tl.constexpr):
+    """grid = (tiles of outputs, row blocks, splits); a tile holds rows of one evaluation, or of a pair.
 
     All outputs of a row block run side by side: x is then read from memory once, and the codes, a quarter of its
     bytes per element, stay in the L2 cache from one row block to the next.
+
+    MEMBERS: weights that one x is multiplied by, up to three; the tiles of outputs are those of the first, then of the
+    second, then of the third. They differ in what has a 1 or a 2 in its name, and in nothing else.
 
     Operands are swapped, y^T = W x^T, so that the codes are the tensor core's register operand and never pass
     through shared memory once unpacked. Each step of the loop is one tile of 128 k.
@@ -149,11 +164,11 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     GROUP: 32, 64 or 128. WHOLE_ROW: one scale per output, applied after the loop. SHARED: one z per output, applied
     last. PAIR: evaluations 2e and 2e + 1 have one seed; their rows alternate in the tile, so that which coefficient a
     column has is known from the accumulator's register and costs no instruction. SPLITS: programs that share a tile;
-    more than one leave their parts in partials_ptr, float32 [splits, M, N] (_finish_split). PDL: this launch may begin
-    before the one ahead of it has ended (programmatic dependent launch), and waits for it before it reads anything
-    but codes. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and s * (sum (q-m) x - (zero-m) sum x),
-    m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K. BOOKS, PASSES,
-    HEAD, STEP, TABLE, LAST and entries_ptr: what codes stand for, see lookup.lookups.
+    more than one leave their parts in partials_ptr, float32 [splits, M, N] of one member after another (_finish_split).
+    PDL: this launch may begin before the one ahead of it has ended (programmatic dependent launch), and waits for it
+    before it reads anything but codes. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and
+    s * (sum (q-m) x - (zero-m) sum x), m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K.
+    BOOKS, PASSES, HEAD, STEP, TABLE, LAST and entries_ptr: what codes stand for, see lookup.lookups.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     DEPTH: tl.constexpr = GROUP if DEEP else 32     # k of one dot
@@ -166,9 +181,31 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     NEXT: tl.constexpr = DEPTH // 8 if BOOKS else DEPTH             # inputs from one dot's first to the next one's
     first = tl.program_id(2) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tiles)
+    tile_n = tl.program_id(0)
+    outputs = N                                                     # of all members
+    before = 0                                                      # those of the members ahead
+    if MEMBERS > 1:
+        end = tl.cdiv(N, BN)
+        end1 = end + tl.cdiv(N1, BN)
+        second = tile_n >= end
+        third = tile_n >= end1
+        tile_n -= _member(second, third, 0, end, end1, MEMBERS)
+        outputs += N1
+        if MEMBERS == 3:
+            outputs += N2
+        before = _member(second, third, 0, N, N + N1, MEMBERS)
+        y_ptr = _member(second, third, y_ptr, y1_ptr, y2_ptr, MEMBERS)
+        codes_ptr = _member(second, third, codes_ptr, codes1_ptr, codes2_ptr, MEMBERS)
+        scales_ptr = _member(second, third, scales_ptr, scales1_ptr, scales2_ptr, MEMBERS)
+        if ZERO != 0:
+            zeros_ptr = _member(second, third, zeros_ptr, zeros1_ptr, zeros2_ptr, MEMBERS)
+        if BIAS:
+            bias_ptr = _member(second, third, bias_ptr, bias1_ptr, bias2_ptr, MEMBERS)
+        base4 = _member(second, third, base4, base4_1, base4_2, MEMBERS)
+        N = _member(second, third, N, N1, N2, MEMBERS)
     if PDL:
         if WORDS & (WORDS - 1) == 0:
-            _fetch_ahead(codes_ptr, first, last, N, BN, WORDS, 2)
+            _fetch_ahead(codes_ptr, first, last, tile_n, N, BN, WORDS, 2)
         gdc_wait()
         gdc_launch_dependents()
     blocks = tl.cdiv(R * EACH, BM)
@@ -179,7 +216,7 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     row = e * R + tl.minimum(local, R - 1)          # surplus rows and columns repeat the last one, and are not stored
     if PAIR:
         row += tl.where(minus, R, 0)
-    out_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    out_n = tile_n * BN + tl.arange(0, BN)
     n = tl.minimum(out_n, N - 1)
     seed = tl.load(seeds_ptr + e)
     coef = tl.load(coefs_ptr + e)
@@ -320,7 +357,8 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     live = (local < R)[None, :] & (out_n < N)[:, None]
     to = row[None, :].to(tl.int64) * N + out_n[:, None]
     if SPLITS > 1:
-        _finish_split(y_ptr, bias_ptr, partials_ptr, counters_ptr, n, to, acc, live, M.to(tl.int64) * N, SPLITS, BIAS)
+        _finish_split(y_ptr, bias_ptr, partials_ptr + M.to(tl.int64) * before, counters_ptr, n, to, acc, live,
+                      M.to(tl.int64) * outputs, SPLITS, BIAS)
     else:
         _finish(y_ptr, bias_ptr, n, to, acc, live, BIAS)
 

@@ -54,8 +54,9 @@ class Experts(nn.ModuleList):
         parts = []
         try:
             for e, block in enumerate(blocks):
+                one = evaluations[e:e + 1]
                 for layer in found:
-                    layer._evaluations = evaluations[e:e + 1]
+                    layer._evaluations = one
                 parts.append(self._mixed(*block))
         finally:
             for layer in found:

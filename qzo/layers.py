@@ -11,6 +11,7 @@ from .heap import Heap
 from .kernels.table import named_table
 from .linear import QZOLinear
 from .quantize import check_form
+from .siblings import Siblings
 from .weights import check_group_size
 
 
@@ -46,6 +47,7 @@ def arena_of(module, exact=False):
     if len(devices) > 1:
         raise ValueError(f"the layers lie on {sorted(map(str, devices))}: all that train must be on one device")
     arena = ScaleArena.of_shapes(shapes, devices.pop())
+    _introduce(module)
     heap = Heap()
     for name, layer in found.items():
         if not arena.data.is_meta:
@@ -55,6 +57,15 @@ def arena_of(module, exact=False):
         layer.arena, layer.arena_name = arena, name
         heap.took(4 * arena.slots[name].groups * arena.slots[name].outputs)
     return arena
+
+
+def _introduce(module):
+    """Let layers that are children of one module know each other."""
+    for parent in module.modules():
+        children = [child for child in parent.children() if isinstance(child, QZOLinear)]
+        siblings = Siblings() if len(children) > 1 else None
+        for child in children:
+            child._siblings = siblings
 
 
 def train_only(module, wanted):

@@ -51,6 +51,8 @@ class QZOLinear(nn.Module):
     size that does not fit, for other bits, or in forward for rows that the number of evaluations does not divide.
     """
 
+    _siblings = None        # layers of the same module that may be given the same x (siblings.py)
+
     def __init__(self, in_features, out_features, bias=True, bits=4, group_size=128, device=None, dtype=None):
         super().__init__()
         check_bits(bits)
@@ -134,7 +136,12 @@ class QZOLinear(nn.Module):
             perturbation = evaluations.perturbation if self.trainable else evaluations.unperturbed
         if perm is not None and x.shape[-1] == self.in_features:      # other widths: ops names the mismatch
             x = x.index_select(-1, perm)
-        weight = self._describe() if ops.is_traced(x) else self.kernel_weight()
+        traced = ops.is_traced(x)
+        if self._siblings is not None and perm is None and not traced:
+            y = self._siblings.product(self, x, perturbation)
+            if y is not None:
+                return y
+        weight = self._describe() if traced else self.kernel_weight()
         if weight.in_rows and ops.uses_triton(x.device):
             self.codes = to_planes(self.codes, self.in_features, self.bits)
             weight = self.kernel_weight()
@@ -155,6 +162,12 @@ class QZOLinear(nn.Module):
         """Make the kernels' weight known where nothing has run yet: compiled code finds it by its tensors."""
         if self._planned is None and not self.codes.is_meta:
             self.kernel_weight()
+
+    def _let_go(self):
+        """Of all that was planned with the layer's tensors."""
+        self.__dict__["_planned"] = None
+        if self._siblings is not None:
+            self._siblings.let_go()
 
     def _describe(self):
         name, books = self.arena_name, {"codebooks": self.codebooks}
@@ -177,8 +190,8 @@ class QZOLinear(nn.Module):
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if name in ("codes", "zeros", "bias", "codebooks", "arena"):
-            self.__dict__["_planned"] = None            # or it would keep the memory of what is replaced
+        if name in ("codes", "zeros", "bias", "codebooks", "arena", "perm", "out_dtype"):
+            self._let_go()              # or it would keep the memory of what is replaced
 
     def __getstate__(self):
         return self.__dict__ | {"_planned": None}       # a copy makes plans of its own
@@ -186,7 +199,7 @@ class QZOLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         if self.out_dtype is not None:
             self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype, device=self.codes.device)).dtype
-        self._planned = None
+        self._let_go()
         codes, kept = self.codes, {name: self._buffers[name] for name in ("zeros", "codebooks")}
         self._buffers |= dict.fromkeys(kept)        # what a file has in float stays in its type, whatever the model is
         super()._apply(fn, recurse)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .kernels import codes as code_layouts
+from .checks import check_matmul, check_rows
 from .kernels import dequantize, folded, noise, perturb, plan, qmm, qmm_torch, tiles, update, vectors
 from .kernels.operands import Perturbation, Weight
 
@@ -30,6 +30,7 @@ class Choice(typing.NamedTuple):
     tables: str = "rounded"
     tile: tiles.Tile | None = None
     overlap: bool = True
+    shared_launches: bool = True
 
 
 DEFAULT = Choice()
@@ -37,7 +38,8 @@ _choice = contextvars.ContextVar("qzo_choice", default=DEFAULT)
 
 
 @contextlib.contextmanager
-def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None):
+def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None,
+            shared_launches=None):
     """Choose what runs inside the block; None leaves a choice as it is.
 
     name : "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton". "triton" on CPU tensors needs Triton's
@@ -53,6 +55,8 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None)
         2^-22 in float16 (or 2^-25, if that is more), and takes a second pass over each tile. float32 activations need
         neither.
     tile : a kernels.tiles.Tile that every matmul is to run with, in place of the one that tiles.pick chooses
+    shared_launches : whether layers of a module that are given the same x, as q, k and v are, may run in one launch
+        (True); no bit depends on it
     overlap : whether a launch may begin while the one ahead of it ends, where the chip can (True); no bit depends on it
 
     Raises ValueError for another value; for a tile that cannot be, and where a matmul inside would run without it.
@@ -64,7 +68,8 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None)
         raise ValueError(f"tables={tables!r}: {' or '.join(map(repr, TABLES))} is wanted")
     if tile is not None:
         tile.check()
-    asked = dict(name=name, large_rows=large_rows, tables=tables, tile=tile, overlap=overlap)
+    asked = dict(name=name, large_rows=large_rows, tables=tables, tile=tile, overlap=overlap,
+                 shared_launches=shared_launches)
     token = _choice.set(_choice.get()._replace(**{field: value for field, value in asked.items() if value is not None}))
     try:
         yield
@@ -111,10 +116,10 @@ def matmul(x, weight, perturbation=None, out_dtype=None):
     Raises TypeError or ValueError for what does not fit, naming it.
     """
     if perturbation is None:
-        perturbation = _plain(x.device)
+        perturbation = plain(x.device)
     choice = _choice.get()
     if is_traced(x):
-        _check_rows(x, perturbation)
+        check_rows(x, perturbation)
         flat = x.reshape(-1, x.shape[-1])
         y = qmm_op(flat, weight.codes, weight.scales, weight.zeros, weight.bias, perturbation.seeds, perturbation.coefs,
                    weight.base4, weight.group, perturbation.law, perturbation.relative, out_dtype or x.dtype,
@@ -135,7 +140,7 @@ def _multiply(x, weight, perturbation, out_dtype, choice):
     key = shape, x.dtype, x.get_device(), out_dtype, perturbation.form, choice
     run = weight.plans.get(key)
     if run is None:
-        _check(x, weight, perturbation)
+        check_matmul(x, weight, perturbation)
         run = weight.keep(key, _plan(x.reshape(-1, shape[-1]), weight, perturbation, choice))
     y = torch.empty((*shape[:-1], weight.out_features), dtype=out_dtype, device=x.device)
     if y.numel():
@@ -163,11 +168,24 @@ def _plan(x, weight, perturbation, choice):
     form = many_rows_form(choice.large_rows, rows, weight, x.dtype, exact)
     if form == "blas":
         return functools.partial(_blas, asm, exact)
-    tile = choice.tile or pick_tile(rows, weight, x.dtype, arch, exact, form)
     if form == "folded":
+        tile = choice.tile or pick_tile(rows, weight, x.dtype, arch, exact, form)
         return functools.partial(_folded, tile, asm)
-    return _Fused(plan.Plan(weight, perturbation, m, x.dtype, tile=tile, asm=asm, exact=exact,
-                            pdl=choice.overlap and rows <= tiles.OVERLAP_UP_TO and plan.overlaps(arch)))
+    return _fused(x, weight, perturbation, choice)
+
+
+def _tile(x, weight, perturbation, choice):
+    """The tile of a fused matmul with x [rows, K]."""
+    return choice.tile or pick_tile(len(x) // len(perturbation), weight, x.dtype, _architecture(x.device),
+                                    choice.tables == "exact")
+
+
+def _fused(x, weight, perturbation, choice, others=()):
+    """One launch for x [rows, K] by a weight, and by others with the same tile."""
+    m, arch = len(x), _architecture(x.device)
+    pdl = choice.overlap and m // len(perturbation) <= tiles.OVERLAP_UP_TO and plan.overlaps(arch)
+    return _Fused(plan.Plan(weight, perturbation, m, x.dtype, tile=_tile(x, weight, perturbation, choice), pdl=pdl,
+                            asm=arch.startswith("sm_"), exact=choice.tables == "exact", others=others))
 
 
 class _Fused:
@@ -176,10 +194,37 @@ class _Fused:
     def __init__(self, made):
         self.plan = made
 
-    def __call__(self, x, weight, perturbation, y):
+    def __call__(self, x, weight, perturbation, *y):
         if not x.is_contiguous() or x.data_ptr() & 15:
             x = _aligned(x.contiguous())
-        self.plan(x, perturbation.seeds, perturbation.coefs, y)
+        self.plan(x, perturbation.seeds, perturbation.coefs, *y)
+
+
+# ------------------------------------------------------------------------------------ several weights in one launch
+
+def plan_together(x, weights, perturbation):
+    """(which of `weights`, what fills a y [..., N] of each) for one launch that multiplies x [..., K] by the first and
+    as many others as may come along; (), None: none may. Each has the bits that it has alone."""
+    choice, first = chosen(), weights[0]
+    check_matmul(x, first, perturbation)
+    flat = x.reshape(-1, x.shape[-1])
+    rows, exact = len(flat) // len(perturbation), choice.tables == "exact"
+    if (not 0 < rows <= tiles.SHARED_UP_TO or first.in_rows
+            or many_rows_form(choice.large_rows, rows, first, x.dtype, exact) != "fused"):
+        return (), None
+    tile = _tile(flat, first, perturbation, choice)
+    others = [weight for weight in weights[1:] if not weight.in_rows and plan.together(first, weight)
+              and _tile(flat, weight, perturbation, choice) == tile][:plan.MOST_MEMBERS - 1]
+    if not others:
+        return (), None
+    for weight in others:
+        check_matmul(x, weight, perturbation)
+    return (first, *others), _fused(flat, first, perturbation, choice, others)
+
+
+def chosen():
+    """The Choice of the current `backend`."""
+    return _choice.get()
 
 
 def _flat(tensor):
@@ -240,7 +285,7 @@ def _aligned(tensor):
 
 
 @functools.cache
-def _plain(device):
+def plain(device):
     """One unperturbed evaluation."""
     return Perturbation(torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device), noise.NONE)
 
@@ -251,68 +296,6 @@ def lookup_of(table, exact, codebooks):
         books, entries, _ = codebooks.shape
         return "vectors" if vectors.words_of(books, entries.bit_length() - 1) <= 2 else "long vectors"
     return None if table is None else "exact" if exact else "table"
-
-
-def _check(x, weight, perturbation):
-    """Shapes, dtypes and devices of a matmul, once for each plan; the operator's fake asks the same."""
-    if x.dim() < 1 or not x.is_floating_point() or x.dtype == torch.float64:
-        raise TypeError(f"x must be float16, bfloat16 or float32 [.., in_features], got {x.dtype} {list(x.shape)}")
-    k = x.shape[-1]
-    codes, scales, zeros, bits, group = weight.codes, weight.scales, weight.zeros, weight.bits, weight.group
-    n = codes.shape[0] if codes.dtype == torch.uint8 else codes.shape[1]
-    seeds, coefs = perturbation.seeds, perturbation.coefs
-    if weight.codebooks is not None:
-        _check_codebooks(weight, k, perturbation.shared)
-        wanted = vectors.vector_shape(n, k, len(weight.codebooks), bits)
-    else:
-        wanted = (code_layouts.row_shape if codes.dtype == torch.uint8 else code_layouts.plane_shape)(n, k, bits)
-    if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != wanted or k != weight.in_features:
-        raise ValueError(f"x has {k} columns, which does not fit {bits}-bit codes {codes.dtype} {list(codes.shape)}: "
-                         "in_features of the layer and the last dimension of its input must agree")
-    if k % group:
-        raise ValueError(f"group_size {group} does not divide in_features {k}; use one that does, or -1 (whole row)")
-    groups = k // group
-    if scales.dtype != torch.float32 or list(scales.shape) != [-(-groups // 4), n, 4]:
-        raise ValueError(f"scales must be float32 {[-(-groups // 4), n, 4]}, got {scales.dtype} {list(scales.shape)}")
-    if zeros is not None and (zeros.dtype not in (torch.uint8, torch.float32) or list(zeros.shape) != [groups, n]):
-        raise ValueError(f"zeros must be uint8 or float32 {[groups, n]}, got {zeros.dtype} {list(zeros.shape)}")
-    if weight.table is not None and (len(weight.table) != 16 or bits != 4 or zeros is not None):
-        raise ValueError(f"a table of 16 entries goes with 4-bit codes and no zeros, got {len(weight.table)} entries, "
-                         f"{bits} bits" + ("" if zeros is None else " and zeros"))
-    if weight.bias is not None and list(weight.bias.shape) != [n]:
-        raise ValueError(f"bias must have shape {[n]}, got {list(weight.bias.shape)}")
-    if seeds.numel() != coefs.numel() or seeds.numel() == 0:
-        raise ValueError(f"{seeds.numel()} seeds and {coefs.numel()} coefficients: one of each per evaluation is "
-                         "wanted")
-    _check_rows(x, perturbation)
-    for name, t in (*weight.tensors().items(), ("seeds", seeds), ("coefs", coefs)):
-        if t.device != x.device:
-            raise ValueError(f"x is on {x.device} but the layer's {name} on {t.device}: move the whole model with "
-                             "model.to(device)")
-
-
-def _check_rows(x, perturbation):
-    """ValueError unless the first dimension holds as many rows of each evaluation."""
-    rows, count = (x.shape[0] if x.dim() > 1 else 1), len(perturbation)
-    if rows % count:
-        raise ValueError(f"{rows} rows do not divide into {count} evaluations: stack the batch {count} times along its "
-                         "first dimension (qzo.pair does it)")
-
-
-def _check_codebooks(weight, k, shared):
-    """ValueError unless they are [C, 2^bits, 8], one scale to an output; if they train, with noise for each number."""
-    books, bits, zeros, table = weight.codebooks, weight.bits, weight.zeros, weight.table
-    if books.dim() != 3 or list(books.shape[1:]) != [1 << bits, vectors.LENGTH]:
-        raise ValueError(f"codebooks must be [C, {1 << bits}, {vectors.LENGTH}] for codes of {bits} bits, got "
-                         f"{list(books.shape)}")
-    if weight.group != k or zeros is not None or table is not None:
-        also = ("" if zeros is None else ", zeros") + ("" if table is None else ", a table")
-        raise ValueError(f"x has {k} columns, and codebooks go with one scale to an output row of as many, no zeros "
-                         f"and no table; got a group_size of {weight.group}{also}: in_features of the layer and the "
-                         "last dimension of its input must agree")
-    if weight.book4 >= 0 and (shared or books.dtype != torch.float32 or not books.is_contiguous()):
-        raise ValueError("codebooks that train are contiguous float32 with noise for each number, got "
-                         f"{books.dtype}" + (" and noise shared by rows" if shared else ""))
 
 
 # ------------------------------------------------------------------------------------------------ operators
@@ -348,7 +331,7 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
 def _(x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype, shared=False, pair=False,
       large_rows="fused", bits=4, table=None, exact=False, codebooks=None, book4=-1):
     weight = Weight(codes, scales, x.shape[-1], group, zeros, bias, base4, bits, table, codebooks, book4)
-    _check(x, weight, Perturbation(seeds, coefs, law, relative, shared, pair))
+    check_matmul(x, weight, Perturbation(seeds, coefs, law, relative, shared, pair))
     return x.new_empty(x.shape[0], weight.out_features, dtype=out_dtype)
 
 

@@ -213,7 +213,8 @@ def steps_under(monkeypatch, steps):
     monkeypatch.setattr(budgets.launches, "matmul", lambda case: [case])
 
     def figures(case):
-        form = (case.rows, case.codes) if case.tile is None else "ratio" if case.tile.ratio else "two"
+        several = (case.members,) if case.members > 1 else ()
+        form = (case.rows, case.codes, *several) if case.tile is None else "ratio" if case.tile.ratio else "two"
         return {"step": steps.get((form, case.law), 150)}
 
     return budgets.over_budget(figures)
@@ -241,6 +242,12 @@ def test_vectors_too_dear(monkeypatch):
     for steps in (240, 241):
         over = steps_under(monkeypatch, KEPT | {((16, "aqlm-2x8"), "rademacher"): steps})
         assert (said.format(steps) in over) == (steps > 240)
+
+
+def test_several_weights_in_a_launch_too_dear(monkeypatch):
+    assert steps_under(monkeypatch, KEPT | {((128, "int4", 3), "rademacher"): 153}) == []
+    over = steps_under(monkeypatch, KEPT | {((128, "int4", 3), "rademacher"): 154})
+    assert over == ["sm_90 128 rows, 3 members: 154 instructions a step, 1.02 times the 150 of one at the most"]
 
 
 def test_budgets_that_are_kept(monkeypatch):

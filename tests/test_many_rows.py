@@ -106,3 +106,14 @@ def test_a_coefficient_of_zero_is_the_plain_forward_in_each_form():
             with qzo.evaluating(model, qzo.Evaluations([3, 3], [0.1, 0.0])):
                 y = model(x)
             assert_same_bits(y[128:], model(x[:128]))
+
+
+def test_layers_that_share_x_are_folded_as_they_are_alone():
+    """128 rows: the most that share a launch, and the least that are folded. A first forward shares none."""
+    model = qzo.quantize_(torch.nn.ModuleDict({name: torch.nn.Linear(128, 32) for name in "qkv"}), group_size=64)
+    x = torch.randn(128, 128).half()
+    with qzo.backend("triton", large_rows="auto"):
+        first, *later = [[layer(x) for layer in model.values()] for _ in range(3)]
+    for ys in later:
+        for y, want in zip(ys, first, strict=True):
+            assert_same_bits(y, want)

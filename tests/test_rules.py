@@ -16,9 +16,9 @@ PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.gl
 LAYERS = [   # a module may import its own layer's elders and everything above it
     {"kernels.noise", "kernels.codes", "kernels.tiles", "kernels.operands"}, {"kernels.table", "kernels.vectors"},
     {"kernels.lookup"}, {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.plan"},
-    {"kernels.dequantize", "kernels.folded", "kernels.perturb"},
-    {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "experts", "formats",
-     "buckets"}, {"quantize"},
+    {"kernels.dequantize", "kernels.folded", "kernels.perturb"}, {"checks"},
+    {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "siblings", "experts", "formats", "buckets"},
+    {"quantize"},
     {"linear"}, {"layers"}, {"optim", "losses", "hf", "save", "quantizer", "graph"},
     {"data", "prefix", "packing", "signal", "compiled", "many_rows"}, {"task"}, {"train"}, {"demo"},
     {"__main__", "bench", "inspect", "quantize_folder"}]

@@ -1,0 +1,161 @@
+"""Layers of one module that are given the same x right after one another (q, k and v; gate and up): one launch for all.
+
+Nobody says which they are: one forward shows it. From the next on the first of them multiplies for the others too, and
+their outputs are kept until they are asked for with that very x. Whatever else happens, a layer multiplies for itself.
+No bit depends on it: each runs the tile, and adds in the order, that it has alone.
+"""
+import operator
+import weakref
+
+import torch
+
+from . import ops
+
+MOST_KNOWN = 64     # layers, or plans; then all is learned anew
+
+
+class _Run:
+    """Calls with one x, one after another: under what, by whom, and outputs that are still to be asked for."""
+
+    def __init__(self, x, perturbation, choice):
+        self.x, self.perturbation, self.choice = weakref.ref(x), perturbation, choice
+        self.version, self.stream = _version(x, perturbation), _stream(x.device)
+        self.callers, self.kept = (), {}
+
+    def goes_on(self, x, perturbation, choice):
+        return (self.x() is x and self.perturbation is perturbation and self.choice is choice
+                and self.version == _version(x, perturbation) and self.stream == _stream(x.device))
+
+
+_changes = operator.attrgetter("_version")      # how often a tensor's values were changed in place
+
+
+def _version(x, perturbation):
+    return x._version + perturbation.seeds._version + perturbation.coefs._version
+
+
+def _stream(device):
+    """What tells apart the streams of a device that work may be queued on."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
+
+
+class _Together:
+    """Layers behind the first, and what multiplies by the weights of all; no layers: the first is on its own."""
+
+    def __init__(self, x, layers=(), weights=(), run=None):
+        self.layers, self.weights, self.run = layers, weights, run
+        self.shapes = [(*x.shape[:-1], weight.out_features) for weight in weights]
+        self.behind = [(found, weight, tuple(weight.tensors().values()))
+                       for found, weight in zip(layers, weights[1:], strict=True)]
+
+    def stands(self, first):
+        """Whether the layers are still what they were when this was planned."""
+        if self.layers and first.kernel_weight() is not self.weights[0]:
+            return False
+        for found, weight, _ in self.behind:
+            layer = found()
+            if layer is None or not _alike(first, layer) or layer.kernel_weight() is not weight:
+                return False
+        return True
+
+    def __call__(self, x, perturbation, dtype):
+        """y of the first, and what is kept for each of the others."""
+        ys = [torch.empty(shape, dtype=dtype, device=x.device) for shape in self.shapes]
+        self.run(x, self.weights[0], perturbation, *ys)
+        return ys[0], {id(found()): (y, tensors, sum(map(_changes, tensors)))
+                       for (found, _, tensors), y in zip(self.behind, ys[1:], strict=True)}
+
+
+def _alike(first, other):
+    """Whether one launch may give both what they are asked for, as far as that can change from call to call."""
+    return (other._evaluations is first._evaluations and other.trainable == first.trainable
+            and other.out_dtype == first.out_dtype)
+
+
+class Siblings:
+    """What the QZOLinear children of one module know of each other. They are never kept alive by it; a copy of them
+    knows nothing yet."""
+
+    def __init__(self):
+        self._run = None
+        self._forget()
+
+    def __reduce__(self):
+        return Siblings, ()
+
+    def _forget(self):
+        """What was learned, and what was planned by it."""
+        self._after = {}        # id of a layer -> id -> reference of those that were given its x after it
+        self._plans = {}
+
+    def let_go(self):
+        """Hold no tensors: a layer's are about to change."""
+        self._plans.clear()
+        if self._run is not None:
+            self._run.kept.clear()
+
+    def product(self, layer, x, perturbation):
+        """y of `layer`; None: it is to multiply for itself. Its columns have no order of their own, nobody traces x."""
+        me, run, choice = id(layer), self._run, ops.chosen()
+        if perturbation is None:
+            perturbation = ops.plain(x.device)
+        if run is not None and run.goes_on(x, perturbation, choice) and me not in run.callers:
+            y, tensors, version = run.kept.pop(me, _NOTHING)
+            if y is not None and sum(map(_changes, tensors)) == version:
+                run.callers += (me,)
+                return y
+        elif (not choice.shared_launches or not ops.uses_triton(x.device)
+              or x.is_inference() or perturbation.seeds.is_inference() or perturbation.coefs.is_inference()):
+            return None
+        else:
+            if run is not None and run.kept:            # somebody was not asked this time
+                self._forget()
+            run = self._run = _Run(x, perturbation, choice)
+        y = self._lead(layer, x, run)
+        run.callers += (me,)
+        return y
+
+    def _lead(self, layer, x, run):
+        """Multiply for those behind the layer too, and keep what is theirs; None if there are none."""
+        perturbation = run.perturbation
+        key = id(layer), run.callers, x.shape, x.dtype, x.get_device(), perturbation.form, run.choice
+        together = self._plans.get(key)
+        if together is None or not together.stands(layer):
+            self._learn(layer, run)
+            together = self._plan(layer, x, run)
+            if together is None:
+                return None
+            self._plans[key] = together
+        if not together.layers:
+            return None
+        y, kept = together(x, perturbation, layer.out_dtype or x.dtype)
+        run.kept |= kept
+        return y
+
+    def _learn(self, layer, run):
+        me = id(layer)
+        if len(self._after) >= MOST_KNOWN or len(self._plans) >= MOST_KNOWN:
+            self._forget()
+        for earlier in run.callers:
+            known = self._after.setdefault(earlier, {})
+            if me not in known:
+                known[me] = weakref.ref(layer)
+                self._plans.clear()
+        self._after.setdefault(me, {})
+
+    def _plan(self, layer, x, run):
+        """A _Together; None: not now. A CUDA graph's capture makes no plans."""
+        behind = {found: found() for me, found in self._after[id(layer)].items() if me not in run.callers}
+        if any(other is None or not _alike(layer, other) or other.perm is not None for other in behind.values()):
+            self._forget()
+            return None
+        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        found = {other.kernel_weight(): found for found, other in behind.items()}
+        if not found or any(tensor.is_inference() for weight in found for tensor in weight.tensors().values()):
+            return _Together(x)
+        weights, launch = ops.plan_together(x, (layer.kernel_weight(), *found), run.perturbation)
+        return _Together(x, [found[weight] for weight in weights[1:]], weights, launch)
+
+
+_NOTHING = None, (), 0

@@ -1,0 +1,450 @@
+"""Layers that are given the same x share a launch: the bits of launches of their own, and whatever callers do."""
+import copy
+import dataclasses
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import qzo
+from qzo import ops
+from qzo.kernels import plan, tiles
+from qzo.siblings import MOST_KNOWN
+from tests.close import assert_same_bits
+from tests.matmuls import TILE, Matmul
+
+MEMBERS = ((33, 1000), (20, 5), (7, 1 << 20))           # outputs and first quads of three weights
+PAIRED = dict(seeds=(5, 5, 9, 9), coefs=(0.1, -0.1, 0.0, 0.02), pair=True)
+FORMS = {
+    "three evaluations": {}, "two": dict(seeds=(1, 2), coefs=(0.1, 0.0)), "one": dict(seeds=(4,), coefs=(0.1,)),
+    "pairs": PAIRED, "none": dict(law=None), "gaussian, the whole row": dict(law="gaussian", group=0),
+    "absolute": dict(relative=False, coefs=(0.001, -0.001, 0.0)), "noise of rows": dict(shared=True, **PAIRED),
+    "integer zeros, bias": dict(zeros="uint8", bias=True), "float zeros": dict(zeros="float32", bias=True, k=448),
+    "float zeros, the whole row": dict(zeros="float32", group=0, relative=False), "int2": dict(bits=2, group=32),
+    "table": dict(table=tuple(i / 8 - 1 for i in range(16))), "float32": dict(dtype=torch.float32)}
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_one_launch_has_the_bits_of_several(form, splits, nan_poison, monkeypatch):
+    summed, sums = [], plan.Plan._sum_groups
+    monkeypatch.setattr(plan.Plan, "_sum_groups", lambda *a: (summed.append(1), sums(*a))[1])
+    matmuls = [Matmul(**{"k": 512} | FORMS[form], n=n, base4=base4) for n, base4 in MEMBERS]
+    weights, perturbation, x = [m.operands()[0] for m in matmuls], matmuls[0].operands()[1], matmuls[0].x
+    how = dict(tile=dataclasses.replace(TILE, splits=splits), asm=False)
+
+    def empty():
+        return [torch.empty(len(x), weight.out_features) for weight in weights]
+    alone = empty()
+    for weight, y in zip(weights, alone, strict=True):
+        plan.launch(x, weight, perturbation, y, **how)
+    for count in (2, 3) if form == "pairs" else (3,):
+        together = empty()[:count]
+        summed.clear()
+        plan.launch(x, weights[0], perturbation, *together, others=weights[1:count], **how)
+        assert len(summed) == (matmuls[0].zeros == "float32"), "the sums of x are the same for all"
+        for y, want in zip(together, alone, strict=False):
+            assert_same_bits(y, want)
+
+
+def test_what_differs_in_more_than_its_outputs_needs_a_launch_of_its_own():
+    first = Matmul().operands()[0]
+    assert plan.together(first, Matmul(n=20, base4=7).operands()[0])
+    for form in (dict(k=512), dict(group=32), dict(group=0), dict(zeros="uint8"), dict(bias=True), dict(bits=8),
+                 dict(table=(0.5,) * 16), dict(base4=1 << 32)):
+        assert not plan.together(first, Matmul(**form).operands()[0]), form
+    vectors = Matmul(group=0, books=2, bits=8).operands()[0]
+    assert not plan.together(vectors, vectors)
+    half, single = (dataclasses.replace(first, bias=torch.zeros(33, dtype=t)) for t in (torch.float16, torch.float32))
+    assert not plan.together(half, single)
+
+
+# ------------------------------------------------------------------------------------------- layers of a module
+
+class Attention(nn.Module):
+    """q, k and v of one x, then o; another forward for each test that wants one."""
+
+    def __init__(self, sizes=(48, 47, 33), bias=True):
+        super().__init__()
+        torch.manual_seed(2)
+        self.v, self.k, self.q = (nn.Linear(64, n, bias=bias) for n in reversed(sizes))
+        self.o = nn.Linear(sum(sizes), 64)
+        self.ask = self.all
+
+    def all(self, x):
+        return self.q(x), self.k(x), self.v(x)
+
+    def forward(self, x):
+        return self.o(torch.cat(self.ask(x), -1))
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with qzo.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How many weights each launch is for."""
+    found, run = [], plan.Plan.__call__
+    monkeypatch.setattr(plan.Plan, "__call__",
+                        lambda self, x, seeds, coefs, *y: (found.append(len(y)), run(self, x, seeds, coefs, *y))[1])
+    return found
+
+
+def attention(**options):
+    return qzo.quantize_(Attention(**options), group_size=32)
+
+
+def xs(count=1, rows=4):
+    random = torch.Generator().manual_seed(3)
+    return [torch.randn(rows, 5, 64, generator=random).half() for _ in range(count)]
+
+
+def alone(model, x, ask=None):
+    """What the model gives with a launch for each layer, its memory of its calls left alone."""
+    other = copy.deepcopy(model)
+    other.ask = ask or other.all
+    with qzo.backend(shared_launches=False):
+        return other(x)
+
+
+def taught(**options):
+    """A model whose layers know who shares x with whom."""
+    model = attention(**options)
+    model(*xs())
+    return model
+
+
+def test_from_the_second_forward_on_there_is_one_launch(launches):
+    model = attention()
+    want = alone(model, *xs())
+    for expected in ([1, 1, 1, 1], [3, 1], [3, 1]):
+        launches.clear()
+        assert_same_bits(model(*xs()), want)
+        assert launches == expected
+
+
+def test_under_evaluations_of_any_seed_and_number(launches):
+    model = taught()
+    for seeds, coefs in (([1, 1], [0.1, -0.1]), ([2, 2], [0.1, 0.0]), ([3], [0.1]), ([4, 5, 6], [0.1, 0.2, 0.3])):
+        x, evaluations = xs(rows=2 * len(seeds))[0], qzo.Evaluations(seeds, coefs)
+        other = copy.deepcopy(model)
+        with qzo.evaluating(model, evaluations), qzo.evaluating(other, evaluations):
+            launches.clear()
+            y = model(x)
+            assert launches == [3, 1]
+            with qzo.backend(shared_launches=False):
+                assert_same_bits(y, other(x))
+
+
+@pytest.mark.parametrize("choice", [dict(shared_launches=False), dict(name="torch")])
+def test_where_nothing_is_shared(choice, launches):
+    model = taught()
+    with qzo.backend(**choice):
+        launches.clear()
+        y = model(*xs())
+        assert max(launches, default=1) == 1
+    if "name" not in choice:
+        assert_same_bits(y, model(*xs()))
+
+
+def test_layers_with_a_tile_of_their_own_are_multiplied_alone(monkeypatch, launches):
+    """With grouped queries k and v are narrower than q, which may mean other splits."""
+    pick = tiles.pick
+    monkeypatch.setattr(tiles, "pick", lambda rows, n, *a: dataclasses.replace(pick(rows, n, *a), splits=1 + (n < 44)))
+    model = attention(sizes=(48, 40, 40))
+    want = model(*xs())
+    launches.clear()
+    assert_same_bits(model(*xs()), want)
+    assert launches == [1, 2, 1]
+
+
+def test_more_rows_than_a_launch_is_shared_for(launches):
+    model = attention()
+    for rows, shared in ((tiles.SHARED_UP_TO, True), (tiles.SHARED_UP_TO + 1, False)):
+        x = torch.randn(rows, 64).half()
+        model(x)
+        launches.clear()
+        model(x.clone())
+        assert launches == ([3, 1] if shared else [1, 1, 1, 1])
+
+
+def test_five_layers_share_two_launches(launches):
+    class Five(nn.ModuleList):
+        def forward(self, x):
+            return [layer(x) for layer in self]
+    model = qzo.quantize_(Five(nn.Linear(64, n) for n in (16, 8, 24, 40, 9)), group_size=32)
+    (x,) = xs()
+    want = model(x)
+    launches.clear()
+    for y, one in zip(model(x), want, strict=True):
+        assert_same_bits(y, one)
+    assert launches == [3, 2]
+
+
+def test_who_trains_and_who_does_not_share_apart(launches):
+    model = attention()
+    qzo.layers.train_only(model, lambda name: name in ("q", "k"))
+    evaluations = qzo.Evaluations([1, 1], [0.1, -0.1])
+    with qzo.evaluating(model, evaluations):
+        want = model(*xs())
+        launches.clear()
+        assert_same_bits(model(*xs()), want)
+        assert launches == [2, 1, 1]
+    qzo.layers.train_only(model, lambda name: name == "o")
+    model(*xs())
+    launches.clear()
+    model(*xs())
+    assert launches == [3, 1], "scales of layers that are frozen lie apart"
+
+
+# ------------------------------------------------------------------------------------------- whatever callers do
+
+ASKS = {
+    "without v": lambda m: lambda x: (m.q(x), m.k(x), torch.zeros(*x.shape[:-1], 33).half()),
+    "in another order": lambda m: lambda x: (lambda v, q, k: (q, k, v))(m.v(x), m.q(x), m.k(x)),
+    "k of another x": lambda m: lambda x: (m.q(x), m.k(x.flip(0)), m.v(x)),
+    "of equal copies": lambda m: lambda x: (m.q(x), m.k(x.clone()), m.v(x.clone())),
+    "q twice": lambda m: lambda x: (m.q(x), (m.q(x), m.k(x))[1], m.v(x)),
+    "x changed in place": lambda m: lambda x: (m.q(x), m.k(x.add_(1)), m.v(x)),
+    "changed and changed back": lambda m: lambda x: (m.q(x), m.k(x.mul_(2)), m.v(x.div_(2))),
+    "o first": lambda m: lambda x: (m.o(torch.cat([m.q(x), m.k(x), m.v(x)], -1))[..., :48], m.k(x), m.v(x))}
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_a_forward_that_goes_another_way(ask, nan_poison):
+    model = taught()
+    for turn in (ask, None, ask, ask, None, None):
+        x = xs()[0]
+        other = copy.deepcopy(model)
+        other.ask = ASKS[turn](other) if turn else other.all
+        model.ask = ASKS[turn](model) if turn else model.all
+        with qzo.backend(shared_launches=False):
+            want = other(x.clone())
+        assert_same_bits(model(x), want)
+
+
+def test_an_output_that_nobody_asks_for_is_dropped_and_not_made_again(launches):
+    model = taught()
+    model.ask = ASKS["without v"](model)
+    launches.clear()
+    for _ in range(3):
+        model(*xs())
+    assert launches == [3, 1, 1, 1, 1, 2, 1]
+    assert not model.q._siblings._run.kept
+
+
+CHANGES = {
+    "a step": lambda m: m.k.arena.data.mul_(2),
+    "codes": lambda m: setattr(m.k, "codes", m.k.codes.flip(0)),
+    "a bias": lambda m: m.k.bias.add_(1),
+    "a bias in other memory": lambda m: setattr(m.k.bias, "data", m.k.bias.data + 1),
+    "columns": lambda m: setattr(m.k, "perm", torch.arange(63, -1, -1)),
+    "a state dict": lambda m: m.load_state_dict(m.state_dict() | {"k.codes": m.k.state_dict()["codes"].flip(1)}),
+    "a dtype": lambda m: setattr(m.k, "out_dtype", torch.float32),
+    "who trains": lambda m: setattr(m.k, "trainable", False)}
+
+
+@pytest.mark.parametrize(("change", "between"), [
+    *((change, False) for change in CHANGES),
+    *((change, True) for change in CHANGES if change != "a bias in other memory")])         # which nothing tells
+def test_what_changes_is_multiplied_as_it_is(change, between):
+    """Between two forwards, or between two layers of one."""
+    (x,) = xs()
+    evaluations = qzo.Evaluations([1, 1], [0.1, -0.1])
+    model = taught()
+    with qzo.evaluating(model, evaluations):
+        model(x)
+        if between:
+            model.q(x)
+        CHANGES[change](model)
+        found = [model.k(x)] if between else [*model.all(x)]
+    other = copy.deepcopy(model)
+    with qzo.backend(shared_launches=False), qzo.evaluating(other, evaluations):
+        want = [other.k(x)] if between else [*other.all(x)]
+    for y, one in zip(found, want, strict=True):
+        assert_same_bits(y, one)
+
+
+@pytest.mark.parametrize("between", [
+    dict(evaluations=qzo.Evaluations(torch.tensor([2, 2]), torch.tensor([0.1, -0.1]))), dict(evaluations=None), dict(tile=TILE),
+    dict(values=True)], ids=["seed", "none", "tile", "coefficients in place"])
+def test_what_another_perturbation_or_choice_asks_for_is_not_what_was_kept(between):
+    model, (x,) = taught(), xs()
+    first = qzo.Evaluations([1, 1], [0.1, -0.1])
+    with qzo.evaluating(model, first):
+        model.all(x)
+        model.q(x)
+        if "values" in between:
+            first.kernel_coefs.mul_(0.5)
+    evaluations = between.get("evaluations", first)
+    with qzo.backend(tile=between.get("tile")):
+        model.k._evaluations = evaluations
+        y, other = model.k(x), copy.deepcopy(model)
+        with qzo.backend(shared_launches=False):
+            assert_same_bits(y, other.k(x))
+
+
+def test_inference_tensors_and_traced_calls_share_nothing(launches):
+    model = taught()
+    want = model(*xs())
+    for inference in (True, False):
+        launches.clear()
+        with torch.inference_mode(inference):
+            assert_same_bits(model(xs()[0].requires_grad_(not inference)).detach(), want)
+        assert launches == [1, 1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------- copies and memory
+
+def test_copies_learn_for_themselves(launches):
+    model = taught()
+    stored = io.BytesIO()
+    torch.save(model.q, stored)
+    stored.seek(0)
+    assert_same_bits(torch.load(stored, weights_only=False)(*xs()), model.q(*xs()))
+    other = copy.deepcopy(model)
+    assert other.q._siblings is other.k._siblings is other.v._siblings is not model.q._siblings
+    assert not other.q._siblings._after
+    want = alone(model, *xs())
+    other.ask = other.all           # a copied method is the original's
+    for expected in ([1, 1, 1, 1], [3, 1]):
+        launches.clear()
+        assert_same_bits(other(*xs()), want)
+        assert launches == expected
+
+
+def test_nothing_is_kept_alive():
+    model, (x,) = taught(), xs()
+    gc.collect()
+    gc.disable()
+    try:
+        held = [weakref.ref(x), weakref.ref(model.q(x)), weakref.ref(model.k(x)),
+                weakref.ref(model.v(x))]
+        assert [y() for y in held[1:]] == [None] * 3, "handed over once"
+        del x
+        assert held[0]() is None
+        x = xs()[0]
+        model.q(x)
+        kept = weakref.ref(next(iter(model.q._siblings._run.kept.values()))[0])
+        model.q(x.clone())
+        assert kept() is None, "dropped at the next call with another x"
+        codes = weakref.ref(model.k.codes)
+        model.k.codes = model.k.codes.clone()
+        assert codes() is None
+        arena = weakref.ref(model.k.arena.data)
+        model.to("meta")
+        assert arena() is None
+    finally:
+        gc.enable()
+
+
+def test_layers_are_let_go():
+    model = taught()
+    held = [weakref.ref(layer) for layer in (model.q, model.k, model.v)]
+    model.ask = None
+    del model
+    gc.collect()
+    assert [layer() for layer in held] == [None] * 3
+
+
+def test_a_layer_that_is_taken_away_is_not_missed():
+    model, (x,) = taught(), xs()
+    want = model.q(x)
+    k = model.k
+    model.k = None
+    del k
+    gc.collect()
+    assert_same_bits(model.q(xs()[0]), want)
+    assert_same_bits(model.q(xs()[0]), want)
+
+
+def test_what_is_known_is_bounded():
+    model = taught()
+    for rows in range(1, MOST_KNOWN + 9):
+        model(torch.randn(rows, 64).half())
+    assert len(model.q._siblings._plans) <= MOST_KNOWN
+
+
+# ------------------------------------------------------------------------------------------- a model of transformers
+
+def llama(kv_heads):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=kv_heads, vocab_size=40, max_position_embeddings=32)
+    return qzo.quantize_(LlamaForCausalLM(config), group_size=32)
+
+
+@pytest.mark.parametrize(("kv_heads", "a_block"), [(4, [3, 1, 2, 1]), (2, [1, 2, 1, 2, 1])])
+def test_steps_of_a_llama_have_the_same_bits(kv_heads, a_block, launches, monkeypatch, tmp_path):
+    pick = tiles.pick
+    monkeypatch.setattr(tiles, "pick", lambda rows, n, *a: dataclasses.replace(pick(rows, n, *a), splits=1 + (n < 64)))
+    ids = torch.arange(16).view(2, 8) + 3
+    found = []
+    for shared in (True, False):
+        model, path = llama(kv_heads), tmp_path / f"{shared}.qzo"
+        optimizer = qzo.QZO(model, lr=1e-2, directions=1, seed=5, journal=path)
+        with qzo.backend(shared_launches=shared):
+            losses = qzo.losses(model, {"input_ids": ids, "labels": ids}, 1)
+            launches.clear()
+            for _ in range(2):
+                optimizer.step(lambda model=model: qzo.losses(model, {"input_ids": ids, "labels": ids}, 2))
+        assert launches == (a_block if shared else [1] * 7) * 4
+        found.append((losses, qzo.layers.arena_of(model).data, path.read_bytes()))
+    (losses, scales, journal), (plain_losses, plain_scales, plain_journal) = found
+    assert_same_bits(losses, plain_losses)
+    assert_same_bits(scales, plain_scales)
+    assert journal == plain_journal
+
+
+def test_a_mixtures_experts_share_launches(launches):
+    from qzo.experts import Expert
+
+    torch.manual_seed(0)
+    expert = Expert(torch.randn(128, 64), torch.randn(64, 64), nn.SiLU())
+    qzo.quantize_(expert, group_size=32)
+    (x,) = xs()
+    want = expert(x)
+    launches.clear()
+    assert_same_bits(expert(x), want)
+    assert launches == [2, 1]
+
+
+def test_the_door_says_which_weights_a_launch_is_for():
+    """Not those of a CPU's rows; and what does not fit is an error that names it."""
+    model = attention()
+    weights = [layer.kernel_weight() for layer in (model.q, model.k)]
+    (x,) = xs()
+    perturbation = ops.plain(x.device)
+    assert all(weight.in_rows for weight in weights)
+    assert ops.plan_together(x, weights, perturbation) == ((), None)
+    with pytest.raises(ValueError, match="x has 32 columns"):
+        ops.plan_together(x[..., :32], weights, perturbation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("rows", [1, 16, 64, 128])
+def test_compiled_launches_that_are_shared_have_the_same_bits(rows, zeros, launches):
+    """Sizes of Llama-2 and of grouped queries: bits of the tiles, splits and alignments that a chip really has."""
+    for kv in (2048, 512):
+        model = nn.ModuleDict({name: nn.Linear(2048, n) for name, n in (("q", 2048), ("k", kv), ("v", kv))})
+        model = qzo.quantize_(model, symmetric=not zeros).cuda().half()
+        found = []
+        with qzo.evaluating(model, qzo.Evaluations([3, 3], [0.01, -0.01])):
+            for shared in (False, True, True, True):
+                x = torch.randn(2 * rows, 2048, generator=torch.Generator().manual_seed(1)).half().cuda()
+                launches.clear()
+                with qzo.backend(shared_launches=shared):
+                    found.append([layer(x) for layer in model.values()])
+        assert max(launches) > 1
+        for ys in found:
+            for y, want in zip(ys, found[0], strict=True):
+                assert_same_bits(y.cpu(), want.cpu())
