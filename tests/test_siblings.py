@@ -272,7 +272,8 @@ def test_what_changes_is_multiplied_as_it_is(change, between):
 
 
 @pytest.mark.parametrize("between", [
-    dict(evaluations=qzo.Evaluations(torch.tensor([2, 2]), torch.tensor([0.1, -0.1]))), dict(evaluations=None), dict(tile=TILE),
+    dict(evaluations=qzo.Evaluations(torch.tensor([2, 2]), torch.tensor([0.1, -0.1]))), dict(evaluations=None),
+    dict(tile=TILE),
     dict(values=True)], ids=["seed", "none", "tile", "coefficients in place"])
 def test_what_another_perturbation_or_choice_asks_for_is_not_what_was_kept(between):
     model, (x,) = taught(), xs()
