@@ -124,7 +124,8 @@ class Launch:
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
         group = "row" if held.get("WHOLE_ROW") else held["GROUP"]
-        flags = [f for f in FLAGS if held.get(f)] + [f"{held['MEMBERS']} members"] * (held.get("MEMBERS", 1) > 1)
+        members = held.get("MEMBERS", 1)
+        flags = [f for f in FLAGS if held.get(f)] + [f"{members} members"] * (members > 1)
         zeros = {plan.ZERO_INTEGER: ["ZERO_INTEGER"], plan.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
         types = dict(self.signature)
         bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
