@@ -50,8 +50,8 @@ def together(one, other):
     """Whether one launch may multiply both weights: they differ in their outputs, and in their values."""
     def form(weight):
         bias = None if weight.bias is None else weight.bias.dtype
-        return (weight.in_features, weight.group, weight.bits, weight.table, weight.zero_type, bias, is_wide(weight),
-                weight.scales.device)
+        return (weight.codes.dtype, weight.in_features, weight.group, weight.bits, weight.table, weight.zero_type,
+                bias, is_wide(weight), weight.scales.device)
     return form(one) == form(other) and one.codebooks is None is other.codebooks
 
 

@@ -213,7 +213,7 @@ def plan_together(x, weights, perturbation):
             or many_rows_form(choice.large_rows, rows, first, x.dtype, exact) != "fused"):
         return (), None
     tile = _tile(flat, first, perturbation, choice)
-    others = [weight for weight in weights[1:] if not weight.in_rows and plan.together(first, weight)
+    others = [weight for weight in weights[1:] if plan.together(first, weight)
               and _tile(flat, weight, perturbation, choice) == tile][:plan.MOST_MEMBERS - 1]
     if not others:
         return (), None

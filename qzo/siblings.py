@@ -54,7 +54,7 @@ class _Together:
             return False
         for found, weight, _ in self.behind:
             layer = found()
-            if layer is None or not _alike(first, layer) or layer.kernel_weight() is not weight:
+            if layer is None or layer.kernel_weight() is not weight:
                 return False
         return True
 
@@ -64,12 +64,6 @@ class _Together:
         self.run(x, self.weights[0], perturbation, *ys)
         return ys[0], {id(found()): (y, tensors, sum(map(_changes, tensors)))
                        for (found, _, tensors), y in zip(self.behind, ys[1:], strict=True)}
-
-
-def _alike(first, other):
-    """Whether one launch may give both what they are asked for, as far as that can change from call to call."""
-    return (other._evaluations is first._evaluations and other.trainable == first.trainable
-            and other.out_dtype == first.out_dtype)
 
 
 class Siblings:
@@ -145,13 +139,11 @@ class Siblings:
 
     def _plan(self, layer, x, run):
         """A _Together; None: not now. A CUDA graph's capture makes no plans."""
-        behind = {found: found() for me, found in self._after[id(layer)].items() if me not in run.callers}
-        if any(other is None or not _alike(layer, other) or other.perm is not None for other in behind.values()):
-            self._forget()
-            return None
         if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
-        found = {other.kernel_weight(): found for found, other in behind.items()}
+        behind = {found: found() for me, found in self._after[id(layer)].items() if me not in run.callers}
+        found = {other.kernel_weight(): found for found, other in behind.items()
+                 if other is not None and other.perm is None and other.out_dtype == layer.out_dtype}
         if not found or any(tensor.is_inference() for weight in found for tensor in weight.tensors().values()):
             return _Together(x)
         weights, launch = ops.plan_together(x, (layer.kernel_weight(), *found), run.perturbation)

@@ -1,4 +1,5 @@
 """Layers that are given the same x share a launch: the bits of launches of their own, and whatever callers do."""
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -30,6 +31,8 @@ FORMS = {
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_one_launch_has_the_bits_of_several(form, splits, nan_poison, monkeypatch):
+    kept, scratch = [], plan.Plan.scratch
+    monkeypatch.setattr(plan.Plan, "scratch", lambda self, shape: kept.append(scratch(self, shape)) or kept[-1])
     summed, sums = [], plan.Plan._sum_groups
     monkeypatch.setattr(plan.Plan, "_sum_groups", lambda *a: (summed.append(1), sums(*a))[1])
     matmuls = [Matmul(**{"k": 512} | FORMS[form], n=n, base4=base4) for n, base4 in MEMBERS]
@@ -44,8 +47,10 @@ def test_one_launch_has_the_bits_of_several(form, splits, nan_poison, monkeypatc
     for count in (2, 3) if form == "pairs" else (3,):
         together = empty()[:count]
         summed.clear()
+        kept.clear()
         plan.launch(x, weights[0], perturbation, *together, others=weights[1:count], **how)
         assert len(summed) == (matmuls[0].zeros == "float32"), "the sums of x are the same for all"
+        assert not any(part.isnan().any() for part in kept), "every part has a place of its own"
         for y, want in zip(together, alone, strict=False):
             assert_same_bits(y, want)
 
@@ -127,6 +132,23 @@ def test_from_the_second_forward_on_there_is_one_launch(launches):
         launches.clear()
         assert_same_bits(model(*xs()), want)
         assert launches == expected
+
+
+def test_the_same_x_again_is_another_forward(launches):
+    model, (x,) = attention(), xs()
+    for expected in ([1, 1, 1], [3], [3]):
+        launches.clear()
+        model.all(x)
+        assert launches == expected
+
+
+def test_sorted_columns_keep_a_layer_apart(launches):
+    model = attention()
+    model.k.perm = torch.arange(63, -1, -1)
+    model(*xs())
+    launches.clear()
+    assert_same_bits(model(*xs()), alone(model, *xs()))
+    assert launches == [2, 1, 1] + [1] * 4
 
 
 def test_under_evaluations_of_any_seed_and_number(launches):
@@ -264,6 +286,8 @@ def test_what_changes_is_multiplied_as_it_is(change, between):
             model.q(x)
         CHANGES[change](model)
         found = [model.k(x)] if between else [*model.all(x)]
+    for together in model.q._siblings._plans.values():
+        assert [layer().kernel_weight() for layer in together.layers] == list(together.weights[1:])
     other = copy.deepcopy(model)
     with qzo.backend(shared_launches=False), qzo.evaluating(other, evaluations):
         want = [other.k(x)] if between else [*other.all(x)]
@@ -271,22 +295,24 @@ def test_what_changes_is_multiplied_as_it_is(change, between):
         assert_same_bits(y, one)
 
 
-@pytest.mark.parametrize("between", [
-    dict(evaluations=qzo.Evaluations(torch.tensor([2, 2]), torch.tensor([0.1, -0.1]))), dict(evaluations=None),
-    dict(tile=TILE),
-    dict(values=True)], ids=["seed", "none", "tile", "coefficients in place"])
-def test_what_another_perturbation_or_choice_asks_for_is_not_what_was_kept(between):
+@pytest.mark.parametrize("between", ["other seeds", "no evaluations", "tile", "coefficients", "seeds"])
+def test_what_another_perturbation_or_choice_asks_for_is_not_what_was_kept(between, launches):
     model, (x,) = taught(), xs()
-    first = qzo.Evaluations([1, 1], [0.1, -0.1])
+    first = now = qzo.Evaluations([1, 1], [0.1, -0.1])
     with qzo.evaluating(model, first):
         model.all(x)
         model.q(x)
-        if "values" in between:
-            first.kernel_coefs.mul_(0.5)
-    evaluations = between.get("evaluations", first)
-    with qzo.backend(tile=between.get("tile")):
-        model.k._evaluations = evaluations
+    if between == "coefficients":           # in place
+        first.kernel_coefs.mul_(0.5)
+    if between == "seeds":
+        first.seeds.add_(1)
+    if between in ("other seeds", "no evaluations"):
+        now = qzo.Evaluations([2, 2], [0.1, -0.1]) if between == "other seeds" else None
+    with qzo.backend(tile=TILE) if between == "tile" else contextlib.nullcontext():
+        model.k._evaluations = now
+        launches.clear()
         y, other = model.k(x), copy.deepcopy(model)
+        assert len(launches) == 1
         with qzo.backend(shared_launches=False):
             assert_same_bits(y, other.k(x))
 
@@ -335,6 +361,9 @@ def test_nothing_is_kept_alive():
         kept = weakref.ref(next(iter(model.q._siblings._run.kept.values()))[0])
         model.q(x.clone())
         assert kept() is None, "dropped at the next call with another x"
+        for _ in range(3):
+            model.all(x)
+        assert any(together.layers for together in model.q._siblings._plans.values())
         codes = weakref.ref(model.k.codes)
         model.k.codes = model.k.codes.clone()
         assert codes() is None
@@ -349,20 +378,21 @@ def test_layers_are_let_go():
     model = taught()
     held = [weakref.ref(layer) for layer in (model.q, model.k, model.v)]
     model.ask = None
-    del model
-    gc.collect()
-    assert [layer() for layer in held] == [None] * 3
+    gc.disable()
+    try:
+        del model
+        assert [layer() for layer in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_layer_that_is_taken_away_is_not_missed():
-    model, (x,) = taught(), xs()
-    want = model.q(x)
-    k = model.k
-    model.k = None
-    del k
+    model = taught()
+    want, *_ = model.all(*xs())
+    model.k = model.ask = None
     gc.collect()
-    assert_same_bits(model.q(xs()[0]), want)
-    assert_same_bits(model.q(xs()[0]), want)
+    for _ in range(2):
+        assert_same_bits(model.q(*xs()), want)
 
 
 def test_what_is_known_is_bounded():
