@@ -185,8 +185,15 @@ def measure(launch):
         "wgmma_registers": sum(bool(re.match(r"R\d+,\s*R\d+,", i.operands)) for i in wgmma),
         "waits": sum(i.name.startswith("WARPGROUP.DEPBAR") for i in body),
         "idle": sum(i.name.startswith("WARPGROUP.DEPBAR") and "0x0" in i.operands for i in body),  # wait for all
+        "early": early(compiled.asm["ptx"]),
         "mix": dict(mix),
     }
+
+
+def early(ptx):
+    """Reads before a kernel has waited for the launch ahead of it, whose results they may be; -1: it never waits."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    return len(re.findall(r"\b(?:ld\.global|cp\.async|atom\.)", before)) if wait else -1
 
 
 # -------------------------------------------------------------------------------- what must hold
@@ -244,6 +251,9 @@ def form_faults(launch, figures):
             bad.append(f"{figures['copies_16']} copies of 16 bytes a thread, not those that read {words} words once")
         if figures["words"] != launch.constant("PASSES"):
             bad.append(f"codebooks of {figures['words']} of {launch.constant('PASSES')} words are looked up")
+    if launch.kernel == "qmm" and launch.constant("PDL") and figures["early"]:
+        reads = f"{figures['early']} reads before" if figures["early"] > 0 else "never"
+        bad.append(f"the launch ahead is waited for: {reads}")
     if launch.arch == "sm_100" and (launch.constant("BITS") == 2 or launch.constant("TABLE")):
         return bad  # not all of them find a way into tensor memory
     # one number per output, a scale or a zero point, may pass through shared memory; unpacked weights not. Of the

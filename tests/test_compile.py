@@ -122,7 +122,7 @@ def test_stored_bytes(name, stored):
 
 
 def launch(arch="sm_90", warps=8, kernel="qmm", **different):
-    constants = {"BM": 128, "BN": 128, "BITS": 4, "ZERO": 0, "BOOKS": 0, "PASSES": 1, "TABLE": ""} | different
+    constants = {"BM": 128, "BN": 128, "BITS": 4, "ZERO": 0, "BOOKS": 0, "PASSES": 1, "TABLE": "", "PDL": 0} | different
     signature = (("x_ptr", "*bf16"), *((name, "constexpr") for name in constants))
     held = tuple(enumerate(constants.values(), 1))
     return sass.launches.Launch(kernel, arch, signature, held, (), warps=warps, stages=3, registers=None)
@@ -190,6 +190,20 @@ def test_what_was_not_measured_may_not_spill(other):
 )
 def test_each_fault_of_vectors_is_named(wrong, text):
     assert sass.form_faults(launch(BOOKS=5, PASSES=3), SOUND | wrong) == [text]
+
+
+@pytest.mark.parametrize(("early", "text"), [(0, None), (2, "2 reads before"), (-1, "never")])
+def test_a_launch_that_overlaps_waits_before_it_reads(early, text):
+    wanted = [] if text is None else [f"the launch ahead is waited for: {text}"]
+    assert sass.form_faults(launch(PDL=1), SOUND | {"early": early}) == wanted
+    assert sass.form_faults(launch(PDL=0), SOUND | {"early": -1}) == []
+
+
+def test_reads_before_the_wait_are_counted():
+    read, ask = "ld.global.b32 %r1, [%rd1];\n", "ld.param.b64 %rd1, [p];\nprefetch.global.L2 [%rd1];\n"
+    assert sass.early(ask + read) == -1
+    assert sass.early(ask + "griddepcontrol.wait;\n" + read) == 0
+    assert sass.early(ask + read + "@%p1 cp.async.cg.shared.global [a], [b];\ngriddepcontrol.wait;\n" + read) == 2
 
 
 def test_a_folded_kernel_that_waits_for_every_product_is_named():
