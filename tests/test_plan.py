@@ -74,7 +74,7 @@ def test_later_launches_say_the_same_in_the_order_of_the_kernels_arguments(monke
     monkeypatch.setattr(plan, "_qmm_kernel", recorder)
     matmul = Matmul(k=1024, group=64, zeros="uint8", bias=True)
     weight, perturbation = matmul.operands()
-    more = [dataclasses.replace(matmul, n=n, base4=n).operands()[0] for n in (20, 40)[:others]]
+    more = [dataclasses.replace(matmul, n=n, base4=n + 1).operands()[0] for n in (20, 40)[:others]]
     made = plan.Plan(weight, perturbation, len(matmul.x), torch.float16, tile=SPLIT, asm=False, others=more)
     ys = [torch.empty(len(matmul.x), member.out_features) for member in (weight, *more)]
     for _ in range(2):
