@@ -68,23 +68,34 @@ class Recorder:
         return launch
 
 
-def test_later_launches_say_the_same_in_the_order_of_the_kernels_arguments(monkeypatch):
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_later_launches_say_the_same_in_the_order_of_the_kernels_arguments(monkeypatch, others):
     recorder = Recorder(plan._qmm_kernel)
     monkeypatch.setattr(plan, "_qmm_kernel", recorder)
     matmul = Matmul(k=1024, group=64, zeros="uint8", bias=True)
-    made, perturbation = plan_of(matmul)
-    run(made, matmul, perturbation)
-    run(made, matmul, perturbation)
-    (grid, arguments, constants), (later_grid, packed, more) = recorder.calls
+    weight, perturbation = matmul.operands()
+    more = [dataclasses.replace(matmul, n=n, base4=n + 1).operands()[0] for n in (20, 40)[:others]]
+    made = plan.Plan(weight, perturbation, len(matmul.x), torch.float16, tile=SPLIT, asm=False, others=more)
+    ys = [torch.empty(len(matmul.x), member.out_features) for member in (weight, *more)]
+    for _ in range(2):
+        made(matmul.x, perturbation.seeds, perturbation.coefs, *ys)
+    (grid, arguments, constants), (later_grid, packed, named) = recorder.calls
     assert later_grid == grid == made.grid
-    assert not more
+    assert not named
     assert len(packed) == len(recorder.arg_names)
     first = dict(zip(recorder.arg_names, arguments, strict=False)) | constants
     later = dict(zip(recorder.arg_names, packed, strict=True))
-    fresh = {"y_ptr", "partials_ptr"}           # allocated anew by each call
+    fresh = {"partials_ptr"}            # allocated anew by each call
     for name in set(later) - fresh:
         value = first[name]
         assert later[name] == (value.data_ptr() if isinstance(value, torch.Tensor) else value), name
+    for number, (member, y) in enumerate(zip((weight, *more), ys, strict=True)):
+        mine = str(number) if number else ""
+        assert first[f"y{mine}_ptr"] is y
+        assert [first[f"{name}{mine}_ptr"] for name in ("codes", "scales", "zeros", "bias")] == [
+            member.codes, member.scales, member.zeros, member.bias]
+        assert [first[f"base4_{number}" if number else "base4"], first[f"N{mine}"]] == [
+            member.base4, member.out_features]
 
 
 # ------------------------------------------------------------------------------------------- a layer's plans
