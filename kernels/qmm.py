@@ -98,14 +98,24 @@ def _member(second, third, a, b, c, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def _fetch_ahead(codes_ptr, first, last, tile_n, N, BN: tl.constexpr, WORDS: tl.constexpr, TILES: tl.constexpr):
-    """Ask for the program's first tiles of codes, which no kernel writes, to be in L2 once they are loaded."""
-    lines = tl.arange(0, BN * WORDS // 64)                                                      # of 128 bytes
-    at = codes_ptr + tl.minimum(tile_n * BN * WORDS + 64 * lines, (N - 1) * WORDS)
-    for t in tl.static_range(TILES):
-        tile = tl.minimum(first + t, last - 1).to(tl.int64)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at + tile * N * WORDS],
-                                  dtype=tl.int32, is_pure=False, pack=1)
+def _to_l2(at):
+    """Ask for the lines at these addresses to be in L2 once they are loaded: nothing is read."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
+                              pack=1)
+
+
+@triton.jit
+def _fetch_ahead(codes_ptr, scales_ptr, first, last, tile_n, N, BN: tl.constexpr, WORDS: tl.constexpr,
+                 PERIOD: tl.constexpr, TILES: tl.constexpr):
+    """The program's first tiles of codes and its first quad of scales, in lines of 128 bytes."""
+    quad = 0 if PERIOD == 0 else first // PERIOD
+    scale = tl.minimum(tile_n * BN + 8 * tl.arange(0, BN // 8), N - 1)
+    _to_l2(scales_ptr + 4 * (quad * N + scale))
+    if WORDS & (WORDS - 1) == 0:
+        line = tl.minimum(tile_n * BN * WORDS + 64 * tl.arange(0, BN * WORDS // 64), (N - 1) * WORDS)
+        for t in tl.static_range(TILES):
+            tile = tl.minimum(first + t, last - 1).to(tl.int64)
+            _to_l2(codes_ptr + tile * N * WORDS + line)
 
 
 @triton.jit
@@ -166,9 +176,10 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     column has is known from the accumulator's register and costs no instruction. SPLITS: programs that share a tile;
     more than one leave their parts in partials_ptr, float32 [splits, M, N] of one member after another (_finish_split).
     PDL: this launch may begin before the one ahead of it has ended (programmatic dependent launch), and waits for it
-    before it reads anything but codes. ZERO_FLOAT: sums_ptr [G, M] holds each group's sum of x, and
-    s * (sum (q-m) x - (zero-m) sum x), m = 2^(BITS - 1), needs no per-code subtraction. MASK_K: 128 does not divide K.
-    BOOKS, PASSES, HEAD, STEP, TABLE, LAST and entries_ptr: what codes stand for, see lookup.lookups.
+    before it reads anything; its codes and scales are by then on their way. ZERO_FLOAT: sums_ptr [G, M] holds each
+    group's sum of x, and s * (sum (q-m) x - (zero-m) sum x), m = 2^(BITS - 1), needs no per-code subtraction. MASK_K:
+    128 does not divide K. BOOKS, PASSES, HEAD, STEP, TABLE, LAST and entries_ptr: what codes stand for, see
+    lookup.lookups.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
     DEPTH: tl.constexpr = GROUP if DEEP else 32     # k of one dot
@@ -204,8 +215,7 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
         base4 = _member(second, third, base4, base4_1, base4_2, MEMBERS)
         N = _member(second, third, N, N1, N2, MEMBERS)
     if PDL:
-        if WORDS & (WORDS - 1) == 0:
-            _fetch_ahead(codes_ptr, first, last, tile_n, N, BN, WORDS, 2)
+        _fetch_ahead(codes_ptr, scales_ptr, first, last, tile_n, N, BN, WORDS, 0 if WHOLE_ROW else PERIOD, 2)
         gdc_wait()
         gdc_launch_dependents()
     blocks = tl.cdiv(R * EACH, BM)

@@ -10,6 +10,7 @@ from qzo.kernels import folded, tiles
 from qzo.train import Settings
 from tests.close import assert_same_bits
 from tests.matmuls import Matmul
+from tests.test_allocations import allocations
 
 HALF = torch.float16
 
@@ -117,3 +118,10 @@ def test_layers_that_share_x_are_folded_as_they_are_alone():
     for ys in later:
         for y, want in zip(ys, first, strict=True):
             assert_same_bits(y, want)
+
+
+def test_folding_allocates_the_output_and_nothing_else():
+    model, x = layer_and_rows()
+    with qzo.backend("triton", large_rows="folded"), qzo.evaluating(model, qzo.Evaluations([3, 3], [0.1, -0.1])):
+        y = model(x)
+        assert [size for size in allocations(lambda: model(x)) if size > 64] == [y.nbytes]
