@@ -103,6 +103,8 @@ class Problem:
         shapes, passes = self.shapes(self.case.form.weight_bits / 8)
         model = torch.nn.ModuleList(QZOLinear.from_packed(self.packed(k, n), dtype=self.dtype) for k, n in shapes)
         arena_of(model, exact=True)
+        for layer in model:            # all are given one x, which in a model they would not be: no launch is shared
+            layer._siblings = None
         return model, passes
 
     def dense(self):

@@ -190,8 +190,6 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     MIDDLE: tl.constexpr = 1 << BITS - 1
     WORDS: tl.constexpr = 16 * PASSES if BOOKS else 8 * BITS        # of an output row in a tile
     NEXT: tl.constexpr = DEPTH // 8 if BOOKS else DEPTH             # inputs from one dot's first to the next one's
-    first = tl.program_id(2) * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tiles)
     tile_n = tl.program_id(0)
     outputs = N                                                     # of all members
     before = 0                                                      # those of the members ahead
@@ -215,6 +213,8 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
         base4 = _member(second, third, base4, base4_1, base4_2, MEMBERS)
         N = _member(second, third, N, N1, N2, MEMBERS)
     if PDL:
+        first = tl.program_id(2) * tiles_per_split
+        last = tl.minimum(first + tiles_per_split, tiles)
         _fetch_ahead(codes_ptr, scales_ptr, first, last, tile_n, N, BN, WORDS, 0 if WHOLE_ROW else PERIOD, 2)
         gdc_wait()
         gdc_launch_dependents()
@@ -231,6 +231,9 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     seed = tl.load(seeds_ptr + e)
     coef = tl.load(coefs_ptr + e)
     coef1 = tl.load(coefs_ptr + e + EACH - 1)
+
+    first = tl.program_id(2) * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tiles)
 
     k = order(tl.arange(0, DEPTH)) if BOOKS else tl.arange(0, DEPTH)
     xp = x_ptr + row[None, :].to(tl.int64) * stride_x + first * 128 + k[:, None]

@@ -139,12 +139,13 @@ def _multiply(x, weight, perturbation, out_dtype, choice):
     shape = x.shape
     key = shape, x.dtype, x.get_device(), out_dtype, perturbation.form, choice
     run = weight.plans.get(key)
+    y = torch.empty((*shape[:-1], weight.out_features), dtype=out_dtype, device=x.device)
     if run is None:
         check_matmul(x, weight, perturbation)
+        if not y.numel():
+            return y
         run = weight.keep(key, _plan(x.reshape(-1, shape[-1]), weight, perturbation, choice))
-    y = torch.empty((*shape[:-1], weight.out_features), dtype=out_dtype, device=x.device)
-    if y.numel():
-        run(x, weight, perturbation, y)
+    run(x, weight, perturbation, y)
     return y
 
 
