@@ -21,7 +21,7 @@ FOLDED_FROM = 128           # rows per evaluation from which the folded form has
 BLAS_FROM = 512             # rows per evaluation from which large_rows="blas", where asked for, is what runs
 BLAS_WINS_FROM = 2048       # and from which it is faster: 0.86 of dense on an H100, 0.97 at 8192, below fused at 512
 SHARED_UP_TO = 128          # rows per evaluation up to which layers with the same x share a launch: more fill a chip
-OVERLAP_UP_TO = 128         # rows per evaluation up to which a launch is so short that its beginning counts
+OVERLAP_UP_TO = 64          # rows per evaluation up to which a launch is so short that its beginning counts
 
 
 @dataclasses.dataclass(frozen=True)
