@@ -14,13 +14,14 @@ QUIET_US = 5.6
 
 
 def quiet_us(run):
-    """CPU microseconds of a linear in the quietest of nine runs, of a core where nn.Linear's takes QUIET_US."""
+    """CPU microseconds of a linear, of a core where nn.Linear's call takes QUIET_US: the quietest of sixty runs of
+    either, in turn (other processes empty the caches that Python lives in)."""
     plain, found = overhead.dense(), {}
-    for function in (run, plain) * 10:
+    for function in (run, plain) * 60:
         begun = time.thread_time()
         function()
         found.setdefault(function, []).append(time.thread_time() - begun)
-    return QUIET_US * min(found[run][1:]) / min(found[plain][1:])
+    return QUIET_US * min(found[run]) / min(found[plain])
 
 
 @pytest.mark.parametrize("rows", [16, 512])
@@ -32,8 +33,9 @@ def test_a_linear_costs_python_thirty_microseconds_at_the_most(rows):
 
 def test_a_check_at_every_call_is_seen(monkeypatch):
     """What the limit is there to find: a plan that is made anew each time."""
+    usual = quiet_us(overhead.quantized(16))
     monkeypatch.setattr("qzo.kernels.operands.Weight.keep", lambda self, key, made: made)
-    assert quiet_us(overhead.quantized(16)) > MOST_US
+    assert quiet_us(overhead.quantized(16)) > 1.5 * usual
 
 
 def test_the_stand_in_is_what_would_be_launched_and_leaves_no_trace():
