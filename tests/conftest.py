@@ -47,3 +47,14 @@ def nan_poison():
     assert torch.isnan(torch.empty(3)).all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How many weights each launch is for."""
+    from qzo.kernels import plan  # not before pytest_configure has said how kernels run
+
+    found, run = [], plan.Plan.__call__
+    monkeypatch.setattr(plan.Plan, "__call__",
+                        lambda self, x, seeds, coefs, *y: (found.append(len(y)), run(self, x, seeds, coefs, *y))[1])
+    return found
