@@ -14,7 +14,7 @@ import qzo
 from qzo import graph, train
 from qzo.layers import arena_of
 from tests import graphs
-from tests.graphs import ROWS, Reads, batches, losses_of, steps, two_layers
+from tests.graphs import ROWS, Reads, batches, closure_steps, losses_of, steps, two_layers
 
 
 @pytest.fixture
@@ -283,15 +283,7 @@ def test_a_closure_is_captured_when_it_is_asked_for_and_comes_again(recorders):
     ends = []
     for choice in (None, True):
         model = two_layers()
-        x = torch.empty(4, 96)
-
-        def closure(model=model, x=x):
-            return model(x).float().square().mean(1)
-
-        optimizer = qzo.QZO(model, lr=0.1, directions=2, cuda_graph=choice)
-        for t in range(4):
-            x.copy_(torch.randn(1, 96, generator=torch.Generator().manual_seed(t)).expand(4, 96))
-            optimizer.step(closure)
+        closure_steps(model, torch.empty(4, 96), choice, 4)
         ends.append(arena_of(model).data)
     assert torch.equal(*ends)
     [recorder] = recorders                       # None: what a closure reads is not known, nothing is captured

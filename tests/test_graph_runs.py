@@ -12,7 +12,7 @@ import qzo
 from qzo import graph, train
 from qzo.layers import arena_of
 from tests import graphs, tiny
-from tests.graphs import ROWS, Reads, batches, losses_of, steps, two_layers
+from tests.graphs import ROWS, Reads, batches, closure_steps, losses_of, steps, two_layers
 
 
 @pytest.fixture
@@ -145,15 +145,8 @@ def test_a_run_on_a_gpu_writes_the_journal_of_a_plain_one(loaded, tmp_path, chan
 def test_a_closure_is_replayed_on_a_gpu():
     ends = []
     for choice in (False, True):
-        model, x = on_gpu(), torch.empty(4, 96, dtype=torch.float16, device="cuda")
-
-        def closure(model=model, x=x):
-            return model(x).float().square().mean(1)
-
-        optimizer = qzo.QZO(model, lr=0.1, directions=2, cuda_graph=choice)
-        for t in range(5):
-            x.copy_(torch.randn(1, 96, generator=torch.Generator().manual_seed(t)).expand(4, 96))
-            optimizer.step(closure)
+        model = on_gpu()
+        optimizer = closure_steps(model, torch.empty(4, 96, dtype=torch.float16, device="cuda"), choice, 5)
         ends.append(arena_of(model).data.cpu())
     assert len(optimizer.graphs.captured) == 1
     assert torch.equal(*ends)
