@@ -190,7 +190,7 @@ class QZOLinear(nn.Module):
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if name in ("codes", "zeros", "bias", "codebooks", "arena", "perm", "out_dtype"):
+        if name in ("codes", "zeros", "bias", "codebooks", "arena", "perm", "table", "out_dtype"):
             self._let_go()              # or it would keep the memory of what is replaced
 
     def __getstate__(self):

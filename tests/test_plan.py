@@ -149,6 +149,14 @@ def test_nothing_that_changes_is_multiplied_as_it_was(change):
     assert torch.allclose(after.double(), want, rtol=1e-4, atol=1e-5)
 
 
+def test_another_table_is_the_one_that_runs():
+    layer = qzo.QZOLinear.from_linear(torch.nn.Linear(128, 16, bias=False), group_size=64, table="nf4")
+    x = torch.randn(4, 128)
+    layer(x)
+    layer.table = tuple(2 * entry for entry in layer.table)
+    assert torch.allclose(layer(x), x @ layer.dequantize().T, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_replaced_is_let_go():
     """A device holds planes or rows, never both: not by way of a plan either."""
     for let_go in (lambda layer: setattr(layer, "codes", None), lambda layer: layer.to("meta")):
