@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..experts import split_experts_
+from ..head import body
 from ..hf import build_empty
 from ..kernels.vectors import LENGTH
 from ..layers import arena_of, layers
@@ -60,7 +61,7 @@ def is_diffusion(model):
 
 def body_of(model):
     """The module whose forward ends before the loss begins."""
-    return model if is_diffusion(model) else model.base_model
+    return model if is_diffusion(model) else body(model)
 
 
 def usual_tokens(model):

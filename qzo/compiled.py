@@ -12,6 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from .experts import Experts
 from .graph import where
+from .head import body
 from .layers import layers
 
 SHAPES = 64                  # compiled forms of one piece of code: torch's own eight are fewer than a run may have
@@ -28,7 +29,7 @@ class Compiled:
     """
 
     def __init__(self, model, backend="inductor"):
-        self.base = model.base_model
+        self.base = body(model)
         inductor = backend == "inductor" and hasattr(torch._inductor.config, "deterministic")    # not in every torch
         options = {"deterministic": True} if inductor else None
         self.forward = torch.compile(self.base.forward, backend=backend, dynamic=False, options=options)

@@ -1,14 +1,12 @@
-"""Batches stacked for several evaluations, and their losses: float32, from the labelled positions only.
-
-The logits of a whole batch over the whole vocabulary never exist: the model's body gives hidden states, the output
-head runs on the rows that carry a label, a bounded number at a time.
-"""
+"""Batches stacked for several evaluations, and their losses: float32, from the labelled positions only (head.py)."""
 from collections.abc import Mapping
 
 import torch
 from torch.nn import functional
 
-LOGIT_BYTES = 64 << 20       # float32 logits held at once
+from . import own_loss
+from .head import forward, head_input, logits_at
+
 NOT_INPUTS = ("labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots",
               "static", "states")
 
@@ -76,7 +74,10 @@ def losses(model, batch, E):
     static: True beside sources, targets, slots, of plain rows too: no shape and nothing on the host depends on what
     the tensors hold, as a CUDA graph wants it; targets that are -100 are read and count as nothing.
 
-    Raises ValueError for a batch without labels and for rows that E does not divide.
+    The model's first batch is checked (own_loss.py): its loss has to be the model's own.
+
+    Raises ValueError for a batch without labels, for rows that E does not divide, and for a model whose own loss is
+    another than the cross entropy above.
     """
     if not isinstance(batch, Stacked):
         batch = pair(dict(batch), E)
@@ -84,6 +85,7 @@ def losses(model, batch, E):
     if rows % E:
         raise ValueError(f"the stacked batch has {rows} rows, which {E} evaluations do not divide; use qzo.pair")
     with torch.no_grad():
+        own_loss.check(model, batch, E)
         if "option_ids" in batch or "options" in batch:
             scores = option_scores(model, batch, E)
             each = functional.cross_entropy(scores, batch["label"], reduction="none")
@@ -96,11 +98,17 @@ def losses(model, batch, E):
 
 def option_scores(model, batch, E=1):
     """Scores of the options, float32 [B, O]; their softmax is the model's choice. E: evaluations in the batch."""
-    if getattr(model.config, "is_encoder_decoder", False):
+    if _has_encoder(model):
         raise ValueError(f"{type(model).__name__} has an encoder: options are scored by decoder-only models; give "
                          "labels [rows, tokens] of the decoder")
     if "option_ids" in batch:
-        return _logits(model, read_states(model, batch, E)).gather(1, batch["option_ids"])
+        row, column = _ends(batch)
+        ids = batch["option_ids"].view(E, -1, batch["option_ids"].shape[1])
+        parts, start = [], 0
+        for logits in logits_at(model, model_inputs(model, batch, E), row, column, E):
+            parts.append(logits.gather(2, ids[:, start:start + logits.shape[1]]))
+            start += logits.shape[1]
+        return torch.cat(parts, 1).flatten(0, 1)
     count = batch["label"].shape[0] * batch["options"]
     if "static" in batch:
         negative, targets = _target_losses(model, batch, E), batch["targets"]
@@ -117,16 +125,20 @@ def option_scores(model, batch, E=1):
 
 def read_states(model, batch, E=1):
     """Hidden states that the output head reads for this batch, [positions, H], in the order of the rows."""
-    if "option_ids" not in batch:
-        row, column, _, _ = _labelled(batch)
-        return hidden_states(model, batch, E)[row, column]
-    hidden = hidden_states(model, batch, E)
-    rows = torch.arange(len(hidden), device=hidden.device)
+    row, column = _ends(batch) if "option_ids" in batch else _labelled(model, batch)[:2]
+    return head_input(model, model_inputs(model, batch, E))[row, column]
+
+
+def _ends(batch):
+    """(row, column) of the position that each example's options of one token are read at."""
     if "sources" in batch:
-        return hidden[rows[:, None], batch["sources"]].flatten(0, 1)
+        rows = torch.arange(len(batch["sources"]), device=batch["sources"].device)
+        return rows.repeat_interleave(batch["sources"].shape[1]), batch["sources"].flatten()
     attended = batch.get("attention_mask")
-    attended = torch.ones_like(hidden[..., 0], dtype=torch.int64) if attended is None else attended
-    return hidden[rows, attended.shape[1] - 1 - attended.flip(1).argmax(1)]
+    if attended is None:
+        tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+        attended = torch.ones_like(tokens, dtype=torch.int64)
+    return torch.arange(len(attended), device=attended.device), attended.shape[1] - 1 - attended.flip(1).argmax(1)
 
 
 def model_inputs(model, batch, E=1):
@@ -150,15 +162,12 @@ def model_inputs(model, batch, E=1):
 
 def _label_losses(model, batch, count):
     if "labels" in batch and batch["labels"].dim() == 1:
-        logits = model(**model_inputs(model, batch)).logits.float()
+        logits = forward(model, model_inputs(model, batch)).logits.float()
         return functional.cross_entropy(logits, batch["labels"], reduction="none").view(count, -1).mean(1)
-    if getattr(model.config, "is_encoder_decoder", False):
-        row, each = _decoder_losses(model, batch)
-    elif "static" in batch:
+    if "static" in batch:
         each, labelled = _target_losses(model, batch, count), batch["targets"] != -100
         return each.view(count, -1).sum(1) / labelled.view(count, -1).sum(1)
-    else:
-        row, _, each = _token_losses(model, batch, count)
+    row, _, each = _token_losses(model, batch, count)
     if not len(each):
         raise ValueError("no position of the batch carries a label: every entry of labels is -100")
     evaluation = row // (_rows(batch) // count)
@@ -166,76 +175,58 @@ def _label_losses(model, batch, count):
     return total / (len(each) // count)          # every evaluation holds the same labels
 
 
-def _decoder_losses(model, batch):
-    """-> (row of each labelled position of the decoder, its cross entropy); the logits of all positions exist here."""
-    if "targets" in batch:
-        raise ValueError("packed rows are for decoder-only models; give labels [rows, tokens] of the decoder")
-    inputs, labels = model_inputs(model, batch), batch["labels"]
-    if "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-    row, column = torch.nonzero(labels != -100, as_tuple=True)
-    logits = model(**inputs, use_cache=False).logits[row, column].float()
-    return row, functional.cross_entropy(logits, labels[row, column], reduction="none")
+def _has_encoder(model):
+    return getattr(model.config, "is_encoder_decoder", False)
 
 
 def _rows(batch):
     return batch["targets" if "targets" in batch else "labels"].shape[0]
 
 
-def _labelled(batch):
+def _labelled(model, batch):
     """-> (row, place read, token to predict there, option of the row) of each labelled position, row by row."""
     if "targets" in batch:
+        if _has_encoder(model):
+            raise ValueError("packed rows are for decoder-only models; give labels [rows, tokens] of the decoder")
         row, at = torch.nonzero(batch["targets"] != -100, as_tuple=True)
         return row, batch["sources"][row, at], batch["targets"][row, at], batch["slots"][row, at]
-    labels = batch["labels"][:, 1:]                      # position t predicts token t + 1
+    # a decoder behind an encoder has its inputs shifted; else position t predicts token t + 1
+    labels = batch["labels"] if _has_encoder(model) else batch["labels"][:, 1:]
     row, column = torch.nonzero(labels != -100, as_tuple=True)
     return row, column, labels[row, column], torch.zeros_like(row)
 
 
 def _token_losses(model, batch, E):
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
-    row, column, target, slot = _labelled(batch)
-    return row, slot, _cross_entropies(model, hidden_states(model, batch, E)[row, column], target)
+    row, column, target, slot = _labelled(model, batch)
+    inputs = model_inputs(model, batch, E)
+    if _has_encoder(model) and "decoder_input_ids" not in inputs:
+        if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            raise ValueError(f"{type(model).__name__} does not say how labels become inputs of its decoder: give "
+                             "decoder_input_ids beside labels")
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    return row, slot, _cross_entropies(model, inputs, row, column, target, E)
 
 
 def _target_losses(model, batch, E):
     """-> the cross entropy of each target of a batch that is static, float32 [R, N], 0 where there is none."""
     sources, targets = batch["sources"], batch["targets"]
-    rows = torch.arange(len(sources), device=sources.device)
-    hidden = hidden_states(model, batch, E)[rows[:, None], sources]
-    return _cross_entropies(model, hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+    row = torch.arange(len(sources), device=sources.device).repeat_interleave(sources.shape[1])
+    inputs = model_inputs(model, batch, E)
+    return _cross_entropies(model, inputs, row, sources.flatten(), targets.flatten(), E).view_as(targets)
 
 
-def _cross_entropies(model, hidden, target):
-    """float32 [positions] of hidden states [positions, H], a bounded number of logits at a time; 0 for -100."""
-    step = max(1, LOGIT_BYTES // (4 * _vocabulary(model)))
-    each = [functional.cross_entropy(_logits(model, hidden[at:at + step]), target[at:at + step], reduction="none")
-            for at in range(0, len(target), step)]
-    return torch.cat(each) if each else hidden.new_zeros(0, dtype=torch.float32)
-
-
-def hidden_states(model, batch, E=1):
-    """Hidden states [rows, T, H] that the output head would see."""
-    return model.base_model(**model_inputs(model, batch, E), use_cache=False).last_hidden_state
-
-
-def _vocabulary(model):
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no language-model head: labels [rows, tokens] and options need "
-                         "one; labels [rows] fit a classifier")
-    return getattr(head, "out_features", None) or head.weight.shape[0]
-
-
-def _logits(model, hidden):
-    """float32 logits of hidden rows, with what the model family does to them after its head."""
-    _vocabulary(model)
-    logits = model.get_output_embeddings()(hidden).float()
-    config = model.config.get_text_config()
-    if getattr(config, "logits_scaling", None):                       # Granite
-        logits = logits / config.logits_scaling
-    if getattr(config, "logit_scale", None):                          # Cohere
-        logits = logits * config.logit_scale
-    if getattr(config, "final_logit_softcapping", None):              # Gemma 2 and 3
-        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-    return logits
+def _cross_entropies(model, inputs, row, column, target, E):
+    """float32 [N] of what is to be predicted at (row, column) [N], in the order of the evaluations; 0 for -100."""
+    parts, start = [], 0
+    if not len(target):
+        return torch.zeros(0, device=target.device)
+    if len(target) % E:
+        raise ValueError(f"{len(target)} labels in all, which {E} evaluations do not divide: every evaluation "
+                         "takes the same examples; use qzo.pair")
+    target = target.view(E, -1)
+    for logits in logits_at(model, inputs, row, column, E):
+        here = target[:, start:start + logits.shape[1]]
+        parts.append(functional.cross_entropy(logits.flatten(0, 1), here.flatten(), reduction="none").view_as(here))
+        start += logits.shape[1]
+    return torch.cat(parts, 1).flatten()

@@ -18,7 +18,8 @@ import itertools
 import torch
 
 from .data import IGNORED, Example, check_one_kind, pad, padded
-from .losses import hidden_states
+from .head import head_input
+from .losses import model_inputs
 from .oom import is_out_of_memory
 
 PACKINGS = ("off", "auto")
@@ -176,9 +177,9 @@ def why_not(model, examples, pad_id, device=None):
             behind += len(option)
         start = behind
     with torch.no_grad():
-        want = hidden_states(model, padded(plain, pad_id, device))
+        want = head_input(model, padded(plain, pad_id, device))
         try:
-            got = hidden_states(model, rows_batch([row], pad_id, device))[0]
+            got = head_input(model, model_inputs(model, rows_batch([row], pad_id, device)))[0]
         except REFUSALS as error:
             if is_out_of_memory(error):
                 raise

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .head import forward, head_input
+
 
 class _Reached(Exception):
     """Raised at the first trained block to leave a forward early."""
@@ -50,7 +52,7 @@ class FrozenPrefix:
         handle = self.first.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             with contextlib.suppress(_Reached):
-                self.model.base_model(**inputs, use_cache=False)
+                forward(self.model, inputs)
         finally:
             handle.remove()
         return caught[0]
@@ -72,9 +74,9 @@ class FrozenPrefix:
         """Raise ValueError unless the split forward gives the bits of the whole one on these inputs."""
         states = self.states(inputs)
         with torch.no_grad():
-            whole = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            whole = head_input(self.model, inputs)
             with self.skipped(states):
-                split = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+                split = head_input(self.model, inputs)
         if not torch.equal(whole, split):
             raise ValueError(f"{type(self.model).__name__} does not run the same from its block {len(self.below)} on: "
                              "train it whole (without train_layers)")

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from . import own_loss
 from .buckets import Buckets, next_step
 from .data import IGNORED, batch_indices, check_one_kind, collate, padded
 from .losses import losses, model_inputs, option_scores, pair
@@ -26,7 +27,8 @@ class Task:
 
     Options of several tokens share one pass of their prompt where that costs less and the model computes the
     same. packing: "auto", and a batch is one row without padding on the same two conditions (packing.py); or "off".
-    A model that refuses is named in a warning. ValueError for examples of several kinds, or another packing.
+    A model that refuses is named in a warning. ValueError for examples of several kinds, another packing, or a model
+    whose own loss is another (own_loss.py).
 
     bucketed: pad batches to a few shapes (buckets.py); None: on a CUDA device, where steps are captured by shape. The
     losses are the same but for rounding, so it must not depend on whether they are. compiled: the model's body is
@@ -43,6 +45,7 @@ class Task:
         self.bucketed = self.device.type == "cuda" if bucketed is None else bucketed
         self.bucketed &= not getattr(model.config, "is_encoder_decoder", False)     # its rows have another decoder's
         self.compiled = compiled
+        own_loss.check(model, collate(examples[:1], pad_id, self.device))        # before a prefix skips its blocks
 
     @functools.cached_property
     def buckets(self):

@@ -1,0 +1,175 @@
+"""The output head: which of the positions that a model's own forward would give logits for are computed.
+
+A model's forward runs as it is; only what its head reads is cut to the positions that are asked for, a bounded number
+at a time. So whatever stands around the head (a dense layer, a scale, a soft cap, unused rows of the vocabulary) acts
+as the model has it, and the logits of a whole batch over the whole vocabulary never exist.
+"""
+import contextlib
+import inspect
+import weakref
+
+import torch
+from torch import nn
+
+LOGIT_BYTES = 64 << 20       # float32 logits held at once
+
+_whole: weakref.WeakSet = weakref.WeakSet()      # models whose logits are taken whole
+
+
+def forward(model, inputs):
+    """The output of a model for its inputs: no cache is made, and no router's loss beside the logits."""
+    parameters = inspect.signature(type(model).forward).parameters
+    config = model.config.get_text_config()
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "use_cache" in parameters or (open_ended and hasattr(config, "use_cache")):
+        inputs = {**inputs, "use_cache": False}
+    if getattr(config, "output_router_logits", False):
+        inputs = {**inputs, "output_router_logits": False}
+    return model(**inputs)
+
+
+def logits_at(model, inputs, row, column, E=1, most=None):
+    """Yield the float32 logits [E, m, V] at positions (row[i], column[i]), m of each evaluation at a time.
+
+    row, column: int64 [N], E equal blocks in the order of the evaluations that the rows of `inputs` are stacked for
+    most: how many of each evaluation at a time; by default what LOGIT_BYTES hold
+
+    ValueError for a model whose output has no logits.
+    """
+    head, each = output_head(model), len(row) // E
+    if head is None or model in _whole:
+        yield _logits(model, inputs)[row, column].float().view(E, each, -1)
+        return
+    most = most or max(1, LOGIT_BYTES // (4 * E * _vocabulary(model, head)))
+    reading = _Reading(model, head, row, column, E)
+    for start in range(0, each, most):
+        logits = reading.run(inputs, start, most, again=each > most)
+        if reading.rows is None:             # the head was not called, or on something else than [rows, tokens, H]
+            take_whole(model, "its head is not called with hidden states [rows, tokens, features]")
+            yield logits[row, column].float().view(E, each, -1)
+            return
+        yield logits.float()
+
+
+def head_input(model, inputs):
+    """What the output head reads, [rows, T, H]; the logits of a model without a head that is called."""
+    head = output_head(model)
+    if head is None or model in _whole:
+        return _logits(model, inputs)
+    first = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
+    reading = _Reading(model, head, first, first)
+    logits = reading.run(inputs, 0, 1)
+    return logits if reading.rows is None else reading.states
+
+
+def output_head(model):
+    """The module that makes logits of hidden states, or None."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList | nn.ModuleDict) else None
+
+
+def body(model):
+    """The module whose forward ends before the head begins: the base model, or the largest module beside the head."""
+    base = getattr(model, "base_model", model)
+    head = output_head(model)
+    if base is not model or head is None:
+        return base
+    return max(_beside(model, head), key=lambda m: sum(p.numel() for p in m.parameters()), default=model)
+
+
+def take_whole(model, reason):
+    """From now on the logits of whole batches are computed; one warning says so."""
+    import warnings
+    if model not in _whole:
+        _whole.add(model)
+        warnings.warn(f"{type(model).__name__}: the logits of all tokens are computed, not of the labelled ones alone, "
+                      f"which takes more memory and time: {reason}", stacklevel=3)
+
+
+class _Reading:
+    """One batch on its way through a model: the head reads the rows at some positions, some of them in each run.
+
+    states: what the head would have read, [rows, T, H]; rows: those at the positions, [E, n, H], or None
+    """
+
+    def __init__(self, model, head, row, column, E=1):
+        self.model, self.head, self.place, self.E = model, head, (row, column), E
+        self.states = self.rows = None
+        self.outputs = {}                    # of the modules beside the head, in the first run
+
+    def run(self, inputs, start, count, again=False):
+        """The logits of rows start to start + count of each evaluation. again: keep what further runs need."""
+        read = self.head.forward
+        stacked = next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+
+        def forward_rows(x, *args, **kwargs):
+            if self.rows is None:
+                if not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() == 3 and len(x) == stacked):
+                    return read(x, *args, **kwargs)
+                self.states = x
+                self.rows = x[self.place].view(self.E, -1, x.shape[-1])
+            return read(self.rows[:, start:start + count], *args, **kwargs)
+
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(_patched(self.head, forward_rows))
+            if again:
+                for module in _beside(self.model, self.head):
+                    patches.enter_context(_patched(module, self._once(module)))
+            return _logits(self.model, inputs)
+
+    def _once(self, module):
+        """A forward that runs the first time, and then gives what it gave."""
+        run, seen = module.forward, self.outputs.setdefault(module, [])
+        if self.rows is not None:
+            left = iter(seen)
+            return lambda *args, **kwargs: next(left)
+
+        def remember(*args, **kwargs):
+            seen.append(run(*args, **kwargs))
+            return seen[-1]
+
+        return remember
+
+
+@contextlib.contextmanager
+def _patched(module, forward):
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _beside(model, head):
+    """The modules beside the way from a model to its head, lists of modules taken apart."""
+    name = next(name for name, module in model.named_modules() if module is head)
+    beside, owner = [], model
+    for part in name.split("."):
+        for child_name, child in owner.named_children():
+            if child_name != part:
+                beside += _called(child)
+        owner = getattr(owner, part)
+    return beside
+
+
+def _called(module):
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [called for child in module.children() for called in _called(child)]
+    return [module]
+
+
+def _logits(model, inputs):
+    output = forward(model, inputs)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"{type(model).__name__} has no language-model head (its output has no logits): labels "
+                         "[rows, tokens] and options need one")
+    return logits
+
+
+def _vocabulary(model, head):
+    return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size

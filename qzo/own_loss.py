@@ -1,0 +1,124 @@
+"""Before a model is trained: is its loss, as qzo takes it, the model's own?
+
+A few tokens of the first batch go through the model's own forward, with labels, and through `losses`. Where its own
+loss is not the cross entropy of its own logits, the model is refused; where the logits that `losses` reads are not its
+own, the logits of whole batches are taken from then on (head.py).
+"""
+import weakref
+
+import torch
+from torch.nn import functional
+
+from .head import forward, logits_at, take_whole
+
+TOKENS = 16                  # of the first row: what is compared
+SAME = 1e-5                  # relative, of losses in float32
+ROUNDINGS = 2                # of 16-bit numbers, by which those of two shapes of a matmul may differ
+
+_seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()      # model -> kinds of labels it was checked with
+
+
+def check(model, batch, E=1):
+    """Check a model once, with a batch as `losses` takes it, stacked for E evaluations.
+
+    Nothing is checked while a CUDA graph is captured, on the meta device, or where the batch starts behind a frozen
+    prefix. ValueError, with both losses, for a model whose own loss is another than the cross entropy of its logits.
+    """
+    kind = "classes" if "labels" in batch and batch["labels"].dim() == 1 else "tokens"
+    if kind in _seen.get(model, ()) or "states" in batch or _cannot_look(model):
+        return
+    training = [module for module in model.modules() if module.training]
+    for module in training:              # dropout would make two forwards differ
+        module.training = False
+    try:
+        with torch.no_grad():
+            done = (_check_classes if kind == "classes" else _check_tokens)(model, batch, E)
+    finally:
+        for module in training:
+            module.training = True
+    if done:
+        _seen.setdefault(model, set()).add(kind)
+
+
+def _cannot_look(model):
+    device = next(model.parameters()).device.type
+    return (device == "meta" or torch.compiler.is_compiling()
+            or (device == "cuda" and torch.cuda.is_current_stream_capturing()))
+
+
+def _check_classes(model, batch, E):
+    """One row of each evaluation, against `losses` of a classifier: cross entropy over its logits."""
+    rows = len(batch["labels"])
+    first = torch.arange(0, rows, rows // E)
+    some = {key: value[first.to(value.device)] if isinstance(value, torch.Tensor) and len(value) == rows else value
+            for key, value in batch.items()}
+    output = forward(model, some)
+    cross_entropy = functional.cross_entropy(output.logits.float(), some["labels"])
+    _compare(model, output.loss, cross_entropy, "the cross entropy of its class logits", output.logits.dtype)
+    return True
+
+
+def _check_tokens(model, batch, E):
+    found = _few_tokens(model, batch, E)
+    if found is None:
+        return False
+    inputs, labels, shift = found
+    output = _with_labels(model, inputs, labels)
+    if not isinstance(getattr(output, "logits", None), torch.Tensor):
+        raise ValueError(f"{type(model).__name__} has no language-model head (its output has no logits): labels "
+                         "[rows, tokens] and options need one")
+    row, column = torch.nonzero(labels[:, shift:] != -100, as_tuple=True)
+    target = labels[:, shift:][row, column]
+    own = functional.cross_entropy(output.logits[row, column].float(), target, reduction="none")
+    _compare(model, output.get("loss"), own.mean(), f"the {'next-token ' * shift}cross entropy of its own logits",
+             output.logits.dtype)
+    if shift == 0 and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    each = len(target) // E
+    read = torch.cat([*logits_at(model, inputs, row, column, E, most=(each + 1) // 2)], 1).flatten(0, 1)
+    got = functional.cross_entropy(read, target, reduction="none")
+    if not torch.allclose(got, own, rtol=SAME, atol=SAME + _rounding(output.logits)):
+        take_whole(model, "read at single positions they are others")
+    return True
+
+
+def _few_tokens(model, batch, E):
+    """(inputs, labels, by how many places labels are read earlier) of a short row, once for each evaluation, or None.
+
+    The row is the first's first TOKENS tokens; a batch with more than tokens in it (images) is taken whole.
+    """
+    ids = batch.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        return None
+    mask = batch.get("attention_mask")
+    row = ids[0] if mask is None or mask.dim() != 2 else ids[0][mask[0] != 0]
+    row = row[:TOKENS].expand(E, -1)
+    inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        labels = batch.get("labels")
+        labels = row if labels is None else labels[0][labels[0] != -100][:TOKENS].expand(E, -1)
+        return (inputs, labels, 0) if labels.shape[1] else None
+    labels = row.clone()
+    labels[:, :row.shape[1] // 3] = -100
+    return (inputs, labels, 1) if row.shape[1] > 1 else None
+
+
+def _with_labels(model, inputs, labels):
+    return forward(model, {**inputs, "labels": labels})
+
+
+def _compare(model, own, cross_entropy, name, dtype):
+    if own is None:
+        return
+    own, cross_entropy = float(own), float(cross_entropy)
+    relative = SAME if dtype == torch.float32 else ROUNDINGS * torch.finfo(dtype).eps
+    if abs(own - cross_entropy) > relative * abs(own) + SAME:
+        raise ValueError(f"{type(model).__name__}: its own loss of a batch is {own:.4g}, {name} {cross_entropy:.4g}: "
+                         "it has another objective than qzo minimizes; give QZO.step a closure of its own loss")
+
+
+def _rounding(logits):
+    """By how much logits of 16 bits may differ between two shapes of the same matmul; 0 in float32."""
+    if logits.dtype == torch.float32:
+        return 0.0
+    return ROUNDINGS * torch.finfo(logits.dtype).eps * float(logits.abs().max())
