@@ -266,7 +266,7 @@ class Span:
 
 
 class Spans:
-    """Cuts a step at every QZOLinear and at both ends of the model's body, and reads the meter at each cut.
+    """Cuts a step at every QZOLinear and at the end of the model's body, and reads the meter at each cut.
 
     Phases: "forward" until the body has run, "loss" until the losses are there, "update" after them.
     """
@@ -292,11 +292,12 @@ class Spans:
     def watching(self):
         """Hooks in place; the rest of the step is cut on exit."""
         handles = []
+        within = set(self.body.modules())            # a body may be called again for what it gave: its layers are not
         for name, module in self.model.named_modules():
             if isinstance(module, QZOLinear):
-                handles.append(module.register_forward_pre_hook(lambda *_: self.cut()))
+                before = functools.partial(self._before, module in within)
+                handles.append(module.register_forward_pre_hook(before))
                 handles.append(module.register_forward_hook(functools.partial(self._after, name)))
-        handles.append(self.body.register_forward_pre_hook(lambda *_: self.enter("forward")))
         handles.append(self.body.register_forward_hook(lambda *_: self.enter("loss")))
         self.begin()
         try:
@@ -305,6 +306,12 @@ class Spans:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _before(self, within, *_):
+        if within and self.phase != "forward":
+            self.enter("forward")
+        else:
+            self.cut()
 
     def _after(self, name, *_):
         self.cut(name)

@@ -92,11 +92,11 @@ def _few_tokens(model, batch, E):
         return None
     mask = batch.get("attention_mask")
     row = ids[0] if mask is None or mask.dim() != 2 else ids[0][mask[0] != 0]
-    row = row[:TOKENS].expand(E, -1)
+    row = row[:TOKENS].repeat(E, 1)
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
     if getattr(model.config, "is_encoder_decoder", False):
         labels = batch.get("labels")
-        labels = row if labels is None else labels[0][labels[0] != -100][:TOKENS].expand(E, -1)
+        labels = row if labels is None else labels[0][labels[0] != -100][:TOKENS].repeat(E, 1)
         return (inputs, labels, 0) if labels.shape[1] else None
     labels = row.clone()
     labels[:, :row.shape[1] // 3] = -100
