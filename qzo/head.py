@@ -5,7 +5,9 @@ at a time. So whatever stands around the head (a dense layer, a scale, a soft ca
 as the model has it, and the logits of a whole batch over the whole vocabulary never exist.
 """
 import contextlib
+import functools
 import inspect
+import warnings
 import weakref
 
 import torch
@@ -18,14 +20,20 @@ _whole: weakref.WeakSet = weakref.WeakSet()      # models whose logits are taken
 
 def forward(model, inputs):
     """The output of a model for its inputs: no cache is made, and no router's loss beside the logits."""
-    parameters = inspect.signature(type(model).forward).parameters
     config = model.config.get_text_config()
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if "use_cache" in parameters or (open_ended and hasattr(config, "use_cache")):
+    named, open_ended = _takes(type(model), "use_cache")
+    if named or (open_ended and hasattr(config, "use_cache")):
         inputs = {**inputs, "use_cache": False}
     if getattr(config, "output_router_logits", False):
         inputs = {**inputs, "output_router_logits": False}
     return model(**inputs)
+
+
+@functools.cache
+def _takes(cls, name):
+    """(whether the forward of a class names an argument, whether it takes any other)."""
+    parameters = inspect.signature(cls.forward).parameters
+    return name in parameters, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def logits_at(model, inputs, row, column, E=1, most=None):
@@ -62,6 +70,18 @@ def head_input(model, inputs):
     return logits if reading.rows is None else reading.states
 
 
+def decoder_inputs(model, labels):
+    """What the decoder of an encoder-decoder model is fed for labels [rows, T]: they, shifted by one place."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels)
+    config = model.config
+    if config.decoder_start_token_id is None or config.pad_token_id is None:
+        raise ValueError(f"{type(model).__name__} does not say how labels become inputs of its decoder: give "
+                         "decoder_input_ids beside labels")
+    shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    return shifted.masked_fill(shifted == -100, config.pad_token_id)
+
+
 def output_head(model):
     """The module that makes logits of hidden states, or None."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -79,7 +99,6 @@ def body(model):
 
 def take_whole(model, reason):
     """From now on the logits of whole batches are computed; one warning says so."""
-    import warnings
     if model not in _whole:
         _whole.add(model)
         warnings.warn(f"{type(model).__name__}: the logits of all tokens are computed, not of the labelled ones alone, "
@@ -113,9 +132,13 @@ class _Reading:
         with contextlib.ExitStack() as patches:
             patches.enter_context(_patched(self.head, forward_rows))
             if again:
-                for module in _beside(self.model, self.head):
+                for module in self.beside:
                     patches.enter_context(_patched(module, self._once(module)))
             return _logits(self.model, inputs)
+
+    @functools.cached_property
+    def beside(self):
+        return _beside(self.model, self.head)
 
     def _once(self, module):
         """A forward that runs the first time, and then gives what it gave."""

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from . import own_loss
-from .head import forward, head_input, logits_at
+from .head import decoder_inputs, forward, head_input, logits_at
 
 NOT_INPUTS = ("labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots",
               "static", "states")
@@ -199,12 +199,12 @@ def _labelled(model, batch):
 def _token_losses(model, batch, E):
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
     row, column, target, slot = _labelled(model, batch)
+    counts = torch.bincount(row // (_rows(batch) // E), minlength=E).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"the evaluations' rows hold {counts} labels: each takes the same examples; use qzo.pair")
     inputs = model_inputs(model, batch, E)
     if _has_encoder(model) and "decoder_input_ids" not in inputs:
-        if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            raise ValueError(f"{type(model).__name__} does not say how labels become inputs of its decoder: give "
-                             "decoder_input_ids beside labels")
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
     return row, slot, _cross_entropies(model, inputs, row, column, target, E)
 
 
@@ -221,9 +221,6 @@ def _cross_entropies(model, inputs, row, column, target, E):
     parts, start = [], 0
     if not len(target):
         return torch.zeros(0, device=target.device)
-    if len(target) % E:
-        raise ValueError(f"{len(target)} labels in all, which {E} evaluations do not divide: every evaluation "
-                         "takes the same examples; use qzo.pair")
     target = target.view(E, -1)
     for logits in logits_at(model, inputs, row, column, E):
         here = target[:, start:start + logits.shape[1]]

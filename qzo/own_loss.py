@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch.nn import functional
 
-from .head import forward, logits_at, take_whole
+from .head import decoder_inputs, forward, logits_at, take_whole
 
 TOKENS = 16                  # of the first row: what is compared
 SAME = 1e-5                  # relative, of losses in float32
@@ -63,7 +63,7 @@ def _check_tokens(model, batch, E):
     if found is None:
         return False
     inputs, labels, shift = found
-    output = _with_labels(model, inputs, labels)
+    output = forward(model, {**inputs, "labels": labels})
     if not isinstance(getattr(output, "logits", None), torch.Tensor):
         raise ValueError(f"{type(model).__name__} has no language-model head (its output has no logits): labels "
                          "[rows, tokens] and options need one")
@@ -72,12 +72,15 @@ def _check_tokens(model, batch, E):
     own = functional.cross_entropy(output.logits[row, column].float(), target, reduction="none")
     _compare(model, output.get("loss"), own.mean(), f"the {'next-token ' * shift}cross entropy of its own logits",
              output.logits.dtype)
-    if shift == 0 and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-    each = len(target) // E
-    read = torch.cat([*logits_at(model, inputs, row, column, E, most=(each + 1) // 2)], 1).flatten(0, 1)
-    got = functional.cross_entropy(read, target, reduction="none")
-    if not torch.allclose(got, own, rtol=SAME, atol=SAME + _rounding(output.logits)):
+    if shift == 0:
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
+    read = torch.cat([*logits_at(model, inputs, row, column, E, most=(len(target) // E + 1) // 2)], 1).flatten(0, 1)
+    rounding = _rounding(output.logits)
+    if _differ(read, own, target, rounding):
+        if _differ(forward(model, inputs).logits[row, column].float(), own, target, rounding):
+            raise ValueError(f"{type(model).__name__}: its logits are others "
+                             f"{'when it runs again' if shift else 'with decoder_input_ids made of the labels'}: it "
+                             "cannot be trained by comparing two losses; give QZO.step a closure of its own loss")
         take_whole(model, "read at single positions they are others")
     return True
 
@@ -103,8 +106,9 @@ def _few_tokens(model, batch, E):
     return (inputs, labels, 1) if row.shape[1] > 1 else None
 
 
-def _with_labels(model, inputs, labels):
-    return forward(model, {**inputs, "labels": labels})
+def _differ(logits, wanted, target, rounding):
+    got = functional.cross_entropy(logits, target, reduction="none")
+    return not torch.allclose(got, wanted, rtol=SAME, atol=SAME + rounding)
 
 
 def _compare(model, own, cross_entropy, name, dtype):

@@ -19,7 +19,7 @@ import torch
 
 from .data import IGNORED, Example, check_one_kind, pad, padded
 from .head import head_input
-from .losses import model_inputs
+from .losses import model_inputs, pair
 from .oom import is_out_of_memory
 
 PACKINGS = ("off", "auto")
@@ -179,7 +179,8 @@ def why_not(model, examples, pad_id, device=None):
     with torch.no_grad():
         want = head_input(model, padded(plain, pad_id, device))
         try:
-            got = head_input(model, model_inputs(model, rows_batch([row], pad_id, device)))[0]
+            packed = pair(rows_batch([row], pad_id, device), 2)      # two evaluations, as in a step
+            got = head_input(model, model_inputs(model, packed, 2))[0]
         except REFUSALS as error:
             if is_out_of_memory(error):
                 raise
