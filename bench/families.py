@@ -70,11 +70,12 @@ SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 2,
              "cls_token_id": 1}
 SPECIAL = VOCABULARY - 8     # ids of images and the like begin here
-TRIES = ({}, {"num_hidden_layers": 4}, {"num_key_value_heads": 4}, {"head_dim": None}, {"n_group": None},
-         {"num_key_value_heads": 1, "num_hidden_layers": 3}, {"hidden_size": 64}, {"hidden_size": 128},
-         {"qk_head_dim": None, "num_hidden_layers": 4, "num_key_value_heads": 4},
-         {"patch_size": None, "image_size": None},
-         {"hidden_size": 64, "head_dim": 32}, {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32})
+TRIES: tuple[dict, ...] = (
+    {}, {"num_hidden_layers": 4}, {"num_key_value_heads": 4}, {"head_dim": None}, {"n_group": None},
+    {"num_key_value_heads": 1, "num_hidden_layers": 3}, {"hidden_size": 64}, {"hidden_size": 128},
+    {"qk_head_dim": None, "num_hidden_layers": 4, "num_key_value_heads": 4},
+    {"patch_size": None, "image_size": None},
+    {"hidden_size": 64, "head_dim": 32}, {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32})
 
 OWN = {    # what a family needs beside the sizes
     "bailing_hybrid": {"num_expert_group": 2}, "bamba": {"mamba_d_head": 16}, "granitemoehybrid": {"mamba_d_head": 16},
