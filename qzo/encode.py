@@ -40,7 +40,7 @@ class Encoder:
         prompt, [own], spans = self._split(prompt, [completion])
         if not own:
             raise ValueError(f"the completion {completion!r} has no tokens; one that ends at once is the EOS token's "
-                             f"text{'' if self._eos is None else f', {self.tokenizer.eos_token}'}")
+                             "text")
         whole = _joined(self.front, prompt + own)
         closed = _joined(own, self.back)
         if self._eos is not None and self._eos != own[-1] and self._eos not in self.back:
@@ -148,8 +148,9 @@ class Encoder:
 
     def _reaches(self, prompt, part, own, whole):
         """Whether the unknown token that ends the prompt holds text of the part too."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            return len(whole) == len(own)
+        if not getattr(self.tokenizer, "is_fast", False):       # no offsets, but what an unknown token was made of
+            tokens = self.tokenizer.tokenize(prompt + part)
+            return len(whole) == len(own) or tokens[len(own) - 1] != self.tokenizer.tokenize(prompt)[-1]
         offsets = self.tokenizer(prompt + part, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return offsets[len(own) - 1][1] > len(prompt)
 

@@ -134,7 +134,7 @@ class Slow(PreTrainedTokenizer):
         return "".join(tokens).replace("\u2581", " ")
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
-        return [self.bos_token_id, *token_ids_0]
+        return token_ids_0 if self.bos_token_id is None else [self.bos_token_id, *token_ids_0]
 
 
 def _slow():
