@@ -110,9 +110,10 @@ def read_data(path):
     return {split: read_jsonl(path / f"{split}.jsonl") for split in SPLITS if (path / f"{split}.jsonl").is_file()}
 
 
-def tokenize(records, tokenizer, max_length=1024):
+def tokenize(records, tokenizer, max_length=1024, limit="--max-length"):
     """Records -> Examples, by an Encoder (encode.py). A prompt that is too long loses its beginning, a text its end. A
-    warning says how many lines did, another in how many a token spans the prompt's end.
+    warning says how many lines did, another in how many a token spans the prompt's end. limit: what set max_length, for
+    the messages.
 
     ValueError, naming the line or the number of the example, for a text that cannot be encoded, for one that leaves
     nothing to predict, for a chat template that refuses, and for a completion or option longer than max_length.
@@ -120,7 +121,7 @@ def tokenize(records, tokenizer, max_length=1024):
     encoder, examples, lengths, spanning = Encoder(tokenizer), [], [], []
     for number, record in enumerate(records, 1):
         try:
-            example, length, spans = _example(record, encoder, max_length)
+            example, length, spans = _example(record, encoder, max_length, limit)
         except ValueError as error:
             raise ValueError(f"{_place(record, number)}: {error}") from None
         examples.append(example)
@@ -130,12 +131,12 @@ def tokenize(records, tokenizer, max_length=1024):
     cut = sum(length > max_length for length in lengths)
     if cut:
         warnings.warn(f"{cut} {_of(records)} have more than {max_length} tokens (the longest {max(lengths)}): a prompt "
-                      "has lost its beginning, a text its end (--max-length)", stacklevel=2)
+                      f"has lost its beginning, a text its end ({limit})", stacklevel=2)
     if spanning:
-        warnings.warn(f"in {len(spanning)} {_of(records)} a token holds the prompt's end and what follows it: it is "
-                      "learned with what follows, though a server that is sent the prompt alone makes another token of "
-                      f"its end. The first is {spanning[0]}. A space that ends a prompt belongs at the beginning of "
-                      "the completion or option", stacklevel=2)
+        warnings.warn(f"in {len(spanning)} {_of(records)} a token holds the prompt's end and what follows it (the "
+                      f"first: {spanning[0]}). It is learned with what follows, but a server that is sent the prompt "
+                      "alone makes another token of its end: let completions and options begin with the space, not "
+                      "prompts end with it", stacklevel=2)
     return examples
 
 
@@ -147,41 +148,42 @@ def _of(records):
     return f"of {len(records)} lines" + (f" of {records[0].path}" if isinstance(records[0], Line) else "")
 
 
-def _example(record, encoder, limit):
+def _example(record, encoder, max_length, limit):
     """(Example, its tokens before any were cut, whether a token spanned the prompt's end)."""
     form = _form(record)
     if form is None:
         raise ValueError(_problem(record))
     if "options" in form:
         prompt, options, spans = encoder.options(record["prompt"], record["options"])
-        longest = max(map(len, options))
+        longest = max(options, key=len)
         label = record["label"]
-        return Example(_fitted(encoder, prompt, longest, limit, "an option"), options=tuple(map(tuple, options)),
+        return Example(_fitted(encoder, prompt, longest, max_length, "an option", limit),
+                       options=tuple(map(tuple, options)),
                        label=record["options"].index(label) if isinstance(label, str) else label
-                       ), len(prompt) + longest, spans
+                       ), len(prompt) + len(longest), spans
     if "text" in form:
         ids, own = encoder.text(record["text"])
-        if min(own, limit) < 2:
+        if min(own, max_length) < 2:
             raise ValueError("the text is one token: nothing to predict" if own < 2 else
-                             f"max_length={limit} leaves one token of the text: nothing to predict")
-        return Example(tuple(ids[:limit]), labels=tuple(ids[:limit])), len(ids), False
+                             f"max_length={max_length} leaves one token of the text: nothing to predict ({limit})")
+        return Example(tuple(ids[:max_length]), labels=tuple(ids[:max_length])), len(ids), False
     if "messages" in form:
         prompt, completion, own, spans = encoder.chat(record["messages"])
     else:
         prompt, completion, own, spans = encoder.completion(record["prompt"], record["completion"])
     if len(prompt) + own < 2:
         raise ValueError("the prompt and its completion are one token together: nothing to predict")
-    fitted = _fitted(encoder, prompt, len(completion), limit, "a completion")
+    fitted = _fitted(encoder, prompt, completion, max_length, "a completion", limit)
     labels = (IGNORED,) * len(fitted) + tuple(completion)
     return Example(fitted + tuple(completion), labels=labels), len(prompt) + len(completion), spans
 
 
-def _fitted(encoder, prompt, following, limit, what):
-    """The prompt's ids as `following` tokens leave room for them."""
-    fitted = encoder.fitted(prompt, limit - following)
+def _fitted(encoder, prompt, following, max_length, what, limit):
+    """The prompt's ids as the `following` ones leave room for them."""
+    fitted = encoder.fitted(prompt, max_length - len(following))
     if fitted is None:
-        raise ValueError(f"{what} has {following} tokens: it does not fit behind its prompt in max_length={limit} "
-                         "(--max-length)")
+        raise ValueError(f"{what} has {len(following)} tokens: it does not fit behind its prompt in "
+                         f"max_length={max_length} ({limit})")
     return tuple(fitted)
 
 

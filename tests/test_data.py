@@ -107,7 +107,7 @@ def test_a_token_across_the_cut_is_learned_and_said_once(tmp_path):
         clean, space, word, split = tokenize(read_jsonl(path), tokenizer)
     [said] = [str(w.message) for w in seen]
     assert said.startswith(f"in 2 of 4 lines of {path} a token holds")
-    assert f"The first is {path}, line 2." in said
+    assert f"(the first: {path}, line 2)" in said
     assert space == clean
     assert tokenizer.convert_ids_to_tokens(word.ids[-2:]) == ["Ġhello", "</s>"]
     assert word.labels == (IGNORED,) * (len(word.ids) - 2) + word.ids[-2:]
