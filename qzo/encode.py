@@ -7,7 +7,8 @@ text, which every tokenizer can tell, fast or not; offsets leave out spaces, and
     the prompt's own tokens begin the whole     they are the prompt
     they do not, their text does                the tokens of the whole that have it: the split is another, the cut not
     a token holds text of both sides            it belongs to what follows, and so is learned
-    such a token is unknown                     it tells nothing of either: both sides are encoded by themselves
+    such a token is unknown                     it tells nothing of either: both sides are encoded by themselves, unless
+                                                that makes more unknown ones
 
 The tokenizer's own special tokens (BOS in front, EOS behind) stand once, around the whole, never inside.
 """
@@ -18,8 +19,9 @@ _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, 
 
 
 class Encoder:
-    """Token ids of the texts of lines, lists of int. front, back: what the tokenizer puts around a text, learned from
-    the first text that has tokens. Every method raises ValueError for a text that is none, or has no tokens."""
+    """Token ids, lists of int, of what a line says. front, back: the special tokens that the tokenizer puts around a
+    text, learned from the first text that tells. ValueError for half of a surrogate pair, for what has no tokens, for
+    a chat template that fails, and for options that are the same tokens."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.front, self.back, self._learned = tokenizer, [], [], False
@@ -115,8 +117,8 @@ class Encoder:
         full = list(self.tokenizer(text)["input_ids"])
         places = [at for at in range(len(full) - len(bare) + 1) if full[at:at + len(bare)] == bare]
         if not places:
-            raise ValueError(f"the tokenizer splits {text!r} otherwise when it adds special tokens: which ones it adds "
-                             "cannot be told")
+            raise ValueError(f"the tokenizer splits {text[:40]!r} otherwise when it adds special tokens: which ones it "
+                             "adds cannot be told")
         self.front, self.back = full[:places[0]], full[places[0] + len(bare):]
         self._learned = len(places) == 1      # a text of BOS alone does not tell
 
@@ -133,7 +135,7 @@ class Encoder:
         return wholes[0][:count], [whole[count:] for whole in wholes], spans
 
     def _cut(self, prompt, own, part, whole):
-        """(how many tokens of the whole are the prompt's, whether the next holds text of both)."""
+        """(how many tokens of the whole are the prompt's, whether the next holds text of both sides)."""
         count = _common(own, whole)
         if count == len(own):
             beyond = bool(own) and own[-1] == self.tokenizer.unk_token_id and self._reaches(prompt, part, own, whole)
@@ -155,7 +157,7 @@ class Encoder:
         return offsets[len(own) - 1][1] > len(prompt)
 
     def _tells_nothing(self, own, part, whole, count, spans):
-        """Whether the token that spans the cut is an unknown one that is not there, or hides less, in the two sides."""
+        """Whether the token that spans the cut is unknown, and both sides by themselves have no more unknown ones."""
         unknown = self.tokenizer.unk_token_id
         if not spans or unknown is None or whole[count:count + 1] != [unknown]:
             return False

@@ -262,18 +262,20 @@ def test_special_tokens_that_cannot_be_told(tmp_path):
         tokenize([{"text": "a b"}], tokenizer)
 
 
-def test_the_command_line_says_it_in_one_line_and_writes_nothing(tmp_path, capsys):
+@pytest.mark.parametrize(("record", "what"), [(TURNS, "the chat template refuses messages"),
+                                              ({"text": HALF}, "a text has half of a surrogate pair")])
+def test_the_command_line_says_it_in_one_line_and_writes_nothing(tmp_path, capsys, record, what):
     base = tiny.save_checkpoint(tmp_path / "base")
     words("$A", CHATS["raises"][0]).save_pretrained(base)
     data = tmp_path / "data"
     data.mkdir()
     tiny.write_jsonl(data / "train.jsonl", [{"text": "a b"}] * 4)
-    tiny.write_jsonl(data / "valid.jsonl", [{"text": "a b"}, TURNS])
+    tiny.write_jsonl(data / "valid.jsonl", [{"text": "a b"}, record])
     out = tmp_path / "out"
     assert main(["train", "--model", str(base), "--data", str(data), "--output-dir", str(out), "--group-size", "32",
                  "--device", "cpu", "--max-steps", "1", "--batch-size", "2"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"qzo train: {data / 'valid.jsonl'}, line 2: the chat template refuses messages")
+    assert said.startswith(f"qzo train: {data / 'valid.jsonl'}, line 2: {what}")
     assert not out.exists()
 
 
