@@ -156,6 +156,13 @@ def test_options_behind_an_unknown_word_are_encoded_alike():
     assert example == Example(ids("<s> a b"), options=(ids("yes"), ids("no")), label=0)
 
 
+def test_an_unknown_token_that_one_option_goes_on_with_stands_in_all_of_them():
+    """"zzzzzz" and "zzz" are the same unknown token; only the first holds text of its option."""
+    with pytest.warns(UserWarning, match="in 1 of 1 lines a token holds"):
+        [example] = tokenize([{"prompt": "a zzz", "options": [" no", "zzz yes"], "label": 0}], words("$A"))
+    assert example == Example(ids("a"), options=(ids("<unk> no"), ids("<unk> yes")), label=0)
+
+
 def test_a_line_is_read_as_its_first_form_whatever_else_it_has():
     tokenizer = words("$A")
     extra = {"text": 3, "id": 4, "options": None}
