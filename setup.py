@@ -19,7 +19,7 @@ setup(
     package_dir={"qzo": "qzo", "qzo.kernels": "kernels", "qzo.bench": "bench"},
     package_data={"qzo.bench": ["configs/*.json"]},
     install_requires=["torch>=2.8", "triton>=3.4", "transformers>=5.17", "safetensors", "gguf>=0.17", "numpy", "tqdm",
-                      "pyyaml", "matplotlib"],
+                      "pyyaml", "matplotlib", "jinja2"],
     extras_require={"test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77",
                              "diffusers", "compressed-tensors"],
                     "diffusion": ["diffusers"],

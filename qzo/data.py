@@ -9,10 +9,12 @@ A line is one of
 """
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import torch
 
+from .encode import Encoder
 from .kernels.noise import SEED_ROUNDS, philox4x32
 from .losses import static_batch
 
@@ -32,8 +34,16 @@ class Example:
     label: int | None = None
 
 
+class Line(dict):
+    """A record that knows its file and line."""
+
+    def __init__(self, record, path, number):
+        super().__init__(record)
+        self.path, self.number = path, number
+
+
 def read_jsonl(path):
-    """The records of a JSONL file. ValueError naming the line that is no object or has none of the known shapes."""
+    """The Lines of a JSONL file. ValueError naming the line that is no object or has none of the known shapes."""
     path = Path(path)
     records = []
     with open(path, "rb") as file:          # bytes: a line that is no UTF-8 has its number named
@@ -47,17 +57,22 @@ def read_jsonl(path):
             problem = _problem(record)
             if problem:
                 raise ValueError(f"{path}, line {number}: {problem}")
-            records.append(record)
+            records.append(Line(record, path, number))
     if not records:
         raise ValueError(f"{path} holds no examples")
     return records
+
+
+def _form(record):
+    """The keys that say what the record is, whatever else it has; None for no known shape."""
+    return next((form for form in _FORMS if form <= record.keys()), None)
 
 
 def _problem(record):
     """What is wrong with a record, or None."""
     if not isinstance(record, dict):
         return f"a JSON object is wanted, got {type(record).__name__}"
-    form = next((form for form in _FORMS if form <= record.keys()), None)
+    form = _form(record)
     if form is None:
         return (f"has the keys {sorted(record)}; wanted are prompt+completion, messages, text, or prompt+options+label")
     for key in form & {"prompt", "completion", "text"}:
@@ -95,56 +110,81 @@ def read_data(path):
     return {split: read_jsonl(path / f"{split}.jsonl") for split in SPLITS if (path / f"{split}.jsonl").is_file()}
 
 
-def tokenize(records, tokenizer, max_length=1024):
-    """Records -> Examples. A prompt that is too long loses its beginning, a text its end.
+def tokenize(records, tokenizer, max_length=1024, limit="--max-length"):
+    """Records -> Examples, by an Encoder (encode.py). A prompt that is too long loses its beginning, a text its end. A
+    warning says how many lines did, another in how many a token spans the prompt's end. limit: what set max_length, for
+    the messages.
 
-    ValueError for a completion or option longer than max_length, and for an option without tokens.
+    ValueError, naming the line or the number of the example, for a text that cannot be encoded, for one that leaves
+    nothing to predict, for a chat template that refuses, and for a completion or option longer than max_length.
     """
-    examples = []
+    encoder, examples, lengths, spanning = Encoder(tokenizer), [], [], []
     for number, record in enumerate(records, 1):
         try:
-            examples.append(_example(record, tokenizer, max_length))
+            example, length, spans = _example(record, encoder, max_length, limit)
         except ValueError as error:
-            raise ValueError(f"example {number}: {error}") from None
+            raise ValueError(f"{_place(record, number)}: {error}") from None
+        examples.append(example)
+        lengths.append(length)
+        if spans:
+            spanning.append(_place(record, number))
+    cut = sum(length > max_length for length in lengths)
+    if cut:
+        warnings.warn(f"{cut} {_of(records)} have more than {max_length} tokens (the longest {max(lengths)}): a prompt "
+                      f"has lost its beginning, a text its end ({limit})", stacklevel=2)
+    if spanning:
+        warnings.warn(f"in {len(spanning)} {_of(records)} a token holds the prompt's end and what follows it (the "
+                      f"first: {spanning[0]}). It is learned with what follows, but a server that is sent the prompt "
+                      "alone makes another token of its end: let completions and options begin with the space, not "
+                      "prompts end with it", stacklevel=2)
     return examples
 
 
-def _example(record, tokenizer, limit):
-    if "options" in record:
-        options = tuple(tuple(_ids(tokenizer, option, special=False)) for option in record["options"])
-        prompt = _ids(tokenizer, record["prompt"])
-        room = limit - max(map(len, options))
+def _place(record, number):
+    return f"{record.path}, line {record.number}" if isinstance(record, Line) else f"example {number}"
+
+
+def _of(records):
+    return f"of {len(records)} lines" + (f" of {records[0].path}" if isinstance(records[0], Line) else "")
+
+
+def _example(record, encoder, max_length, limit):
+    """(Example, its tokens before any were cut, whether a token spanned the prompt's end)."""
+    form = _form(record)
+    if form is None:
+        raise ValueError(_problem(record))
+    if "options" in form:
+        prompt, options, spans = encoder.options(record["prompt"], record["options"])
+        longest = max(options, key=len)
         label = record["label"]
-        if not prompt:
-            raise ValueError("a prompt with options has no tokens: there is nothing to choose by")
-        if not all(options):
-            raise ValueError(f"the option {record['options'][options.index(())]!r} has no tokens")
-        if room < 1:
-            raise ValueError(f"an option has {max(map(len, options))} tokens, max_length is {limit}")
-        return Example(tuple(prompt[-room:]), options=options,
-                       label=record["options"].index(label) if isinstance(label, str) else label)
-    if "text" in record:
-        ids = _ids(tokenizer, record["text"])[:limit]
-        return Example(tuple(ids), labels=tuple(ids))
-    if "messages" in record:
-        prompt = tokenizer.apply_chat_template(record["messages"][:-1], add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(record["messages"], tokenize=False)
-        if not whole.startswith(prompt):
-            raise ValueError("the chat template does not continue its own generation prompt: use prompt and completion")
-        prompt, completion = _ids(tokenizer, prompt, False), _ids(tokenizer, whole[len(prompt):], False)
+        return Example(_fitted(encoder, prompt, longest, max_length, "an option", limit),
+                       options=tuple(map(tuple, options)),
+                       label=record["options"].index(label) if isinstance(label, str) else label
+                       ), len(prompt) + len(longest), spans
+    if "text" in form:
+        ids, own = encoder.text(record["text"])
+        if min(own, max_length) < 2:
+            raise ValueError("the text is one token: nothing to predict" if own < 2 else
+                             f"max_length={max_length} leaves one token of the text: nothing to predict ({limit})")
+        return Example(tuple(ids[:max_length]), labels=tuple(ids[:max_length])), len(ids), False
+    if "messages" in form:
+        prompt, completion, own, spans = encoder.chat(record["messages"])
     else:
-        prompt, completion = _ids(tokenizer, record["prompt"]), _ids(tokenizer, record["completion"], False)
-        if tokenizer.eos_token_id is not None:
-            completion = [*completion, tokenizer.eos_token_id]
-    if not completion or len(completion) >= limit:
-        raise ValueError(f"a completion has {len(completion)} tokens; between 1 and {limit - 1} are wanted "
-                         "(--max-length)")
-    prompt = prompt[-(limit - len(completion)):]
-    return Example(tuple(prompt + completion), labels=tuple([IGNORED] * len(prompt) + completion))
+        prompt, completion, own, spans = encoder.completion(record["prompt"], record["completion"])
+    if len(prompt) + own < 2:
+        raise ValueError("the prompt and its completion are one token together: nothing to predict")
+    fitted = _fitted(encoder, prompt, completion, max_length, "a completion", limit)
+    labels = (IGNORED,) * len(fitted) + tuple(completion)
+    return Example(fitted + tuple(completion), labels=labels), len(prompt) + len(completion), spans
 
 
-def _ids(tokenizer, text, special=True):
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
+def _fitted(encoder, prompt, following, max_length, what, limit):
+    """The prompt's ids as the `following` ones leave room for them."""
+    fitted = encoder.fitted(prompt, max_length - len(following))
+    if fitted is None:
+        raise ValueError(f"{what} has {len(following)} tokens: it does not fit behind its prompt in "
+                         f"max_length={max_length} ({limit})")
+    return tuple(fitted)
 
 
 def check_one_kind(examples):

@@ -198,7 +198,7 @@ def signal(options, wanted):
     lost. Loads the model, in float32; one of float weights is quantized as `wanted` has it."""
     records = read_data(options.data)["train"] if options.data else [{"text": text} for text in SENTENCES]
     tokenizer = load_tokenizer(options.model)
-    examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST)
+    examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, limit="all that --signal reads of a line")
     model = from_pretrained(options.model, dtype=torch.float32, bits=options.bits,
                             group_size=next(iter(wanted.values())).group_size,
                             trust_remote_code=bool(options.trust_remote_code))

@@ -164,6 +164,14 @@ def test_signal_is_measured_on_own_data_and_a_lost_one_is_named(words, tmp_path,
     assert "eps 1e-05, 2 directions" in shown.out
 
 
+def test_signal_says_how_much_of_a_long_line_it_reads(words, tmp_path, capsys):
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", [{"text": "red green " * 150}, {"text": "blue sky"}])
+    assert command.main(["inspect", str(words), "--signal", "--data", str(data), "--signal-directions", "1"]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "more than 256 tokens" in line]
+    assert line.startswith(f"qzo: warning: 1 of 2 lines of {data} have more")
+    assert line.endswith("(all that --signal reads of a line)")
+
+
 def test_the_table(words, capsys):
     assert command.main(["inspect", str(words), "--train-layers", "1"]) == 0
     shown = capsys.readouterr().out

@@ -20,7 +20,7 @@ LAYERS = [   # a module may import its own layer's elders and everything above i
     {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "siblings", "experts", "formats", "buckets",
      "head"}, {"own_loss"}, {"quantize"},
     {"linear"}, {"layers"}, {"optim", "losses", "hf", "save", "quantizer", "graph"},
-    {"data", "prefix", "packing", "signal", "compiled", "many_rows"}, {"task"}, {"train"}, {"demo"},
+    {"encode"}, {"data", "prefix", "packing", "signal", "compiled", "many_rows"}, {"task"}, {"train"}, {"demo"},
     {"__main__", "bench", "inspect", "quantize_folder"}]
 
 

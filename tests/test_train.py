@@ -326,17 +326,3 @@ def test_label_bias_is_the_best_there_is():
     for i in range(4):
         for move in (-0.05, 0.05):
             assert measure(scores + bias + move * torch.eye(4)[i], label)["loss"] > best
-
-
-def test_tokenized_examples(loaded):
-    tokenizer = loaded[1]
-    [example] = data.tokenize([{"prompt": "red green", "completion": "blue"}], tokenizer)
-    assert example.labels == (-100, -100, *example.ids[2:])
-    assert example.ids[-1] == tokenizer.eos_token_id
-    [text] = data.tokenize([{"text": "red green blue sky"}], tokenizer, max_length=3)
-    assert text.labels == text.ids
-    assert len(text.ids) == 3
-    [option] = data.tokenize([{"prompt": "red green blue sky", "options": ["warm", "cold up"], "label": "cold up"}],
-                             tokenizer, max_length=4)
-    assert option.label == 1
-    assert len(option.ids) == 2

@@ -1,0 +1,180 @@
+"""Text -> tokens: those that a server makes of the whole text, cut where the prompt ends.
+
+A tokenizer gives a text other tokens by itself than behind another: a space mark in front, the beginning of a word for
+its middle. So a prompt and what follows it are encoded together and then cut. The cut is found by the tokens' own
+text, which every tokenizer can tell, fast or not; offsets leave out spaces, and what normalizers make of a character.
+
+    the prompt's own tokens begin the whole     they are the prompt
+    they do not, their text does                the tokens of the whole that have it: the split is another, the cut not
+    a token holds text of both sides            it belongs to what follows, and so is learned
+    such a token is unknown                     it tells nothing of either: both sides are encoded by themselves, unless
+                                                that makes more unknown ones
+
+The tokenizer's own special tokens (BOS in front, EOS behind) stand once, around the whole, never inside.
+"""
+from jinja2 import TemplateError
+
+# What rendering a template raises: its own complaint, or that of an expression in it
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+class Encoder:
+    """Token ids, lists of int, of what a line says. front, back: the special tokens that the tokenizer puts around a
+    text, learned from the first text that tells. ValueError for half of a surrogate pair, for what has no tokens, for
+    a chat template that fails, and for options that are the same tokens."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.front, self.back, self._learned = tokenizer, [], [], False
+
+    def text(self, text):
+        """(ids of a text as the tokenizer gives them, how many of them come before what it puts behind)."""
+        bare = self._bare(text)
+        if not bare:
+            raise ValueError(f"the text {text!r} has no tokens")
+        ids = _joined(self.front, bare)
+        return _joined(ids, self.back), len(ids)
+
+    def completion(self, prompt, completion):
+        """(ids of the prompt, of the completion, how many of these are its own, whether a token spanned the cut).
+
+        Behind its own stands what the tokenizer puts behind a text, and EOS unless that or the completion has it.
+        """
+        prompt, [own], spans = self._split(prompt, [completion])
+        if not own:
+            raise ValueError(f"the completion {completion!r} has no tokens; one that ends at once is the EOS token's "
+                             "text")
+        whole = _joined(self.front, prompt + own)
+        closed = _joined(own, self.back)
+        if self._eos is not None and self._eos != own[-1] and self._eos not in self.back:
+            closed = [*closed, self._eos]
+        return whole[:len(whole) - len(own)], closed, len(own), spans
+
+    def options(self, prompt, options):
+        """(ids of the prompt, which all options share, of each option, whether a token spanned a cut). The text goes
+        on behind an option, so no EOS is put there."""
+        prompt, ids, spans = self._split(prompt, options)
+        numbers = {}
+        for number, own in enumerate(map(tuple, ids)):
+            if not own:
+                raise ValueError(f"the option {options[number]!r} has no tokens")
+            if own in numbers:
+                raise ValueError(f"the options {options[numbers[own]]!r} and {options[number]!r} are the same tokens: "
+                                 "there is nothing to choose")
+            numbers[own] = number
+        prompt = _joined(self.front, prompt)
+        if not prompt:
+            raise ValueError("no token of the prompt stands before its options: there is nothing to choose by")
+        return prompt, ids, spans
+
+    def chat(self, messages):
+        """(ids of the conversation up to the last message's content, of the rest, how many these are, whether a token
+        spanned the cut). What the template renders is whole: nothing is put around it."""
+        whole = self._rendered(messages)
+        prompt = self._rendered(messages[:-1], add_generation_prompt=True)
+        if not whole.startswith(prompt):
+            raise ValueError("the chat template does not continue its own generation prompt: use prompt and completion")
+        prompt, [own], spans = self._split(prompt, [whole[len(prompt):]])
+        if not own:
+            raise ValueError(f"the chat template gives the last message, {messages[-1]['content']!r}, no tokens")
+        return prompt, own, len(own), spans
+
+    def fitted(self, prompt, room):
+        """The prompt's ids, at most `room`: special tokens in front stay, what follows them loses its beginning.
+        None where nothing else would be left."""
+        if len(prompt) <= room:
+            return prompt
+        kept = next((n for n in range(len(self.front), 0, -1) if prompt[:n] == self.front[-n:]), 0)
+        kept = max(kept, int(prompt[:1] == [self.tokenizer.bos_token_id]))
+        return prompt[:kept] + prompt[kept - room:] if room > kept else None
+
+    @property
+    def _eos(self):
+        return self.tokenizer.eos_token_id
+
+    def _rendered(self, messages, **options):
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except _REFUSALS as error:
+            if getattr(self.tokenizer, "chat_template", None) is None:
+                raise ValueError("the tokenizer has no chat template: give lines of prompt and completion") from None
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the chat template refuses messages of the roles {roles}: {type(error).__name__}: "
+                             f"{error}") from None
+
+    def _bare(self, text):
+        """Ids without special tokens, but for those that the text spells."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text has half of a surrogate pair, {text[error.start]!a} in "
+                             f"{text[max(0, error.start - 20):error.end + 20]!a}: that is no character") from None
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if ids and not self._learned:
+            self._learn(text, ids)
+        return ids
+
+    def _learn(self, text, bare):
+        full = list(self.tokenizer(text)["input_ids"])
+        places = [at for at in range(len(full) - len(bare) + 1) if full[at:at + len(bare)] == bare]
+        if not places:
+            raise ValueError(f"the tokenizer splits {text[:40]!r} otherwise when it adds special tokens: which ones it "
+                             "adds cannot be told")
+        self.front, self.back = full[:places[0]], full[places[0] + len(bare):]
+        self._learned = len(places) == 1      # a text of BOS alone does not tell
+
+    def _split(self, prompt, parts):
+        """(ids of the prompt, of each part behind it, whether a token spanned a cut): `prompt + part` of each part."""
+        own, wholes = self._bare(prompt), [self._bare(prompt + part) for part in parts]
+        cuts = [self._cut(prompt, own, part, whole) for part, whole in zip(parts, wholes, strict=True)]
+        if any(self._tells_nothing(own, part, whole, *cut) for part, whole, cut in
+               zip(parts, wholes, cuts, strict=True)):
+            return own, [self._bare(part) for part in parts], False
+        count = min(count for count, _ in cuts)
+        count = min(_common(wholes[0][:count], whole) for whole in wholes)
+        spans = any(spans or shared > count for shared, spans in cuts)
+        return wholes[0][:count], [whole[count:] for whole in wholes], spans
+
+    def _cut(self, prompt, own, part, whole):
+        """(how many tokens of the whole are the prompt's, whether the next holds text of both sides)."""
+        count = _common(own, whole)
+        if count == len(own):
+            beyond = bool(own) and own[-1] == self.tokenizer.unk_token_id and self._reaches(prompt, part, own, whole)
+            return count - beyond, beyond
+        text = _units(self.tokenizer, own[count:])
+        at = 0
+        for token in self.tokenizer.convert_ids_to_tokens(whole[count:]):
+            if [*token] != text[at:at + len(token)]:
+                break
+            at, count = at + len(token), count + 1
+        return count, at < len(text)
+
+    def _reaches(self, prompt, part, own, whole):
+        """Whether the unknown token that ends the prompt holds text of the part too."""
+        if not getattr(self.tokenizer, "is_fast", False):       # no offsets, but what an unknown token was made of
+            tokens = self.tokenizer.tokenize(prompt + part)
+            return len(whole) == len(own) or tokens[len(own) - 1] != self.tokenizer.tokenize(prompt)[-1]
+        offsets = self.tokenizer(prompt + part, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return offsets[len(own) - 1][1] > len(prompt)
+
+    def _tells_nothing(self, own, part, whole, count, spans):
+        """Whether the token that spans the cut is unknown, and both sides by themselves have no more unknown ones."""
+        unknown = self.tokenizer.unk_token_id
+        if not spans or unknown is None or whole[count:count + 1] != [unknown]:
+            return False
+        return (own + self._bare(part)).count(unknown) <= whole.count(unknown)
+
+
+def _units(tokenizer, ids):
+    """The characters of tokens (bytes, of a tokenizer whose tokens are bytes)."""
+    return [unit for token in tokenizer.convert_ids_to_tokens(ids) for unit in token]
+
+
+def _common(one, other):
+    """How many tokens two lists begin with alike."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _joined(one, other):
+    """Both lists behind one another; tokens that end the one and begin the other stand once."""
+    twice = next((n for n in range(min(len(one), len(other)), 0, -1) if one[-n:] == other[:n]), 0)
+    return one + other[twice:]
