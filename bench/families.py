@@ -195,13 +195,10 @@ def some_tokens(model, rows=2):
     """(input_ids, labels) [rows, TOKENS]: labels a token's own, of an encoder-decoder model other tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, SPECIAL, (rows, TOKENS), generator=generator)
-    labels = torch.randint(5, SPECIAL, (rows, TOKENS - 3), generator=generator) if _has_encoder(model) else ids.clone()
+    other = torch.randint(5, SPECIAL, (rows, TOKENS - 3), generator=generator)
+    labels = other if head.has_encoder(model) else ids.clone()
     labels[:, :3] = IGNORED
     return ids, labels
-
-
-def _has_encoder(model):
-    return getattr(model.config, "is_encoder_decoder", False)
 
 
 def own_output(model, ids, labels=None):
@@ -256,7 +253,7 @@ def token_ways(model):
         ways["one position at a time"] = (own, float(losses(model, batch, 2)[1]))
     finally:
         head.LOGIT_BYTES = before
-    if not _has_encoder(model):
+    if not head.has_encoder(model):
         ways |= option_ways(model, ids)
         ways |= packed_ways(model, ids)
         ways |= prefix_ways(model, batch, own)

@@ -26,7 +26,8 @@ _FORMS = ({"prompt", "options", "label"}, {"prompt", "completion"}, {"messages"}
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Token ids and what is learned: `labels` per token, or `options` (each a tuple of ids) and the right one."""
+    """Token ids and what is learned: `labels` per token (those of the decoder, if the ids are an encoder's), or
+    `options` (each a tuple of ids) and the right one."""
 
     ids: tuple
     labels: tuple | None = None
@@ -110,18 +111,20 @@ def read_data(path):
     return {split: read_jsonl(path / f"{split}.jsonl") for split in SPLITS if (path / f"{split}.jsonl").is_file()}
 
 
-def tokenize(records, tokenizer, max_length=1024, limit="--max-length"):
+def tokenize(records, tokenizer, max_length=1024, limit="--max-length", encoder=False):
     """Records -> Examples, by an Encoder (encode.py). A prompt that is too long loses its beginning, a text its end. A
     warning says how many lines did, another in how many a token spans the prompt's end. limit: what set max_length, for
-    the messages.
+    the messages. encoder: the model is an encoder-decoder one, whose encoder reads the prompt (cut at its end) and
+    whose decoder the completion.
 
     ValueError, naming the line or the number of the example, for a text that cannot be encoded, for one that leaves
     nothing to predict, for a chat template that refuses, and for a completion or option longer than max_length.
     """
-    encoder, examples, lengths, spanning = Encoder(tokenizer), [], [], []
+    texts, examples, lengths, spanning = Encoder(tokenizer), [], [], []
+    convert = _for_an_encoder if encoder else _example
     for number, record in enumerate(records, 1):
         try:
-            example, length, spans = _example(record, encoder, max_length, limit)
+            example, length, spans = convert(record, texts, max_length, limit)
         except ValueError as error:
             raise ValueError(f"{_place(record, number)}: {error}") from None
         examples.append(example)
@@ -131,7 +134,7 @@ def tokenize(records, tokenizer, max_length=1024, limit="--max-length"):
     cut = sum(length > max_length for length in lengths)
     if cut:
         warnings.warn(f"{cut} {_of(records)} have more than {max_length} tokens (the longest {max(lengths)}): a prompt "
-                      f"has lost its beginning, a text its end ({limit})", stacklevel=2)
+                      f"has lost its {'end' if encoder else 'beginning'}, a text its end ({limit})", stacklevel=2)
     if spanning:
         warnings.warn(f"in {len(spanning)} {_of(records)} a token holds the prompt's end and what follows it (the "
                       f"first: {spanning[0]}). It is learned with what follows, but a server that is sent the prompt "
@@ -178,6 +181,17 @@ def _example(record, encoder, max_length, limit):
     return Example(fitted + tuple(completion), labels=labels), len(prompt) + len(completion), spans
 
 
+def _for_an_encoder(record, texts, max_length, limit):
+    """The same for an encoder-decoder model: an Example whose labels are the decoder's."""
+    if _form(record) != {"prompt", "completion"}:
+        raise ValueError("an encoder-decoder model learns from lines of prompt and completion; this one has "
+                         f"{', '.join(sorted(record))}")
+    ids, labels, length = texts.both(record["prompt"], record["completion"], max_length)
+    if len(labels) > max_length:
+        raise ValueError(f"the completion has {len(labels)} tokens, max_length={max_length} ({limit})")
+    return Example(tuple(ids), labels=tuple(labels)), length, False
+
+
 def _fitted(encoder, prompt, following, max_length, what, limit):
     """The prompt's ids as the `following` ones leave room for them."""
     fitted = encoder.fitted(prompt, max_length - len(following))
@@ -217,11 +231,13 @@ def collate(examples, pad_id, device=None, shape=None):
 
 def padded(rows, pad_id, device, width=None):
     """(ids, labels or None) of each row -> input_ids, attention_mask and perhaps labels, int64 [rows, T]. T: width, or
-    the longest row's."""
+    the longest row's; a decoder's labels have their own."""
     width = width or max(len(ids) for ids, _ in rows)
     batch = {"input_ids": pad([ids for ids, _ in rows], width, pad_id, device),
              "attention_mask": pad([[1] * len(ids) for ids, _ in rows], width, 0, device)}
     if rows[0][1] is not None:
+        if any(len(labels) != len(ids) for ids, labels in rows):       # a decoder's
+            width = max(len(labels) for _, labels in rows)
         batch["labels"] = pad([labels for _, labels in rows], width, IGNORED, device)
     return batch
 

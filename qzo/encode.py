@@ -66,6 +66,19 @@ class Encoder:
             raise ValueError("no token of the prompt stands before its options: there is nothing to choose by")
         return prompt, ids, spans
 
+    def both(self, source, target, most):
+        """(ids of a text for an encoder, at most `most`, of that for its decoder, how many tokens the first has): each
+        as the tokenizer gives them by themselves, EOS behind the second."""
+        for text in (source, target):
+            if not self._bare(text):
+                raise ValueError(f"the text {text!r} has no tokens")
+        ids = list(self.tokenizer(source)["input_ids"])
+        labels = list(self.tokenizer(text_target=target)["input_ids"])
+        if self._eos is not None and self._eos not in labels[-1:]:
+            labels.append(self._eos)
+        cut = ids if len(ids) <= most else self.tokenizer(source, truncation=True, max_length=most)["input_ids"]
+        return list(cut), labels, len(ids)
+
     def chat(self, messages):
         """(ids of the conversation up to the last message's content, of the rest, how many these are, whether a token
         spanned the cut). What the template renders is whole: nothing is put around it."""

@@ -70,6 +70,11 @@ def head_input(model, inputs):
     return logits if reading.rows is None else reading.states
 
 
+def has_encoder(model):
+    """Whether its labels are those of a decoder behind an encoder."""
+    return getattr(model.config, "is_encoder_decoder", False)
+
+
 def decoder_inputs(model, labels):
     """What the decoder of an encoder-decoder model is fed for labels [rows, T]: they, shifted by one place."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):

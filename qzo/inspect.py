@@ -15,6 +15,7 @@ from .data import collate, read_data, tokenize
 from .experts import model_name, split_, split_experts_, stack_of
 from .formats import gguf, hqq, of_method
 from .formats.gguf_file import GGUFFile
+from .head import has_encoder
 from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, quantization_of, read_config
 from .layers import layers
 from .signal import survival
@@ -198,11 +199,11 @@ def signal(options, wanted):
     lost. Loads the model, in float32; one of float weights is quantized as `wanted` has it."""
     records = read_data(options.data)["train"] if options.data else [{"text": text} for text in SENTENCES]
     tokenizer = load_tokenizer(options.model)
-    examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, limit="all that --signal reads of a line")
     model = from_pretrained(options.model, dtype=torch.float32, bits=options.bits,
                             group_size=next(iter(wanted.values())).group_size,
                             trust_remote_code=bool(options.trust_remote_code))
     choose_layers(model, options.train_layers)
+    examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, "all that --signal reads of a line", has_encoder(model))
     batch = collate(examples, pad_id(tokenizer), next(model.parameters()).device)
     seeds = range(options.signal_directions)
     survived = survival(model, batch, options.eps, seeds, activations=("float16", "bfloat16"))

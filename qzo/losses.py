@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from . import own_loss
-from .head import decoder_inputs, forward, head_input, logits_at
+from .head import decoder_inputs, forward, has_encoder, head_input, logits_at
 
 NOT_INPUTS = ("labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots",
               "static", "states")
@@ -98,7 +98,7 @@ def losses(model, batch, E):
 
 def option_scores(model, batch, E=1):
     """Scores of the options, float32 [B, O]; their softmax is the model's choice. E: evaluations in the batch."""
-    if _has_encoder(model):
+    if has_encoder(model):
         raise ValueError(f"{type(model).__name__} has an encoder: options are scored by decoder-only models; give "
                          "labels [rows, tokens] of the decoder")
     if "option_ids" in batch:
@@ -175,10 +175,6 @@ def _label_losses(model, batch, count):
     return total / (len(each) // count)          # every evaluation holds the same labels
 
 
-def _has_encoder(model):
-    return getattr(model.config, "is_encoder_decoder", False)
-
-
 def _rows(batch):
     return batch["targets" if "targets" in batch else "labels"].shape[0]
 
@@ -186,12 +182,12 @@ def _rows(batch):
 def _labelled(model, batch):
     """-> (row, place read, token to predict there, option of the row) of each labelled position, row by row."""
     if "targets" in batch:
-        if _has_encoder(model):
+        if has_encoder(model):
             raise ValueError("packed rows are for decoder-only models; give labels [rows, tokens] of the decoder")
         row, at = torch.nonzero(batch["targets"] != -100, as_tuple=True)
         return row, batch["sources"][row, at], batch["targets"][row, at], batch["slots"][row, at]
     # a decoder behind an encoder has its inputs shifted; else position t predicts token t + 1
-    labels = batch["labels"] if _has_encoder(model) else batch["labels"][:, 1:]
+    labels = batch["labels"] if has_encoder(model) else batch["labels"][:, 1:]
     row, column = torch.nonzero(labels != -100, as_tuple=True)
     return row, column, labels[row, column], torch.zeros_like(row)
 
@@ -203,7 +199,7 @@ def _token_losses(model, batch, E):
     if len(set(counts)) > 1:
         raise ValueError(f"the evaluations' rows hold {counts} labels: each takes the same examples; use qzo.pair")
     inputs = model_inputs(model, batch, E)
-    if _has_encoder(model) and "decoder_input_ids" not in inputs:
+    if has_encoder(model) and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
     return row, slot, _cross_entropies(model, inputs, row, column, target, E)
 

@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch.nn import functional
 
-from .head import decoder_inputs, forward, logits_at, take_whole
+from .head import decoder_inputs, forward, has_encoder, logits_at, take_whole
 
 TOKENS = 16                  # of the first row: what is compared
 SAME = 1e-5                  # relative, of losses in float32
@@ -97,7 +97,7 @@ def _few_tokens(model, batch, E):
     row = ids[0] if mask is None or mask.dim() != 2 else ids[0][mask[0] != 0]
     row = row[:TOKENS].repeat(E, 1)
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
-    if getattr(model.config, "is_encoder_decoder", False):
+    if has_encoder(model):
         labels = batch.get("labels")
         labels = row if labels is None else labels[0][labels[0] != -100][:TOKENS].repeat(E, 1)
         return (inputs, labels, 0) if labels.shape[1] else None

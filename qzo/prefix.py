@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .head import forward, head_input
+from .head import forward, has_encoder, head_input
 
 
 class _Reached(Exception):
@@ -24,10 +24,13 @@ class FrozenPrefix:
     model : a transformers model whose blocks stand in one nn.ModuleList of config.num_hidden_layers entries
     train_layers : how many of the top blocks train
 
-    Raises ValueError when there are fewer blocks, or none can be found.
+    Raises ValueError when there are fewer blocks, none can be found, or an encoder stands before a decoder.
     """
 
     def __init__(self, model, train_layers):
+        if has_encoder(model):
+            raise ValueError(f"{type(model).__name__} has an encoder before its decoder: train it whole (without "
+                             "train_layers)")
         name, blocks = decoder_blocks(model)
         if not 1 <= train_layers <= len(blocks):
             raise ValueError(f"train_layers={train_layers}: {type(model).__name__} has {len(blocks)} blocks")

@@ -8,6 +8,7 @@ import torch
 from . import own_loss
 from .buckets import Buckets, next_step
 from .data import IGNORED, batch_indices, check_one_kind, collate, padded
+from .head import has_encoder
 from .losses import losses, model_inputs, option_scores, pair
 from .packing import (
     PACKINGS,
@@ -43,7 +44,8 @@ class Task:
         self.prefix, self.packing = prefix, packing
         self.device = next(model.parameters()).device
         self.bucketed = self.device.type == "cuda" if bucketed is None else bucketed
-        self.bucketed &= not getattr(model.config, "is_encoder_decoder", False)     # its rows have another decoder's
+        if has_encoder(model):                    # its rows have another decoder's
+            self.bucketed, self.packing = False, "off"
         self.compiled = compiled
         own_loss.check(model, collate(examples[:1], pad_id, self.device))        # before a prefix skips its blocks
 

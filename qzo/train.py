@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from . import data, many_rows
+from .head import has_encoder
 from .journal import read
 from .layers import arena_of, codebooks, layers, train_codebooks_, train_only
 from .optim import FLOOR, QZO
@@ -242,7 +243,7 @@ def build_task(model, records, tokenizer, settings, prefix):
     if settings.compile:
         from .compiled import Compiled  # it imports the compiler
         compiled = Compiled(model)
-    examples = data.tokenize(records, tokenizer, settings.max_length)
+    examples = data.tokenize(records, tokenizer, settings.max_length, encoder=has_encoder(model))
     return Task(model, examples, pad_id(tokenizer), prefix, settings.packing, compiled=compiled)
 
 

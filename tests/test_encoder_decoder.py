@@ -1,9 +1,20 @@
 """Encoder-decoder models: loaded, trained and saved like others; losses are transformers' own."""
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import qzo
+from qzo.__main__ import main
+from qzo.data import tokenize
+from qzo.task import Task
+from tests import tiny
 from tests.close import assert_same_bits
 
 MODELS = {
@@ -74,3 +85,62 @@ def test_a_weight_tells_shape_and_dtype_and_nothing_else():
 def test_what_only_decoders_can_is_refused(model, change, message):
     with pytest.raises(ValueError, match=message):
         qzo.losses(model, BATCH | change, 1)
+
+
+# ---------------------------------------------------------------------------------------------- lines of text
+
+def save_t5(folder):
+    """A small T5 and a tokenizer of words that ends every text with </s>."""
+    words = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *tiny.WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+                            ).save_pretrained(folder)
+    torch.manual_seed(0)
+    MODELS["flan"]().save_pretrained(folder)
+    return words
+
+
+def test_the_encoder_reads_the_prompt_and_the_decoder_the_completion(tmp_path):
+    words = save_t5(tmp_path)
+    tokenizer = qzo.load_tokenizer(tmp_path)
+    records = [{"prompt": "red green", "completion": "warm cold one"}, {"prompt": "blue", "completion": "cold"}]
+    examples = tokenize(records, tokenizer, encoder=True)
+    assert [e.ids for e in examples] == [(words["red"], words["green"], 1), (words["blue"], 1)]
+    assert [e.labels for e in examples] == [(words["warm"], words["cold"], words["one"], 1), (words["cold"], 1)]
+    model = qzo.from_pretrained(tmp_path, device="cpu", group_size=32)
+    task = Task(model, examples, 0, packing="auto")
+    batch = task.batch([0, 1], 1)
+    assert batch["input_ids"].tolist() == [[words["red"], words["green"], 1], [words["blue"], 1, 0]]
+    assert batch["labels"].tolist() == [[words["warm"], words["cold"], words["one"], 1],
+                                        [words["cold"], 1, -100, -100]]
+    own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    torch.testing.assert_close(task.losses(batch, 1), own[None], rtol=1e-5, atol=1e-6)
+    with pytest.warns(UserWarning, match="1 of 2 lines have more than 2 tokens .* a prompt has lost its end"):
+        cut = tokenize([records[1], {"prompt": "red green blue", "completion": "cold"}], tokenizer, 2, encoder=True)
+    assert cut[1].ids == (words["red"], 1)
+
+
+@pytest.mark.parametrize(("record", "message"), [
+    ({"text": "red"}, "learns from lines of prompt and completion; this one has text"),
+    ({"prompt": "red", "options": ["warm", "cold"], "label": 0}, "learns from lines of prompt and completion"),
+    ({"prompt": "red", "completion": "one two three four"}, "the completion has 5 tokens, max_length=4"),
+    ({"prompt": "", "completion": "one"}, "the text '' has no tokens")])
+def test_lines_that_an_encoder_decoder_model_cannot_learn(tmp_path, record, message):
+    save_t5(tmp_path)
+    with pytest.raises(ValueError, match=f"example 1: .*{message}"):
+        tokenize([record], qzo.load_tokenizer(tmp_path), 4, encoder=True)
+
+
+def test_it_trains_from_the_command_line(tmp_path, capsys):
+    save_t5(tmp_path / "m")
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"{a} {b}", "completion": b}
+                                                       for a in tiny.WORDS[:4] for b in ("warm", "cold")])
+    arguments = ["train", "--model", str(tmp_path / "m"), "--data", str(data), "--output-dir", str(tmp_path / "out"),
+                 "--max-steps", "3", "--batch-size", "4", "--group-size", "32", "--device", "cpu"]
+    assert main(arguments) == 0
+    assert (tmp_path / "out/model/model.safetensors").is_file()
+    capsys.readouterr()
+    assert main([*arguments[:6], str(tmp_path / "other"), *arguments[7:], "--train-layers", "1"]) == 2
+    assert "has an encoder before its decoder: train it whole" in capsys.readouterr().err
