@@ -19,6 +19,7 @@ import sys
 import warnings
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional
 
@@ -37,13 +38,13 @@ KINDS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
          "classifier": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
          "vision-language": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
 ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError, ImportError,
-          NotImplementedError, ZeroDivisionError)          # of a model that cannot be, or runs otherwise
+          NotImplementedError, ZeroDivisionError, StrictDataclassError)      # of a model that cannot be, or run so
 SIZES = {
     32: "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim backbone_hidden_size out_hidden_size "
         "lru_width projection_dim mamba_d_ssm hidden_size_global attention_hidden_size word_embed_proj_dim "
         "vision_output_dim "
         "projector_output_dim input_embedding_size output_embedding_size cross_attention_hidden_size "
-        "embedding_dim mlp_dim adapter_out_dim encoder_hidden_size",
+        "embedding_dim mlp_dim adapter_out_dim encoder_hidden_size text_hidden_size audio_hidden_size",
     64: "intermediate_size d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner ffn_hidden_size dim_ff dff d_inner "
         "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size feed_forward_size "
         "intermediate_size_mlp dense_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
@@ -96,6 +97,11 @@ OWN = {    # what a family needs beside the sizes
     "reformer": {"axial_pos_embds_dim": (8, 24), "axial_pos_shape": (8, 16), "is_decoder": True},
 }
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}           # of half a head
+OWN |= {family: {"rope_parameters": _ROPE} for family in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")}
+OWN |= {family: {"rope_parameters": _ROPE, "partial_rotary_factor": 1.0}
+        for family in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")}
+
 
 @dataclasses.dataclass
 class Found:
@@ -138,13 +144,15 @@ def small_config(family, changes=None, config_class=None):
     def shrunk(config):
         values = {}
         for name, value in vars(config).items():
-            if name in own:
+            if name in own and ("vocab_size" in vars(config) or name != "rope_parameters"):      # not a picture's
                 values[name] = own[name]
             elif isinstance(value, PretrainedConfig):
                 values[name] = shrunk(value)
             elif wanted.get(name) is not None and isinstance(value, int) and not isinstance(value, bool):
                 exact = name in TOKEN_IDS or name in (changes or {})
                 values[name] = wanted[name] if exact else min(value, wanted[name])
+            elif name == "rope_parameters" and "mrope_section" in (value or {}):
+                values[name] = {**value, "mrope_section": [2, 1, 1]}
             elif name.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= SPECIAL:
                 values[name] = next(special)
         return type(config)(**values)

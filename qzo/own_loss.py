@@ -1,8 +1,8 @@
 """Before a model is trained: is its loss, as qzo takes it, the model's own?
 
 A few tokens of the first batch go through the model's own forward, with labels, and through `losses`. Where its own
-loss is not the cross entropy of its own logits, the model is refused; where the logits that `losses` reads are not its
-own, the logits of whole batches are taken from then on (head.py).
+loss is not the cross entropy of its own logits, or a token's logits tell of the tokens behind it, the model is
+refused; where the logits that `losses` reads are not its own, those of whole batches are taken from then on (head.py).
 """
 import weakref
 
@@ -13,6 +13,7 @@ from .head import decoder_inputs, forward, has_encoder, logits_at, take_whole
 
 TOKENS = 16                  # of the first row: what is compared
 SAME = 1e-5                  # relative, of losses in float32
+MOVED = 1e-3                 # of the largest logit: by so much none may move when a later token changes
 ROUNDINGS = 2                # of 16-bit numbers, by which those of two shapes of a matmul may differ
 
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()      # model -> kinds of labels it was checked with
@@ -72,7 +73,9 @@ def _check_tokens(model, batch, E):
     own = functional.cross_entropy(output.logits[row, column].float(), target, reduction="none")
     _compare(model, output.get("loss"), own.mean(), f"the {'next-token ' * shift}cross entropy of its own logits",
              output.logits.dtype)
-    if shift == 0:
+    if shift:
+        _check_order(model, inputs, output.logits)
+    else:
         inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     read = torch.cat([*logits_at(model, inputs, row, column, E, most=(len(target) // E + 1) // 2)], 1).flatten(0, 1)
     rounding = _rounding(output.logits)
@@ -104,6 +107,22 @@ def _few_tokens(model, batch, E):
     labels = row.clone()
     labels[:, :row.shape[1] // 3] = -100
     return (inputs, labels, 1) if row.shape[1] > 1 else None
+
+
+def _check_order(model, inputs, logits):
+    """ValueError where the last token is seen from those before it: a loss of tokens that are read has no meaning."""
+    ids = inputs["input_ids"]
+    others = (ids[0] != ids[0, -1]).nonzero()
+    if not len(others):
+        return
+    changed = ids.clone()
+    changed[:, -1] = ids[0, others[0]]
+    now = forward(model, {**inputs, "input_ids": changed}).logits
+    apart = float((now[:, :-1].float() - logits[:, :-1].float()).abs().max())
+    if apart > MOVED * float(logits.float().abs().max()) + _rounding(logits):
+        raise ValueError(f"{type(model).__name__} reads text in both directions: its logits at a token change with the "
+                         "tokens behind it, so a next-token loss would see its answers; load it as a decoder "
+                         "(is_decoder in its config), or give QZO.step a closure of its own loss")
 
 
 def _differ(logits, wanted, target, rounding):

@@ -76,6 +76,17 @@ def test_a_model_with_another_objective_is_refused():
         qzo.losses(make(Smoothed), BATCH, 1)
 
 
+def test_a_model_that_reads_in_both_directions_is_refused():
+    """Its own loss is the cross entropy of its own logits, and both are of tokens that it has read."""
+    torch.manual_seed(0)
+    sizes = {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"}
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, max_position_embeddings=32)).eval()
+    with pytest.raises(ValueError, match=r"BertLMHeadModel reads text in both directions: .* \(is_decoder in its"):
+        qzo.losses(model, BATCH, 1)
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, max_position_embeddings=32, is_decoder=True))
+    assert torch.allclose(qzo.losses(model.eval(), BATCH, 1), own(model), rtol=1e-5)
+
+
 def test_a_task_refuses_before_anything_runs():
     with pytest.raises(ValueError, match="it has another objective"):
         Task(make(Smoothed), [Example(tuple(range(3, 9)), labels=tuple(range(3, 9)))], 0)
