@@ -5,7 +5,7 @@
 
 Each class is built from its config with the sizes below, random weights, and float32. Its own loss of a batch is
 compared with `losses`: plain, two evaluations at once, the head's positions one at a time, options of one and of
-several tokens, packed rows, behind a frozen prefix. One JSON line a class: its outcome is "equal", "whole logits"
+several tokens, behind a shared prompt, packed rows, behind a frozen prefix. One JSON line a class: its outcome is "equal", "whole logits"
 (equal, by the slower way), "refused: why", "not built: why", or what must not be: "differs" or "fails".
 """
 import argparse
@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from .. import head
 from ..data import IGNORED, Example, collate
-from ..losses import losses, model_inputs, option_scores, pair
+from ..losses import losses, model_inputs, pair
 from ..packing import packed_batch, why_not
 from ..prefix import FrozenPrefix
 
@@ -269,21 +269,24 @@ def token_ways(model):
 
 
 def option_ways(model, ids):
-    """Options of one token behind each row, and of three."""
+    """Options of one token behind each row, and of three or two: in rows of their own and behind a shared prompt."""
     choice, right = torch.tensor([[7, 9, 11]] * 2), torch.tensor([2, 0])
     last = own_output(model, ids).logits[:, -1].float().gather(1, choice)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_ids": choice, "label": right}
     ways = {"options": (float(functional.cross_entropy(last, right)), float(losses(model, batch, 2)[1]))}
     examples = [Example(tuple(row.tolist()), options=((7, 8, 9), (10, 11)), label=0) for row in ids]
     scores = [own_score(model, torch.tensor(e.ids + option), len(e.ids)) for e in examples for option in e.options]
-    got = option_scores(model, pair(collate(examples, 0), 1))
-    return ways | {"options of several tokens": (sum(scores), float(got.sum()))}
+    own = functional.cross_entropy(torch.stack(scores).view(2, 2), torch.tensor([0, 0])).item()
+    ways["options of several tokens"] = own, float(losses(model, collate(examples, 0), 2)[1])
+    if not why_not(model, examples, 0):
+        ways["a shared prompt"] = own, float(losses(model, packed_batch(examples, 0), 2)[1])
+    return ways
 
 
 def own_score(model, row, start):
     """The mean log-likelihood of row[start:] by the model's own logits."""
     log = own_output(model, row[None]).logits[0].float().log_softmax(-1)
-    return float(log[start - 1:-1].gather(1, row[start:, None]).mean())
+    return log[start - 1:-1].gather(1, row[start:, None]).mean()
 
 
 def packed_ways(model, ids):
