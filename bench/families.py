@@ -5,8 +5,9 @@
 
 Each class is built from its config with the sizes below, random weights, and float32. Its own loss of a batch is
 compared with `losses`: plain, two evaluations at once, the head's positions one at a time, options of one and of
-several tokens, behind a shared prompt, packed rows, behind a frozen prefix. One JSON line a class: its outcome is "equal", "whole logits"
-(equal, by the slower way), "refused: why", "not built: why", or what must not be: "differs" or "fails".
+several tokens, behind a shared prompt, packed rows, behind a frozen prefix. One JSON line a class: its outcome is
+"equal", "whole logits" (equal, by the slower way), "refused: why", "not built: why", or what must not be: "differs" or
+"fails".
 """
 import argparse
 import dataclasses
