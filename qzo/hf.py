@@ -116,12 +116,12 @@ def load_tokenizer(path_or_id):
 
 
 def locate(path_or_id):
-    """The GGUF file or checkpoint folder meant."""
+    """The GGUF file or checkpoint folder meant. A file that is a link keeps its own name: a Hub cache links to hashes."""
     path = Path(path_or_id).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is a file but no .gguf; give a .gguf file or a checkpoint folder")
-        return path.resolve()
+        return path.parent.resolve() / path.name
     if not path.exists():
         return _download(str(path_or_id))
     weights = any(any(path.glob(name)) for name in ("*.safetensors", "pytorch_model*.bin", hqq.FILE))
@@ -129,7 +129,7 @@ def locate(path_or_id):
         return path.resolve()
     found = sorted(p.name for p in path.glob("*.gguf"))
     if len(found) == 1:
-        return (path / found[0]).resolve()
+        return path.resolve() / found[0]
     if found:
         raise ValueError(f"{path} holds {len(found)} GGUF files "
                          f"({', '.join(found[:4])}{', ...' if found[4:] else ''}); give the path of one of "
