@@ -116,14 +116,14 @@ def load_tokenizer(path_or_id):
 
 
 def locate(path_or_id):
-    """The GGUF file or checkpoint folder meant. A file that is a link keeps its own name: a Hub cache links to hashes."""
+    """The GGUF file or checkpoint folder meant; a link keeps its own name: those of a Hub cache lead to hashes."""
     path = Path(path_or_id).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is a file but no .gguf; give a .gguf file or a checkpoint folder")
         return path.parent.resolve() / path.name
     if not path.exists():
-        return _download(str(path_or_id))
+        return _download(str(path_or_id)).resolve()
     weights = any(any(path.glob(name)) for name in ("*.safetensors", "pytorch_model*.bin", hqq.FILE))
     if weights and (path / "config.json").exists():
         return path.resolve()

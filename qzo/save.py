@@ -181,7 +181,7 @@ def _check_free(folder, names):
 
 def _write_new(model, source, folder, form):
     """A new folder in the format of the module `form`."""
-    if folder.resolve() == source.path:
+    if folder.exists() and folder.samefile(source.path):
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
     _check_free(folder, {WEIGHTS})

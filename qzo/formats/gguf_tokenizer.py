@@ -6,7 +6,7 @@ neither add_space_prefix nor wrong metadata; all is built here.
     tokenizer.ggml.model   algorithm
     gpt2                   BPE by the file's merges over bytes, or over text (see gguf_words.Rule)
     gemma4                 BPE by the file's merges over text
-    llama                  SentencePiece's BPE: of two neighbours the pair whose token has the highest score merges first
+    llama                  SentencePiece's BPE: the two neighbours whose token has the highest score merge first
 
 Others (bert, t5, rwkv, plamo2, ...) belong to architectures that gguf_models.py does not list; they are refused.
 """
@@ -17,7 +17,7 @@ from . import gguf_words
 from .gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, entries, flag, key, read
 
 _BLANK = "\u2581"
-_SPM_IDS = {"unknown": 0, "bos": 1, "eos": 2}     # of a SentencePiece file that names none
+_SPM_IDS = {"unknown": 0, "bos": 1, "eos": 2}     # where a SentencePiece file names none, as llama.cpp has it
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -37,7 +37,7 @@ def load(file):
                          "model's with transformers.AutoTokenizer")
     kind = file.metadata.get(key("model"))
     if kind not in ("gpt2", "gemma4", "llama"):
-        raise ValueError(f"{file.path}: {key('model')} is {kind!r:.60}; tokenizers that can be read are gemma4, gpt2 and "
+        raise ValueError(f"{file.path}: {key('model')} is {kind!r:.60}; those that can be read are gemma4, gpt2 and "
                          "llama; give a folder with the original model and its tokenizer")
     vocabulary = read(file)
     if kind == "llama":
@@ -77,7 +77,8 @@ def _sentencepiece(file, vocabulary):
     gemma = str(file.metadata.get("general.architecture")).startswith("gemma")
     prefix = flag(file, "add_space_prefix", not gemma)
     for role, index in _SPM_IDS.items():
-        if key(f"{role}_token_id") not in file.metadata and index < len(vocabulary.tokens):
+        silent = key(f"{role}_token_id") not in file.metadata
+        if silent and index < len(vocabulary.tokens) and vocabulary.types[index] in (UNKNOWN, CONTROL):
             vocabulary.ids[role] = index
     escape = [normalizers.Replace(" ", _BLANK)]
     normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), *escape] if prefix else escape)
@@ -119,8 +120,8 @@ def _frame(file, tokenizer, vocabulary, bos):
     for role in asked:
         if asked[role] and role not in vocabulary.ids:
             if key(f"add_{role}_token") in file.metadata:
-                raise ValueError(f"{file.path}: {key(f'add_{role}_token')} is true, and {key(f'{role}_token_id')} names no "
-                                 "token; convert the model again")
+                raise ValueError(f"{file.path}: {key(f'add_{role}_token')} is true, and {key(f'{role}_token_id')} "
+                                 "names no token; convert the model again")
             asked[role] = False
     if not any(asked.values()):
         return
@@ -159,8 +160,8 @@ def _merges(file, tokens):
         place = merge.find(" ", 1)
         left, right = merge[:place], merge[place + 1:]
         if place < 0 or not {left, right, left + right} <= known:
-            raise ValueError(f"{file.path}: {key('merges')} holds {merge!r:.60} as {i}, which is not two tokens that make a "
-                             "third; convert the model again")
+            raise ValueError(f"{file.path}: {key('merges')} holds {merge!r:.60} as {i}, which is not two tokens that "
+                             "make a third; convert the model again")
         merges[left, right] = None                # one that is there twice keeps its first place
     return list(merges)
 

@@ -7,13 +7,15 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 ROLES = ("bos", "eos", "unknown", "padding")
 _NO_TOKEN = (-1, 2**32 - 1)                       # how converters write that there is none
 # what some converters left normal, and llama.cpp takes for control tokens by their text
-_CONTROL = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
-    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ "
-    "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> <|fim_suffix|> "
-    "<fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> <|fim_middle|> <fim-middle> "
-    "<fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|> <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] "
-    "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>".split())
+_CONTROL_TEXTS = """
+<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT>
+_<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
+<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>
+<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>
+<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>
+<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>
+"""
+_CONTROL = frozenset(_CONTROL_TEXTS.split())
 _WHOLE = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))      # taken for user-defined ones
 
 
@@ -47,8 +49,8 @@ def read(file):
                          f"{places[tokens[first]]}; convert the model again")
     rows = _rows(file)
     if rows is not None and len(tokens) > rows:
-        raise ValueError(f"{file.path}: {key('tokens')} has {len(tokens)} entries, token_embd.weight {rows} rows; the file "
-                         "is damaged, fetch it again")
+        raise ValueError(f"{file.path}: {key('tokens')} has {len(tokens)} entries, token_embd.weight {rows} rows; the "
+                         "file is damaged, fetch it again")
     types = [NORMAL] * len(tokens)
     if key("token_type") in file.metadata:
         types = entries(file, "token_type", (int,), len(tokens))
@@ -69,7 +71,8 @@ def entries(file, name, kinds, count=None):
         raise ValueError(f"{file.path}: {key(name)} is {found!r:.60}; it has to be a list of "
                          f"{' or '.join(kind.__name__ for kind in kinds)}")
     if count is not None and len(found) != count:
-        raise ValueError(f"{file.path}: {key(name)} has {len(found)} entries for {count} tokens; convert the model again")
+        raise ValueError(f"{file.path}: {key(name)} has {len(found)} entries for {count} tokens; convert the model "
+                         "again")
     return list(found)
 
 
@@ -96,8 +99,8 @@ def token_ids(file, warn=False):
         if 0 <= index < min(limits, default=math.inf):
             found[role] = index
         elif warn and index not in _NO_TOKEN:
-            warnings.warn(f"{file.path}: {key(f'{role}_token_id')} is {index}, and there are {min(limits)} tokens; it is "
-                          "left out", stacklevel=2)
+            warnings.warn(f"{file.path}: {key(f'{role}_token_id')} is {index}, and there are {min(limits)} tokens; it "
+                          "is left out", stacklevel=2)
     return found
 
 

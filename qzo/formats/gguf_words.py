@@ -84,12 +84,13 @@ _BY_RULE = {
     "granite-embed-multi-97m": Rule((_o200k(_UP_TO_3_DIGITS),), whole_words=True),
     "tiny_aya cohere2moe": Rule((r"\d{1,3}(?=(?:\d{3})*\b)", _o200k(_UP_TO_3_DIGITS))),
     "kimi-k2": Rule((r"\p{Han}+|" + _o200k(_UP_TO_3_DIGITS, but=r"&&[^\p{Han}]", lines=r"[\r\n]*"),)),
-    "youtu": Rule(("[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+", _o200k(_DIGIT)), whole_words=True),
+    "youtu": Rule(("[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+", _o200k(_DIGIT)),
+                  whole_words=True),
     "deepseek-v3 hunyuan-dense joyai-llm hy_v4": Rule(_DEEPSEEK3),
     "spark2_5": Rule((*_DEEPSEEK3[:2], _MARKS_AND_WORDS + r"|[\r\n]|" + _SPACES, _DIGIT)),
     "afmoe": Rule((r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _ASIAN, _DEEPSEEK3[2])),
-    "deepseek-llm": Rule((r"[\r\n]", rf"\s?[{_CASED}]+", r"\s?[!-/:-~！-／：-～‘-‟\x{3000}-。]+", r"\s+$", _CHINESE_KOREAN,
-                          r"\p{N}+")),
+    "deepseek-llm": Rule((r"[\r\n]", rf"\s?[{_CASED}]+", r"\s?[!-/:-~！-／：-～‘-‟\x{3000}-。]+", r"\s+$",
+                          _CHINESE_KOREAN, r"\p{N}+")),
     "deepseek-coder": Rule((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE_KOREAN, _DIGIT)),
     "falcon": Rule((_PUNCTUATION, _GPT2, "[0-9][0-9][0-9]")),
     "default": Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
@@ -107,6 +108,7 @@ RULES = {name: rule for names, rule in _BY_RULE.items() for name in names.split(
 def rule_of(name, where):
     """The Rule of a value of tokenizer.ggml.pre. ValueError naming it and those that are known."""
     if not isinstance(name, str) or name not in RULES:
-        raise ValueError(f"{where}: tokenizer.ggml.pre is {name!r:.60}, and how it splits words is not known here; known "
-                         f"are {', '.join(sorted(RULES))}; give a folder with the original model and its tokenizer")
+        raise ValueError(f"{where}: tokenizer.ggml.pre is {name!r:.60}, and how it splits words is not known here; "
+                         f"known are {', '.join(sorted(RULES))}; give a folder with the original model and its "
+                         "tokenizer")
     return RULES[name]
