@@ -119,6 +119,7 @@ def test_sentencepiece_merges_by_score(seed):
     for _ in range(50):
         text = "".join(draw.choices("aabbccdde  \u00e9\n\u6771", k=30))
         assert tokenizer(text).tokens() == ["<s>", *merged(" " + text, known)], text
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize(("metadata", "expected"), [

@@ -27,6 +27,7 @@ LLAMA = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "a", "b"], "scores
     (WHOLE, {"merges": ["h e", "hell"]}, "merges holds 'hell' as 1, which is not two tokens that make a third"),
     (WHOLE, {"merges": ["h e", ""]}, "merges holds '' as 1, which"),
     (WHOLE, {"merges": ["h e", "he llo"]}, "merges holds 'he llo' as 1, which is not"),
+    (WHOLE, {"merges": ["aa"], "tokens": [*TOKENS[:256], "aa", "aaa", "b2"]}, "merges holds 'aa' as 0, which is not"),
     (WHOLE, {"merges": ["h l"]}, "merges holds 'h l' as 0, which is not"),
     (WHOLE, {"tokens": []}, "tokens is empty"),
     (WHOLE, {"tokens": 5}, "tokens is 5; it has to be a list of str"),

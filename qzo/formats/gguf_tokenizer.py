@@ -159,7 +159,7 @@ def _merges(file, tokens):
     for i, merge in enumerate(entries(file, "merges", (str,))):
         place = merge.find(" ", 1)
         left, right = merge[:place], merge[place + 1:]
-        if place < 0 or not {left, right, left + right} <= known:
+        if place < 0 or left not in known or right not in known or left + right not in known:
             raise ValueError(f"{file.path}: {key('merges')} holds {merge!r:.60} as {i}, which is not two tokens that "
                              "make a third; convert the model again")
         merges[left, right] = None                # one that is there twice keeps its first place

@@ -54,16 +54,13 @@ def read(file):
     types = [NORMAL] * len(tokens)
     if key("token_type") in file.metadata:
         types = entries(file, "token_type", (int,), len(tokens))
-    for i, token in enumerate(tokens):
-        if token in _WHOLE:
-            types[i] = USER_DEFINED
-        elif token in _CONTROL:
-            types[i] = CONTROL
+    types = [USER_DEFINED if token in _WHOLE else CONTROL if token in _CONTROL else kind
+             for token, kind in zip(tokens, types, strict=True)]
     return Vocabulary(tokens, types, token_ids(file, warn=True))
 
 
 def entries(file, name, kinds, count=None):
-    """The list under tokenizer.ggml.<name>, a copy. ValueError unless it has `count` entries of these types."""
+    """The list under tokenizer.ggml.<name>. ValueError unless it has `count` entries of these types."""
     found = file.metadata.get(key(name))
     if found is None:
         raise ValueError(f"{file.path}: no {key(name)}, which its tokenizer needs; convert the model again")
@@ -73,7 +70,7 @@ def entries(file, name, kinds, count=None):
     if count is not None and len(found) != count:
         raise ValueError(f"{file.path}: {key(name)} has {len(found)} entries for {count} tokens; convert the model "
                          "again")
-    return list(found)
+    return found
 
 
 def flag(file, name, default):
