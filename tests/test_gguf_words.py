@@ -98,8 +98,8 @@ def test_words_that_are_tokens_are_whole_where_the_rule_says_so():
             ["hello"] if whole else [*"hello"]), pre
 
 
-def test_accents_are_composed_for_qwen_as_its_own_tokenizer_does():
-    for pre, composed in {"qwen2": True, "qwen35": True, "llama-bpe": False, "gpt-2": False}.items():
+def test_accents_are_composed_where_the_models_own_tokenizers_do_so():
+    for pre, composed in {"qwen2": True, "qwen35": True, "command-r": True, "mpt": True, "llama-bpe": False, "gpt-2": False}.items():
         tokenizer = gguf_tokenizer.load(byte_level(pre))
         assert (tokenizer("e\u0301").input_ids == tokenizer("\u00e9").input_ids) == composed, pre
 

@@ -2,8 +2,8 @@
 
 The names are those that llama.cpp knows (src/llama-vocab.cpp). Regexes of a rule apply one after another, each to the
 pieces that the one before left: what it matches is a piece, and so is what lies between two matches. Where llama.cpp
-can only approximate a model's regex (upper case and lower case beyond ASCII, accents, case-insensitive groups), the
-regex of the model's own tokenizer stands here: the model has seen no other words.
+can only approximate a model's regex (upper case and lower case beyond ASCII, accents, case-insensitive groups), or
+leaves out that text is composed first, the model's own tokenizer is followed: the model has seen no other words.
 """
 import dataclasses
 
@@ -60,8 +60,10 @@ _TEXT_LINES = r"[^\n]+|\n+"
 
 _BY_RULE = {
     "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert jina-v1-en jina-v2-code "
-    "roberta-bpe mpt olmo jais trillion granite-docling exaone4": Rule((_GPT2,)),
-    "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2": Rule(_CODE),
+    "roberta-bpe jais trillion granite-docling exaone4": Rule((_GPT2,)),
+    "mpt olmo": Rule((_GPT2,), nfc=True),
+    "command-r": Rule(_CODE, nfc=True),
+    "starcoder refact smollm codeshell exaone minerva-7b mellum2": Rule(_CODE),
     "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano": Rule(
         (_LLAMA3,), whole_words=True, add_bos=True),
     "dbrx smaug-bpe glm4 chatglm-bpe": Rule((_LLAMA3,)),
