@@ -122,6 +122,15 @@ def test_sentencepiece_merges_by_score(seed):
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
+def test_runs_of_blanks_whose_tokens_have_one_score():
+    lengths = [2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11]       # Mistral's, by their ids; there is none of 15
+    file = sentencepiece([BLANK * n for n in lengths] + [BLANK + "a"], [-1e9] * len(lengths) + [-1.0])
+    known = dict(zip(file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.scores"], strict=True))
+    tokenizer = gguf_tokenizer.load(file)
+    for text in [" " * n + end for n in range(50) for end in ("", "a", "b")]:
+        assert tokenizer(text).tokens()[1:] == (merged(" " + text, known) if text else []), text
+
+
 @pytest.mark.parametrize(("metadata", "expected"), [
     ({}, ["<s>", BLANK, BLANK, "a", "</s>", BLANK, "b"]),
     ({"add_space_prefix": False}, ["<s>", BLANK, "a", "</s>", "b"]),

@@ -169,8 +169,8 @@ def _merges(file, tokens):
 def _pairs(file, tokens):
     """[(left, right)] for every way to make a token of two, the highest score first.
 
-    SentencePiece looks the sum up and knows no merges; among equal scores, which only broken files have, the lower id
-    goes first.
+    SentencePiece looks the sum up and knows no merges. Among equal scores it takes the leftmost pair; here the lower id
+    goes first, which is the same for runs of blanks, to whose tokens real files give one score.
     """
     scores = entries(file, "scores", (float, int), len(tokens))
     if any(math.isnan(score) for score in scores):
