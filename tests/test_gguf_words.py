@@ -109,7 +109,7 @@ def test_accents_are_composed_where_the_models_own_tokenizers_do_so():
         assert (tokenizer("e\u0301").input_ids == tokenizer("\u00e9").input_ids) == composed, pre
 
 
-@pytest.mark.parametrize("pre", ["qwen99", "gpt2-ish", "whitespace", 7])
+@pytest.mark.parametrize("pre", ["qwen99", "gpt2-ish", "whitespace", 7, 0])
 def test_a_rule_that_is_not_known_is_refused(pre):
     with pytest.raises(ValueError, match=f"m.gguf: tokenizer.ggml.pre is {pre!r}, .* known are .*qwen2, .*; give"):
         gguf_tokenizer.load(byte_level(pre))

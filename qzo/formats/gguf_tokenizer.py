@@ -50,7 +50,7 @@ def _rule(file, kind):
     if name == "":
         warnings.warn(f"{file.path}: no {key('pre')}, which tells how words are split; they are split by llama.cpp's "
                       "default, which may not be the model's way: convert the model again", stacklevel=3)
-    return gguf_words.rule_of(name or "default", file.path)
+    return gguf_words.rule_of("default" if name == "" else name, file.path)
 
 
 # ------------------------------------------------------------------------------------------------ the three algorithms
