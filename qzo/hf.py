@@ -116,20 +116,20 @@ def load_tokenizer(path_or_id):
 
 
 def locate(path_or_id):
-    """The GGUF file or checkpoint folder meant."""
+    """The GGUF file or checkpoint folder meant; a link keeps its own name: those of a Hub cache lead to hashes."""
     path = Path(path_or_id).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is a file but no .gguf; give a .gguf file or a checkpoint folder")
-        return path.resolve()
+        return path.parent.resolve() / path.name
     if not path.exists():
-        return _download(str(path_or_id))
+        return _download(str(path_or_id)).resolve()
     weights = any(any(path.glob(name)) for name in ("*.safetensors", "pytorch_model*.bin", hqq.FILE))
     if weights and (path / "config.json").exists():
         return path.resolve()
     found = sorted(p.name for p in path.glob("*.gguf"))
     if len(found) == 1:
-        return (path / found[0]).resolve()
+        return path.resolve() / found[0]
     if found:
         raise ValueError(f"{path} holds {len(found)} GGUF files "
                          f"({', '.join(found[:4])}{', ...' if found[4:] else ''}); give the path of one of "

@@ -158,7 +158,8 @@ def _rounding_losses(model, batch, rounded):
 def _copy_with_scales(model, source, folder, name):
     find = functools.partial(_find, model)
     home = source.path.parent if source.kind == "gguf" else source.path
-    if folder.resolve() == home and name in (None, source.path.name):
+    target = folder if source.kind != "gguf" else folder / name
+    if target.exists() and target.samefile(source.path):         # through whatever links
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
     if source.kind != "gguf":
@@ -180,7 +181,7 @@ def _check_free(folder, names):
 
 def _write_new(model, source, folder, form):
     """A new folder in the format of the module `form`."""
-    if folder.resolve() == source.path:
+    if folder.exists() and folder.samefile(source.path):
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
     _check_free(folder, {WEIGHTS})

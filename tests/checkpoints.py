@@ -33,11 +33,12 @@ def blocks(shape, kind, rng):
     return np.concatenate(parts, 2).reshape(n, -1)
 
 
-def write_gguf(path, kind=TYPES.Q4_0, *, tied=True, change=None, metadata=(), seed=0, layers=LAYERS):
+def write_gguf(path, kind=TYPES.Q4_0, *, tied=True, change=None, metadata=(), seed=0, layers=LAYERS, tokenizer=()):
     """A Llama GGUF with Linears of `kind`.
 
     change: {tensor name: (bytes or floats, type), or None to leave it out}
     metadata: {key without "llama.": value, or None to leave it out}
+    tokenizer: {what GGUFWriter has an add_... for: value}
     """
     rng, metadata = np.random.default_rng(seed), dict(metadata)
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
@@ -51,6 +52,8 @@ def write_gguf(path, kind=TYPES.Q4_0, *, tied=True, change=None, metadata=(), se
             writer.add_uint32("llama." + key, value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32("llama.rope.freq_base", 5000.0)
+    for name, value in dict(tokenizer).items():
+        getattr(writer, f"add_{name}")(value)
     tensors = {"token_embd.weight": (rng.normal(size=(VOCAB, HIDDEN)).astype(np.float16), None),
                "output_norm.weight": (rng.uniform(0.5, 1.5, HIDDEN).astype(np.float32), None)}
     if not tied:

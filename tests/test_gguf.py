@@ -365,23 +365,6 @@ def test_smollm2_knows_paris(smollm2, smollm2_model):
     assert float(nll) < 4                       # random weights give ln 49152 = 10.8
 
 
-def test_smollm2_tokenizer_equals_transformers(smollm2):
-    from transformers import AutoTokenizer
-
-    ours = qzo.load_tokenizer(smollm2)
-    theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    assert ours.get_vocab() == theirs.get_vocab()
-    assert ours.special_tokens_map == theirs.special_tokens_map
-    assert ours.chat_template == theirs.chat_template
-    assert (ours.eos_token_id, ours.pad_token_id) == (2, 2)
-    chat = [{"role": "user", "content": "What is 12 + 345?"}]
-    for text in ("Hello world", " leading and  double  spaces\n\ttab", "naïve café 東京 🙂",
-                 "1234567 3.14", "<|im_start|>user\nhi<|im_end|>", "I'll don't we've",
-                 ours.apply_chat_template(chat, tokenize=False)):
-        assert ours(text).input_ids == theirs(text).input_ids, text
-        assert ours.decode(ours(text).input_ids) == text
-
-
 def test_smollm2_saved_unchanged(smollm2, smollm2_model, tmp_path):
     qzo.save_pretrained(smollm2_model, tmp_path)
     assert (tmp_path / smollm2.name).read_bytes() == smollm2.read_bytes()

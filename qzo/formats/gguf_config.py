@@ -8,6 +8,7 @@ import math
 import torch
 
 from .gguf_models import FAMILIES, NEEDED, ROPE_TENSORS
+from .gguf_vocabulary import token_ids
 
 
 def family(file):
@@ -47,6 +48,7 @@ def config(file):
         found["query_pre_attn_scalar"] = found["hidden_size"] // heads if wide else head_dim
     if kind.global_every:
         found["layer_types"] = _layer_types(file, kind, found["num_hidden_layers"])
+    ids = token_ids(file)
     return found | _rope(file, kind, head_dim) | {
         "model_type": kind.model_type,
         "architectures": [kind.cls],
@@ -55,9 +57,9 @@ def config(file):
         "head_dim": head_dim,
         "rms_norm_eps": _need(file, "attention.layer_norm_rms_epsilon", float),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": ids.get("bos"),
+        "eos_token_id": ids.get("eos"),
+        "pad_token_id": ids.get("padding"),
     }
 
 
