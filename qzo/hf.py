@@ -301,7 +301,7 @@ def build_empty(config, dtype, cls=None, trust_remote_code=False):
 
 def _fill(model, entries, path, device):
     """Put every entry in its place; ValueError for one that the model lacks and for what stays empty."""
-    missing, heap = set(model.state_dict()), Heap()
+    missing, filled, heap = set(model.state_dict()), {}, Heap()
     for name, value, where in entries:
         name = model_name(name)
         stack = None if name in missing else stack_of(model, name)
@@ -313,9 +313,13 @@ def _fill(model, entries, path, device):
             ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
             if ignored or _empty_bias(name, value, model):
                 continue
+            if name in filled:
+                raise ValueError(f"{where}: {name} is there already, from {filled[name]}; the files are of two "
+                                 "checkpoints, remove those of one")
             raise ValueError(f"{where}: {type(model).__name__} has no tensor {name}; the file is of another "
                              "architecture")
         missing.discard(name)
+        filled[name] = where
         put = put_packed if isinstance(value, PackedWeight) else _put_dense
         put(model, name, value, where, device)
         heap.took((value.codes if isinstance(value, PackedWeight) else value).nbytes)
@@ -364,6 +368,9 @@ def _put_dense(model, name, tensor, where, device):
     if old.shape != tensor.shape:
         raise ValueError(f"{where}: has shape {list(tensor.shape)}, {name} of this model needs "
                          f"{list(old.shape)}")
+    if old.is_floating_point() and not tensor.is_floating_point():
+        raise ValueError(f"{where}: {str(tensor.dtype).removeprefix('torch.')} for {name}, which holds floats: it is "
+                         "quantized in a way that the quantization_config does not tell")
     tensor = tensor.to(device=device, dtype=old.dtype)
     if isinstance(old, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=False)
