@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .experts import model_name, split_, stack_of
+from .experts import stack_of
 from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
 from .formats.folder import tensor_places
 from .formats.gguf_file import GGUFFile
@@ -15,6 +15,7 @@ from .heap import Heap
 from .kernels.table import named_table
 from .layers import arena_of, layers, quantizable_, quantize_
 from .linear import QZOLinear
+from .names import Names
 from .quantize import check_form, quantize_weight
 from .weights import PackedWeight
 
@@ -31,7 +32,7 @@ class Source:
     path: the GGUF file or the folder
     sizes: (file name, bytes) of the files that the result is copied from
     dtype: of dense tensors in a file written anew
-    names: (layer in the files, layer in the model) where transformers names them differently
+    names: (owner of tensors in the files, the same in the model) where transformers names them differently
     """
 
     kind: str
@@ -220,14 +221,15 @@ def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
     heads = _heads(model)
     linears = quantizable_(model, options["group_size"], ("lm_head", *heads))
-    there, wanted = {model_name(name) for name in places}, set(model.state_dict())
-    tied = {f"{head}.weight" for head in heads} if config.get_text_config().tie_word_embeddings else set()
-    if there - wanted or wanted - there - tied or any(type(linear) is not nn.Linear for linear in linears.values()):
+    names, wanted = Names(model), {name: value.shape for name, value in model.state_dict().items()}
+    there = {name: names(name) for name in places if not names.converted(name)}
+    absent = wanted.keys() - set(there.values()) - set(model.all_tied_weights_keys)
+    if absent or any(wanted.get(there.get(name)) != torch.Size(place[1]) for name, (_, place) in places.items()):
         return None
 
     def entries():
         for name, (file, place) in places.items():
-            tensor, layer = safetensors_file.read(file, place), model_name(name).removesuffix(".weight")
+            tensor, layer = safetensors_file.read(file, place), there[name].removesuffix(".weight")
             if layer in linears and name.endswith(".weight"):
                 tensor = quantize_weight(tensor, **options)
             elif tensor.is_floating_point():
@@ -265,9 +267,10 @@ def _load_quantized(folder, config, quantization, trust_remote_code, device, dty
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
     check_depth(config, folder, sum(size for _, size in sizes))
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
-    _fill(model, form.weights(folder, quantization, dtype), folder, device)
+    names = _fill(model, form.weights(folder, quantization, dtype), folder, device)
+    model._weight_conversions = names.used()
     _take_generation_config(model, folder)
-    return model, Source(method, folder, sizes, stored)
+    return model, Source(method, folder, sizes, stored, names=tuple(names.changed.items()))
 
 
 def check_depth(config, folder, held):
@@ -300,15 +303,16 @@ def build_empty(config, dtype, cls=None, trust_remote_code=False):
 
 
 def _fill(model, entries, path, device):
-    """Put every entry in its place; ValueError for one that the model lacks and for what stays empty."""
-    missing, filled, heap = set(model.state_dict()), {}, Heap()
+    """Put every entry in its place and return the Names; ValueError for an entry that the model lacks and for what
+    stays empty."""
+    names, filled, heap = Names(model), {}, Heap()
+    missing = set(names.known)
     for name, value, where in entries:
-        name = model_name(name)
+        name = names(name)
         stack = None if name in missing else stack_of(model, name)
         if stack:                                 # the file has a tensor for each expert, the model one for all
-            missing -= {f"{stack}.{part}" for part in model.get_submodule(stack).state_dict()}
-            split_(model, stack)
-            missing |= {f"{stack}.{part}" for part in model.get_submodule(stack).state_dict()}
+            old, new = names.split(stack)
+            missing = missing - old | new
         if name not in missing:
             ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
             if ignored or _empty_bias(name, value, model):
@@ -331,6 +335,7 @@ def _fill(model, entries, path, device):
     if empty:
         raise ValueError(f"{path}: nothing fills {empty[0]} of {type(model).__name__}; this architecture "
                          "cannot be loaded")
+    return names
 
 
 def _empty_bias(name, value, model):

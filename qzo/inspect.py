@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from .data import collate, read_data, tokenize
-from .experts import model_name, split_, split_experts_, stack_of
+from .experts import split_, split_experts_, stack_of
 from .formats import gguf, hqq, of_method
 from .formats.gguf_file import GGUFFile
 from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, quantization_of, read_config
 from .layers import layers
+from .names import Names
 from .signal import survival
 from .train import choose_layers, pad_id, trained_count
 from .weights import PackedWeight, check_bits
@@ -93,15 +94,15 @@ def opened(path_or_id, trust_remote_code=False):
 
 
 def survey(entries, types):
-    """({layer: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, codebooks, scales
-    and zeros)."""
+    """({name of a weight: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, codebooks,
+    scales and zeros)."""
     from .bench.models import form_of
 
     wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "codebooks": 0, "scales": 0, "zeros": 0}
     dense = collections.defaultdict(lambda: [0, 0])
     for name, value, _ in entries:
         if isinstance(value, PackedWeight):
-            wanted[model_name(name.removesuffix(".weight"))] = form_of(value)
+            wanted[name] = form_of(value)
             scales.add(value.scales)
             for part in held:
                 tensor = getattr(value, part)
@@ -142,7 +143,9 @@ def report(options):
         split_experts_(model)
         wanted, dense = would_be(model, options.bits, options.group_size, config)
     else:
-        wanted, scales, dense, held = survey(entries, types)
+        weights, scales, dense, held = survey(entries, types)
+        names = Names(model)
+        wanted = {names(name).removesuffix(".weight"): form for name, form in weights.items()}
         found["scales"] = scales.report()
         found["bytes"] = {**held, "dense": sum(nbytes for _, nbytes in dense.values())}
     for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):

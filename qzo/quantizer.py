@@ -305,7 +305,8 @@ def attach(model, quantization):
     """
     if model._qzo_source.kind == "float":
         quantization = save.own_config(model)
-    model._weight_conversions = []                # `save.tensors` gives the names of the files
+    if model._qzo_source.kind == "float" or not hasattr(model, "_weight_conversions"):
+        model._weight_conversions = []            # the model's names, which `save_pretrained` here writes too
     config = QZOConfig.from_dict(quantization or {})
     if quantization:
         model.config.quantization_config = config

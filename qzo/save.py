@@ -96,13 +96,23 @@ def _packed(name, layer):
 
 def _find(model, tensor):
     """PackedWeight of the layer whose weight has this name in the source, None where the model has no QZOLinear."""
-    name = tensor.removesuffix(".weight")
-    name = model_name(dict(model._qzo_source.names).get(name, name))
+    name = _inside(model._qzo_source, tensor.removesuffix(".weight"))
     try:
         layer = model.get_submodule(name)
     except AttributeError:                       # a model without the head that the file has
         return None
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
+
+
+def _inside(source, name):
+    """The name in the model of a layer of the source's files."""
+    return model_name(dict(source.names).get(name, name))
+
+
+def _outside(model, name):
+    """The name in a new folder of a layer of the model: the source's own, where that has one."""
+    own = {inside: owner for owner, inside in model._qzo_source.names}
+    return own.get(name) or file_name(name, model.config.model_type)
 
 
 def _own_form(model):
@@ -139,7 +149,7 @@ def _rounding_losses(model, batch, rounded):
     try:
         for name, scales, zero in rounded:
             owner, _, leaf = name.rpartition(".")
-            layer = found[model_name(owner if leaf == "codebooks" else name)]
+            layer = found[_inside(model._qzo_source, owner if leaf == "codebooks" else name)]
             if leaf != "codebooks":
                 layer.arena.write(layer.arena_name, scales)
             elif layer.trains_codebooks:
@@ -184,9 +194,8 @@ def _write_new(model, source, folder, form):
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
     _check_free(folder, {WEIGHTS})
-    kind = model.config.model_type
-    packed = {file_name(name, kind): weight for name, weight in _all_packed(model).items()}
-    linears = [file_name(name, kind) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    packed = {_outside(model, name): weight for name, weight in _all_packed(model).items()}
+    linears = [_outside(model, name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantization = form.quantization_config(packed, linears)
     with files.staged(folder) as staging:
         if source.kind != "gguf":
@@ -227,7 +236,7 @@ def _dense(model, source, packed):
     """(entries of all tensors that are not in codes, layer -> dtype of its scales where it is not float16)."""
     scales = getattr(FOLDERS.get(source.kind), "SCALES", None)
     if scales is not None:
-        biased = {name for name in packed if model.get_submodule(model_name(name)).bias is not None}
+        biased = {name for name in packed if model.get_submodule(_inside(source, name)).bias is not None}
 
         def is_dense(name):
             owner, _, leaf = name.rpartition(".")

@@ -150,7 +150,7 @@ def test_layers_never_exist_in_float(monkeypatch):
     def record(model, *rest):
         empty.update(name for name, parameter in model.named_parameters() if parameter.is_meta)
         buffers.update({name: buffer.clone() for name, buffer in model.named_buffers()})
-        fill(model, *rest)
+        return fill(model, *rest)
 
     monkeypatch.setattr(hf, "_fill", record)
     model = load(CT)
