@@ -263,7 +263,7 @@ def run_train(options):
     settings, own = merge_options(options)
     records = read_data(own["data"])
     started = time.perf_counter()
-    model, tokenizer = load(own["model"], own), load_tokenizer(own["model"])
+    model, tokenizer = load(own["model"], own), load_tokenizer(own["model"], bool(own["trust_remote_code"]))
     prefix = train.choose_layers(model, settings.train_layers, settings.train_codebooks)
     task = train.build_task(model, records["train"], tokenizer, settings, prefix)
     held_out = {split: train.build_task(model, records[split], tokenizer, settings, prefix)

@@ -200,7 +200,7 @@ def signal(options, wanted):
     """{"eps", "directions", activations: {"error", "cosine"}} of a batch of text, with a warning where the signal is
     lost. Loads the model, in float32; one of float weights is quantized as `wanted` has it."""
     records = read_data(options.data)["train"] if options.data else [{"text": text} for text in SENTENCES]
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model, bool(options.trust_remote_code))
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST)
     model = from_pretrained(options.model, dtype=torch.float32, bits=options.bits,
                             group_size=next(iter(wanted.values())).group_size,

@@ -24,9 +24,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import save
 from .experts import stack_widths
+from .fill import put_packed
 from .formats import GATHERED
 from .heap import Heap
-from .hf import Source, put_packed
+from .hf import Source
 from .kernels.tiles import GROUPS
 from .layers import arena_of, layers
 from .quantize import quantize_weight

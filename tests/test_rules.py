@@ -19,7 +19,7 @@ LAYERS = [   # a module may import its own layer's elders and everything above i
     {"kernels.dequantize", "kernels.folded", "kernels.perturb"}, {"checks"},
     {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "siblings", "experts", "formats", "buckets"},
     {"quantize"},
-    {"linear"}, {"layers"}, {"optim", "losses", "hf", "names", "save", "quantizer", "graph"},
+    {"linear"}, {"layers"}, {"optim", "losses", "hf", "names", "fill", "save", "quantizer", "graph"},
     {"data", "prefix", "packing", "signal", "compiled", "many_rows"}, {"task"}, {"train"}, {"demo"},
     {"__main__", "bench", "inspect", "quantize_folder"}]
 
