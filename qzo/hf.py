@@ -8,7 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .fill import fill
-from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
+from .formats import gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file, told
 from .formats.folder import tensor_places
 from .formats.gguf_file import GGUFFile
 from .kernels.table import named_table
@@ -18,7 +18,7 @@ from .quantize import check_form, quantize_weight
 
 LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
-_QUANTIZED = (".qweight", ".weight_packed", ".W_q")
+_QUANTIZED = (".qweight", ".weight_packed", ".W_q", ".weight.absmax", ".weight.quant_map", ".SCB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,8 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     if path.is_file():
         model, source = _load_gguf(path, device, dtype)
     else:
+        quantization = told.quantization_of(path)
         config = read_config(path, trust_remote_code)
-        quantization = quantization_of(path, config)
         if quantization is None:
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
             model, source = _load_float(path, config, trust_remote_code, options, device, dtype)
@@ -167,30 +167,11 @@ def _download(name):
 
 
 def read_config(folder, trust_remote_code=False):
-    """The transformers config of a folder. ValueError for one that is damaged."""
+    """The transformers config of a folder."""
     from transformers import AutoConfig
 
-    quantization = files.read_object(folder / "config.json").get("quantization_config")
-    if quantization is not None and not (isinstance(quantization, dict) and isinstance(
-            quantization.get("quant_method"), str)):
-        raise ValueError(f"{folder / 'config.json'}: its quantization_config names no quant_method; fetch it again")
     with _own_code(folder):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def quantization_of(folder, config):
-    """The quantization_config of a folder, empty for HQQ's own files, None for floats.
-
-    AutoGPTQ's first folders have it in a file of its own only.
-    """
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        return dict(found)
-    if (folder / hqq.FILE).is_file():
-        return {}
-    if (folder / gptq.CONFIG).is_file():
-        return {"quant_method": gptq.METHOD} | files.read_object(folder / gptq.CONFIG)
-    return None
 
 
 def _auto_class(config):
@@ -204,10 +185,13 @@ def _auto_class(config):
 
 
 def _load_float(folder, config, trust_remote_code, options, device, dtype):
-    for name in (name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)):
-        if name.endswith(_QUANTIZED):              # transformers would put random weights in their place
+    stored = {name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)}
+    for name in sorted(stored):                    # transformers would put random weights in the place of these
+        vectors = name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in stored           # AQLM's
+        if name.endswith(_QUANTIZED) or vectors:
             raise ValueError(f"{folder} holds the quantized tensor {name}, and its config.json has no "
-                             "quantization_config that tells how to read it; fetch the checkpoint again")
+                             "quantization_config that tells how to read it; add the one that this model is published "
+                             f"with, there or as {gptq.CONFIG} (GPTQ) or {told.AWQ_CONFIG} (AWQ)")
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = _quantize_streamed(folder, config, trust_remote_code, options, device, dtype)
     if model is None:
@@ -275,8 +259,7 @@ def _load_quantized(folder, config, quantization, trust_remote_code, device, dty
     method = quantization.get("quant_method") if quantization else hqq.METHOD
     form = of_method(method, folder)
     form.check_config(quantization, folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config            # the model in memory is not of that kind
+    told.forget(config)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     used = {*form.weight_files(folder), folder / "config.json"}
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))

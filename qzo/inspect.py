@@ -13,9 +13,9 @@ from torch import nn
 
 from .data import collate, read_data, tokenize
 from .experts import split_, split_experts_, stack_of
-from .formats import gguf, hqq, of_method
+from .formats import gguf, hqq, of_method, told
 from .formats.gguf_file import GGUFFile
-from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, quantization_of, read_config
+from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, read_config
 from .layers import layers
 from .names import Names
 from .signal import survival
@@ -80,15 +80,14 @@ def opened(path_or_id, trust_remote_code=False):
         file = GGUFFile(path)
         types = {gguf.hf_name(file, info.name): (info.type_name, info.nbytes) for info in file.tensors.values()}
         return "gguf", AutoConfig.for_model(**gguf.config(file)), gguf.weights(file, torch.float16), types
+    quantization = told.quantization_of(path)
     config = read_config(path, trust_remote_code)
-    quantization = quantization_of(path, config)
     if quantization is None:
         return "float", config, None, {}
     method = quantization.get("quant_method") if quantization else hqq.METHOD
     form = of_method(method, path)
     form.check_config(quantization, path)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    told.forget(config)
     check_depth(config, path, sum(file.stat().st_size for file in form.weight_files(path)))
     return method, config, form.weights(path, quantization, None), {}
 

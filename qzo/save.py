@@ -19,6 +19,7 @@ from .formats import (
     gguf_tokenizer,
     gptq,
     safetensors_file,
+    told,
 )
 from .formats.folder import INDEX, dense_entries, scale_dtypes, tensor_places
 from .formats.gguf_file import GGUFFile
@@ -29,7 +30,7 @@ from .linear import QZOLinear
 from .losses import losses
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-_CONFIGS = (gptq.CONFIG, "quantization_config.json", "quant_config.json")      # of the source's own format
+_CONFIGS = (gptq.CONFIG, "quantization_config.json", told.AWQ_CONFIG)      # of the source's own format
 _EXPORTS = (*TARGETS, "gguf")
 WEIGHTS = "model.safetensors"
 
@@ -226,7 +227,7 @@ def _config(model, source):
     if source.kind == "gguf":
         config = json.loads(model.config.to_json_string())
     else:
-        config = files.read_object(source.path / "config.json")
+        config = told.untold(files.read_object(source.path / "config.json"))
     if source.kind in FOLDERS:
         return config                              # dense tensors are the file's own, and so is what it says of them
     return config | {"dtype": str(source.dtype).removeprefix("torch.")}
