@@ -10,7 +10,8 @@ class Names:
     """The names of one model, on the meta device or not.
 
     known : every name of its state_dict; of split experts those of each
-    changed : {owner in the file: owner in the model} of the tensors that were asked for and are named otherwise
+    changed : {owner in the file: owner in the model} of the tensors that were asked for and are named otherwise;
+        {name in the file: name in the model} of those that no part of the file owns
     """
 
     def __init__(self, model):
@@ -28,15 +29,20 @@ class Names:
         """The name in the model of a file's tensor; as it is where the model has none of this name."""
         plain = model_name(name)
         found = plain
-        if plain not in self.known and not stack_of(self.model, plain):
+        if not self._has(plain):
             renamed, _ = self._renamed(plain, [])
-            if renamed in self.known or stack_of(self.model, renamed):
+            if self._has(renamed):
                 found = renamed
         owner, _, leaf = name.rpartition(".")
         inside, _, same = found.rpartition(".")
-        if model_name(owner) != inside and leaf == same:
+        if owner and model_name(owner) != inside and leaf == same:
             self.changed[owner] = inside
+        elif not owner and found != name:
+            self.changed[name] = found
         return found
+
+    def _has(self, name):
+        return name in self.known or (".experts." in name and stack_of(self.model, name) is not None)
 
     def converted(self, name):
         """Whether transformers has more to do for this tensor of a file than to rename it."""

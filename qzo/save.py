@@ -110,10 +110,11 @@ def _inside(source, name):
     return model_name(dict(source.names).get(name, name))
 
 
-def _outside(model, name):
-    """The name in a new folder of a layer of the model: the source's own, where that has one."""
-    own = {inside: owner for owner, inside in model._qzo_source.names}
-    return own.get(name) or file_name(name, model.config.model_type)
+def _renamed(model, source, tensor):
+    """The name in a new folder of a tensor of the source's files: the model's, which its config speaks of."""
+    names, (owner, _, leaf) = dict(source.names), tensor.rpartition(".")
+    inside = f"{model_name(names.get(owner, owner))}.{leaf}" if owner else names.get(tensor, tensor)
+    return file_name(inside, model.config.model_type)
 
 
 def _own_form(model):
@@ -195,8 +196,9 @@ def _write_new(model, source, folder, form):
         raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
                          "give another folder")
     _check_free(folder, {WEIGHTS})
-    packed = {_outside(model, name): weight for name, weight in _all_packed(model).items()}
-    linears = [_outside(model, name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kind = model.config.model_type
+    packed = {file_name(name, kind): weight for name, weight in _all_packed(model).items()}
+    linears = [file_name(name, kind) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantization = form.quantization_config(packed, linears)
     with files.staged(folder) as staging:
         if source.kind != "gguf":
@@ -237,13 +239,15 @@ def _dense(model, source, packed):
     """(entries of all tensors that are not in codes, layer -> dtype of its scales where it is not float16)."""
     scales = getattr(FOLDERS.get(source.kind), "SCALES", None)
     if scales is not None:
-        biased = {name for name in packed if model.get_submodule(_inside(source, name)).bias is not None}
+        biased = {name for name in packed if model.get_submodule(model_name(name)).bias is not None}
 
         def is_dense(name):
-            owner, _, leaf = name.rpartition(".")
+            owner, _, leaf = _renamed(model, source, name).rpartition(".")
             return owner not in packed or (leaf == "bias" and owner in biased)
 
-        return dense_entries(source.path, is_dense), scale_dtypes(source.path, scales)
+        dense = [(_renamed(model, source, name), *rest) for name, *rest in dense_entries(source.path, is_dense)]
+        stored = scale_dtypes(source.path, scales)
+        return dense, {file_name(_inside(source, name), model.config.model_type): stored[name] for name in stored}
     dense = dict(model.named_parameters())          # tied tensors once
     buffers = dict(model.named_buffers())
     own = tuple(f"{name}." for name in layers(model, trainable=None))

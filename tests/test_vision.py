@@ -1,5 +1,6 @@
 """Vision-language models: float folders quantized on the way in, older names of tensors, saving under them."""
 import json
+import re
 import shutil
 
 import pytest
@@ -85,19 +86,19 @@ def test_older_names_are_found(tmp_path, name):
 
 
 @pytest.mark.parametrize("by_transformers", [False, True])
-def test_older_names_stay_in_an_export_and_a_report(tmp_path, by_transformers):
-    folder, want = older("Llava", tmp_path)
+def test_an_export_has_the_new_names_everywhere(tmp_path, by_transformers):
+    folder, want = older("LlavaOnevision", tmp_path)
     if by_transformers:
         with qzo.loading():
-            model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            model = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     else:
         model = load(folder)
     qzo.export(model, tmp_path / "gptq", "gptq")
     same_state(load(tmp_path / "gptq"), want)
-    layer = "language_model.model.layers.0.self_attn.q_proj"
-    stored = tensors(tmp_path / "gptq")
-    assert f"{layer}.qweight" in stored
-    assert not any(name.endswith("weight_packed") for name in stored)
+    stored = {name.rpartition(".")[0] for name in tensors(tmp_path / "gptq")}
+    assert stored == {name.rpartition(".")[0] for name in tensors(tmp_path / "new")}
+    skipped = json.loads((tmp_path / "gptq/config.json").read_text())["quantization_config"]["dynamic"]
+    assert list(skipped) == [f"-:^{re.escape('model.vision_tower.head.attention.out_proj')}$"]
     report = qzo.save_pretrained(model, tmp_path / "out", batch={"input_ids": IDS, "labels": IDS})
     assert report["loss_before"] == report["loss_after"]
 
