@@ -104,6 +104,7 @@ def test_transformers_own_loading_reads_the_words_too(tmp_path):
 
 @pytest.mark.parametrize("config", [
     {"sym": True, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
+    {"sym": True, "checkpoint_format": "gptq", "format": "gptq_v2"},
     {"sym": False, "dynamic": {".*": {"sym": True}}}, {"sym": None}])
 def test_who_says_that_a_layer_is_symmetric(tmp_path, config):
     model, told = loaded(symmetric(tmp_path / "in", 4, 2, **config))
@@ -127,9 +128,10 @@ def test_asymmetric_zero_points_are_read_as_the_config_says(tmp_path, config, ch
     ({}, stored_as(4, 3), WHERE + "the config says sym true, .*these are all 3"),
     ({}, stored_as(4, 8), WHERE + r"its zero points are stored as checkpoint_format 'gptq_v2' has them and those of "
      r"model\.layers\.0\.mlp\.\w+_proj as 'gptq', so it cannot be told"),
-    ({"format": "gptq_v2", "checkpoint_format": "gptq"}, None, "checkpoint_format is 'gptq' and format is 'gptq_v2'")])
+    ({"format": "gptq_v2", "checkpoint_format": "gptq", "sym": False}, None,
+     r"_proj\.qweight in .*checkpoint_format and format of the quantization_config read its zero points differently")])
 def test_zero_points_that_mean_nothing(tmp_path, config, change, message):
-    folder = symmetric(tmp_path / "in", 4, 1, change=change, sym=True, **config)
+    folder = symmetric(tmp_path / "in", 4, 1, change=change, **{"sym": True} | config)
     with pytest.raises(ValueError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)

@@ -39,7 +39,8 @@ _SKIPPED, _CHANGED = "-:", "+:"
 
 
 def check_config(quantization, where):
-    """{bits, group_size, sym, desc_act, dynamic, version, whole_words} of a quantization_config that can be read.
+    """{bits, group_size, sym, desc_act, dynamic, version, whole_words, unsure: of the version} of a quantization_config
+    that can be read.
 
     ValueError naming what cannot.
     """
@@ -48,9 +49,6 @@ def check_config(quantization, where):
     if not isinstance(stored, str) or stored not in _VERSIONS:
         raise ValueError(f"{where}: GPTQ weights in checkpoint_format {stored!r:.60}; supported are "
                          f"{' and '.join(_VERSIONS)}")
-    if said[1:] and said[1] in _VERSIONS and said[1] != stored:
-        raise ValueError(f"{where}: checkpoint_format is {stored!r} and format is {said[1]!r}, which read zero points "
-                         "differently; remove the wrong one from the quantization_config")
     if quantization.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"{where}: GPTQ weights packed in {quantization['pack_dtype']!r:.60}; supported is "
                          "int32")
@@ -70,7 +68,8 @@ def check_config(quantization, where):
     quantizer = str(meta.get("quantizer")) if isinstance(meta, dict) else ""
     return {"bits": quantization["bits"], "group_size": quantization.get("group_size"),
             "sym": _flag(quantization.get("sym")), "desc_act": bool(quantization.get("desc_act")), "dynamic": dynamic,
-            "version": _VERSIONS[stored], "whole_words": "gptqmodel" in quantizer}
+            "version": _VERSIONS[stored], "whole_words": "gptqmodel" in quantizer,
+            "unsure": any(isinstance(name, str) and name in _VERSIONS and name != stored for name in said)}
 
 
 def _flag(value):
@@ -98,7 +97,7 @@ def weights(folder, quantization, dtype):
 def packer(quantization, where):
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     settings = check_config(quantization, where)
-    stored, told = StoredZeros(settings["version"]), []
+    stored, told = StoredZeros(settings["version"], settings["unsure"]), []
 
     def make(layer, parts):
         arguments = _arguments(layer, settings)

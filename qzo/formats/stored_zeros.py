@@ -12,10 +12,11 @@ NAMES = {1: "gptq", 2: "gptq_v2"}          # version -> checkpoint_format
 
 
 class StoredZeros:
-    """The version of one checkpoint's zero points, layer by layer. version: what the config says, 1 or 2."""
+    """The version of one checkpoint's zero points, layer by layer. version: what the config says, 1 or 2; unsure: it
+    says both."""
 
-    def __init__(self, version):
-        self._said = version
+    def __init__(self, version, unsure=False):
+        self._said, self._unsure = version, unsure
         self._first = None                 # (version, layer) that the first layer is read as
 
     def version(self, layer, fields, bits, sym):
@@ -31,7 +32,11 @@ class StoredZeros:
             raise ValueError(f"the config says sym true, for which all zero points of {bits} bits are stored as "
                              f"{middle(bits) - 1} (gptq) or {middle(bits)} (gptq_v2), and these are {found}; if they "
                              "are what is meant, set sym to false in the quantization_config")
-        version = self._said if known is None or sym is False else known
+        told = known is not None and sym is not False
+        if self._unsure and not told:
+            raise ValueError("checkpoint_format and format of the quantization_config read its zero points "
+                             "differently; remove the wrong one")
+        version = known if told else self._said
         if self._first is None:
             self._first = version, layer
             if version != self._said:
