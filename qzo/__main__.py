@@ -12,7 +12,7 @@ import time
 import warnings
 from pathlib import Path
 
-from . import __version__, train
+from . import __version__, disk, train
 from .data import read_data
 from .kernels.noise import SHARINGS, VERSIONS
 from .oom import explain, is_out_of_memory
@@ -55,7 +55,9 @@ def main(arguments=None):
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
+        out = vars(options).get("output_dir")
+        text = disk.explain(error, options.command, out) if disk.full(error) else _line(error)
+        print(f"qzo {options.command}: {text}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -65,8 +67,6 @@ def main(arguments=None):
 
 
 def _line(error):
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"no space left on the disk ({error.filename}); the steps so far are saved: free space, then --resume"
     return " ".join(str(error).split())
 
 
@@ -261,9 +261,10 @@ def merge_options(options):
 def run_train(options):
     from .hf import load_tokenizer
     settings, own = merge_options(options)
+    options.output_dir = own["output_dir"]
     records = read_data(own["data"])
     started = time.perf_counter()
-    model, tokenizer = load(own["model"], own), load_tokenizer(own["model"])
+    model, tokenizer = load(own["model"], own), load_tokenizer(own["model"], bool(own["trust_remote_code"]))
     prefix = train.choose_layers(model, settings.train_layers, settings.train_codebooks)
     task = train.build_task(model, records["train"], tokenizer, settings, prefix)
     held_out = {split: train.build_task(model, records[split], tokenizer, settings, prefix)
@@ -320,7 +321,7 @@ def run_demo(options):
     from .demo import run
     if options.resume and not options.output_dir:
         raise ValueError("--resume needs the --output-dir of the demo that was stopped")
-    out = options.output_dir or _new_folder("qzo-demo")
+    out = options.output_dir = options.output_dir or _new_folder("qzo-demo")
     results = run(options.seed, out, resume=options.resume, say=_say, cuda_graph=options.cuda_graph)
     if options.json:
         print(json.dumps(results))

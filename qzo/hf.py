@@ -1,26 +1,24 @@
 """transformers models with QZOLinear inside: a checkpoint is loaded."""
+import contextlib
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .experts import model_name, split_, stack_of
-from .formats import files, gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file
+from .fill import fill
+from .formats import gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file, told
 from .formats.folder import tensor_places
 from .formats.gguf_file import GGUFFile
-from .heap import Heap
 from .kernels.table import named_table
 from .layers import arena_of, layers, quantizable_, quantize_
-from .linear import QZOLinear
+from .names import Names
 from .quantize import check_form, quantize_weight
-from .weights import PackedWeight
 
 LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
-_QUANTIZED = (".qweight", ".weight_packed", ".W_q")
+_QUANTIZED = (".qweight", ".weight_packed", ".W_q", ".weight.absmax", ".weight.quant_map", ".SCB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Source:
     path: the GGUF file or the folder
     sizes: (file name, bytes) of the files that the result is copied from
     dtype: of dense tensors in a file written anew
-    names: (layer in the files, layer in the model) where transformers names them differently
+    names: (owner of tensors in the files, the same in the model) where transformers names them differently
     """
 
     kind: str
@@ -62,7 +60,7 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     dtype : of dense tensors and activations; float16 on a GPU, float32 on the CPU
     bits, group_size, symmetric, table : how float weights are quantized, as in QZOLinear.from_linear; a quantized
         checkpoint loads as it is
-    trust_remote_code : as in transformers
+    trust_remote_code : whether code that the folder brings along is run
 
     Returns a transformers.PreTrainedModel that needs no gradients. Raises FileNotFoundError for a path that
     is not there, ValueError for a checkpoint that cannot be read; the message names the format, tensor or
@@ -76,8 +74,8 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
     if path.is_file():
         model, source = _load_gguf(path, device, dtype)
     else:
+        quantization = told.quantization_of(path)
         config = read_config(path, trust_remote_code)
-        quantization = quantization_of(path, config)
         if quantization is None:
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
             model, source = _load_float(path, config, trust_remote_code, options, device, dtype)
@@ -105,14 +103,30 @@ def _cast(model, dtype):
                 tensor.data = tensor.data.to(dtype)
 
 
-def load_tokenizer(path_or_id):
-    """The tokenizer of a folder, GGUF file or Hub id, with its chat template. ValueError if there is none."""
+def load_tokenizer(path_or_id, trust_remote_code=False):
+    """The tokenizer of a folder, GGUF file or Hub id, with its chat template. ValueError if there is none.
+
+    trust_remote_code : whether code that the folder brings along is run
+    """
     from transformers import AutoTokenizer
 
     path = locate(path_or_id)
     if path.is_file():
         return gguf_tokenizer.load(GGUFFile(path))
-    return AutoTokenizer.from_pretrained(path)
+    with _own_code(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _own_code(folder):
+    """transformers' words for code that it was not told to run, as one line."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code=True" not in str(error):
+            raise
+        raise ValueError(f"{folder} brings code of its own, which is run only with trust_remote_code=True (on the "
+                         "command line: --trust-remote-code); read it first") from None
 
 
 def locate(path_or_id):
@@ -153,29 +167,11 @@ def _download(name):
 
 
 def read_config(folder, trust_remote_code=False):
-    """The transformers config of a folder. ValueError for one that is damaged."""
+    """The transformers config of a folder."""
     from transformers import AutoConfig
 
-    quantization = files.read_object(folder / "config.json").get("quantization_config")
-    if quantization is not None and not (isinstance(quantization, dict) and isinstance(
-            quantization.get("quant_method"), str)):
-        raise ValueError(f"{folder / 'config.json'}: its quantization_config names no quant_method; fetch it again")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def quantization_of(folder, config):
-    """The quantization_config of a folder, empty for HQQ's own files, None for floats.
-
-    AutoGPTQ's first folders have it in a file of its own only.
-    """
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        return dict(found)
-    if (folder / hqq.FILE).is_file():
-        return {}
-    if (folder / gptq.CONFIG).is_file():
-        return {"quant_method": gptq.METHOD} | files.read_object(folder / gptq.CONFIG)
-    return None
+    with _own_code(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _auto_class(config):
@@ -189,14 +185,18 @@ def _auto_class(config):
 
 
 def _load_float(folder, config, trust_remote_code, options, device, dtype):
-    for name in (name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)):
-        if name.endswith(_QUANTIZED):              # transformers would put random weights in their place
+    stored = {name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)}
+    for name in sorted(stored):                    # transformers would put random weights in the place of these
+        vectors = name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in stored           # AQLM's
+        if name.endswith(_QUANTIZED) or vectors:
             raise ValueError(f"{folder} holds the quantized tensor {name}, and its config.json has no "
-                             "quantization_config that tells how to read it; fetch the checkpoint again")
+                             "quantization_config that tells how to read it; add the one that this model is published "
+                             f"with, there or as {gptq.CONFIG} (GPTQ) or {told.AWQ_CONFIG} (AWQ)")
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = _quantize_streamed(folder, config, trust_remote_code, options, device, dtype)
     if model is None:
-        model = _auto_class(config).from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+        with _own_code(folder):
+            model = _auto_class(config).from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
         quantize_(model, **options, skip=("lm_head", *_heads(model)))
     sizes = (("config.json", (folder / "config.json").stat().st_size),)
     return model, Source("float", folder, sizes, stored, tuple(sorted(options.items())))
@@ -220,21 +220,22 @@ def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
     heads = _heads(model)
     linears = quantizable_(model, options["group_size"], ("lm_head", *heads))
-    there, wanted = {model_name(name) for name in places}, set(model.state_dict())
-    tied = {f"{head}.weight" for head in heads} if config.get_text_config().tie_word_embeddings else set()
-    if there - wanted or wanted - there - tied or any(type(linear) is not nn.Linear for linear in linears.values()):
+    names, wanted = Names(model), {name: value.shape for name, value in model.state_dict().items()}
+    there = {name: names(name) for name in places if not names.converted(name)}
+    absent = wanted.keys() - set(there.values()) - set(model.all_tied_weights_keys)
+    if absent or any(wanted.get(there.get(name)) != torch.Size(place[1]) for name, (_, place) in places.items()):
         return None
 
     def entries():
         for name, (file, place) in places.items():
-            tensor, layer = safetensors_file.read(file, place), model_name(name).removesuffix(".weight")
+            tensor, layer = safetensors_file.read(file, place), there[name].removesuffix(".weight")
             if layer in linears and name.endswith(".weight"):
                 tensor = quantize_weight(tensor, **options)
             elif tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             yield name, tensor, f"{name} in {file.name}"
 
-    _fill(model, entries(), folder, device)
+    fill(model, entries(), folder, device)
     _take_generation_config(model, folder)
     return model
 
@@ -250,7 +251,7 @@ def _load_gguf(path, device, dtype):
 
     file = GGUFFile(path)
     model = build_empty(AutoConfig.for_model(**gguf.config(file)), dtype)
-    _fill(model, gguf.weights(file, dtype), path, device)
+    fill(model, gguf.weights(file, dtype), path, device)
     return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
 
 
@@ -258,16 +259,16 @@ def _load_quantized(folder, config, quantization, trust_remote_code, device, dty
     method = quantization.get("quant_method") if quantization else hqq.METHOD
     form = of_method(method, folder)
     form.check_config(quantization, folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config            # the model in memory is not of that kind
+    told.forget(config)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
     used = {*form.weight_files(folder), folder / "config.json"}
     sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
     check_depth(config, folder, sum(size for _, size in sizes))
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
-    _fill(model, form.weights(folder, quantization, dtype), folder, device)
+    names = fill(model, form.weights(folder, quantization, dtype), folder, device)
+    model._weight_conversions = names.used()
     _take_generation_config(model, folder)
-    return model, Source(method, folder, sizes, stored)
+    return model, Source(method, folder, sizes, stored, names=tuple(names.changed.items()))
 
 
 def check_depth(config, folder, held):
@@ -295,76 +296,6 @@ def build_empty(config, dtype, cls=None, trust_remote_code=False):
             return nn.Module.to(cls.from_config(config), dtype)
         cls = _auto_class(config)
         if hasattr(cls, "from_config"):
-            return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            with _own_code(config.name_or_path or type(config).__name__):
+                return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls._from_config(config, dtype=dtype)
-
-
-def _fill(model, entries, path, device):
-    """Put every entry in its place; ValueError for one that the model lacks and for what stays empty."""
-    missing, heap = set(model.state_dict()), Heap()
-    for name, value, where in entries:
-        name = model_name(name)
-        stack = None if name in missing else stack_of(model, name)
-        if stack:                                 # the file has a tensor for each expert, the model one for all
-            missing -= {f"{stack}.{part}" for part in model.get_submodule(stack).state_dict()}
-            split_(model, stack)
-            missing |= {f"{stack}.{part}" for part in model.get_submodule(stack).state_dict()}
-        if name not in missing:
-            ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
-            if ignored or _empty_bias(name, value, model):
-                continue
-            raise ValueError(f"{where}: {type(model).__name__} has no tensor {name}; the file is of another "
-                             "architecture")
-        missing.discard(name)
-        put = put_packed if isinstance(value, PackedWeight) else _put_dense
-        put(model, name, value, where, device)
-        heap.took((value.codes if isinstance(value, PackedWeight) else value).nbytes)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    if missing:
-        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {min(missing)}; the "
-                         "checkpoint is incomplete")
-    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if empty:
-        raise ValueError(f"{path}: nothing fills {empty[0]} of {type(model).__name__}; this architecture "
-                         "cannot be loaded")
-
-
-def _empty_bias(name, value, model):
-    """Whether it is a bias of zeros for a Linear without one: AutoGPTQ wrote one for every layer."""
-    owner, _, leaf = name.rpartition(".")
-    if leaf != "bias" or isinstance(value, PackedWeight) or bool(value.any()):
-        return False
-    return isinstance(dict(model.named_modules()).get(owner), nn.Linear | QZOLinear)
-
-
-def put_packed(model, name, packed, where, device):
-    """Replace the nn.Linear whose weight has this name by a QZOLinear. ValueError if it is none or of other shape."""
-    owner, _, leaf = name.rpartition(".")
-    linear = model.get_submodule(owner)
-    if type(linear) is not nn.Linear or leaf != "weight":
-        raise ValueError(f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only "
-                         "nn.Linear can be replaced")
-    tied = model.all_tied_weights_keys.get(name)
-    if tied is not None:
-        raise ValueError(f"{where}: {owner} is quantized, but the config ties it to {tied}; if the quantized one is "
-                         "meant, set tie_word_embeddings to false in config.json")
-    if (packed.out_features, packed.in_features) != (linear.out_features, linear.in_features):
-        raise ValueError(f"{where}: has shape {[packed.out_features, packed.in_features]}, {owner} of this "
-                         f"model needs {[linear.out_features, linear.in_features]}")
-    layer = QZOLinear.from_packed(packed).to(device)
-    layer.bias = linear.bias                      # filled by its own entry, before or after this one
-    parent, _, child = owner.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
-def _put_dense(model, name, tensor, where, device):
-    owner, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner)
-    old = getattr(owner, leaf)
-    if old.shape != tensor.shape:
-        raise ValueError(f"{where}: has shape {list(tensor.shape)}, {name} of this model needs "
-                         f"{list(old.shape)}")
-    tensor = tensor.to(device=device, dtype=old.dtype)
-    if isinstance(old, nn.Parameter):
-        tensor = nn.Parameter(tensor, requires_grad=False)
-    setattr(owner, leaf, tensor)

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from .data import collate, read_data, tokenize
-from .experts import model_name, split_, split_experts_, stack_of
-from .formats import gguf, hqq, of_method
+from .experts import split_, split_experts_, stack_of
+from .formats import gguf, hqq, of_method, told
 from .formats.gguf_file import GGUFFile
 from .head import has_encoder
-from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, quantization_of, read_config
+from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, read_config
 from .layers import layers
+from .names import Names
 from .signal import survival
 from .train import choose_layers, pad_id, trained_count
 from .weights import PackedWeight, check_bits
@@ -80,29 +81,28 @@ def opened(path_or_id, trust_remote_code=False):
         file = GGUFFile(path)
         types = {gguf.hf_name(file, info.name): (info.type_name, info.nbytes) for info in file.tensors.values()}
         return "gguf", AutoConfig.for_model(**gguf.config(file)), gguf.weights(file, torch.float16), types
+    quantization = told.quantization_of(path)
     config = read_config(path, trust_remote_code)
-    quantization = quantization_of(path, config)
     if quantization is None:
         return "float", config, None, {}
     method = quantization.get("quant_method") if quantization else hqq.METHOD
     form = of_method(method, path)
     form.check_config(quantization, path)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    told.forget(config)
     check_depth(config, path, sum(file.stat().st_size for file in form.weight_files(path)))
     return method, config, form.weights(path, quantization, None), {}
 
 
 def survey(entries, types):
-    """({layer: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, codebooks, scales
-    and zeros)."""
+    """({name of a weight: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, codebooks,
+    scales and zeros)."""
     from .bench.models import form_of
 
     wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "codebooks": 0, "scales": 0, "zeros": 0}
     dense = collections.defaultdict(lambda: [0, 0])
     for name, value, _ in entries:
         if isinstance(value, PackedWeight):
-            wanted[model_name(name.removesuffix(".weight"))] = form_of(value)
+            wanted[name] = form_of(value)
             scales.add(value.scales)
             for part in held:
                 tensor = getattr(value, part)
@@ -143,7 +143,9 @@ def report(options):
         split_experts_(model)
         wanted, dense = would_be(model, options.bits, options.group_size, config)
     else:
-        wanted, scales, dense, held = survey(entries, types)
+        weights, scales, dense, held = survey(entries, types)
+        names = Names(model)
+        wanted = {names(name).removesuffix(".weight"): form for name, form in weights.items()}
         found["scales"] = scales.report()
         found["bytes"] = {**held, "dense": sum(nbytes for _, nbytes in dense.values())}
     for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):
@@ -198,7 +200,7 @@ def signal(options, wanted):
     """{"eps", "directions", activations: {"error", "cosine"}} of a batch of text, with a warning where the signal is
     lost. Loads the model, in float32; one of float weights is quantized as `wanted` has it."""
     records = read_data(options.data)["train"] if options.data else [{"text": text} for text in SENTENCES]
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model, bool(options.trust_remote_code))
     model = from_pretrained(options.model, dtype=torch.float32, bits=options.bits,
                             group_size=next(iter(wanted.values())).group_size,
                             trust_remote_code=bool(options.trust_remote_code))

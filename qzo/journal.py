@@ -9,6 +9,7 @@ Little-endian. The header is written to a temporary file and renamed, so a journ
 exist. A step counts when all its records are whole: a short tail (a killed run, a full disk) is dropped; a whole record
 whose checksum is wrong means damage and is refused.
 """
+import contextlib
 import dataclasses
 import errno
 import json
@@ -89,24 +90,24 @@ class Journal:
         """Write all records of a step at once. OSError (a full disk) leaves a tail that the next resume drops."""
         data = b"".join(record.pack() for record in records)
         start = self._file.tell()
-        try:
+        with _naming(self.path):
             written = self._file.write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
         if written != len(data):
             self._file.truncate(start)
             self._file.seek(start)               # else the next write would leave a hole
             raise OSError(errno.ENOSPC, "no space left for the next step of the journal", str(self.path))
         now = time.monotonic()
         if now - self._synced > SYNC_SECONDS:
-            os.fsync(self._file.fileno())
+            with _naming(self.path):
+                os.fsync(self._file.fileno())
             self._synced = now
 
     def close(self):
         """Flush to the disk and close."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with _naming(self.path):
+                os.fsync(self._file.fileno())
+                self._file.close()
 
 
 def read(path):
@@ -191,6 +192,15 @@ def _write_new(path, header):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def _naming(path):
+    """An OSError inside has this path: that of a write to an open file has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

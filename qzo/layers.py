@@ -163,11 +163,13 @@ def evaluating(module, evaluations):
 
 
 def _linears(module):
-    return {name: m for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    """name -> nn.Linear. A subclass computes something of its own (Llama 4's router gives two tensors), or others read
+    its weight (nn.MultiheadAttention's)."""
+    return {name: m for name, m in module.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
 
 
 def quantize_(module, bits=4, group_size=128, symmetric=True, skip=("lm_head",), table=None):
-    """Replace every nn.Linear inside `module` by a QZOLinear, in place, and return the module.
+    """Replace every nn.Linear inside `module`, but none of a subclass, by a QZOLinear, in place, and return the module.
 
     Stacked experts are split into Linears first (experts.py). skip: what has a name that ends in one of these (a whole
     dotted part, or several) stays as it is. table: as in QZOLinear.from_linear. Raises ValueError when there is nothing

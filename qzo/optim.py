@@ -176,8 +176,8 @@ class QZO(torch.optim.Optimizer):
         self._count_skipped(skipped)
         if self._skipped_in_a_row >= self.max_skipped:
             raise FloatingPointError(
-                f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: {losses}); lower lr "
-                f"({group['lr']:g}) or eps ({group['eps']:g}), or check the data")
+                f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: {losses}); "
+                f"{_overflow(self.module)}lower lr ({group['lr']:g}) or eps ({group['eps']:g}), or check the data")
         return sum(losses) / len(losses)
 
     @contextlib.contextmanager
@@ -296,6 +296,14 @@ def _version():
 def _check(good, name, got, wanted):
     if not good:
         raise ValueError(f"{name}={got!r}: {wanted} is wanted")
+
+
+def _overflow(module):
+    """What to try first where activations are float16: many models of bfloat16 leave its range."""
+    if any(p.dtype == torch.float16 for p in module.parameters()):
+        return (f"float16 activations end at {torch.finfo(torch.float16).max:g}: load the model in bfloat16 or float32 "
+                "(--dtype bfloat16 or float32); else ")
+    return ""
 
 
 def _warn_if_rounded_away(module, arena, eps, relative):

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from .experts import file_name, split_experts_
-from .formats import TARGETS, files, folder, safetensors_file
-from .hf import build_empty, from_pretrained, locate, quantization_of, read_config
+from .formats import TARGETS, files, folder, safetensors_file, told
+from .hf import build_empty, from_pretrained, locate, read_config
 from .kernels.table import NAMED, named_table
 from .layers import layers
 from .quantize import quantize_weight
@@ -97,7 +97,7 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
         raise ValueError(f"format {format!r} is not known; there are {', '.join(TARGETS)}")
     path, out = locate(path_or_id), Path(out)
     known = None if path.is_file() else read_config(path, trust_remote_code)
-    if known is None or quantization_of(path, known) is not None:
+    if known is None or told.quantization_of(path) is not None:
         raise ValueError(f"{path_or_id} is quantized already; qzo export writes it in another format, and a float "
                          "checkpoint can be quantized")
     if out.resolve() == path:

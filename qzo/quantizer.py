@@ -24,11 +24,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import save
 from .experts import stack_widths
-from .formats import GATHERED
+from .fill import put_packed
+from .formats import GATHERED, safetensors_file
 from .heap import Heap
-from .hf import Source, put_packed
+from .hf import Source
 from .kernels.tiles import GROUPS
 from .layers import arena_of, layers
+from .names import Names
 from .quantize import quantize_weight
 from .weights import check_bits, check_group_size
 
@@ -101,7 +103,7 @@ class QZOQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._linears = {}                # name -> nn.Linear that is quantized or, in a 4-bit folder, may be
         self._packed = {}                 # name of a weight -> (PackedWeight, where it came from)
-        self._names, self._errors = [], []
+        self._errors, self._names = [], None
         self._files = self._make = self._info = self._kept_in_float32 = self._heap = None
 
     is_trainable = is_qat_trainable = True
@@ -129,6 +131,7 @@ class QZOQuantizer(HfQuantizer):
         self._linears = {name: module for name, module in model.named_modules()
                          if type(module) is nn.Linear and should_convert_module(name, skip)}
         if self.pre_quantized:
+            self._names = Names(model)
             return
         if stack_widths(model):
             raise ValueError(f"{type(model).__name__} keeps its experts in one tensor, which cannot be quantized while "
@@ -192,7 +195,7 @@ class QZOQuantizer(HfQuantizer):
         self._info, layer = info, name.removesuffix(".weight")
         first = GATHERED[self.quantization_config.source["quant_method"]].PARTS[0]
         if source != layer:
-            self._names.append((source, layer))
+            self._names.changed[source] = layer
 
         def make():
             if first not in parts:
@@ -249,7 +252,10 @@ class QZOQuantizer(HfQuantizer):
         kind = self.quantization_config.source["quant_method"] if self.pre_quantized else "float"
         used = {config, *self._files} if self.pre_quantized else {config}
         sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
-        return Source(kind, config.parent.resolve(), sizes, model.dtype, names=tuple(self._names))
+        for name in (name for file in self._files if self.pre_quantized for name in safetensors_file.places(file)):
+            self._names(name)
+        names = tuple(self._names.changed.items()) if self.pre_quantized else ()
+        return Source(kind, config.parent.resolve(), sizes, model.dtype, names=names)
 
     def get_state_dict_and_metadata(self, model):
         return save.tensors(model), {}
@@ -305,7 +311,8 @@ def attach(model, quantization):
     """
     if model._qzo_source.kind == "float":
         quantization = save.own_config(model)
-    model._weight_conversions = []                # `save.tensors` gives the names of the files
+    if model._qzo_source.kind == "float" or not hasattr(model, "_weight_conversions"):
+        model._weight_conversions = []            # the model's names, which `save_pretrained` here writes too
     config = QZOConfig.from_dict(quantization or {})
     if quantization:
         model.config.quantization_config = config

@@ -19,6 +19,7 @@ from .formats import (
     gguf_tokenizer,
     gptq,
     safetensors_file,
+    told,
 )
 from .formats.folder import INDEX, dense_entries, scale_dtypes, tensor_places
 from .formats.gguf_file import GGUFFile
@@ -29,7 +30,7 @@ from .linear import QZOLinear
 from .losses import losses
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-_CONFIGS = (gptq.CONFIG, "quantization_config.json", "quant_config.json")      # of the source's own format
+_CONFIGS = (gptq.CONFIG, "quantization_config.json", told.AWQ_CONFIG)      # of the source's own format
 _EXPORTS = (*TARGETS, "gguf")
 WEIGHTS = "model.safetensors"
 
@@ -96,13 +97,24 @@ def _packed(name, layer):
 
 def _find(model, tensor):
     """PackedWeight of the layer whose weight has this name in the source, None where the model has no QZOLinear."""
-    name = tensor.removesuffix(".weight")
-    name = model_name(dict(model._qzo_source.names).get(name, name))
+    name = _inside(model._qzo_source, tensor.removesuffix(".weight"))
     try:
         layer = model.get_submodule(name)
     except AttributeError:                       # a model without the head that the file has
         return None
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
+
+
+def _inside(source, name):
+    """The name in the model of a layer of the source's files."""
+    return model_name(dict(source.names).get(name, name))
+
+
+def _renamed(model, source, tensor):
+    """The name in a new folder of a tensor of the source's files: the model's, which its config speaks of."""
+    names, (owner, _, leaf) = dict(source.names), tensor.rpartition(".")
+    inside = f"{model_name(names.get(owner, owner))}.{leaf}" if owner else names.get(tensor, tensor)
+    return file_name(inside, model.config.model_type)
 
 
 def _own_form(model):
@@ -139,7 +151,7 @@ def _rounding_losses(model, batch, rounded):
     try:
         for name, scales, zero in rounded:
             owner, _, leaf = name.rpartition(".")
-            layer = found[model_name(owner if leaf == "codebooks" else name)]
+            layer = found[_inside(model._qzo_source, owner if leaf == "codebooks" else name)]
             if leaf != "codebooks":
                 layer.arena.write(layer.arena_name, scales)
             elif layer.trains_codebooks:
@@ -218,7 +230,7 @@ def _config(model, source):
     if source.kind == "gguf":
         config = json.loads(model.config.to_json_string())
     else:
-        config = files.read_object(source.path / "config.json")
+        config = told.untold(files.read_object(source.path / "config.json"))
     if source.kind in FOLDERS:
         return config                              # dense tensors are the file's own, and so is what it says of them
     return config | {"dtype": str(source.dtype).removeprefix("torch.")}
@@ -231,10 +243,12 @@ def _dense(model, source, packed):
         biased = {name for name in packed if model.get_submodule(model_name(name)).bias is not None}
 
         def is_dense(name):
-            owner, _, leaf = name.rpartition(".")
+            owner, _, leaf = _renamed(model, source, name).rpartition(".")
             return owner not in packed or (leaf == "bias" and owner in biased)
 
-        return dense_entries(source.path, is_dense), scale_dtypes(source.path, scales)
+        dense = [(_renamed(model, source, name), *rest) for name, *rest in dense_entries(source.path, is_dense)]
+        stored = scale_dtypes(source.path, scales)
+        return dense, {file_name(_inside(source, name), model.config.model_type): stored[name] for name in stored}
     dense = dict(model.named_parameters())          # tied tensors once
     buffers = dict(model.named_buffers())
     own = tuple(f"{name}." for name in layers(model, trainable=None))

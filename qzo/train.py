@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import data, many_rows
+from . import data, disk, many_rows
 from .head import has_encoder
 from .journal import read
 from .layers import arena_of, codebooks, layers, train_codebooks_, train_only
@@ -132,7 +132,8 @@ def fit(task, settings, out, resume=False, show=None):
         return task.compiled_losses(batch, at_once)
 
     try:
-        with _metrics(out / "metrics.jsonl", start) as metrics, Progress(settings.max_steps, start, show) as progress:
+        with (disk.naming(out), _metrics(out / "metrics.jsonl", start) as metrics,
+              Progress(settings.max_steps, start, show) as progress):
             for step in range(start, settings.max_steps):
                 begun = time.perf_counter()
                 indices = task.indices(step, settings.batch_size, settings.seed)
@@ -283,8 +284,9 @@ def draw_curve(path, lines, results):
     axes.set(xlabel="step", ylabel="loss")
     axes.legend(frameon=False)
     temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    with disk.naming(path):
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, path)
 
 
 def write_text(path, text):
@@ -296,9 +298,9 @@ def write_text(path, text):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _finite(value):

@@ -145,14 +145,14 @@ def test_ready_to_train_and_copied_with_its_source(llama, tmp_path):
 
 
 def test_layers_never_exist_in_float(monkeypatch):
-    fill, empty, buffers = hf._fill, set(), {}
+    fill, empty, buffers = hf.fill, set(), {}
 
     def record(model, *rest):
         empty.update(name for name, parameter in model.named_parameters() if parameter.is_meta)
         buffers.update({name: buffer.clone() for name, buffer in model.named_buffers()})
-        fill(model, *rest)
+        return fill(model, *rest)
 
-    monkeypatch.setattr(hf, "_fill", record)
+    monkeypatch.setattr(hf, "fill", record)
     model = load(CT)
     assert {name + ".weight" for name in quantized(model)} < empty
     assert buffers["model.rotary_emb.inv_freq"][0] == 1          # computed, not merely allocated

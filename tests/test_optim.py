@@ -125,6 +125,17 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
     assert torch.equal(arena_of(again).data, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_float16_is_named_where_losses_stay_infinite(dtype):
+    model = two_layers().to(dtype)
+    optimizer = qzo.QZO(model, lr=0.1, max_skipped=1)
+    with pytest.raises(FloatingPointError, match="1 steps in a row") as caught:
+        optimizer.step(given([[math.inf, 1.0]]))
+    said = "float16 activations end at 65504: load the model in bfloat16 or float32 (--dtype bfloat16 or float32)"
+    assert (said in str(caught.value)) == (dtype == torch.float16)
+    assert "lower lr (0.1) or eps (0.01)" in str(caught.value)
+
+
 def test_with_row_sharing_a_rows_scales_move_by_one_factor():
     model = two_layers()
     before, index = qzo.scales(model), qzo.scale_index(model)

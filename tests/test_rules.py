@@ -17,9 +17,9 @@ LAYERS = [   # a module may import its own layer's elders and everything above i
     {"kernels.noise", "kernels.codes", "kernels.tiles", "kernels.operands"}, {"kernels.table", "kernels.vectors"},
     {"kernels.lookup"}, {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.plan"},
     {"kernels.dequantize", "kernels.folded", "kernels.perturb"}, {"checks"},
-    {"weights", "evaluations", "journal", "ops", "oom", "heap", "arena", "siblings", "experts", "formats", "buckets",
-     "head"}, {"own_loss"}, {"quantize"},
-    {"linear"}, {"layers"}, {"optim", "losses", "hf", "save", "quantizer", "graph"},
+    {"weights", "evaluations", "journal", "disk", "ops", "oom", "heap", "arena", "siblings", "experts", "formats",
+     "buckets", "head"}, {"own_loss"}, {"quantize"},
+    {"linear"}, {"layers"}, {"optim", "losses", "hf", "names", "fill", "save", "quantizer", "graph"},
     {"encode"}, {"data", "prefix", "packing", "signal", "compiled", "many_rows"}, {"task"}, {"train"}, {"demo"},
     {"__main__", "bench", "inspect", "quantize_folder"}]
 

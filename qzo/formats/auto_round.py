@@ -27,9 +27,10 @@ def check_config(quantization, where):
         raise ValueError(f"{where}: activations are quantized too (act_bits {quantization['act_bits']!r:.40}); "
                          "only weights can be")
     form = _FORMS[packing]
-    plain = {name: quantization.get(name) for name in ("bits", "group_size")}
+    plain = {name: quantization.get(name) for name in ("bits", "group_size", "sym")}
     extra = _dynamic(quantization.get("extra_config") or {}, where)
-    plain |= {"version": "gemm"} if form is awq else {"dynamic": extra}
+    symmetric = plain["sym"] is True and all(changes.get("sym", True) for changes in extra.values())
+    plain |= {"version": "gemm", "zero_point": not symmetric} if form is awq else {"dynamic": extra}
     form.check_config(plain, where)
     return form, plain
 

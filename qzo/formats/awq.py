@@ -27,13 +27,16 @@ _COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)         # the column that lies there
 
 
 def check_config(quantization, where):
-    """The group size (None: the whole row) of a quantization_config that can be read, else ValueError."""
+    """(group size, None for the whole row; whether there are zero points) of a quantization_config that can be read.
+
+    ValueError naming what cannot.
+    """
     layout = next(filter(None, map(quantization.get, ("version", "checkpoint_format", "format"))), None)
     if not isinstance(layout, str) or layout.lower() != "gemm":
         raise ValueError(f"{where}: AWQ weights in version {layout!r:.60}; supported is 'gemm'")
     size = quantization.get("group_size")
     check_bits_and_group(quantization.get("bits"), size, where, (4,))
-    return None if size == -1 else size
+    return None if size == -1 else size, quantization.get("zero_point") is not False
 
 
 def weights(folder, quantization, dtype):
@@ -43,11 +46,11 @@ def weights(folder, quantization, dtype):
 
 def packer(quantization, where):
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
-    size = check_config(quantization, where)
-    return lambda layer, parts: _packed(layer, parts, size)
+    size, zero_point = check_config(quantization, where)
+    return lambda layer, parts: _packed(layer, parts, size, zero_point)
 
 
-def _packed(layer, parts, size):
+def _packed(layer, parts, size, zero_point):
     check_there(layer, parts, PARTS)
     words, zero_words, scales = (parts[part] for part in PARTS)
     check_matrix(words, "")
@@ -56,7 +59,12 @@ def _packed(layer, parts, size):
     size = check_groups(scales, n, k, size)
     if list(zero_words.shape) != [k // size, n // 8]:
         raise ValueError(f"qzeros must be int32 {[k // size, n // 8]}, got {list(zero_words.shape)}")
-    return PackedWeight.from_codes(_columns(words).T, scales, _columns(zero_words))
+    weight = PackedWeight.from_codes(_columns(words).T, scales, _columns(zero_words))
+    if weight.zeros is not None and not zero_point:
+        raise ValueError("the config says zero_point false, for which all of qzeros are 8, and these go from "
+                         f"{int(weight.zeros.min())} to {int(weight.zeros.max())}; if they are what is meant, set "
+                         "zero_point to true in the quantization_config")
+    return weight
 
 
 def _columns(words):

@@ -49,7 +49,7 @@ def _packed(layer, parts, dtype):
     """A PackedWeight; where blocks are no groups of a row that the kernels take, the weight in `dtype`."""
     state = _state(parts)
     n, k = state["shape"]
-    size, absmax, table = state["blocksize"], _absmax(parts, state), _table(parts)
+    size, absmax, table = state["blocksize"], _absmax(parts, state), _table(parts, state)
     stored = parts["weight"].reshape(-1).contiguous().view(torch.uint8)
     if stored.numel() * 2 != n * k + n * k % 2 or absmax.numel() != -(-n * k // size):
         raise ValueError(f"{stored.numel()} bytes of codes and {absmax.numel()} of absmax do not fit {n} x {k} weights "
@@ -103,8 +103,17 @@ def _absmax(parts, state):
     return entries[absmax.to(torch.int64)] * nested.repeat_interleave(size)[:absmax.numel()] + offset
 
 
-def _table(parts):
-    return tuple(parts["weight.quant_map"].flatten().to(torch.float32).tolist())
+def _table(parts, state):
+    """Sixteen floats. ValueError where they are not those of the kind that the file names: its own tool reads some
+    by the name and some by the table."""
+    table = parts["weight.quant_map"].flatten().to(torch.float32)
+    names = {part.rpartition("__")[2] for part in _STATES if part in parts} | {state.get("quant_type")} - {None}
+    for name in sorted(map(str, names)):
+        known = torch.tensor(NAMED.get(name, ()))           # bfloat16 rounds an entry by up to 2^-9 of it
+        if known.shape == table.shape and bool(((known - table).abs() > 1e-3 + 4e-3 * known.abs()).any()):
+            raise ValueError(f"its quant_map is not the table of {name}, which its quant_state names: one of them is "
+                             "of another checkpoint, fetch it again")
+    return tuple(table.tolist())
 
 
 # ---------------------------------------------------------------------------------------------- writing

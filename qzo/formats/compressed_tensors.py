@@ -9,8 +9,10 @@ Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight
 
 A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those
 of the config group whose target names it exactly, else by a pattern ("re:..."), else by its class ("Linear").
+A layer that the config calls symmetric may have zero points if they say the same; a g_idx is read whatever it says.
 """
 import re
+import warnings
 
 import torch
 
@@ -31,7 +33,7 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 
 
 def check_config(quantization, where):
-    """target -> {bits, group_size, symmetric} of a quantization_config. ValueError for what cannot be read."""
+    """target -> {bits, group_size, symmetric, ordered} of a quantization_config. ValueError for what cannot be read."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise ValueError(f"{where}: the quantization_config has no config_groups; the checkpoint is "
@@ -52,7 +54,7 @@ def check_config(quantization, where):
 
 
 def _check_group(group, layout, where):
-    """{bits, group_size (None: the whole row), symmetric} of a config group."""
+    """{bits, group_size (None: the whole row), symmetric, ordered: by a weight_g_idx} of a config group."""
     weights = group.get("weights")
     if not isinstance(weights, dict):
         raise ValueError(f"{where}: it has no weights section; only quantized weights can be read")
@@ -80,7 +82,8 @@ def _check_group(group, layout, where):
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{where}: target {target!r:.80} is no regular expression: {error}") from None
     return {"bits": bits, "group_size": None if strategy == "channel" else size,
-            "symmetric": weights.get("symmetric", True)}
+            "symmetric": weights.get("symmetric", True),
+            "ordered": strategy == "group" and weights.get("actorder") in (True, "group")}
 
 
 def _arguments(layer, by_target):
@@ -101,8 +104,18 @@ def weights(folder, quantization, dtype):
 
 def packer(quantization, where):
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
-    by_target = check_config(quantization, where)
-    return lambda layer, parts: _packed(parts, _arguments(layer, by_target))
+    by_target, told = check_config(quantization, where), []
+
+    def make(layer, parts):
+        arguments = _arguments(layer, by_target)
+        packed = _packed(parts, arguments)
+        if packed.perm is not None and not arguments["ordered"] and not told:
+            told.append(layer)
+            warnings.warn(f"the config names no actorder 'group', and {layer}.weight_g_idx has columns in another "
+                          "order: that order is read, which servers that go by the config leave out", stacklevel=2)
+        return packed
+
+    return make
 
 
 def changed_scales(folder, find):
@@ -125,6 +138,8 @@ def _packed(parts, arguments):
     missing = [part for part in ("weight_scale", "weight_shape") if part not in parts]
     if not arguments["symmetric"] and "weight_zero_point" not in parts:
         missing.append("weight_zero_point")
+    if arguments["ordered"] and "weight_g_idx" not in parts:
+        missing.append("weight_g_idx")
     if missing:
         raise ValueError(f"no {' and no '.join(missing)} beside it: the checkpoint is incomplete")
     shape = parts["weight_shape"]
@@ -143,6 +158,10 @@ def _packed(parts, arguments):
     if "weight_zero_point" in parts:
         _check(parts["weight_zero_point"], "weight_zero_point ", [word_count(n, bits), k // group])
         zeros = unpack(parts["weight_zero_point"].T, n, bits)
+        if arguments["symmetric"] and bool((zeros != middle(bits)).any()):
+            raise ValueError("the config says symmetric, and weight_zero_point beside it has others than "
+                             f"{middle(bits)}; if they are what is meant, set symmetric to false in the "
+                             "quantization_config")
     codes = unpack(words, k, bits)
     perm, g_idx = None, parts.get("weight_g_idx")
     if g_idx is not None and not bool((g_idx == -1).all()):            # -1 everywhere: no order at all

@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ..disk import naming
+
 
 @contextlib.contextmanager
 def staged(folder):
@@ -13,30 +15,31 @@ def staged(folder):
 
     They are synced to disk first and then renamed one by one, config.json last, so every name in `folder`
     holds a whole file at any time, old or new. Files of other names are left alone. On an error `folder` is
-    as before.
+    as before; an OSError that names no path, or a full disk, names it.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to write the checkpoint into")
     made = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".qzo-", dir=folder))
-    try:
-        yield staging
-        files = [path for path in staging.rglob("*") if path.is_file()]
-        files.sort(key=lambda path: (path.name == "config.json", path))
-        for file in files:
-            _sync(file)
-        for file in files:
-            target = folder / file.relative_to(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-            _sync(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for path in made:
-            with contextlib.suppress(OSError):       # it holds the result, or was never made
-                path.rmdir()
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".qzo-", dir=folder))
+        try:
+            yield staging
+            files = [path for path in staging.rglob("*") if path.is_file()]
+            files.sort(key=lambda path: (path.name == "config.json", path))
+            for file in files:
+                _sync(file)
+            for file in files:
+                target = folder / file.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+                _sync(target.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            for path in made:
+                with contextlib.suppress(OSError):       # it holds the result, or was never made
+                    path.rmdir()
 
 
 def _sync(path):

@@ -8,11 +8,13 @@
 Version 1 takes the one off in one of two ways, which differ where a zero point is 0: GPTQModel from the whole
 word, so that it borrows from the neighbour; the others from each field by itself. Saving never writes qzeros.
 
-A layer is quantized where these tensors exist. Its bits and group size are the config's, unless the first
-pattern of `dynamic` that fits its name has others; the tensors' shapes have to agree.
+A layer is quantized where these tensors exist. Its bits, group size, sym and desc_act are the config's, unless the
+first pattern of `dynamic` that fits its name has others; the tensors' shapes have to agree. Where `sym` and the words
+of qzeros contradict the version, the words are believed (stored_zeros.py); where g_idx contradicts desc_act, g_idx.
 """
 import collections
 import re
+import warnings
 
 import torch
 
@@ -23,6 +25,7 @@ from .folder import weight_files as weight_files
 from .limits import check_integers, check_whole_words, group_sizes
 from .order import g_idx_of, perm_of
 from .rounding import new_scales
+from .stored_zeros import NAMES, StoredZeros
 from .words import pack, unpack, word_count
 
 METHOD = "gptq"
@@ -30,19 +33,19 @@ SCALES = "scales"
 CONFIG = "quantize_config.json"               # where GPTQModel repeats the quantization_config
 BITS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+_VERSIONS = {name: version for version, name in NAMES.items()}
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}      # a one in every field of a word
 _SKIPPED, _CHANGED = "-:", "+:"
 
 
 def check_config(quantization, where):
-    """{bits, group_size, dynamic, ordered, version, whole_words} of a quantization_config that can be read.
+    """{bits, group_size, sym, desc_act, dynamic, version, whole_words, unsure: of the version} of a quantization_config
+    that can be read.
 
     ValueError naming what cannot.
     """
-    stored = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-    if quantization.get("is_marlin_format"):
-        stored = "marlin"
+    said = [quantization[name] for name in ("checkpoint_format", "format") if quantization.get(name)]
+    stored = "marlin" if quantization.get("is_marlin_format") else (said or ["gptq"])[0]
     if not isinstance(stored, str) or stored not in _VERSIONS:
         raise ValueError(f"{where}: GPTQ weights in checkpoint_format {stored!r:.60}; supported are "
                          f"{' and '.join(_VERSIONS)}")
@@ -63,9 +66,15 @@ def check_config(quantization, where):
             raise ValueError(f"{where}: dynamic {pattern!r:.80} is no regular expression: {error}") from None
     meta = quantization.get("meta")
     quantizer = str(meta.get("quantizer")) if isinstance(meta, dict) else ""
-    return {"bits": quantization["bits"], "group_size": quantization.get("group_size"), "dynamic": dynamic,
-            "ordered": bool(quantization.get("desc_act")), "version": _VERSIONS[stored],
-            "whole_words": "gptqmodel" in quantizer}
+    return {"bits": quantization["bits"], "group_size": quantization.get("group_size"),
+            "sym": _flag(quantization.get("sym")), "desc_act": bool(quantization.get("desc_act")), "dynamic": dynamic,
+            "version": _VERSIONS[stored], "whole_words": "gptqmodel" in quantizer,
+            "unsure": any(isinstance(name, str) and name in _VERSIONS and name != stored for name in said)}
+
+
+def _flag(value):
+    """A boolean, else None: nothing is said."""
+    return value if isinstance(value, bool) else None
 
 
 def check_bits_and_group(bits, size, where, supported):
@@ -88,7 +97,18 @@ def weights(folder, quantization, dtype):
 def packer(quantization, where):
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     settings = check_config(quantization, where)
-    return lambda layer, parts: _packed(layer, parts, settings)
+    stored, told = StoredZeros(settings["version"], settings["unsure"]), []
+
+    def make(layer, parts):
+        arguments = _arguments(layer, settings)
+        packed = _packed(layer, parts, arguments, stored)
+        if packed.perm is not None and not arguments["desc_act"] and not told:
+            told.append(layer)
+            warnings.warn(f"the config says desc_act false, and {layer}.g_idx has columns in another order: the order "
+                          "of g_idx is read, which servers that go by the config leave out", stacklevel=2)
+        return packed
+
+    return make
 
 
 def changed_scales(folder, find):
@@ -109,17 +129,18 @@ def rounded(folder, find):
 
 
 def _arguments(layer, settings):
-    """(bits, group size or None) of a layer by its name."""
+    """The settings of a layer by its name; group_size None: the whole row."""
     changes = next((changes for pattern, changes in settings["dynamic"].items()
                     if re.match(_plain(pattern), layer)), {})
-    bits, size = (changes.get(name, settings[name]) for name in ("bits", "group_size"))
-    check_bits_and_group(bits, size, "dynamic", BITS)
-    return bits, None if size == -1 else size
+    found = settings | {name: changes[name] for name in ("bits", "group_size") if name in changes}
+    found |= {name: _flag(changes[name]) for name in ("sym", "desc_act") if _flag(changes.get(name)) is not None}
+    check_bits_and_group(found["bits"], found["group_size"], "dynamic", BITS)
+    return found | {"group_size": None if found["group_size"] == -1 else found["group_size"]}
 
 
-def _packed(layer, parts, settings):
-    bits, size = _arguments(layer, settings)
-    wanted = PARTS if settings["ordered"] else PARTS[:3]
+def _packed(layer, parts, arguments, stored):
+    bits = arguments["bits"]
+    wanted = PARTS if arguments["desc_act"] else PARTS[:3]
     check_there(layer, parts, wanted)
     words, zero_words, scales, g_idx = (parts.get(part) for part in PARTS)
     check_matrix(words, "")
@@ -132,11 +153,13 @@ def _packed(layer, parts, settings):
                          "which the config says, but "
                          f"{' or '.join(map(str, fitting)) or 'none that fit together'}")
     k = words.shape[0] * 32 // bits
-    size = check_groups(scales, n, k, size)
+    size = check_groups(scales, n, k, arguments["group_size"])
     if zero_words.shape[0] != k // size:
         raise ValueError(f"qzeros are {list(zero_words.shape)}, scales {list(scales.shape)}: the groups "
                          "differ")
-    codes, zeros = unpack(words.T, k, bits), _zeros(zero_words, n, bits, settings)
+    fields = unpack(zero_words, n, bits)
+    version = stored.version(layer, fields, bits, arguments["sym"])
+    codes, zeros = unpack(words.T, k, bits), _zeros(zero_words, fields, bits, version, arguments["whole_words"])
     if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, zeros + 4, 4
     perm = None if g_idx is None else perm_of(g_idx, k, size)
@@ -168,13 +191,13 @@ def check_groups(scales, n, k, size):
     return size
 
 
-def _zeros(words, n, bits, settings):
-    """uint8 [G, N]."""
-    if settings["version"] == 2:
-        return unpack(words, n, bits)
-    if settings["whole_words"] and bits in _ONES:
-        return unpack(words + _ONES[bits], n, bits)       # int32 wraps, as it did when they were taken off
-    return unpack(words, n, bits) + 1 & (1 << bits) - 1
+def _zeros(words, fields, bits, version, whole_words):
+    """uint8 [G, N]. fields: of the words, as they are stored."""
+    if version == 2:
+        return fields
+    if whole_words and bits in _ONES:
+        return unpack(words + _ONES[bits], fields.shape[1], bits)     # int32 wraps, as it did when they were taken off
+    return fields + 1 & (1 << bits) - 1
 
 
 # ---------------------------------------------------------------------------------------------- writing
