@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from . import disk
 from .fill import fill
 from .formats import gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file, told
 from .formats.folder import tensor_places
@@ -152,15 +153,18 @@ def locate(path_or_id):
 
 
 def _download(name):
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     absent = f"no such file or folder: {name}; give a checkpoint folder, a .gguf file, or a Hub id"
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith((".gguf", "/")):
         raise FileNotFoundError(absent)
     try:
-        folder = snapshot_download(name, allow_patterns=_DOWNLOADED)
+        with disk.naming(constants.HF_HUB_CACHE):
+            folder = snapshot_download(name, allow_patterns=_DOWNLOADED)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
+        if disk.full(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{absent} ({name} could not be fetched: {reason})") from None
     return Path(folder)

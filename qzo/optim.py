@@ -88,7 +88,7 @@ class QZO(torch.optim.Optimizer):
         self.paired, self.max_skipped = paired, max_skipped
         self.cuda_graph, self.graphs = cuda_graph, None
         self.last = None
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row, self._told = 0, False
         super().__init__([self.arena.data], dict(
             lr=lr, eps=eps, clip=clip, noise=noise, relative=relative, sharing=sharing, directions=directions,
             seed=seed, floor=floor, step=0))
@@ -175,10 +175,21 @@ class QZO(torch.optim.Optimizer):
         self.last = StepResult(losses, derivatives, applied, skipped)
         self._count_skipped(skipped)
         if self._skipped_in_a_row >= self.max_skipped:
-            raise FloatingPointError(
-                f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: {losses}); "
-                f"{_overflow(self.module)}lower lr ({group['lr']:g}) or eps ({group['eps']:g}), or check the data")
+            raise FloatingPointError(f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: "
+                                     f"{losses}); {self._advice()}")
+        if skipped and not self._told:
+            self._told = True
+            warnings.warn(f"step {group['step'] - 1} had a NaN or infinite loss and changes nothing; if that goes on: "
+                          f"{self._advice()}", stacklevel=3)
         return sum(losses) / len(losses)
+
+    def _advice(self):
+        """What to do about losses that are not finite; many models of bfloat16 leave float16's range."""
+        group, first = self.param_groups[0], ""
+        if any(p.dtype == torch.float16 for p in self.module.parameters()):
+            first = (f"float16 activations end at {torch.finfo(torch.float16).max:g}: load the model in bfloat16 or "
+                     "float32 (--dtype bfloat16 or float32); else ")
+        return f"{first}lower lr ({group['lr']:g}) or eps ({group['eps']:g}), or check the data"
 
     @contextlib.contextmanager
     def perturbed(self, evaluations):
@@ -296,14 +307,6 @@ def _version():
 def _check(good, name, got, wanted):
     if not good:
         raise ValueError(f"{name}={got!r}: {wanted} is wanted")
-
-
-def _overflow(module):
-    """What to try first where activations are float16: many models of bfloat16 leave its range."""
-    if any(p.dtype == torch.float16 for p in module.parameters()):
-        return (f"float16 activations end at {torch.finfo(torch.float16).max:g}: load the model in bfloat16 or float32 "
-                "(--dtype bfloat16 or float32); else ")
-    return ""
 
 
 def _warn_if_rounded_away(module, arena, eps, relative):

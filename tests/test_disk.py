@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from safetensors import SafetensorError
 
@@ -150,3 +151,14 @@ def test_a_configuration_file_names_the_folder(base, tmp_path, capsys, full_weig
                                   "max_steps": 1, "batch_size": 2, "group_size": 32, "device": "cpu"}))
     assert main(["train", "--config", str(config)]) == 1
     assert f"1 step is saved: free space, then the same command with --output-dir {tmp_path / 'o'}" in last_line(capsys)
+
+
+def test_a_download_that_does_not_fit(tmp_path, capsys, monkeypatch):
+    """It is no missing name, and not the output's disk."""
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    assert main(["quantize", "some/model", "--output-dir", str(tmp_path / "q")]) == 1
+    line = last_line(capsys)
+    assert line.startswith(f"qzo quantize: no space left on the disk ({huggingface_hub.constants.HF_HUB_CACHE}); ")

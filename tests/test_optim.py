@@ -2,6 +2,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -133,6 +134,14 @@ def test_float16_is_named_where_losses_stay_infinite(dtype):
         optimizer.step(given([[math.inf, 1.0]]))
     said = "float16 activations end at 65504: load the model in bfloat16 or float32 (--dtype bfloat16 or float32)"
     assert (said in str(caught.value)) == (dtype == torch.float16)
+    optimizer = qzo.QZO(model, lr=0.1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.step(given([[math.inf, 1.0]]))
+        optimizer.step(given([[math.inf, 1.0]]))
+    [text] = [str(warning.message) for warning in told if "step" in str(warning.message)]
+    assert text.startswith("step 0 had a NaN or infinite loss and changes nothing; if that goes on: ")
+    assert (said in text) == (dtype == torch.float16)
     assert "lower lr (0.1) or eps (0.01)" in str(caught.value)
 
 
