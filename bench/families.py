@@ -171,6 +171,8 @@ def small_model(family, name):
         try:
             config = small_config(family, changes, getattr(cls, "config_class", None))
             config.is_decoder = "CausalLM" in name or "LMHead" in name
+            if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+                config.decoder_start_token_id = 0         # as published configs of T5 have it
             with torch.device("meta"):
                 count = sum(p.numel() for p in cls._from_config(config).parameters())
             if count > MOST_PARAMETERS:
