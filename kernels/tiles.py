@@ -32,6 +32,7 @@ class Tile:
     deep: one dot per group (wgmma) instead of dots of 32 k (mma.sync, tcgen05, mfma).
     registers: most that a thread may hold; without it (0) ptxas may spill a few to fit another block on the chip.
     splits: programs that share the K dimension; their float32 partial sums are added in order by a second kernel.
+    in_order: the chip keeps output i of an accumulator with thread i (tensor memory), not in fragments; see scales.py.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Tile:
     deep: bool = False
     registers: int = 0
     splits: int = 1
+    in_order: bool = False
 
     def check(self):
         """ValueError naming the first number that no kernel can have."""
@@ -106,9 +108,9 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
         return _hopper(rows, n, group, zeros, bits, lookup)
     if arch == "sm_100":
         if rows <= 16 or lookup == "long vectors":      # every plane of theirs is kept in tensor memory
-            return Tile(16, 128, 4, 4, registers=registers)
+            return Tile(16, 128, 4, 4, registers=registers, in_order=True)
         # never 128 rows: Triton 3.6 compiles dots of 32 k on that tile to a bare trap, without an error
-        return Tile(64, 64 if float_zeros else 128, 8, 4, registers=registers)
+        return Tile(64, 64 if float_zeros else 128, 8, 4, registers=registers, in_order=True)
     if arch == "gfx942":
         if rows <= 16:
             return Tile(16, 64, 4, 2)
@@ -170,7 +172,7 @@ def _exact(arch, rows, group):
     elif arch == "gfx942":
         return Tile(16 if rows <= 16 else 64, 64, 4, 1)         # its table is loads, which stages would keep in LDS
     elif arch == "sm_100":
-        tile = Tile(16, 64, 4, 4) if rows <= 16 else Tile(32, 128, 8, 4)
+        tile = Tile(16, 64, 4, 4, in_order=True) if rows <= 16 else Tile(32, 128, 8, 4, in_order=True)
     else:
         tile = Tile(16 if rows <= 16 or group < 128 else 32, 64, 4, 4)
     return dataclasses.replace(tile, registers=255)
