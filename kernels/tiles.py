@@ -32,7 +32,7 @@ class Tile:
     deep: one dot per group (wgmma) instead of dots of 32 k (mma.sync, tcgen05, mfma).
     registers: most that a thread may hold; without it (0) ptxas may spill a few to fit another block on the chip.
     splits: programs that share the K dimension; their float32 partial sums are added in order by a second kernel.
-    in_order: thread i looks after the scales of output i (scales.py): sm_100 keeps the accumulator so, in tensor memory,
+    in_order: thread i looks after the scales of output i (scales.py): sm_100 keeps accumulators so, in tensor memory,
         and gfx942 has no warps of 32.
     """
 
