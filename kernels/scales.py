@@ -1,9 +1,11 @@
 """A tile's scales under its evaluations: read ahead, perturbed, brought to the columns that they multiply.
 
 A quad of groups has one Philox call for its noise (noise.py) and lasts up to four tiles. What a program holds in
-between is the noise, in one register an output for the law of two values; scales are read a tile at a time, one tile
-before the products they belong to, and perturbed behind those. So no products wait for a scale, and nothing is held
-of a quad's eight perturbed scales, which an output of a pair has.
+between is the noise, one register an output under the law of two values; scales are read a tile at a time, one tile
+before the products they belong to. So nothing waits for a scale, and none of the eight perturbed ones that an output of
+a pair has in a quad is held: on sm_90 1 to 8 rows take 168 registers a thread for 219, three programs a multiprocessor.
+The noise is made between the copies of later tiles and the wait for this one's. Behind the products it would cost the
+same: Triton waits for a wgmma right after it, whatever is written in between.
 
 Lanes: one thread looks after one output where there are as many, two neighbours after one where there are twice as
 many; they make its noise, once, and through `columns` it reaches the threads that hold the accumulator. Triton keeps
