@@ -51,7 +51,7 @@ REGIMES = {  # rows per evaluation -> a step of the tile that runs them, a pair 
 # registers of a thread with which three programs are on a multiprocessor at once, as tiles._splits counts on
 RESIDENT = {("sm_90", 8): 168, ("sm_90", 16): 168}
 AHEAD = 120  # instructions of a warp that take longer than what it reads takes to arrive from the L2 cache
-OTHER_CODES = {  # the same with other codes
+OTHER_CODES = {  # the same with other codes; of sm_100 two accumulators a multiply-add, and moves that bring them together
     ("sm_80", "int2"): {16: 269, 64: 335, 512: 328},
     ("sm_80", "int8"): {16: 301, 64: 364, 512: 605},
     ("sm_86", "int2"): {16: 270, 64: 334, 512: 313},
@@ -60,8 +60,8 @@ OTHER_CODES = {  # the same with other codes
     ("sm_89", "int8"): {16: 300, 64: 363, 512: 584},
     ("sm_90", "int2"): {16: 269, 64: 296, 128: 295, 512: 371},
     ("sm_90", "int8"): {16: 296, 64: 328, 128: 323, 512: 399},
-    ("sm_100", "int2"): {16: 477, 64: 386, 512: 391},
-    ("sm_100", "int8"): {16: 558, 64: 393, 512: 393},
+    ("sm_100", "int2"): {16: 477, 64: 397, 512: 421},
+    ("sm_100", "int8"): {16: 558, 64: 407, 512: 431},
     ("sm_120", "int2"): {16: 255, 64: 326, 512: 308},
     ("sm_120", "int8"): {16: 288, 64: 353, 512: 569},
     ("sm_80", "nf4"): {8: 430, 16: 474, 64: 556, 512: 567},
