@@ -51,7 +51,7 @@ REGIMES = {  # rows per evaluation -> a step of the tile that runs them, a pair 
 # registers of a thread with which three programs are on a multiprocessor at once, as tiles._splits counts on
 RESIDENT = {("sm_90", 8): 168, ("sm_90", 16): 168}
 AHEAD = 120  # instructions of a warp that take longer than what it reads takes to arrive from the L2 cache
-OTHER_CODES = {  # the same with other codes; of sm_100 two accumulators a multiply-add, and moves that bring them together
+OTHER_CODES = {  # the same with other codes; on sm_100 multiply-adds are packed in two, and cost moves
     ("sm_80", "int2"): {16: 269, 64: 335, 512: 328},
     ("sm_80", "int8"): {16: 301, 64: 364, 512: 605},
     ("sm_86", "int2"): {16: 270, 64: 334, 512: 313},
