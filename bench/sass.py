@@ -28,6 +28,7 @@ import triton
 from ..kernels import noise, tiles
 from . import launches
 from .budgets import BUDGETS, MEASURED_SPILLS, PARKED, over_budget
+from .waits import read_ahead
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);")
 TENSOR_CORE = {
@@ -181,6 +182,7 @@ def measure(launch):
         "waits": sum(i.name.startswith("WARPGROUP.DEPBAR") for i in body),
         "idle": sum(i.name.startswith("WARPGROUP.DEPBAR") and "0x0" in i.operands for i in body),  # wait for all
         "early": early(compiled.asm["ptx"]),
+        "read_ahead": read_ahead(body),
         "mix": dict(mix),
     }
 

@@ -17,8 +17,8 @@ from .codes import TILE_K, middle, unpack_planes, word_pointers
 from .lookup import load_planes, lookups
 from .noise import NONE, ROUNDS, quad_noise, raw_noise
 from .plan import ZEROS, is_wide
-from .qmm import _load_pair, perturb
 from .qmm_torch import perturb_torch
+from .scales import load_pair, perturb
 from .table import table_entries
 from .vectors import order, vector_rows
 
@@ -44,8 +44,8 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, entries_ptr, w_ptr, see
     n = tl.minimum(start + row, N - 1)
     quad = tl.program_id(1)
     here = n.to(tl.int64) if WHOLE_ROW else quad.to(tl.int64) * N + n
-    p0, p1 = _load_pair(scales_ptr + 4 * here)
-    p2, p3 = _load_pair(scales_ptr + 4 * here + 2)
+    p0, p1 = load_pair(scales_ptr + 4 * here)
+    p2, p3 = load_pair(scales_ptr + 4 * here + 2)
     if WHOLE_ROW:
         p1 = p0
         p2 = p0

@@ -37,9 +37,9 @@ from . import tiles
 from .codes import TILE_K, centred_codes, join_planes4, middle
 from .lookup import load_planes, lookups
 from .noise import NONE, ROUNDS, quad_noise, raw_noise
-from .plan import ZEROS, is_wide
-from .qmm import _factor, _load_pair, perturb
+from .plan import ZEROS, is_wide, lanes
 from .qmm_torch import chunk_rows, perturb_torch
+from .scales import factor, load_pair, perturb
 from .table import table_entries
 
 LIFT = 256.0
@@ -50,8 +50,8 @@ SIGNIFICANT = {torch.float16: 11, torch.bfloat16: 8}
 def _quad(scales_ptr, quad, N, n):
     """The four scales of each output n in a quad of groups."""
     at = scales_ptr + quad.to(tl.int64) * 4 * N + 4 * n
-    s0, s1 = _load_pair(at)
-    s2, s3 = _load_pair(at + 2)
+    s0, s1 = load_pair(at)
+    s2, s3 = load_pair(at + 2)
     return s0, s1, s2, s3
 
 
@@ -218,11 +218,11 @@ def _folded_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_pt
         xp += 128
         cp += N * (8 * BITS)
 
-    factor = tl.full((BN,), 1 / LIFT_, tl.float32)
+    last = tl.full((BN,), 1 / LIFT_, tl.float32)
     if SHARED and LAW != 0:
         k0, _, _, _ = quad_noise(seed, base4 + n, LAW, WIDE, ROUNDS_)
-        factor = factor * _factor(k0, coef)
-    acc = acc * factor[:, None]
+        last = last * factor(k0, coef)
+    acc = acc * last[:, None]
     if BIAS:
         acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     live = (first + tl.arange(0, BM) < R)[None, :] & (out_n < N)[:, None]
@@ -261,7 +261,7 @@ def launch(x, weight, perturbation, y, *, tile, asm):
         x, weight.codes, weight.scales, weight.scales if weight.zeros is None else weight.zeros, entries,
         weight.scales if weight.bias is None else weight.bias, y, perturbation.seeds, perturbation.coefs,
         weight.base4, rows, n, k, weight.groups, x.stride(0), triton.cdiv(k, TILE_K),
-        BM=tile.rows, BN=tile.outputs, LANES=tile.outputs * (2 if 32 * tile.warps > tile.outputs else 1),
+        BM=tile.rows, BN=tile.outputs, LANES=lanes(tile),
         BITS=weight.bits, GROUP=weight.group, LAW=law, RELATIVE=bool(perturbation.relative),
         SHARED=bool(perturbation.shared), WIDE=is_wide(weight), ZERO=ZEROS[weight.zero_type], DEEP=tile.deep,
         ASM=bool(asm), BIAS=weight.bias is not None, MASK_K=k % TILE_K != 0, TABLE=lookup["TABLE"],

@@ -217,19 +217,60 @@ def _raw_gaussian_pair(u, v):
 
 
 @triton.jit
+def _quad_words(seed, quad, WIDE: tl.constexpr, ROUNDS_: tl.constexpr):
+    """The four words of each quad (int64 numbers). WIDE: quad numbers reach 2^32, so the second counter word is not
+    zero."""
+    low = quad.to(tl.uint32)
+    zero = low * 0
+    high = (quad >> 32).to(tl.uint32) if WIDE else zero
+    return tl.philox(seed, low, high, zero, zero, ROUNDS_)
+
+
+@triton.jit
 def quad_noise(seed, quad, LAW: tl.constexpr, WIDE: tl.constexpr, ROUNDS_: tl.constexpr):
     """The four raw values of each quad (int64 numbers) from one Philox call, as four tensors shaped like `quad`.
 
     Four 1-D results rather than one [.., 4] tile: a tile that small is replicated over the warps.
-    WIDE: quad numbers reach 2^32, so the second counter word is not zero.
     """
-    low = quad.to(tl.uint32)
-    zero = low * 0
-    high = (quad >> 32).to(tl.uint32) if WIDE else zero
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero, ROUNDS_)
+    w0, w1, w2, w3 = _quad_words(seed, quad, WIDE, ROUNDS_)
     if LAW == 3:
         z0, z1 = _raw_gaussian_pair(w0, w1)
         z2, z3 = _raw_gaussian_pair(w2, w3)
         return z0, z1, z2, z3
     else:
         return _raw_integer(w0, LAW), _raw_integer(w1, LAW), _raw_integer(w2, LAW), _raw_integer(w3, LAW)
+
+
+@triton.jit
+def held_noise(seed, quad, LAW: tl.constexpr, WIDE: tl.constexpr, ROUNDS_: tl.constexpr):
+    """The raw values of each quad as a loop holds them, for `nth_noise`.
+
+    rademacher: four bits at the top of one word, which stands in all four places and so takes one register.
+    """
+    if LAW == 1:
+        w0, w1, w2, w3 = _quad_words(seed, quad, WIDE, ROUNDS_)
+        bits = (w0 & 0x80000000) | (w1 >> 1 & 0x40000000) | (w2 >> 2 & 0x20000000) | (w3 >> 3 & 0x10000000)
+        return bits, bits, bits, bits
+    else:
+        return quad_noise(seed, quad, LAW, WIDE, ROUNDS_)
+
+
+@triton.jit
+def nth_noise(h0, h1, h2, h3, i: tl.constexpr, LAW: tl.constexpr):
+    """Raw value i of those held."""
+    if LAW == 1:
+        return _raw_integer(h0 << i, LAW)
+    else:
+        return (h0, h1, h2, h3)[i]
+
+
+@triton.jit
+def drop_noise(h0, h1, h2, h3, count: tl.constexpr, LAW: tl.constexpr):
+    """What is held without its first `count` values: 1, 2 or 4."""
+    if LAW == 1:
+        bits = h0 << count
+        return bits, bits, bits, bits
+    elif count == 1:
+        return h1, h2, h3, h3
+    else:
+        return h2, h3, h3, h3

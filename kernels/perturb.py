@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .noise import BLOCK_QUADS, RAW_BYTES, ROUNDS, quad_noise, raw_noise
 from .plan import WIDE_FROM
-from .qmm import perturb
 from .qmm_torch import perturb_torch
+from .scales import perturb
 
 BLOCK = 256          # quads of a program
 

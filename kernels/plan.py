@@ -34,11 +34,18 @@ def constants(tile, weight, *, rows, law, relative, shared, pair, asm, pdl=False
         most //= 4 if lookup["BOOKS"] else 2
     pair = pair and law != NONE and rows <= most and not ratio
     return dict(BM=2 * tile.rows if pair and 2 * rows > tile.rows else tile.rows, BN=tile.outputs,
-                BITS=weight.bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
+                LANES=tile.outputs if tile.in_order else lanes(tile),
+                FOLD=lanes(tile) == tile.outputs == 128 and not tile.in_order, BITS=weight.bits,
+                GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=law,
                 RELATIVE=bool(relative), SHARED=bool(shared), PAIR=bool(pair), WIDE=is_wide(weight),
                 ZERO=ZEROS[weight.zero_type], RATIO=ratio, DEEP=tile.deep, ASM=bool(asm),
                 SPLITS=split_count(tile, k, group)[0], PDL=bool(pdl), BIAS=weight.bias is not None,
                 MASK_K=k % TILE_K != 0, ROUNDS_=ROUNDS, MEMBERS=members, **lookup)
+
+
+def lanes(tile):
+    """Threads of a program that look after its outputs' scales (scales.py): two for an output where there are more."""
+    return tile.outputs * (2 if 32 * tile.warps > tile.outputs else 1)
 
 
 def is_wide(weight):

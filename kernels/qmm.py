@@ -26,7 +26,8 @@ import triton.language as tl
 
 from .codes import join_planes2, join_planes4, word_pointers
 from .lookup import load_planes
-from .noise import quad_noise
+from .noise import drop_noise, held_noise, quad_noise
+from .scales import columns, factor, lane_factors, load_scales, outputs_of_lanes, perturb
 from .vectors import order
 
 try:
@@ -36,29 +37,7 @@ except ImportError:          # an older Triton: launches follow one another with
 
 
 @triton.jit
-def _factor(k, coef):
-    """1 + coef * k. The product is exact, so the fused operation rounds where the written one does."""
-    return tl.fma(k, coef, 1.0)
-
-
-@triton.jit
-def perturb(s, k, coef, RELATIVE: tl.constexpr):
-    """p of the module's docstring."""
-    if RELATIVE:
-        return s * _factor(k, coef)
-    else:
-        return tl.fma(k, coef, s)
-
-
-@triton.jit
-def _load_pair(sp):
-    """The float32 at sp and the one after it, by one 8-byte load; sp is 8-byte aligned."""
-    both = tl.load(sp.to(tl.pointer_type(tl.uint64), bitcast=True))
-    return both.to(tl.uint32).to(tl.float32, bitcast=True), (both >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _rescale(acc, prev, s, ASM: tl.constexpr):
+def _rescale(acc, prev, s, BN: tl.constexpr, BM: tl.constexpr, ASM: tl.constexpr):
     """Ratio form: bring the accumulator from units of `prev` to units of s. |s| < 1e-20 counts as 1e-20 here.
 
     ASM: one reciprocal instruction, within one unit in the last place, in place of a division that guards against
@@ -70,7 +49,7 @@ def _rescale(acc, prev, s, ASM: tl.constexpr):
                                             pack=1)
     else:
         inverse = 1.0 / s
-    return acc * (prev * inverse)[:, None], s
+    return acc * columns(prev * inverse, BN, BM), s
 
 
 @triton.jit
@@ -154,8 +133,9 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
                 base4: tl.int64, R: tl.int32, M: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
                 tiles: tl.int32, tiles_per_split: tl.int32,
                 base4_1: tl.int64, N1: tl.int32, base4_2: tl.int64, N2: tl.int32,
-                BM: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
-                LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
+                BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr, BITS: tl.constexpr,
+                GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr, LAW: tl.constexpr, RELATIVE: tl.constexpr,
+                SHARED: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
                 ZERO: tl.constexpr, RATIO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, SPLITS: tl.constexpr,
                 PDL: tl.constexpr, BIAS: tl.constexpr, MASK_K: tl.constexpr, BOOKS: tl.constexpr, PASSES: tl.constexpr,
                 HEAD: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr, ROUNDS_: tl.constexpr,
@@ -171,10 +151,11 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     Operands are swapped, y^T = W x^T, so that the codes are the tensor core's register operand and never pass
     through shared memory once unpacked. Each step of the loop is one tile of 128 k.
 
-    GROUP: 32, 64 or 128. WHOLE_ROW: one scale per output, applied after the loop. SHARED: one z per output, applied
-    last. PAIR: evaluations 2e and 2e + 1 have one seed; their rows alternate in the tile, so that which coefficient a
-    column has is known from the accumulator's register and costs no instruction. SPLITS: programs that share a tile;
-    more than one leave their parts in partials_ptr, float32 [splits, M, N] of one member after another (_finish_split).
+    LANES, FOLD: threads that look after scales, and their order, see scales.py. GROUP: 32, 64 or 128. WHOLE_ROW: one
+    scale per output, applied after the loop. SHARED: one z per output, applied last. PAIR: evaluations 2e and 2e + 1
+    have one seed; their rows alternate in the tile, so that which coefficient a column has is known from the
+    accumulator's register and costs no instruction. SPLITS: programs that share a tile; more than one leave their parts
+    in partials_ptr, float32 [splits, M, N] of one member after another (_finish_split).
     PDL: this launch may begin before the one ahead of it has ended (programmatic dependent launch), and waits for it
     before it reads anything; its codes and scales are by then on their way. ZERO_FLOAT: sums_ptr [G, M] holds each
     group's sum of x, and s * (sum (q-m) x - (zero-m) sum x), m = 2^(BITS - 1), needs no per-code subtraction. MASK_K:
@@ -189,6 +170,7 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     NOISE: tl.constexpr = 0 if SHARED else LAW      # law of the noise inside the loop
     MIDDLE: tl.constexpr = 1 << BITS - 1
     WORDS: tl.constexpr = 16 * PASSES if BOOKS else 8 * BITS        # of an output row in a tile
+    FACTORS: tl.constexpr = 2 * BN if NOISE != 0 and PAIR else LANES        # of a group
     NEXT: tl.constexpr = DEPTH // 8 if BOOKS else DEPTH             # inputs from one dot's first to the next one's
     tile_n = tl.program_id(0)
     outputs = N                                                     # of all members
@@ -239,57 +221,28 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
     xp = x_ptr + row[None, :].to(tl.int64) * stride_x + first * 128 + k[:, None]
     cp = word_pointers(codes_ptr, first, N, n, WORDS, 16 if BOOKS or BITS == 2 else 32)
     acc = tl.zeros((BN, BM), tl.float32)
-    prev = tl.full((BN,), 1.0, tl.float32)
-    s0 = tl.zeros((BN,), tl.float32)
-    s1 = s0
-    s2 = s0
-    s3 = s0
-    r0 = s0      # the scales of the pair's second evaluation
-    r1 = s0
-    r2 = s0
-    r3 = s0
+    prev = tl.full((FACTORS,), 1.0, tl.float32)
+    lane_n = tl.minimum(tile_n * BN + outputs_of_lanes(BN, LANES, FOLD), N - 1)
+    lane_coef = coef
+    if PAIR and LANES != BN:
+        lane_coef = tl.where(tl.arange(0, LANES) % 2 == 1, coef1, coef)
+    sp = scales_ptr + (first // PERIOD).to(tl.int64) * 4 * N        # of the first output, in the tile's first group
+    if not WHOLE_ROW:
+        a0, a1, a2, a3 = load_scales(sp + 4 * lane_n, PER_TILE)
+    h0 = tl.zeros((LANES,), tl.uint32 if NOISE == 1 else tl.float32)
+    h1 = h0
+    h2 = h0
+    h3 = h0
     for t in range(first, last):
-        # the scales of this tile's groups in s0, s1, ..: read tile by tile, or a quad at a time and then passed down
-        quad = t // PERIOD
-        sp = scales_ptr + 4 * (quad.to(tl.int64) * N + n)
-        if WHOLE_ROW:
-            pass
-        elif NOISE == 0:
-            sp += (t % PERIOD) * PER_TILE
-            if PER_TILE == 1:
-                s0 = tl.load(sp)
-            else:
-                s0, s1 = _load_pair(sp)
-            if PER_TILE == 4:
-                s2, s3 = _load_pair(sp + 2)
-        elif t % PERIOD == 0:
-            k0, k1, k2, k3 = quad_noise(seed, base4 + quad.to(tl.int64) * N + n, LAW, WIDE, ROUNDS_)
-            s0, s1 = _load_pair(sp)
-            s2, s3 = _load_pair(sp + 2)
-            if PAIR:
-                r0 = perturb(s0, k0, coef1, RELATIVE)
-                r1 = perturb(s1, k1, coef1, RELATIVE)
-                r2 = perturb(s2, k2, coef1, RELATIVE)
-                r3 = perturb(s3, k3, coef1, RELATIVE)
-            s0 = perturb(s0, k0, coef, RELATIVE)
-            s1 = perturb(s1, k1, coef, RELATIVE)
-            s2 = perturb(s2, k2, coef, RELATIVE)
-            s3 = perturb(s3, k3, coef, RELATIVE)
-        else:
-            if PER_TILE == 1:
-                s0 = s1
-                s1 = s2
-                s2 = s3
-                r0 = r1
-                r1 = r2
-                r2 = r3
-            else:
-                s0 = s2
-                s1 = s3
-                r0 = r2
-                r1 = r3
-        scales = (s0, s1, s2, s3)
-        others = (r0, r1, r2, r3)
+        if not WHOLE_ROW:
+            scales = (a0, a1, a2, a3)
+            after = t + 1
+            sp += tl.where(after < last, PER_TILE + tl.where(after % PERIOD == 0, 4 * N - 4, 0), 0)
+            a0, a1, a2, a3 = load_scales(sp + 4 * lane_n, PER_TILE)
+        if NOISE != 0 and not WHOLE_ROW:    # noqa: SIM102  known at compile time, the other is not
+            if t % PERIOD == 0:
+                quad = t // PERIOD
+                h0, h1, h2, h3 = held_noise(seed, base4 + quad.to(tl.int64) * N + lane_n, LAW, WIDE, ROUNDS_)
 
         partial = acc
         for turn in tl.static_range(PASSES):
@@ -324,9 +277,10 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
 
             for h in tl.static_range(128 // DEPTH):
                 if not WHOLE_ROW and (h * DEPTH) % GROUP == 0:              # a group begins
-                    s = scales[h * DEPTH // GROUP]
                     if RATIO:
-                        acc, prev = _rescale(acc, prev, s, ASM)
+                        s = lane_factors(scales[h * DEPTH // GROUP], h0, h1, h2, h3, h * DEPTH // GROUP, lane_coef,
+                                         coef1, BN, NOISE, RELATIVE, PAIR, FOLD)
+                        acc, prev = _rescale(acc, prev, s, BN, BM, ASM)
                         partial = acc
                     else:
                         partial = tl.zeros((BN, BM), tl.float32)
@@ -345,10 +299,13 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
                     if RATIO:
                         acc = partial
                     else:
-                        factor = _choose(minus, s, others[h * DEPTH // GROUP], PAIR and NOISE != 0)
-                        acc = tl.fma(partial, tl.broadcast_to(factor, partial.shape), acc)
+                        s = lane_factors(scales[h * DEPTH // GROUP], h0, h1, h2, h3, h * DEPTH // GROUP, lane_coef,
+                                         coef1, BN, NOISE, RELATIVE, PAIR, FOLD)
+                        acc = tl.fma(partial, columns(s, BN, BM), acc)
         if WHOLE_ROW:
             acc = partial
+        if NOISE != 0:
+            h0, h1, h2, h3 = drop_noise(h0, h1, h2, h3, PER_TILE, LAW)
         xp += 128
         cp += N * WORDS
 
@@ -360,13 +317,13 @@ def _qmm_kernel(x_ptr, y_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr,
         prev = tl.load(scales_ptr + 4 * n)
     if WHOLE_ROW or RATIO:
         if not WHOLE_ROW or NOISE == 0:
-            acc = acc * prev[:, None]
+            acc = acc * columns(prev, BN, BM)
         else:
             k0, _, _, _ = quad_noise(seed, base4 + n, LAW, WIDE, ROUNDS_)
             acc = acc * _choose(minus, perturb(prev, k0, coef, RELATIVE), perturb(prev, k0, coef1, RELATIVE), PAIR)
     if SHARED and LAW != 0:
         k0, _, _, _ = quad_noise(seed, base4 + n, LAW, WIDE, ROUNDS_)
-        acc = acc * _choose(minus, _factor(k0, coef), _factor(k0, coef1), PAIR)
+        acc = acc * _choose(minus, factor(k0, coef), factor(k0, coef1), PAIR)
     live = (local < R)[None, :] & (out_n < N)[:, None]
     to = row[None, :].to(tl.int64) * N + out_n[:, None]
     if SPLITS > 1:

@@ -32,6 +32,8 @@ class Tile:
     deep: one dot per group (wgmma) instead of dots of 32 k (mma.sync, tcgen05, mfma).
     registers: most that a thread may hold; without it (0) ptxas may spill a few to fit another block on the chip.
     splits: programs that share the K dimension; their float32 partial sums are added in order by a second kernel.
+    in_order: thread i looks after the scales of output i (scales.py): sm_100 keeps accumulators so, in tensor memory,
+        and gfx942 has no warps of 32.
     """
 
     rows: int
@@ -42,6 +44,7 @@ class Tile:
     deep: bool = False
     registers: int = 0
     splits: int = 1
+    in_order: bool = False
 
     def check(self):
         """ValueError naming the first number that no kernel can have."""
@@ -106,13 +109,14 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
         return _hopper(rows, n, group, zeros, bits, lookup)
     if arch == "sm_100":
         if rows <= 16 or lookup == "long vectors":      # every plane of theirs is kept in tensor memory
-            return Tile(16, 128, 4, 4, registers=registers)
+            return Tile(16, 128, 4, 4, registers=registers, in_order=True)
         # never 128 rows: Triton 3.6 compiles dots of 32 k on that tile to a bare trap, without an error
-        return Tile(64, 64 if float_zeros else 128, 8, 4, registers=registers)
+        return Tile(64, 64 if float_zeros else 128, 8, 4, registers=registers, in_order=True)
     if arch == "gfx942":
         if rows <= 16:
-            return Tile(16, 64, 4, 2)
-        return Tile(64, 64, 4, 2) if rows <= 64 or float_zeros or looked_up else Tile(128, 128, 8, 2)
+            return Tile(16, 64, 4, 2, in_order=True)
+        small = rows <= 64 or float_zeros or looked_up
+        return Tile(64, 64, 4, 2, in_order=True) if small else Tile(128, 128, 8, 2, in_order=True)
     if rows <= 16:
         return Tile(16, 64, 4, 4, registers=registers)
     if lookup in ("vectors", "long vectors"):       # four warps spill with 64 columns, even those of a pair of 32
@@ -168,9 +172,10 @@ def _exact(arch, rows, group):
         few, some, many = Tile(16, 64, 4, 5), Tile(32, 64, 4, 5), Tile(64, 128, 8, 3, ratio=True)
         tile = dataclasses.replace(few if rows <= 16 else some if rows <= 32 else many, deep=True)
     elif arch == "gfx942":
-        return Tile(16 if rows <= 16 else 64, 64, 4, 1)         # its table is loads, which stages would keep in LDS
+        # its table is loads, which stages would keep in LDS
+        return Tile(16 if rows <= 16 else 64, 64, 4, 1, in_order=True)
     elif arch == "sm_100":
-        tile = Tile(16, 64, 4, 4) if rows <= 16 else Tile(32, 128, 8, 4)
+        tile = Tile(16, 64, 4, 4, in_order=True) if rows <= 16 else Tile(32, 128, 8, 4, in_order=True)
     else:
         tile = Tile(16 if rows <= 16 or group < 128 else 32, 64, 4, 4)
     return dataclasses.replace(tile, registers=255)

@@ -25,7 +25,7 @@ def check(directory):
     from qzo.kernels.table import NF4
     from tests import test_update
     from tests.close import assert_same_bits
-    from tests.test_qmm import RATIO, SPLIT, TILE, Matmul
+    from tests.test_qmm import FOLDED, RATIO, SPLIT, TILE, Matmul
     assert Path(qzo.__file__).is_relative_to(directory), f"imported {qzo.__file__}"
 
     common = dict(n=3, rows=2, seeds=(5, 9), coefs=(0.2, -0.1))
@@ -34,6 +34,8 @@ def check(directory):
                          (Matmul(k=96, group=32, zeros="float32", relative=False, **common), TILE),
                          (Matmul(k=192, group=64, law=None, **common), TILE),
                          (Matmul(k=256, group=64, n=3, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), TILE),
+                         (Matmul(k=256, group=64, n=20, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), FOLDED),
+                         (Matmul(k=384, group=64, law="ih4", n=20, rows=2, seeds=(5, 9), coefs=(0.2, -0.1)), FOLDED),
                          (Matmul(k=128, shared=True, **common), TILE),
                          (Matmul(k=256, group=64, bits=2, zeros="uint8", **common), TILE),
                          (Matmul(k=256, group=128, bits=8, **common), TILE),

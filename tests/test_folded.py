@@ -273,7 +273,7 @@ FAULTS = {   # what stands exactly once in folded.py, and what it becomes
     "low half": ("low = (p - high.to(tl.float32)).to(DT)", "low = (p - p).to(DT)"),
     "rounding of P": ("+ (1 << 23 - KEPT)", "+ 0"),
     "sign of the low half": ("(c * low).to(DT).to(tl.float32)", "(c * -low).to(DT).to(tl.float32)"),
-    "factor of a row": ("_factor(k0, coef)", "_factor(k0, -coef)"),
+    "factor of a row": ("factor(k0, coef)", "factor(k0, -coef)"),
     "rows of the first evaluation": ("xp = x_ptr + (e * R + first)", "xp = x_ptr + (0 * R + first)"),
     "seed of the first evaluation": ("tl.load(seeds_ptr + e)", "tl.load(seeds_ptr)"),
     "coefficient of the first evaluation": ("tl.load(coefs_ptr + e)", "tl.load(coefs_ptr)"),

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.usefixtures("nan_poison")
 RATIO = dataclasses.replace(TILE, ratio=True)
 DEEP = dataclasses.replace(TILE, deep=True)
 SPLIT = dataclasses.replace(TILE, splits=2)
-TILES = {"plain": TILE, "ratio": RATIO, "deep": DEEP, "split": SPLIT,
+FOLDED = tiles.Tile(rows=16, outputs=128, warps=4, stages=1)     # a thread for each output, folded or in order
+LANES = dataclasses.replace(FOLDED, in_order=True)
+TILES = {"plain": TILE, "ratio": RATIO, "deep": DEEP, "split": SPLIT, "lanes": LANES, "folded": FOLDED,
          "all": dataclasses.replace(TILE, ratio=True, deep=True, splits=4),
          "large": tiles.Tile(rows=32, outputs=64, warps=4, stages=1)}
 EVALUATIONS = [((5,), (0.1,)), ((5, 5), (0.1, -0.1)), ((-1, 2**63 - 1, -1), (0.1, 0.0, -0.1)),

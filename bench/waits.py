@@ -1,0 +1,28 @@
+"""How far behind a read of global memory its value is first used: what hides the time that the read takes."""
+
+import re
+
+REGISTER = re.compile(r"\bR(\d+)\b")
+
+
+def read_ahead(body):
+    """Fewest instructions of a loop (sass.Instruction each) from a read of global memory into registers to the first
+    one that takes its value, around the loop's end where it is there; None where nothing is read."""
+    found = [_distance(body, at) for at, i in enumerate(body) if i.name.startswith("LDG.")]
+    return min((distance for distance in found if distance), default=None)
+
+
+def _distance(body, at):
+    """Of the read body[at]; None where its value is not used in the loop."""
+    wide = re.search(r"\.(64|128)\b", body[at].name)
+    first = int(REGISTER.search(body[at].operands)[1])
+    held = set(range(first, first + (int(wide[1]) // 32 if wide else 1)))
+    for distance in range(1, len(body) + 1):
+        other = body[(at + distance) % len(body)]
+        named = [int(number) for number in REGISTER.findall(other.operands)]
+        # the first register that is named is written, but by a store
+        written = [] if other.name.startswith("ST") else named[:1]
+        if held & set(named[len(written):]):
+            return distance
+        held -= set(written)
+    return None
