@@ -133,7 +133,7 @@ def _hopper(rows, n, group, zeros, bits, lookup):
     """Tiles of sm_90. Three stages: a fourth keeps a block of the chip's shared memory from another program, and cost
     1.44 times the time at 64 rows."""
     float_zeros = zeros == torch.float32
-    if rows <= 8 and lookup != "table" and not float_zeros:     # they hold more registers, 238 at the most
+    if rows <= 8 and lookup != "table" and not float_zeros:     # they hold more registers
         return Tile(16, 128, 4, 3, deep=True)
     if rows <= 16:
         return Tile(16, 64, 4, 3, deep=True)
@@ -195,7 +195,7 @@ def _splits(tile, rows, n, k, group, arch):
     H100 344 programs on 132 multiprocessors are fastest at 1, 16 and 64 rows, with 4, 2 and 1 splits, and 688 take 1.13
     to 1.28 times as long (bench/results/h100-tiles-2026-11-27.jsonl; NF4's take the same time). How many a
     multiprocessor holds follows from the registers of the compiled code: at most 168 of four warps on sm_90 under the
-    usual flags, 199 where both halves of a pair of 17 to 32 rows share a tile. On the other chips, where no tile was
+    usual flags, 201 where both halves of a pair of 17 to 32 rows share a tile. On the other chips, where no tile was
     timed, the forms with most registers, or the shared memory, leave room for two.
     """
     if rows > 64:
