@@ -91,11 +91,13 @@ def losses(model, batch, E):
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no config: losses are those of transformers models; of a wrapper "
                          "such as DataParallel, give the module inside")
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a mapping of tensors, got {type(batch).__name__}")
     if not isinstance(batch, Stacked):
         batch = pair(dict(batch), E)
     _check_shapes(model, batch)
     rows = row_count(batch)
-    if rows % E:
+    if rows % E or not rows:
         raise ValueError(f"the stacked batch has {rows} rows, which {E} evaluations do not divide; use qzo.pair")
     with torch.no_grad():
         own_loss.check(model, batch, E)
@@ -112,12 +114,14 @@ def losses(model, batch, E):
 def _check_shapes(model, batch):
     """ValueError for labels that do not fit the batch, where torch would cut or broadcast them, or name neither."""
     for key in ("labels", "label", "option_ids"):
-        if key in batch and batch[key].dtype != torch.int64:
-            raise ValueError(f"{key} are {str(batch[key].dtype).removeprefix('torch.')}: wanted are the numbers of "
-                             "tokens, classes or options, int64")
+        if getattr(batch.get(key), "dtype", None if key in batch else torch.int64) != torch.int64:
+            got = str(getattr(batch[key], "dtype", type(batch[key]).__name__)).removeprefix("torch.")
+            raise ValueError(f"{key} are {got}: a tensor is wanted of numbers of tokens, classes or options, int64")
     tokens = batch.get("input_ids")
     if tokens is None and batch.get("inputs_embeds") is not None:
         tokens = batch["inputs_embeds"][..., 0]
+    if tokens is not None and tokens.dim() < 2:
+        raise ValueError(f"input_ids are {list(tokens.shape)}: [rows, tokens] are wanted")
     if tokens is not None and "labels" in batch:
         labels, wanted = batch["labels"].shape, tokens.shape
         if len(labels) == 1 or has_encoder(model):               # of a row, or of the decoder's tokens
@@ -167,7 +171,7 @@ def option_scores(model, batch, E=1):
     slot = row * (count // _rows(batch)) + slot
     total = torch.zeros(count, device=negative.device).index_add_(0, slot, negative)
     tokens = torch.zeros(count, device=negative.device).index_add_(0, slot, torch.ones_like(negative))
-    if not tokens.all():
+    if not tokens.is_meta and not tokens.all():
         raise ValueError("an option has no token: every label of its row is -100")
     return -(total / tokens).view(-1, batch["options"])
 
@@ -249,7 +253,7 @@ def _labelled(model, batch):
 def _token_losses(model, batch, E):
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
     row, column, target, slot = _labelled(model, batch)
-    counts = torch.bincount(row // (_rows(batch) // E), minlength=E).tolist()
+    counts = [] if row.is_meta else torch.bincount(row // (_rows(batch) // E), minlength=E).tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"the evaluations' rows hold {counts} labels: each takes the same examples; use qzo.pair")
     inputs = model_inputs(model, batch, E)

@@ -113,6 +113,27 @@ def test_a_model_that_does_not_say_where_its_head_is(error, monkeypatch):
     assert len(seen) == 1
 
 
+def test_a_head_that_is_part_of_what_makes_the_logits():
+    """What stands beside it reads all positions, and the sum of both has no shape."""
+    class Beside(torch.nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.head, self.more = head, torch.nn.Linear(32, 64)
+
+        def forward(self, states):
+            return self.head(states) + self.more(states)
+
+    model = make()
+    inner = model.lm_head
+    model.lm_head = Beside(inner)
+    assert_own(model, BATCH)                             # cut in front of both
+    other = make()
+    other.lm_head = model.lm_head
+    other.get_output_embeddings = lambda: inner
+    with pytest.warns(UserWarning, match="its forward fails where its head reads single positions"):
+        assert_own(other, BATCH)
+
+
 def test_a_forward_without_labels_is_compared_by_its_logits():
     class Bare(transformers.LlamaForCausalLM):
         def forward(self, input_ids, attention_mask=None):
@@ -150,7 +171,10 @@ def test_tokens_that_a_model_rules_out_do_not_hide_what_it_reads(dtype):
     ({"labels": IDS[:, :8]}, r"labels \[2, 8\] do not fit \[2, 12\] tokens"),
     ({"labels": IDS.repeat(1, 2)}, r"labels \[2, 24\] do not fit \[2, 12\] tokens"),
     ({"labels": IDS[:1]}, r"labels \[1, 12\] do not fit \[2, 12\] tokens"),
-    ({"labels": IDS.int()}, "labels are int32: .* int64"),
+    ({"labels": IDS.int()}, "labels are int32: .* int64"), ({"labels": None}, "labels are NoneType: a tensor is wan"),
+    ({"labels": IDS.tolist()}, "labels are list: a tensor is wanted"),
+    ({"input_ids": IDS[0], "labels": IDS[0]}, r"input_ids are \[12\]: \[rows, tokens\] are wanted"),
+    ({"input_ids": IDS[:0], "labels": IDS[:0]}, "the stacked batch has 0 rows, which 1 evaluations do not"),
     ({"labels": IDS + 60}, "the labels are 63 to 81, and LlamaForCausalLM has logits for 64 tokens"),
     ({"labels": IDS * 0 - 1}, "the labels are -1 to -1, .* -100 stands where there is no label"),
     ({"labels": torch.tensor([0, 1])}, r"LlamaForCausalLM is no classifier, .*: labels are \[rows, tokens\] for a")])
@@ -195,6 +219,11 @@ def test_models_whose_labels_are_others(name, batch, message):
 def test_a_batch_without_tensors():
     with pytest.raises(ValueError, match="the batch holds no tensor of tokens"):
         qzo.losses(make(), {"use_cache": False}, 1)
+
+
+def test_a_batch_that_is_no_mapping():
+    with pytest.raises(ValueError, match="a batch is a mapping of tensors, got Tensor"):
+        qzo.losses(make(), IDS, 1)
 
 
 def test_a_wrapper_is_named():
