@@ -34,7 +34,7 @@ class Buckets:
     def shape(self, tokens):
         """(tokens, targets) of each row of a batch whose longest row has so many tokens."""
         width = next(width for width in self.widths if tokens < width)
-        return min(width, self.limit or width), self.targets[width]
+        return max(tokens, min(width, self.limit or width)), self.targets[width]
 
 
 def best_widths(lengths, count):

@@ -3,7 +3,8 @@
 A line is one of
 
     {"prompt": "...", "completion": "..."}                  the completion's tokens are learned
-    {"messages": [{"role": ..., "content": ...}, ...]}      the last (assistant) message's tokens are learned
+    {"messages": [{"role": ..., "content": ...}, ...]}      the last (assistant) message's tokens are learned; beside
+                                                            them perhaps "tools": [...], for the chat template
     {"text": "..."}                                         every token is learned
     {"prompt": "...", "options": ["...", ...], "label": 0}  the right option among them; label: its number or its text
 """
@@ -53,7 +54,7 @@ def read_jsonl(path):
                 continue
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             problem = _problem(record)
             if problem:
@@ -79,6 +80,9 @@ def _problem(record):
     for key in form & {"prompt", "completion", "text"}:
         if not isinstance(record[key], str):
             return f"{key!r} must be a string, got {type(record[key]).__name__}"
+    if "completion" in form and isinstance(record.get("label"), bool):
+        return (f"'label' is {str(record['label']).lower()}, and every completion is learned: leave out the unwanted "
+                "ones, and the key")
     if "messages" in form:
         messages = record["messages"]
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or not all(
@@ -86,6 +90,9 @@ def _problem(record):
             return "'messages' must be a list of {role, content}"
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             return "'messages' must end with the assistant's, which is learned, after at least one other"
+        tools = record.get("tools")
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            return f"'tools' must be a list of objects, got {type(tools).__name__}"
     if "options" in form:
         options, label = record["options"], record["label"]
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
@@ -171,7 +178,7 @@ def _example(record, encoder, max_length, limit):
                              f"max_length={max_length} leaves one token of the text: nothing to predict ({limit})")
         return Example(tuple(ids[:max_length]), labels=tuple(ids[:max_length])), len(ids), False
     if "messages" in form:
-        prompt, completion, own, spans = encoder.chat(record["messages"])
+        prompt, completion, own, spans = encoder.chat(record["messages"], record.get("tools"))
     else:
         prompt, completion, own, spans = encoder.completion(record["prompt"], record["completion"])
     if len(prompt) + own < 2:

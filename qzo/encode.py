@@ -25,6 +25,7 @@ class Encoder:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.front, self.back, self._learned = tokenizer, [], [], False
+        self._beside = {}                    # the same of a text for an encoder, for a decoder
 
     def text(self, text):
         """(ids of a text as the tokenizer gives them, how many of them come before what it puts behind)."""
@@ -68,22 +69,24 @@ class Encoder:
 
     def both(self, source, target, most):
         """(ids of a text for an encoder, at most `most`, of that for its decoder, how many tokens the first has): each
-        as the tokenizer gives them by themselves, EOS behind the second."""
-        for text in (source, target):
-            if not self._bare(text):
-                raise ValueError(f"the text {text!r} has no tokens")
-        ids = list(self.tokenizer(source)["input_ids"])
-        labels = list(self.tokenizer(text_target=target)["input_ids"])
-        if self._eos is not None and self._eos not in labels[-1:]:
+        as the tokenizer gives them by themselves, what it puts around a text once; EOS behind the second, unless it
+        puts that there itself (mBART's stands before a language). ValueError for `most` that leaves no text."""
+        ids, front, back = self._alone(source, "text")
+        labels, _, behind = self._alone(target, "text_target")
+        if self._eos is not None and self._eos != labels[-1] and self._eos not in behind:
             labels.append(self._eos)
-        cut = ids if len(ids) <= most else self.tokenizer(source, truncation=True, max_length=most)["input_ids"]
-        return list(cut), labels, len(ids)
+        room = most - len(front) - len(back)
+        if room < 1:
+            raise ValueError(f"max_length={most} leaves no token of the prompt beside the {len(front) + len(back)} "
+                             "that the tokenizer puts around it")
+        inner = ids[len(front):len(ids) - len(back)]
+        return [*front, *inner[:room], *back], labels, len(ids)
 
-    def chat(self, messages):
+    def chat(self, messages, tools=None):
         """(ids of the conversation up to the last message's content, of the rest, how many these are, whether a token
-        spanned the cut). What the template renders is whole: nothing is put around it."""
-        whole = self._rendered(messages)
-        prompt = self._rendered(messages[:-1], add_generation_prompt=True)
+        spanned the cut). What the template renders, of the tools too, is whole: nothing is put around it."""
+        whole = self._rendered(messages, tools=tools)
+        prompt = self._rendered(messages[:-1], tools=tools, add_generation_prompt=True)
         if not whole.startswith(prompt):
             raise ValueError("the chat template does not continue its own generation prompt: use prompt and completion")
         prompt, [own], spans = self._split(prompt, [whole[len(prompt):]])
@@ -127,13 +130,19 @@ class Encoder:
         return ids
 
     def _learn(self, text, bare):
-        full = list(self.tokenizer(text)["input_ids"])
-        places = [at for at in range(len(full) - len(bare) + 1) if full[at:at + len(bare)] == bare]
-        if not places:
-            raise ValueError(f"the tokenizer splits {text[:40]!r} otherwise when it adds special tokens: which ones it "
-                             "adds cannot be told")
-        self.front, self.back = full[:places[0]], full[places[0] + len(bare):]
-        self._learned = len(places) == 1      # a text of BOS alone does not tell
+        self.front, self.back, self._learned = _around(list(self.tokenizer(text)["input_ids"]), bare, text)
+
+    def _alone(self, text, name):
+        """(ids of a text by itself, what the tokenizer puts in front, behind). name: its argument, which may be another
+        for a target."""
+        if not self._bare(text):
+            raise ValueError(f"the text {text!r} has no tokens")
+        bare = list(self.tokenizer(**{name: text}, add_special_tokens=False)["input_ids"])
+        front, back, sure = self._beside.get(name) or _around(list(self.tokenizer(**{name: text})["input_ids"]), bare,
+                                                              text)
+        if sure:
+            self._beside[name] = front, back, sure
+        return _joined(_joined(front, bare), back), front, back
 
     def _split(self, prompt, parts):
         """(ids of the prompt, of each part behind it, whether a token spanned a cut): `prompt + part` of each part."""
@@ -175,6 +184,15 @@ class Encoder:
         if not spans or unknown is None or whole[count:count + 1] != [unknown]:
             return False
         return (own + self._bare(part)).count(unknown) <= whole.count(unknown)
+
+
+def _around(full, bare, text):
+    """(what stands in front of the bare ids in the full ones, behind them, whether there is one such place)."""
+    places = [at for at in range(len(full) - len(bare) + 1) if full[at:at + len(bare)] == bare]
+    if not places:
+        raise ValueError(f"the tokenizer splits {text[:40]!r} otherwise when it adds special tokens: which ones it "
+                         "adds cannot be told")
+    return full[:places[0]], full[places[0] + len(bare):], len(places) == 1      # a text of BOS alone does not tell
 
 
 def _units(tokenizer, ids):

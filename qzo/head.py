@@ -18,15 +18,21 @@ LOGIT_BYTES = 64 << 20       # float32 logits held at once
 _whole: weakref.WeakSet = weakref.WeakSet()      # models whose logits are taken whole
 
 
+def takes(model, name):
+    """Whether the model's forward takes an argument of this name."""
+    return any(_takes(type(model), name))
+
+
 def forward(model, inputs):
-    """The output of a model for its inputs: no cache is made, and no router's loss beside the logits."""
+    """The output of a model for its inputs: no cache, no router's loss beside the logits, no dropout in any mode."""
     config = model.config.get_text_config()
     named, open_ended = _takes(type(model), "use_cache")
     if named or (open_ended and hasattr(config, "use_cache")):
         inputs = {**inputs, "use_cache": False}
     if getattr(config, "output_router_logits", False):
         inputs = {**inputs, "output_router_logits": False}
-    return model(**inputs)
+    with without_dropout(model) if model.training else contextlib.nullcontext():
+        return model(**inputs)
 
 
 @functools.cache
@@ -46,7 +52,10 @@ def logits_at(model, inputs, row, column, E=1, most=None):
     """
     head, each = output_head(model), len(row) // E
     if head is None or model in _whole:
-        yield _logits(model, inputs)[row, column].float().view(E, each, -1)
+        logits = _logits(model, inputs)
+        if head is None:
+            take_whole(model, "it does not say which module its head is (get_output_embeddings)")
+        yield logits[row, column].float().view(E, each, -1)
         return
     most = most or max(1, LOGIT_BYTES // (4 * E * _vocabulary(model, head)))
     reading = _Reading(model, head, row, column, E)
@@ -70,6 +79,30 @@ def head_input(model, inputs):
     return logits if reading.rows is None else reading.states
 
 
+def row_count(batch):
+    """How many rows of tokens a batch has; of one without them (a sound's), what its first tensor has. ValueError for a
+    batch that holds none."""
+    known = [batch.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids", "labels")]
+    rows = (len(value) for value in (*known, *batch.values()) if isinstance(value, torch.Tensor) and value.dim())
+    count = next(rows, None)
+    if count is None:
+        raise ValueError(f"the batch holds no tensor of tokens (its keys: {', '.join(batch)})")
+    return count
+
+
+@contextlib.contextmanager
+def without_dropout(model):
+    """Every module as `eval` has it, and then as it was: two losses that are compared may not differ by dropout."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def has_encoder(model):
     """Whether its labels are those of a decoder behind an encoder."""
     return getattr(model.config, "is_encoder_decoder", False)
@@ -89,7 +122,10 @@ def decoder_inputs(model, labels):
 
 def output_head(model):
     """The module that makes logits of hidden states, or None."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    try:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+    except (AttributeError, NotImplementedError):        # the base class's, or of a head that is elsewhere
+        head = None
     return head if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList | nn.ModuleDict) else None
 
 
@@ -124,7 +160,7 @@ class _Reading:
     def run(self, inputs, start, count, again=False):
         """The logits of rows start to start + count of each evaluation. again: keep what further runs need."""
         read = self.head.forward
-        stacked = next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+        stacked = row_count(inputs)
 
         def forward_rows(x, *args, **kwargs):
             if self.rows is None:

@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional
 
 from . import own_loss
-from .head import decoder_inputs, forward, has_encoder, head_input, logits_at
+from .head import decoder_inputs, forward, has_encoder, head_input, logits_at, row_count
 
 NOT_INPUTS = ("labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots",
-              "static", "states")
+              "static", "states", "logits_to_keep", "num_logits_to_keep", "return_dict")   # the last three: ours to say
 
 
 class Stacked(dict):
@@ -18,14 +18,22 @@ class Stacked(dict):
 def pair(batch, E):
     """Stack a batch E times along the first dimension, so that row block e can run under evaluation e.
 
-    batch: a tensor, or a mapping, list or tuple of them; scalars and other values pass through. ValueError for E < 1.
+    batch: a tensor, or a mapping, list or tuple of them; scalars and other values pass through, as does one row of
+    position_ids that serves several; those of several axes [axes, B, T] are stacked along their second. ValueError for
+    E < 1.
     """
     if E < 1:
         raise ValueError(f"E={E}: a batch is stacked at least once")
     if isinstance(batch, torch.Tensor):
         return batch.repeat(E, *[1] * (batch.dim() - 1)) if batch.dim() else batch
     if isinstance(batch, Mapping):
-        return Stacked({key: pair(value, E) for key, value in batch.items()})
+        stacked = Stacked({key: pair(value, E) for key, value in batch.items()})
+        positions = batch.get("position_ids")
+        if isinstance(positions, torch.Tensor):
+            several = row_count(batch) > 1 and len(positions) == 1
+            stacked["position_ids"] = (positions.repeat(1, E, 1) if positions.dim() == 3 else
+                                       positions if several else stacked["position_ids"])
+        return stacked
     if isinstance(batch, list | tuple):
         return type(batch)(pair(value, E) for value in batch)
     return batch
@@ -74,15 +82,22 @@ def losses(model, batch, E):
     static: True beside sources, targets, slots, of plain rows too: no shape and nothing on the host depends on what
     the tensors hold, as a CUDA graph wants it; targets that are -100 are read and count as nothing.
 
-    The model's first batch is checked (own_loss.py): its loss has to be the model's own.
+    The model's first batch is checked (own_loss.py): its loss has to be the model's own. Dropout is off, whichever
+    mode the model is in.
 
-    Raises ValueError for a batch without labels, for rows that E does not divide, and for a model whose own loss is
-    another than the cross entropy above.
+    Raises ValueError for a batch without labels, for labels of another shape or dtype than these, for rows that E does
+    not divide, and for a model whose own loss is another than the cross entropy above.
     """
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} has no config: losses are those of transformers models; of a wrapper "
+                         "such as DataParallel, give the module inside")
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a mapping of tensors, got {type(batch).__name__}")
     if not isinstance(batch, Stacked):
         batch = pair(dict(batch), E)
-    rows = next(v for v in batch.values() if isinstance(v, torch.Tensor)).shape[0]
-    if rows % E:
+    _check_shapes(model, batch)
+    rows = row_count(batch)
+    if rows % E or not rows:
         raise ValueError(f"the stacked batch has {rows} rows, which {E} evaluations do not divide; use qzo.pair")
     with torch.no_grad():
         own_loss.check(model, batch, E)
@@ -94,6 +109,42 @@ def losses(model, batch, E):
             raise ValueError(f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
                              "-100 where there is none, or option_ids and label")
         return _label_losses(model, batch, E)
+
+
+def _check_shapes(model, batch):
+    """ValueError for labels that do not fit the batch, where torch would cut or broadcast them, or name neither."""
+    for key in ("labels", "label", "option_ids"):
+        if getattr(batch.get(key), "dtype", None if key in batch else torch.int64) != torch.int64:
+            got = str(getattr(batch[key], "dtype", type(batch[key]).__name__)).removeprefix("torch.")
+            raise ValueError(f"{key} are {got}: a tensor is wanted of numbers of tokens, classes or options, int64")
+    tokens = batch.get("input_ids")
+    if tokens is None and batch.get("inputs_embeds") is not None:
+        tokens = batch["inputs_embeds"][..., 0]
+    if tokens is not None and tokens.dim() < 2:
+        raise ValueError(f"input_ids are {list(tokens.shape)}: [rows, tokens] are wanted")
+    if tokens is not None and "labels" in batch:
+        labels, wanted = batch["labels"].shape, tokens.shape
+        if len(labels) == 1 or has_encoder(model):               # of a row, or of the decoder's tokens
+            wanted = wanted[:1]
+        if labels[:len(wanted)] != wanted:
+            raise ValueError(f"labels {list(labels)} do not fit {list(tokens.shape)} tokens: as many are wanted, -100 "
+                             "where there is none")
+    if "option_ids" in batch or "options" in batch:
+        _check_options(batch, tokens)
+
+
+def _check_options(batch, tokens):
+    if "label" not in batch:
+        raise ValueError("options are given without label [B], the number of the right one")
+    count = len(batch["label"])
+    if "option_ids" in batch:
+        options, rows = list(batch["option_ids"].shape), count if tokens is None or "sources" in batch else len(tokens)
+        if len(options) != 2 or not options[0] == rows == count:
+            raise ValueError(f"option_ids {options} and label [{count}] do not fit {rows} rows: [rows, options] and "
+                             "[rows] are wanted")
+    elif "labels" in batch and len(batch["labels"]) != count * batch["options"]:
+        raise ValueError(f"labels of {len(batch['labels'])} rows are not those of label [{count}] times "
+                         f"{batch['options']} options, one row an option")
 
 
 def option_scores(model, batch, E=1):
@@ -120,6 +171,8 @@ def option_scores(model, batch, E=1):
     slot = row * (count // _rows(batch)) + slot
     total = torch.zeros(count, device=negative.device).index_add_(0, slot, negative)
     tokens = torch.zeros(count, device=negative.device).index_add_(0, slot, torch.ones_like(negative))
+    if not tokens.is_meta and not tokens.all():
+        raise ValueError("an option has no token: every label of its row is -100")
     return -(total / tokens).view(-1, batch["options"])
 
 
@@ -138,6 +191,10 @@ def _ends(batch):
     if attended is None:
         tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
         attended = torch.ones_like(tokens, dtype=torch.int64)
+    if attended.dim() != 2:
+        raise ValueError(f"attention_mask {list(attended.shape)} does not say where a row ends: options of one token "
+                         "want one of [rows, tokens]")
+    attended = (attended != 0).to(torch.int64)
     return torch.arange(len(attended), device=attended.device), attended.shape[1] - 1 - attended.flip(1).argmax(1)
 
 
@@ -163,7 +220,8 @@ def model_inputs(model, batch, E=1):
 def _label_losses(model, batch, count):
     if "labels" in batch and batch["labels"].dim() == 1:
         logits = forward(model, model_inputs(model, batch)).logits.float()
-        return functional.cross_entropy(logits, batch["labels"], reduction="none").view(count, -1).mean(1)
+        each = functional.cross_entropy(logits, batch["labels"], reduction="none").view(count, -1)
+        return each.sum(1) / (batch["labels"] != -100).view(count, -1).sum(1)
     if "static" in batch:
         each, labelled = _target_losses(model, batch, count), batch["targets"] != -100
         return each.view(count, -1).sum(1) / labelled.view(count, -1).sum(1)
@@ -195,8 +253,7 @@ def _labelled(model, batch):
 def _token_losses(model, batch, E):
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
     row, column, target, slot = _labelled(model, batch)
-    held = _rows(batch) // E
-    counts = [] if row.is_meta else torch.bincount(row // held, minlength=E).tolist()     # a foretold step has no labels
+    counts = [] if row.is_meta else torch.bincount(row // (_rows(batch) // E), minlength=E).tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"the evaluations' rows hold {counts} labels: each takes the same examples; use qzo.pair")
     inputs = model_inputs(model, batch, E)

@@ -1,6 +1,7 @@
 """A task: examples, the batches made of them, and what the model scores on them; with or without a frozen prefix."""
 import contextlib
 import functools
+import math
 import warnings
 
 import torch
@@ -28,8 +29,9 @@ class Task:
 
     Options of several tokens share one pass of their prompt where that costs less and the model computes the
     same. packing: "auto", and a batch is one row without padding on the same two conditions (packing.py); or "off".
-    A model that refuses is named in a warning. ValueError for examples of several kinds, another packing, or a model
-    whose own loss is another (own_loss.py).
+    A model that refuses is named in a warning. pad_id: 0 stands in for one that the model does not know, as padding is
+    masked. ValueError for examples of several kinds, another packing, tokens or
+    lengths that the model has no row of a table for, or a model whose own loss is another (own_loss.py).
 
     bucketed: pad batches to a few shapes (buckets.py); None: on a CUDA device, where steps are captured by shape. The
     losses are the same but for rounding, so it must not depend on whether they are. compiled: the model's body is
@@ -42,12 +44,15 @@ class Task:
             raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
         self.model, self.examples, self.pad_id = model, examples, pad_id
         self.prefix, self.packing = prefix, packing
+        _check_tables(model, examples)
+        if pad_id >= _rows_of(model):
+            self.pad_id = 0
         self.device = next(model.parameters()).device
         self.bucketed = self.device.type == "cuda" if bucketed is None else bucketed
         if has_encoder(model):                    # its rows have another decoder's
             self.bucketed, self.packing = False, "off"
         self.compiled = compiled
-        own_loss.check(model, collate(examples[:1], pad_id, self.device))        # before a prefix skips its blocks
+        own_loss.check(model, collate(examples[:1], self.pad_id, self.device))        # before a prefix skips its blocks
 
     @functools.cached_property
     def buckets(self):
@@ -217,6 +222,35 @@ def fit_label_bias(scores, label):
 
     solver.step(loss)
     return (bias - bias.mean()).detach().float()
+
+
+def _rows_of(model):
+    """How many tokens the model knows; infinity where it does not say."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    except (AttributeError, NotImplementedError):
+        return math.inf
+
+
+def _check_tables(model, examples):
+    """ValueError for a token or a place that the model has no row for: a GPU would end the process."""
+    known, longest = _rows_of(model), 0
+    for number, example in enumerate(examples, 1):
+        behind = example.options or ()
+        highest = max(map(max, filter(None, (example.ids, example.labels, *behind))))
+        if highest >= known:
+            raise ValueError(f"example {number} has the token {highest}, {type(model).__name__} knows {known}: the "
+                             "tokenizer is another model's")
+        longest = max(longest, len(example.ids) + max(map(len, behind), default=0), len(example.labels or ()))
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for name, module in model.named_modules():       # a table has a row or two more, or begins behind padding's
+        if (isinstance(module, torch.nn.Embedding) and ("pos" in name or name.endswith("wpe"))
+                and places <= module.num_embeddings <= places + 2):
+            free = 0 if module.padding_idx is None else module.padding_idx + 1
+            most = min(places, module.num_embeddings - free)
+            if longest > most:
+                raise ValueError(f"an example has {longest} tokens, {type(model).__name__} has places for {most}: give "
+                                 f"--max-length {most}")
 
 
 def _several(examples):

@@ -96,6 +96,16 @@ def test_a_prompt_loses_its_beginning_but_no_special_token(around, record, want)
     assert len(seen) == 1
 
 
+def test_tools_are_for_the_chat_template():
+    template = "{% for t in tools or [] %}{{ t['name'] + ' ' }}{% endfor %}" + CHAT
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}]
+    tokenizer = words(template=template)
+    assert tokenize([{"messages": turns, "tools": [{"name": "b"}, {"name": "c"}]}], tokenizer) == [
+        learned("b c user : a assistant :", "yes")]
+    assert tokenize([{"messages": turns, "tools": None}], tokenizer) == tokenize([{"messages": turns}], tokenizer) == [
+        learned("user : a assistant :", "yes")]
+
+
 # ------------------------------------------------------------------------------------------------ the boundary
 
 def test_a_token_across_the_cut_is_learned_and_said_once(tmp_path):
@@ -257,6 +267,22 @@ def test_chats_that_no_template_can_give(tmp_path):
     assert named(tmp_path, TURNS, words("$A", "{{ messages | length }}")).startswith(
         "the chat template does not continue its own generation prompt")
     assert named(tmp_path, TURNS, words("$A", "a")).startswith("the chat template gives the last message, 'yes', no")
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ({**TURNS, "tools": '[{"name": "b"}]'}, "'tools' must be a list of objects, got str"),
+    ({**TURNS, "tools": ["b"]}, "'tools' must be a list of objects, got list"),
+    ({"prompt": "a", "completion": " b", "label": False}, "'label' is false, and every completion is learned: leave")])
+def test_keys_that_would_be_passed_over(tmp_path, record, said):
+    assert named(tmp_path, record, words()).startswith(said)
+
+
+@pytest.mark.parametrize("line", ["[" * 100000 + "]" * 100000, '{"text": "a b", "id": ' + "1" * 5000 + "}"])
+def test_json_that_is_too_much(tmp_path, line):
+    path = tmp_path / "d.jsonl"
+    path.write_text(f'{{"text": "a b"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"d.jsonl, line 2: not JSON \("):
+        read_jsonl(path)
 
 
 def test_special_tokens_that_cannot_be_told(tmp_path):

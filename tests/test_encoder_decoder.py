@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    MBartTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -131,6 +132,49 @@ def test_lines_that_an_encoder_decoder_model_cannot_learn(tmp_path, record, mess
     save_t5(tmp_path)
     with pytest.raises(ValueError, match=f"example 1: .*{message}"):
         tokenize([record], qzo.load_tokenizer(tmp_path), 4, encoder=True)
+
+
+def around(single, **special):
+    """A tokenizer of letters with what `single` says around a text."""
+    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "en", *"abcde"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<s>", "</s>", "en"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(word, vocab[word]) for word in single.split() if word != "$A"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special or {"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize(("single", "source", "target"), [
+    ("$A </s>", "a b c </s>", "d </s>"), ("<s> $A </s>", "<s> a b c </s>", "<s> d </s>"),
+    ("en $A </s>", "en a b c </s>", "en d </s>"), ("$A </s> en", "a b c </s> en", "d </s> en"),
+    ("<s> $A", "<s> a b c", "<s> d </s>"), ("$A", "a b c", "d </s>")])
+def test_special_tokens_stand_once_around_each_text(single, source, target):
+    tokenizer = around(single)
+    end = target.partition("d")[2].replace(" en", "")
+    for prompt, completion in (("a b c", "d"), (source, "d"), ("a b c", f"d{end}"), (source, target)):
+        [example] = tokenize([{"prompt": prompt, "completion": completion}], tokenizer, encoder=True)
+        assert tokenizer.convert_ids_to_tokens(example.ids) == source.split()
+        assert tokenizer.convert_ids_to_tokens(example.labels) == target.split()
+    for prompt in ("a b c d e", source.replace("c", "c d e")):
+        with pytest.warns(UserWarning, match="a prompt has lost its end"):
+            [example] = tokenize([{"prompt": prompt, "completion": "d"}], tokenizer, len(source.split()), encoder=True)
+        assert tokenizer.convert_ids_to_tokens(example.ids) == source.split()
+
+
+def test_no_room_for_a_prompt():
+    with pytest.raises(ValueError, match="example 1: max_length=2 leaves no token of the prompt beside the 2 that"):
+        tokenize([{"prompt": "a b", "completion": "d"}], around("<s> $A </s>"), 2, encoder=True)
+
+
+def test_a_target_has_its_own_language_behind_its_end():
+    """mBART's decoder begins with the token that ends its labels."""
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581a", -1.0), ("\u2581b", -1.0),
+              ("<mask>", 0.0)]
+    tokenizer = MBartTokenizer(vocab=pieces, src_lang="en_XX", tgt_lang="de_DE")
+    [example] = tokenize([{"prompt": "a", "completion": "b"}], tokenizer, encoder=True)
+    assert tokenizer.convert_ids_to_tokens(example.ids) == ["\u2581a", "</s>", "en_XX"]
+    assert tokenizer.convert_ids_to_tokens(example.labels) == ["\u2581b", "</s>", "de_DE"]
 
 
 def test_it_trains_from_the_command_line(tmp_path, capsys):
