@@ -195,7 +195,8 @@ def _labelled(model, batch):
 def _token_losses(model, batch, E):
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
     row, column, target, slot = _labelled(model, batch)
-    counts = torch.bincount(row // (_rows(batch) // E), minlength=E).tolist()
+    held = _rows(batch) // E
+    counts = [] if row.is_meta else torch.bincount(row // held, minlength=E).tolist()     # a foretold step has no labels
     if len(set(counts)) > 1:
         raise ValueError(f"the evaluations' rows hold {counts} labels: each takes the same examples; use qzo.pair")
     inputs = model_inputs(model, batch, E)
