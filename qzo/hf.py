@@ -191,11 +191,15 @@ def read_config(folder, trust_remote_code=False):
 
 
 def _auto_class(config):
-    """The transformers class that the checkpoint's architecture asks for."""
+    """The transformers class that the checkpoint's architecture asks for; one of the folder's own code by the class
+    that its auto_map puts it under."""
     import transformers
 
     names = config.architectures or ["ForCausalLM"]
     names = [names] if isinstance(names, str) else names
+    for name, code in (getattr(config, "auto_map", None) or {}).items():
+        if name.startswith("AutoModel") and str(code).endswith(f".{names[0]}") and hasattr(transformers, name):
+            return getattr(transformers, name)
     if any(part in name for name in names for part in ("ForCausalLM", "LMHeadModel")):
         return transformers.AutoModelForCausalLM
     return getattr(transformers, names[0], transformers.AutoModel)

@@ -136,3 +136,18 @@ def test_a_damaged_companion(base, tmp_path, capsys, name, content, message, qua
                  "--max-steps", "1", "--batch-size", "2", "--group-size", "32", "--device", "cpu"]) == 2
     assert f"{folder}: {message}" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "o").exists()
+
+
+def test_a_tokenizer_of_another_model(base, tmp_path, capsys):
+    """On a GPU a token without a row would end the process."""
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["warm"] = 77
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for index, records in enumerate([tiny.RECORDS, [{"text": "red warm up"}], [{"prompt": "red", "completion": " warm"}]]):
+        data = tiny.write_jsonl(tmp_path / f"{index}.jsonl", records * 2)
+        assert main(["train", "--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "o"),
+                     "--max-steps", "1", "--batch-size", "2", "--group-size", "32", "--device", "cpu"]) == 2
+        assert ("the tokenizer makes token 77 of the data, and the embedding of LlamaForCausalLM has 30 rows: it is "
+                "the tokenizer of another model") in capsys.readouterr().err.splitlines()[-1]
+    assert main(["inspect", str(base), "--device", "cpu", "--signal", "--data", str(data)]) == 2
+    assert "the tokenizer makes token 77" in capsys.readouterr().err.splitlines()[-1]
