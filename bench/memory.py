@@ -265,7 +265,7 @@ def add_options(parser):
     what.add_argument("--config", help="a config.json, or one that comes with qzo: " + ", ".join(models.shipped()))
     what.add_argument("--model", help="a checkpoint: it is loaded and measured as well")
     what.add_argument("--trust-remote-code", action="store_true", help="run code from the checkpoint's folder")
-    what.add_argument("--group-size", type=int, help="(default: the largest of 128, 64, 32 that fits; with nf4 codes 64)")
+    what.add_argument("--group-size", type=int, help="(default: the largest of 128, 64, 32 that fits; of nf4 codes 64)")
     what.add_argument("--bits", type=int, choices=BITS, help="of a code (default 4)")
     what.add_argument("--codes", choices=CODES, help="in place of --bits; nf4: codes of NF4's table; aqlm-2x8: two "
                       "codebooks of 256 vectors, whose numbers count as dense (default int4)")

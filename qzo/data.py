@@ -150,8 +150,8 @@ def check_ids(examples, model):
     most = max(max((*e.ids, *(e.labels or ()), *(id for option in e.options or () for id in option)))
                for e in examples)
     if rows is not None and most >= rows:
-        raise ValueError(f"the tokenizer makes token {most} of the data, and the embedding of {type(model).__name__} has "
-                         f"{rows} rows: it is the tokenizer of another model")
+        raise ValueError(f"the tokenizer makes token {most} of the data, and the embedding of {type(model).__name__} "
+                         f"has {rows} rows: it is the tokenizer of another model")
 
 
 def _place(record, number):

@@ -231,8 +231,8 @@ def _whole_float(folder, config, trust_remote_code):
             output_loading_info=True)
     name = type(model).__name__
     for tensor, stored, wanted in sorted(info["mismatched_keys"]):
-        raise ValueError(f"{folder}: tensor {tensor} has shape {list(stored)}, which {name} of its config.json needs as "
-                         f"{list(wanted)}; one of them is damaged or of another model")
+        raise ValueError(f"{folder}: tensor {tensor} has shape {list(stored)}, which {name} of its config.json needs "
+                         f"as {list(wanted)}; one of them is damaged or of another model")
     if info["missing_keys"]:
         raise ValueError(f"{folder}: {len(info['missing_keys'])} tensors are missing, the first is "
                          f"{min(info['missing_keys'])}; the checkpoint is incomplete, or its config.json is of another "
@@ -246,8 +246,8 @@ def warn_left(names, model, folder):
     needless = needless_of(model)
     left = sorted(name for name in names if not needless(name))
     if left:
-        warnings.warn(f"{folder}: {type(model).__name__} of its config.json has no place for {len(left)} tensors of the "
-                      f"files (the first: {left[0]}); they are left out, and will be missing in what is saved",
+        warnings.warn(f"{folder}: {type(model).__name__} of its config.json has no place for {len(left)} tensors of "
+                      f"the files (the first: {left[0]}); they are left out, and will be missing in what is saved",
                       stacklevel=2)
 
 

@@ -196,7 +196,7 @@ def _token_losses(model, batch, E):
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
     row, column, target, slot = _labelled(model, batch)
     held = _rows(batch) // E
-    counts = [] if row.is_meta else torch.bincount(row // held, minlength=E).tolist()     # a foretold step has no labels
+    counts = [] if row.is_meta else torch.bincount(row // held, minlength=E).tolist()     # a foretold step has none
     if len(set(counts)) > 1:
         raise ValueError(f"the evaluations' rows hold {counts} labels: each takes the same examples; use qzo.pair")
     inputs = model_inputs(model, batch, E)

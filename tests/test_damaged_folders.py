@@ -106,7 +106,8 @@ def test_computed_tensors_of_older_files_need_no_place(tmp_path):
     ({"dtype": "float7"}, "its config.json cannot be read: AttributeError: module 'torch' has no attribute 'float7'"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "Missing required keys in `rope_parameters`"),
     ({"rope_parameters": {"rope_type": "x", "rope_theta": 1e4}}, "its config makes no model: KeyError: 'x'"),
-    ({"hidden_act": "x"}, "its config makes no model: KeyError: 'x'"), ({"vocab_size": -3}, "its config makes no model"),
+    ({"hidden_act": "x"}, "its config makes no model: KeyError: 'x'"),
+    ({"vocab_size": -3}, "its config makes no model: RuntimeError"),
     ({"pad_token_id": 999}, "its config makes no model: AssertionError: Padding_idx must be within num_embeddings"),
     ({"architectures": [5]}, "its config makes no model: TypeError"), ({"model_type": "x"}, "model type `x` but")])
 def test_a_config_that_makes_no_model(base, tmp_path, capsys, changes, message):
@@ -143,7 +144,8 @@ def test_a_tokenizer_of_another_model(base, tmp_path, capsys):
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["warm"] = 77
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for index, records in enumerate([tiny.RECORDS, [{"text": "red warm up"}], [{"prompt": "red", "completion": " warm"}]]):
+    kinds = [tiny.RECORDS, [{"text": "red warm up"}], [{"prompt": "red", "completion": " warm"}]]
+    for index, records in enumerate(kinds):
         data = tiny.write_jsonl(tmp_path / f"{index}.jsonl", records * 2)
         assert main(["train", "--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "o"),
                      "--max-steps", "1", "--batch-size", "2", "--group-size", "32", "--device", "cpu"]) == 2
