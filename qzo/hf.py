@@ -116,11 +116,11 @@ def load_tokenizer(path_or_id, trust_remote_code=False):
     path = locate(path_or_id)
     if path.is_file():
         return gguf_tokenizer.load(GGUFFile(path))
-    with _reading(path, "its tokenizer cannot be read"):
+    with reading(path, "its tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-class _reading(contextlib.AbstractContextManager):
+class reading(contextlib.AbstractContextManager):
     """Inside, what transformers, or a folder's own code, raises for what it cannot read is one ValueError.
 
     A full disk, missing memory and a file that is gone or closed to the user stay what they are.
@@ -186,7 +186,7 @@ def read_config(folder, trust_remote_code=False):
     """The transformers config of a folder."""
     from transformers import AutoConfig
 
-    with _reading(folder, "its config.json cannot be read"):
+    with reading(folder, "its config.json cannot be read"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -225,7 +225,7 @@ def _load_float(folder, config, trust_remote_code, options, device, dtype):
 def _whole_float(folder, config, trust_remote_code):
     """The float model as transformers loads it. ValueError where it would put random weights in the place of tensors
     that the files lack; a warning where the files have others."""
-    with _reading(folder, "it cannot be loaded"):
+    with reading(folder, "it cannot be loaded"):
         model, info = _auto_class(config).from_pretrained(
             folder, dtype="auto", trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
             output_loading_info=True)
@@ -292,7 +292,7 @@ def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype
 def _take_generation_config(model, folder):
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
-        with _reading(folder, "its generation_config.json cannot be read"):
+        with reading(folder, "its generation_config.json cannot be read"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
@@ -301,7 +301,7 @@ def gguf_config(file):
     from transformers import AutoConfig
 
     arguments = gguf.config(file)
-    with _reading(file.path, "its metadata make no model"):
+    with reading(file.path, "its metadata make no model"):
         return AutoConfig.for_model(**arguments)
 
 
@@ -354,7 +354,7 @@ def build_empty(config, dtype, cls=None, trust_remote_code=False):
     with _EmptyOnMeta():
         if cls is not None:                       # a diffusers class, whose from_config takes no dtype
             return nn.Module.to(cls.from_config(config), dtype)
-        with _reading(config.name_or_path or type(config).__name__, "its config makes no model"):
+        with reading(config.name_or_path or type(config).__name__, "its config makes no model"):
             cls = _auto_class(config)
             if hasattr(cls, "from_config"):
                 return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

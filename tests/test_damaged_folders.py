@@ -116,6 +116,10 @@ def test_a_config_that_makes_no_model(base, tmp_path, capsys, changes, message):
     with pytest.raises(ValueError, match=r"base: its config") as caught:
         load(base)
     assert caught.value.__cause__ is not None        # Python shows where
+    for source in (["--config", str(base / "config.json")], ["--model", str(base)]):
+        if changes != {"architectures": [5]} or "--model" in source:       # random weights have no architecture
+            assert main(["memory", *source, "--seq-len", "8", "--device", "cpu"]) == 2
+            assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("qzo memory: ")]) == 1
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
