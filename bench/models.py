@@ -82,7 +82,8 @@ def dimensions(model, tokens):
 def empty_model(config, dtype):
     """The model of a config: parameters on the meta device, computed buffers real, nothing quantized.
 
-    Raises ValueError for a model_type that the installed transformers lacks, for values that make no config, or where diffusers is missing.
+    Raises ValueError for a model_type that the installed transformers lacks, for values that make no config, or where
+    diffusers is missing.
     """
     if "model_type" in config:
         from transformers import CONFIG_MAPPING, AutoConfig
