@@ -264,8 +264,8 @@ def add_options(parser):
     what = parser.add_argument_group("the model")
     what.add_argument("--config", help="a config.json, or one that comes with qzo: " + ", ".join(models.shipped()))
     what.add_argument("--model", help="a checkpoint: it is loaded and measured as well")
-    what.add_argument("--group-size", type=int,
-                      help="(default: the largest of 128, 64, 32 that fits; with nf4 codes 64)")
+    what.add_argument("--trust-remote-code", action="store_true", help="run code from the checkpoint's folder")
+    what.add_argument("--group-size", type=int, help="(default: the largest of 128, 64, 32 that fits; of nf4 codes 64)")
     what.add_argument("--bits", type=int, choices=BITS, help="of a code (default 4)")
     what.add_argument("--codes", choices=CODES, help="in place of --bits; nf4: codes of NF4's table; aqlm-2x8: two "
                       "codebooks of 256 vectors, whose numbers count as dense (default int4)")
@@ -280,8 +280,7 @@ def add_options(parser):
     run.add_argument("--labels", type=int, default=Run.labels,
                      help=f"labelled positions a row (default {Run.labels}: a classification task)")
     run.add_argument("--directions", type=int, default=Run.directions, help="directions a step (default 1)")
-    run.add_argument("--sequential", action="store_true",
-                     help="evaluations one after another: half a pair's activations")
+    run.add_argument("--sequential", action="store_true", help="evaluations one after another: half the activations")
     run.add_argument("--train-codebooks", action="store_true", help="as in qzo train: float32 copies that train")
     run.add_argument("--large-rows", choices=LARGE_ROWS, default=LARGE_ROWS[0], help="as in qzo train (default fused)")
     where = parser.add_argument_group("where")
@@ -385,15 +384,15 @@ def random_model(config, group_size, zeros, device, dtype, codes="int4"):
 def _checkpoint(options, codes, device, dtype):
     """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device)."""
     from ..hf import from_pretrained
-    kind = CODES[codes]
+    kind, trusted = CODES[codes], {"trust_remote_code": options.trust_remote_code}
     group = options.group_size or kind.group
-    given = {"bits": kind.bits, "table": kind.table, **({"group_size": group} if group else {})}
+    given = {"bits": kind.bits, "table": kind.table, **({"group_size": group} if group else {}), **trusted}
     model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
     wanted = {name: models.form_of(layer) for name, layer in layers(model, trainable=None).items()}
     config = model.config
     del model
     gc.collect()
-    empty = models.build_empty(config, dtype).eval()
+    empty = models.build_empty(config, dtype, **trusted).eval()
     split_experts_(empty)
     models.quantize_empty(empty, wanted, cpu=device == "cpu")
     return lambda: from_pretrained(options.model, device=device, dtype=dtype, **given), empty

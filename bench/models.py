@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..experts import split_experts_
 from ..head import body
-from ..hf import build_empty
+from ..hf import build_empty, reading
 from ..kernels.vectors import LENGTH
 from ..layers import arena_of, layers
 from ..linear import QZOLinear
@@ -82,15 +82,16 @@ def dimensions(model, tokens):
 def empty_model(config, dtype):
     """The model of a config: parameters on the meta device, computed buffers real, nothing quantized.
 
-    Raises ValueError for a model_type that the installed transformers lacks, or where diffusers is missing.
+    Raises ValueError for a model_type that the installed transformers lacks, for values that make no config, or where
+    diffusers is missing.
     """
     if "model_type" in config:
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
         kind = config["model_type"]
-        try:
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"model_type {kind!r} is not known to the installed transformers")
+        with reading(f"the config of model_type {kind!r}", "it cannot be read"):
             known = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
-        except ValueError:
-            raise ValueError(f"model_type {kind!r} is not known to the installed transformers") from None
         model = build_empty(known, dtype).eval()
         split_experts_(model)                      # as from_pretrained does
         return model

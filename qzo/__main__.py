@@ -58,7 +58,7 @@ def main(arguments=None):
         out = vars(options).get("output_dir")
         text = disk.explain(error, options.command, out) if disk.full(error) else _line(error)
         print(f"qzo {options.command}: {text}", file=sys.stderr)
-        return 1
+        return 2 if disk.unusable(error) else 1
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -67,7 +67,7 @@ def main(arguments=None):
 
 
 def _line(error):
-    return " ".join(str(error).split())
+    return disk.unusable(error) or " ".join(str(error).split())
 
 
 def build_parser():

@@ -1,4 +1,4 @@
-"""A full disk, whoever reports it: the path is named, and what is true of the command that ran."""
+"""A full disk, whoever reports it, and a path that cannot be used: it is named, and what is true of the command."""
 import contextlib
 import errno
 import os
@@ -7,6 +7,15 @@ from pathlib import Path
 
 from .journal import JournalError, read
 
+_UNUSABLE = {
+    errno.EACCES: "permission denied; give another path, or change whose it is",
+    errno.EPERM: "permission denied; give another path, or change whose it is",
+    errno.EROFS: "its file system is read-only; give another path",
+    errno.EEXIST: "it is there already and is no folder; give another path",
+    errno.ENOTDIR: "a part of this path is a file, no folder; give another path",
+    errno.EISDIR: "it is a folder, and a file is wanted",
+    errno.ENAMETOOLONG: "a name in this path is too long; give a shorter one",
+    errno.ELOOP: "its links lead round in a circle; give another path"}
 _WHAT = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
 
 
@@ -19,6 +28,12 @@ def full(error):
     told = re.search(r"\(os error (\d+)\)", str(error))
     found = int(told[1]) if found is None and told else found
     return found if found in _WHAT else None
+
+
+def unusable(error):
+    """One line for an OSError of a path that was given and cannot be used, else None."""
+    reason = _UNUSABLE.get(error.errno) if isinstance(error, OSError) and error.filename is not None else None
+    return reason and f"{error.filename2 or error.filename}: {reason}"
 
 
 class naming(contextlib.AbstractContextManager):

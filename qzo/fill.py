@@ -14,7 +14,7 @@ def fill(model, entries, path, device):
     """Put every entry in its place and return the Names; ValueError for an entry that the model lacks and for what
     stays empty."""
     names, filled, heap = Names(model), {}, Heap()
-    missing = set(names.known)
+    missing, needless = set(names.known), needless_of(model)
     for name, value, where in entries:
         name = names(name)
         stack = None if name in missing else stack_of(model, name)
@@ -22,8 +22,7 @@ def fill(model, entries, path, device):
             old, new = names.split(stack)
             missing = missing - old | new
         if name not in missing:
-            ignored = any(re.search(p, name) for p in model._keys_to_ignore_on_load_unexpected or ())
-            if ignored or _empty_bias(name, value, model):
+            if needless(name) or _empty_bias(name, value, model):
                 continue
             if name in filled:
                 raise ValueError(f"{where}: {name} is there already, from {filled[name]}; the files are of two "
@@ -44,6 +43,18 @@ def fill(model, entries, path, device):
         raise ValueError(f"{path}: nothing fills {empty[0]} of {type(model).__name__}; this architecture "
                          "cannot be loaded")
     return names
+
+
+def needless_of(model):
+    """needless(name): whether a tensor of a file is one that the model computes by itself, or its class leaves out.
+
+    Older files hold angles of rotary embeddings, and numbers of positions, that transformers keeps as plain buffers.
+    """
+    buffers = [name for name, _ in model.named_buffers()]
+    computed = ("rotary_emb.inv_freq", "position_ids")
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()),
+                *(rf"(^|\.){re.escape(leaf)}$" for leaf in computed if any(name.endswith(leaf) for name in buffers))]
+    return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def _empty_bias(name, value, model):

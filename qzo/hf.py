@@ -1,6 +1,7 @@
 """transformers models with QZOLinear inside: a checkpoint is loaded."""
 import contextlib
 import dataclasses
+import warnings
 from pathlib import Path
 
 import torch
@@ -8,13 +9,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from . import disk
-from .fill import fill
+from .fill import fill, needless_of
 from .formats import gguf, gguf_tokenizer, gptq, hqq, of_method, safetensors_file, told
 from .formats.folder import tensor_places
 from .formats.gguf_file import GGUFFile
 from .kernels.table import named_table
 from .layers import arena_of, layers, quantizable_, quantize_
 from .names import Names
+from .oom import is_out_of_memory
 from .quantize import check_form, quantize_weight
 
 LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
@@ -114,20 +116,30 @@ def load_tokenizer(path_or_id, trust_remote_code=False):
     path = locate(path_or_id)
     if path.is_file():
         return gguf_tokenizer.load(GGUFFile(path))
-    with _own_code(path):
+    with reading(path, "its tokenizer cannot be read"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-@contextlib.contextmanager
-def _own_code(folder):
-    """transformers' words for code that it was not told to run, as one line."""
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code=True" not in str(error):
-            raise
-        raise ValueError(f"{folder} brings code of its own, which is run only with trust_remote_code=True (on the "
-                         "command line: --trust-remote-code); read it first") from None
+class reading(contextlib.AbstractContextManager):
+    """Inside, what transformers, or a folder's own code, raises for what it cannot read is one ValueError.
+
+    A full disk, missing memory and a file that is gone or closed to the user stay what they are.
+    """
+
+    def __init__(self, folder, what):
+        self.folder, self.what = folder, what
+
+    def __exit__(self, kind, error, trace):
+        if not isinstance(error, Exception) or isinstance(error, FileNotFoundError | PermissionError):
+            return
+        if disk.full(error) or is_out_of_memory(error):
+            return
+        text = " ".join(str(error).split())
+        if "trust_remote_code=True" in text:
+            raise ValueError(f"{self.folder} brings code of its own, which is run only with trust_remote_code=True (on "
+                             "the command line: --trust-remote-code); read it first") from None
+        named = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{self.folder}: {self.what}: {named}{text:.400}") from error
 
 
 def locate(path_or_id):
@@ -174,15 +186,20 @@ def read_config(folder, trust_remote_code=False):
     """The transformers config of a folder."""
     from transformers import AutoConfig
 
-    with _own_code(folder):
+    with reading(folder, "its config.json cannot be read"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _auto_class(config):
-    """The transformers class that the checkpoint's architecture asks for."""
+    """The transformers class that the checkpoint's architecture asks for; one of the folder's own code by the class
+    that its auto_map puts it under."""
     import transformers
 
     names = config.architectures or ["ForCausalLM"]
+    names = [names] if isinstance(names, str) else names
+    for name, code in (getattr(config, "auto_map", None) or {}).items():
+        if name.startswith("AutoModel") and str(code).endswith(f".{names[0]}") and hasattr(transformers, name):
+            return getattr(transformers, name)
     if any(part in name for name in names for part in ("ForCausalLM", "LMHeadModel")):
         return transformers.AutoModelForCausalLM
     return getattr(transformers, names[0], transformers.AutoModel)
@@ -199,11 +216,39 @@ def _load_float(folder, config, trust_remote_code, options, device, dtype):
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = _quantize_streamed(folder, config, trust_remote_code, options, device, dtype)
     if model is None:
-        with _own_code(folder):
-            model = _auto_class(config).from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+        model = _whole_float(folder, config, trust_remote_code)
         quantize_(model, **options, skip=("lm_head", *_heads(model)))
     sizes = (("config.json", (folder / "config.json").stat().st_size),)
     return model, Source("float", folder, sizes, stored, tuple(sorted(options.items())))
+
+
+def _whole_float(folder, config, trust_remote_code):
+    """The float model as transformers loads it. ValueError where it would put random weights in the place of tensors
+    that the files lack; a warning where the files have others."""
+    with reading(folder, "it cannot be loaded"):
+        model, info = _auto_class(config).from_pretrained(
+            folder, dtype="auto", trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
+            output_loading_info=True)
+    name = type(model).__name__
+    for tensor, stored, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{folder}: tensor {tensor} has shape {list(stored)}, which {name} of its config.json needs "
+                         f"as {list(wanted)}; one of them is damaged or of another model")
+    if info["missing_keys"]:
+        raise ValueError(f"{folder}: {len(info['missing_keys'])} tensors are missing, the first is "
+                         f"{min(info['missing_keys'])}; the checkpoint is incomplete, or its config.json is of another "
+                         "model")
+    warn_left(info["unexpected_keys"], model, folder)
+    return model
+
+
+def warn_left(names, model, folder):
+    """Warn of the tensors of these names, which no part of the model takes."""
+    needless = needless_of(model)
+    left = sorted(name for name in names if not needless(name))
+    if left:
+        warnings.warn(f"{folder}: {type(model).__name__} of its config.json has no place for {len(left)} tensors of "
+                      f"the files (the first: {left[0]}); they are left out, and will be missing in what is saved",
+                      stacklevel=2)
 
 
 def _heads(model):
@@ -247,14 +292,22 @@ def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype
 def _take_generation_config(model, folder):
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with reading(folder, "its generation_config.json cannot be read"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def gguf_config(file):
+    """The transformers config of a GGUFFile. ValueError for metadata that make none."""
+    from transformers import AutoConfig
+
+    arguments = gguf.config(file)
+    with reading(file.path, "its metadata make no model"):
+        return AutoConfig.for_model(**arguments)
 
 
 def _load_gguf(path, device, dtype):
-    from transformers import AutoConfig
-
     file = GGUFFile(path)
-    model = build_empty(AutoConfig.for_model(**gguf.config(file)), dtype)
+    model = build_empty(gguf_config(file), dtype)
     fill(model, gguf.weights(file, dtype), path, device)
     return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
 
@@ -294,12 +347,15 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def build_empty(config, dtype, cls=None, trust_remote_code=False):
-    """The model of a config, its parameters on the meta device. cls: None for the transformers class it names."""
+    """The model of a config, its parameters on the meta device. cls: None for the transformers class it names.
+
+    ValueError for a config that makes none.
+    """
     with _EmptyOnMeta():
         if cls is not None:                       # a diffusers class, whose from_config takes no dtype
             return nn.Module.to(cls.from_config(config), dtype)
-        cls = _auto_class(config)
-        if hasattr(cls, "from_config"):
-            with _own_code(config.name_or_path or type(config).__name__):
+        with reading(config.name_or_path or type(config).__name__, "its config makes no model"):
+            cls = _auto_class(config)
+            if hasattr(cls, "from_config"):
                 return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        return cls._from_config(config, dtype=dtype)
+            return cls._from_config(config, dtype=dtype)

@@ -11,12 +11,12 @@ import warnings
 import torch
 from torch import nn
 
-from .data import collate, read_data, tokenize
+from .data import check_ids, collate, read_data, tokenize
 from .experts import split_, split_experts_, stack_of
 from .formats import gguf, hqq, of_method, told
 from .formats.gguf_file import GGUFFile
 from .head import has_encoder
-from .hf import build_empty, check_depth, from_pretrained, load_tokenizer, locate, read_config
+from .hf import build_empty, check_depth, from_pretrained, gguf_config, load_tokenizer, locate, read_config
 from .layers import layers
 from .names import Names
 from .signal import survival
@@ -74,13 +74,11 @@ class ScaleSurvey:
 def opened(path_or_id, trust_remote_code=False):
     """(name of the format, transformers config, entries as a reader yields them, or None for a float checkpoint, types
     of stored tensors by their Hugging Face names where the entries' dtypes do not tell them)."""
-    from transformers import AutoConfig
-
     path = locate(path_or_id)
     if path.is_file():
         file = GGUFFile(path)
         types = {gguf.hf_name(file, info.name): (info.type_name, info.nbytes) for info in file.tensors.values()}
-        return "gguf", AutoConfig.for_model(**gguf.config(file)), gguf.weights(file, torch.float16), types
+        return "gguf", gguf_config(file), gguf.weights(file, torch.float16), types
     quantization = told.quantization_of(path)
     config = read_config(path, trust_remote_code)
     if quantization is None:
@@ -206,6 +204,7 @@ def signal(options, wanted):
                             trust_remote_code=bool(options.trust_remote_code))
     choose_layers(model, options.train_layers)
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, "all that --signal reads of a line", has_encoder(model))
+    check_ids(examples, model)
     batch = collate(examples, pad_id(tokenizer), next(model.parameters()).device)
     seeds = range(options.signal_directions)
     survived = survival(model, batch, options.eps, seeds, activations=("float16", "bfloat16"))

@@ -11,7 +11,7 @@ import torch
 
 from .experts import file_name, split_experts_
 from .formats import TARGETS, files, folder, safetensors_file, told
-from .hf import build_empty, from_pretrained, locate, read_config
+from .hf import build_empty, from_pretrained, locate, read_config, warn_left
 from .kernels.table import NAMED, named_table
 from .layers import layers
 from .quantize import quantize_weight
@@ -110,7 +110,11 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
     group_size = group_for(model, group_size if table is None else group_size or 64)
     result = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table, "format": format}
     places = folder.tensor_places(path) if any(path.glob("*.safetensors")) else {}
-    if not all(f"{name}.weight" in places for name in linears):
+    wanted = {file_name(name, known.model_type): value.shape for name, value in model.state_dict().items()}
+    tied = {file_name(name, known.model_type) for name in model.all_tied_weights_keys}
+    whole = wanted.keys() - places.keys() <= tied and all(
+        torch.Size(places[name][1][1]) == shape for name, shape in wanted.items() if name in places)
+    if not whole:                                   # by other names; or damaged, which is told there
         model = from_pretrained(path, device="cpu", bits=bits, group_size=group_size, symmetric=symmetric,
                                 table=table, trust_remote_code=trust_remote_code)
         export(model, out, format)
@@ -118,15 +122,15 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
     zeros = None if symmetric or table is not None else torch.uint8
     shapes = {name: PackedWeight.on_meta(m.out_features, m.in_features, check_group_size(group_size, m.in_features),
                                          bits, zeros, table=entries) for name, m in linears.items()}
-    wanted = {file_name(name, known.model_type) for name in model.state_dict()}
-    wanted -= {f"{name}.weight" for name in linears}
+    warn_left(places.keys() - wanted.keys(), model, path)
+    dense_names = wanted.keys() - {f"{name}.weight" for name in linears}
     heads = {file_name(name, known.model_type) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     form = TARGETS[format]
     quantization = form.quantization_config(shapes, sorted(heads - set(linears)))
     made = Quantizing(places, shapes, form, quantization, symmetric)
     with files.staged(out) as staging:
         copy_companions(path, staging)
-        dense = folder.dense_entries(path, wanted.__contains__)
+        dense = folder.dense_entries(path, dense_names.__contains__)
         write_into(staging, form, [*dense, *made.entries()], files.read_object(path / "config.json"), quantization)
     return {"layers": len(shapes), **result, "error": made.error()}
 

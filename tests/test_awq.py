@@ -70,7 +70,9 @@ def test_auto_round_in_awqs_layout(tmp_path):
 @pytest.mark.parametrize(("config", "tensors", "message"), [
     ({"version": "gemv"}, None, "in: AWQ weights in version 'gemv'; supported is 'gemm'"),
     ({"version": "gemv_fast"}, None, "'gemv_fast'"), ({"version": "marlin"}, None, "'marlin'"),
-    ({"version": None}, None, "AWQ weights in version None"), ({"version": 4}, None, "AWQ weights in version 4"),
+    ({"w_bit": 8}, None, "in: the quantization_config says bits 4 and w_bit 8, which are two names of one setting"),
+    ({"q_group_size": 64}, None, "says group_size 32 and q_group_size 64, which"),
+    ({"version": 4}, None, "AWQ weights in version 4"),
     ({"bits": 8}, None, "bits is 8; supported are 4"),
     ({"group_size": 64}, None, "no multiple of group_size 64"),
     ({}, drop("qzeros"), WHERE + rf"no {LAYER}\.qzeros beside it"),

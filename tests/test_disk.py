@@ -42,7 +42,7 @@ def last_line(capsys):
 
 
 def train(base, out, *more):
-    data = tiny.write_jsonl(out.parent / "t.jsonl", tiny.RECORDS)
+    data = tiny.write_jsonl(base.parent / "t.jsonl", tiny.RECORDS)
     return ["train", "--model", str(base), "--data", str(data), "--output-dir", str(out), "--max-steps", "3",
             "--batch-size", "2", *DEVICE, *more]
 
@@ -162,3 +162,41 @@ def test_a_download_that_does_not_fit(tmp_path, capsys, monkeypatch):
     assert main(["quantize", "some/model", "--output-dir", str(tmp_path / "q")]) == 1
     line = last_line(capsys)
     assert line.startswith(f"qzo quantize: no space left on the disk ({huggingface_hub.constants.HF_HUB_CACHE}); ")
+
+
+@pytest.mark.parametrize(("code", "reason"), [
+    (errno.EROFS, "its file system is read-only; give another path"),
+    (errno.EACCES, "permission denied; give another path, or change whose it is")])
+@pytest.mark.parametrize("command", ["train", "replay", "export", "quantize"])
+def test_a_folder_that_is_closed(base, tmp_path, capsys, monkeypatch, command, code, reason):
+    """Read-only: the path, and status 2. Nothing else is written."""
+    journal, closed = tmp_path / "o/journal.qzo", tmp_path / "closed"
+    if command == "replay":
+        assert main(train(base, tmp_path / "o")) == 0
+    commands = {"train": train(base, closed / "new"), "replay": ["replay", str(base), str(journal), *DEVICE],
+                "export": ["export", str(base), "--to", "gptq", *DEVICE], "quantize": ["quantize", str(base)]}
+    make = Path.mkdir
+
+    def refuse(path, *given, **options):
+        if path.is_relative_to(closed):
+            raise OSError(code, os.strerror(code), str(path))
+        make(path, *given, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    out = [] if command == "train" else ["--output-dir", str(closed / "new")]
+    assert main([*commands[command], *out]) == 2
+    assert last_line(capsys) == f"qzo {command}: {closed / 'new'}: {reason}"
+    assert not closed.exists()
+
+
+def test_a_path_that_is_no_folder(base, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out, reason in {"file": "it is there already and is no folder", "file/o": "a part of this path is a file",
+                        "loop": "it is there already and is no folder", "x" * 300: "a name in this path is too long"
+                        }.items():
+        assert main(train(base, tmp_path / out)) == 2
+        assert last_line(capsys).startswith(f"qzo train: {tmp_path / out}: {reason}")
+    assert main(["replay", str(base), str(tmp_path), "--output-dir", str(tmp_path / "r")]) == 2
+    assert last_line(capsys) == f"qzo replay: {tmp_path}: it is a folder, and a file is wanted"
+    assert (tmp_path / "file").read_text() == "x"

@@ -48,6 +48,11 @@ def test_configuration(architecture, change, expected):
 
 
 @pytest.mark.parametrize(("architecture", "change", "tensors", "message"), [
+    ("llama", {"rope.freq_base": 0.0}, {}, "rope.freq_base is 0; rotary embeddings need a number above it"),
+    ("gemma3", {"attention.sliding_window": 8, "rope.freq_base_swa": 0}, {}, "rope.freq_base_swa is 0; rotary"),
+    ("gemma3", {"attention.sliding_window": 8, "attention.sliding_window_pattern": "6"}, {},
+     "sliding_window_pattern is '6'; it has to be int from 0 on"),
+    ("gemma3", {"attention.sliding_window": 8, "attention.sliding_window_pattern": -6}, {}, "pattern is -6; it has to"),
     ("qwen2", {"attention.value_length": 64}, {}, "heads of 32 for keys and of 64 for values"),
     ("qwen3", {"rope.dimension_count": 16}, {}, "16 of 32 head dimensions; only whole heads .* Qwen3"),
     ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {}, "scaling 'yarn'; .*linear"),
@@ -90,3 +95,13 @@ def test_factors_of_llama_3_give_its_parameters(factor, theta, size):
     found[size // 4] *= 1.001
     with pytest.raises(ValueError, match=f"rope_freqs.weight holds .* at {size // 4}"):
         gguf_config.config(file)
+
+
+@pytest.mark.parametrize(("count", "said"), [(3, "3"), ("2", "'2'"), ([1, 2], r"\[1, 2\]"), (-1, "-1")])
+def test_a_part_of_a_split_model_is_refused(count, said):
+    file = file_of("llama", {})
+    file.metadata["split.count"] = count
+    with pytest.raises(ValueError, match=f"m.gguf is one of {said} parts; merge them first"):
+        gguf_config.config(file)
+    file.metadata["split.count"] = 1
+    assert gguf_config.config(file)["num_hidden_layers"] == 2

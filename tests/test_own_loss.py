@@ -188,3 +188,19 @@ def test_labels_that_differ_between_evaluations_are_refused():
     labels[1, :5] = -100
     with pytest.raises(ValueError, match=r"hold \[11, 7\] labels: each takes the same examples; use qzo.pair"):
         qzo.losses(make(), Stacked({**BATCH, "labels": labels}), 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_losses_that_are_not_finite_are_no_other_logits(value):
+    """A dtype that overflows, or a damaged tensor: the step is skipped and says so."""
+    torch.manual_seed(0)
+    model = qzo.quantize_(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), group_size=32)
+    weight = model.model.norm.weight
+    good, weight.data = weight.data, torch.full_like(weight, value)
+    optimizer = qzo.QZO(model, lr=0.1)
+    batch = qzo.pair(BATCH, 2)
+    with pytest.warns(UserWarning, match="step 0 had a NaN or infinite loss and changes nothing; if that goes on"):
+        optimizer.step(lambda: qzo.losses(model, batch, 2))
+    weight.data = good
+    assert optimizer.step(lambda: qzo.losses(model, batch, 2)) < 10
+    assert own_loss._seen[model]          # compared as soon as there is something to compare

@@ -84,6 +84,7 @@ def test_every_command_that_loads(folder, tmp_path, capsys):
     assert main(["export", str(tuned), "--to", "gptq", "--output-dir", str(tmp_path / "g"), *trust]) == 0
     assert main(["inspect", str(tuned), "--signal", "--signal-directions", "1", "--device", "cpu",
                  "--trust-remote-code"]) == 0
+    assert main(["memory", "--model", str(folder), "--seq-len", "8", *trust]) == 0
     assert main(["quantize", str(folder), "--output-dir", str(tmp_path / "q"), "--trust-remote-code"]) == 0
     for path in (tuned, tmp_path / "r", tmp_path / "g", tmp_path / "q"):
         assert type(qzo.load_tokenizer(path, trust_remote_code=True)).__name__ == "LettersTokenizer"
@@ -100,3 +101,35 @@ def test_without_the_flag_it_is_asked_for(folder, tmp_path, capsys):
     assert "--trust-remote-code" in line
     with pytest.raises(ValueError, match="brings code of its own, which is run only with trust_remote_code=True"):
         qzo.load_tokenizer(folder)
+
+
+def test_the_class_that_auto_map_puts_it_under(folder, tmp_path):
+    """A vision-language model's own code is no AutoModelForCausalLM."""
+    if not (folder / "letters_model.py").exists():
+        (folder / "letters_model.py").write_text(MODEL)
+    code = MODEL + "\n\nclass LettersForConditionalGeneration(LettersForCausalLM):\n    pass\n"
+    (folder / "letters_model.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "letters", "architectures": ["LettersForConditionalGeneration"],
+        "auto_map": {"AutoConfig": "letters_model.LettersConfig",
+                     "AutoModelForImageTextToText": "letters_model.LettersForConditionalGeneration"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = qzo.from_pretrained(folder, device="cpu", group_size=64, trust_remote_code=True)
+    qzo.save_pretrained(model, tmp_path / "q")
+    for found in (model, qzo.from_pretrained(tmp_path / "q", device="cpu", trust_remote_code=True)):
+        assert type(found).__name__ == "LettersForConditionalGeneration"
+        assert len(layers(found)) == 7
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("import nosuchpackage", "ImportError: This modeling file requires the following packages that were not found"),
+    ("raise RuntimeError('of its\\nown')", "RuntimeError: of its own"), ("no python", "SyntaxError")])
+def test_code_that_fails_is_one_line(folder, capsys, line, message):
+    name = "letters_model.py" if (folder / "letters_model.py").exists() else "letters_tokens.py"
+    (folder / name).write_text(f"{(folder / name).read_text()}\n{line}\n")
+    data = tiny.write_jsonl(folder.parent / "t.jsonl", [{"prompt": "ab", "completion": "c"}] * 2)
+    assert main(["train", "--model", str(folder), "--data", str(data), "--output-dir", str(folder.parent / "o"),
+                 "--device", "cpu", "--group-size", "64", "--trust-remote-code"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{folder}: its " in last
+    assert message in last

@@ -13,7 +13,7 @@ from qzo.formats import told
 from qzo.layers import layers
 from tests.checkpoints import quantized
 from tests.close import assert_same_bits
-from tests.gptq_checkpoints import contents, load, step, write_awq
+from tests.gptq_checkpoints import contents, decode_folder, load, step, write_awq
 from tests.test_vision import logits, same_state
 from tests.vision_models import build
 
@@ -111,6 +111,47 @@ def test_awqs_own_file(tmp_path, names):
     (folder / "quant_config.json").write_text(json.dumps(own | {"version": "GEMV"}))
     with pytest.raises(ValueError, match="AWQ weights in version 'GEMV'"):
         load(folder)
+
+
+SAID = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+
+@pytest.mark.parametrize(("place", "said"), [
+    ("config.json", SAID | {"quant_method": "AWQ", "version": "GEMM"}),
+    ("config.json", {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "zero_point": True}),
+    ("config.json", SAID | {"version": None, "w_bit": 4}),
+    ("quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True}),
+    ("quant_config.json", SAID | {"quant_method": None}),
+    ("quantize_config.json", SAID)])                        # AutoGPTQ's name, for weights in AWQ's layout
+def test_awq_by_other_names(tmp_path, place, said):
+    """Names are those of AutoAWQ or transformers; one that says no version is GEMM."""
+    folder = write_awq(tmp_path / "in", zero_point=True)
+    want = decode_folder(folder)
+    change(folder, lambda content: content.pop("quantization_config"))
+    if place == "config.json":
+        change(folder, lambda content: content.update(quantization_config=said))
+    else:
+        (folder / place).write_text(json.dumps(said))
+    model = load(folder)
+    for name, layer in quantized(model).items():
+        assert_same_bits(layer.dequantize(), want[name])
+    qzo.save_pretrained(model, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(folder)
+    qzo.export(model, tmp_path / "gptq", "gptq")
+    assert not (tmp_path / "gptq/quant_config.json").exists()
+    for name, layer in quantized(load(tmp_path / "gptq")).items():
+        assert_same_bits(layer.dequantize(), want[name])
+
+
+def test_compressed_tensors_first_name_for_it(tmp_path):
+    shutil.copytree(FIXTURES / "ct-w4a16-sym-g128-gptq", tmp_path / "in")
+    change(tmp_path / "in", lambda content: content.update(compression_config=content.pop("quantization_config")))
+    model, want = load(tmp_path / "in"), load(FIXTURES / "ct-w4a16-sym-g128-gptq")
+    same_state(model, want)
+    qzo.export(model, tmp_path / "gptq", "gptq")
+    content = json.loads((tmp_path / "gptq/config.json").read_text())
+    assert "compression_config" not in content
+    assert content["quantization_config"]["quant_method"] == "gptq"
 
 
 @pytest.mark.parametrize("name", ["gptqmodel-gptq-sym-g128", "ct-w4a16-sym-g128-gptq", "autoround-awq-zp-g128",

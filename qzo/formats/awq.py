@@ -22,6 +22,7 @@ from .words import pack, unpack
 METHOD = "awq"
 SCALES = "scales"
 PARTS = ("qweight", "qzeros", "scales")
+_NAMES = (("bits", "w_bit"), ("group_size", "q_group_size"))      # transformers' and AutoAWQ's
 _NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)         # where column j of a word's eight lies
 _COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)         # the column that lies there
 
@@ -29,14 +30,25 @@ _COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)         # the column that lies there
 def check_config(quantization, where):
     """(group size, None for the whole row; whether there are zero points) of a quantization_config that can be read.
 
+    One that names no version means GEMM, as AutoAWQ and transformers have it; the tensors' shapes would tell another.
     ValueError naming what cannot.
     """
-    layout = next(filter(None, map(quantization.get, ("version", "checkpoint_format", "format"))), None)
+    layout = next(filter(None, map(quantization.get, ("version", "checkpoint_format", "format"))), "gemm")
     if not isinstance(layout, str) or layout.lower() != "gemm":
         raise ValueError(f"{where}: AWQ weights in version {layout!r:.60}; supported is 'gemm'")
-    size = quantization.get("group_size")
-    check_bits_and_group(quantization.get("bits"), size, where, (4,))
+    bits, size = (_one_of(quantization, names, where) for names in _NAMES)
+    check_bits_and_group(bits, size, where, (4,))
     return None if size == -1 else size, quantization.get("zero_point") is not False
+
+
+def _one_of(quantization, names, where):
+    """What a quantization_config says under one of these names. ValueError where it says two things."""
+    found = {name: quantization[name] for name in names if quantization.get(name) is not None}
+    if any(value != next(iter(found.values())) for value in found.values()):
+        said = " and ".join(f"{name} {value!r:.40}" for name, value in found.items())
+        raise ValueError(f"{where}: the quantization_config says {said}, which are two names of one setting; remove "
+                         "the wrong one")
+    return next(iter(found.values()), None)
 
 
 def weights(folder, quantization, dtype):

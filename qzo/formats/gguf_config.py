@@ -26,8 +26,8 @@ def config(file):
     ValueError naming what the file lacks or what cannot be read.
     """
     meta, kind = file.metadata, family(file)
-    if meta.get("split.count", 1) > 1:
-        raise ValueError(f"{file.path} is one of {meta['split.count']} parts; merge them first "
+    if meta.get("split.count", 1) not in (0, 1):
+        raise ValueError(f"{file.path} is one of {meta['split.count']!r:.40} parts; merge them first "
                          "(llama-gguf-split --merge)")
     experts = _number(file, "expert_count", 0)
     if experts > 0:
@@ -113,8 +113,9 @@ def _head_dim(file, found):
 def _layer_types(file, kind, count):
     if not _get(file, "attention.sliding_window") and kind.local_theta:      # a Gemma 3 without windows
         return ["full_attention"] * count
-    slides = _get(file, "attention.sliding_window_pattern", kind.global_every)
+    slides = _get(file, "attention.sliding_window_pattern")
     if not isinstance(slides, list):
+        slides = _number(file, "attention.sliding_window_pattern", kind.global_every, (int,))
         slides = [slides == 0 or (layer + 1) % slides != 0 for layer in range(count)]
     if len(slides) < count:
         raise ValueError(f"{file.path}: attention.sliding_window_pattern tells of {len(slides)} layers, the "
@@ -126,7 +127,7 @@ def _layer_types(file, kind, count):
 
 def _rope(file, kind, head_dim):
     """{"rope_parameters": ...} and what stands beside it."""
-    theta = _number(file, "rope.freq_base", 10000.0)
+    theta = _base(file, "rope.freq_base", 10000.0)
     rotated = _number(file, "rope.dimension_count", head_dim, (int,))
     if rotated != head_dim and not kind.partial_rotary:
         raise ValueError(f"{file.path}: rotary embedding of {rotated} of {head_dim} head dimensions; only "
@@ -136,9 +137,17 @@ def _rope(file, kind, head_dim):
     if kind.partial_rotary:
         rope["partial_rotary_factor"] = rotated / head_dim
     if kind.local_theta:
-        local = _number(file, "rope.freq_base_swa", kind.local_theta)
+        local = _base(file, "rope.freq_base_swa", kind.local_theta)
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
     return {"rope_parameters": rope} | more
+
+
+def _base(file, key, default):
+    """What the rotary frequencies are powers of; 0 would make them infinite."""
+    found = _number(file, key, default)
+    if found == 0:
+        raise ValueError(f"{file.path}: {_name(file, key)} is 0; rotary embeddings need a number above it")
+    return found
 
 
 def _scaling(file, kind, theta, rotated):

@@ -1,24 +1,25 @@
 """The quantization_config of a folder, wherever its writer put it.
 
 Most stand in config.json. Exports of vision-language models have theirs inside the part that is quantized
-(text_config). AutoGPTQ's first folders have a quantize_config.json only, AutoAWQ's a quant_config.json with names of
-its own.
+(text_config). AutoGPTQ's first folders have a quantize_config.json only, AutoAWQ's a quant_config.json.
 """
 from . import awq, files, gptq, hqq
 
 AWQ_CONFIG = "quant_config.json"
-_AWQ_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
 _KEY = "quantization_config"
+_OLDER_KEY = "compression_config"         # compressed-tensors' first name for it
 
 
 def quantization_of(folder):
-    """The quantization_config of a folder, empty for HQQ's own files, None for floats.
+    """The quantization_config of a folder, its quant_method in lower case, empty for HQQ's own files, None for floats.
 
     ValueError for one that names no quant_method, and for several that differ.
     """
     path = folder / "config.json"
     content = files.read_object(path)
     found = {"": content[_KEY]} if content.get(_KEY) is not None else dict(_inside(content))
+    if not found and content.get(_OLDER_KEY) is not None:
+        found = {"": content[_OLDER_KEY]}
     for part, said in found.items():
         if not (isinstance(said, dict) and isinstance(said.get("quant_method"), str)):
             raise ValueError(f"{path}: its quantization_config{part and ' in ' + part} names no quant_method; add the "
@@ -29,14 +30,13 @@ def quantization_of(folder):
             if another != said:
                 raise ValueError(f"{path}: the quantization_config in {part} and that in {other} differ, and one for "
                                  "the whole model is read; put that beside model_type, outside of both")
-        return said
+        return said | {"quant_method": said["quant_method"].lower()}
     if (folder / hqq.FILE).is_file():
         return {}
-    if (folder / gptq.CONFIG).is_file():
-        return {"quant_method": gptq.METHOD} | files.read_object(folder / gptq.CONFIG)
-    if (folder / AWQ_CONFIG).is_file():
-        said = files.read_object(folder / AWQ_CONFIG)
-        return {"quant_method": awq.METHOD} | {_AWQ_NAMES.get(name, name): value for name, value in said.items()}
+    for name, method in ((gptq.CONFIG, gptq.METHOD), (AWQ_CONFIG, awq.METHOD)):
+        if (folder / name).is_file():
+            said = files.read_object(folder / name)
+            return said | {"quant_method": said.get("quant_method") or method}
     return None
 
 
@@ -52,12 +52,14 @@ def _inside(content, path=""):
 
 def untold(content):
     """The content of a config.json without any quantization_config."""
-    return {name: untold(part) if isinstance(part, dict) else part for name, part in content.items() if name != _KEY}
+    return {name: untold(part) if isinstance(part, dict) else part for name, part in content.items()
+            if name not in (_KEY, _OLDER_KEY)}
 
 
 def forget(config):
     """Take the quantization_config out of a transformers config and of its parts: the model in memory is not of it."""
-    vars(config).pop(_KEY, None)
+    for key in (_KEY, _OLDER_KEY):
+        vars(config).pop(key, None)
     for part in vars(config).values():
         if hasattr(part, "model_type") and hasattr(part, "__dict__"):
             forget(part)
