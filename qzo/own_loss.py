@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from .head import decoder_inputs, forward, has_encoder, logits_at, take_whole, takes
+from .oom import is_out_of_memory
 
 TOKENS = 16                  # of the first row: what is compared
 SAME = 1e-5                  # relative, of losses in float32
@@ -94,6 +95,8 @@ def _check_tokens(model, batch, E):
     try:
         read = torch.cat([*logits_at(model, fed, row, column, E, most=(len(target) // E + 1) // 2)], 1).flatten(0, 1)
     except (RuntimeError, IndexError) as error:          # it did not with all positions
+        if is_out_of_memory(error):
+            raise
         take_whole(model, f"its forward fails where its head reads single positions ({error})")
         return True
     rounding = _rounding(output.logits)
