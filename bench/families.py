@@ -171,6 +171,8 @@ def small_model(family, name):
         try:
             config = small_config(family, changes, getattr(cls, "config_class", None))
             config.is_decoder = "CausalLM" in name or "LMHead" in name
+            if getattr(config, "pad_token_id", 0) is None:
+                config.pad_token_id = 0                   # classifiers find a row's end by it
             if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
                 config.decoder_start_token_id = 0         # as published configs of T5 have it
             with torch.device("meta"):
@@ -180,7 +182,9 @@ def small_model(family, name):
                 continue
             torch.manual_seed(0)
             model = cls._from_config(config).float().eval()
-            if math.isfinite(float(own_output(model, *some_tokens(model)).logits.sum())):
+            ids, labels = some_tokens(model)
+            output = own_output(model, ids, None if "SequenceClassification" in name else labels)
+            if math.isfinite(float(output.logits.sum())):
                 return spread(model)
             reason = reason or "its logits are not finite"
         except ERRORS as error:
@@ -206,6 +210,7 @@ def some_tokens(model, rows=2):
     """(input_ids, labels) [rows, TOKENS]: labels a token's own, of an encoder-decoder model other tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, SPECIAL, (rows, TOKENS), generator=generator)
+    ids[:, -1] = TOKEN_IDS["eos_token_id"]               # which BART's classifier reads at
     other = torch.randint(5, SPECIAL, (rows, TOKENS - 3), generator=generator)
     labels = other if head.has_encoder(model) else ids.clone()
     labels[:, :3] = IGNORED

@@ -150,17 +150,6 @@ def tokenize(records, tokenizer, max_length=1024, limit="--max-length", encoder=
     return examples
 
 
-def check_ids(examples, model):
-    """ValueError for a token that the model's embedding has no row for: the tokenizer is another model's."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = getattr(embedding, "num_embeddings", None)
-    most = max(max((*e.ids, *(e.labels or ()), *(id for option in e.options or () for id in option)))
-               for e in examples)
-    if rows is not None and most >= rows:
-        raise ValueError(f"the tokenizer makes token {most} of the data, and the embedding of {type(model).__name__} "
-                         f"has {rows} rows: it is the tokenizer of another model")
-
-
 def _place(record, number):
     return f"{record.path}, line {record.number}" if isinstance(record, Line) else f"example {number}"
 

@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import nn
 
-from .data import check_ids, collate, read_data, tokenize
+from .data import collate, read_data, tokenize
 from .experts import split_, split_experts_, stack_of
 from .formats import gguf, hqq, of_method, told
 from .formats.gguf_file import GGUFFile
@@ -20,6 +20,7 @@ from .hf import build_empty, check_depth, from_pretrained, gguf_config, load_tok
 from .layers import layers
 from .names import Names
 from .signal import survival
+from .task import check_tables
 from .train import choose_layers, pad_id, trained_count
 from .weights import PackedWeight, check_bits
 
@@ -204,7 +205,7 @@ def signal(options, wanted):
                             trust_remote_code=bool(options.trust_remote_code))
     choose_layers(model, options.train_layers)
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, "all that --signal reads of a line", has_encoder(model))
-    check_ids(examples, model)
+    check_tables(model, examples)
     batch = collate(examples, pad_id(tokenizer), next(model.parameters()).device)
     seeds = range(options.signal_directions)
     survived = survival(model, batch, options.eps, seeds, activations=("float16", "bfloat16"))

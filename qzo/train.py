@@ -245,7 +245,6 @@ def build_task(model, records, tokenizer, settings, prefix):
         from .compiled import Compiled  # it imports the compiler
         compiled = Compiled(model)
     examples = data.tokenize(records, tokenizer, settings.max_length, encoder=has_encoder(model))
-    data.check_ids(examples, model)
     return Task(model, examples, pad_id(tokenizer), prefix, settings.packing, compiled=compiled)
 
 

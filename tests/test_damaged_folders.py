@@ -153,7 +153,7 @@ def test_a_tokenizer_of_another_model(base, tmp_path, capsys):
         data = tiny.write_jsonl(tmp_path / f"{index}.jsonl", records * 2)
         assert main(["train", "--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "o"),
                      "--max-steps", "1", "--batch-size", "2", "--group-size", "32", "--device", "cpu"]) == 2
-        assert ("the tokenizer makes token 77 of the data, and the embedding of LlamaForCausalLM has 30 rows: it is "
-                "the tokenizer of another model") in capsys.readouterr().err.splitlines()[-1]
+        assert ("has the token 77, LlamaForCausalLM knows 30: the tokenizer is another model's"
+                ) in capsys.readouterr().err.splitlines()[-1]
     assert main(["inspect", str(base), "--device", "cpu", "--signal", "--data", str(data)]) == 2
-    assert "the tokenizer makes token 77" in capsys.readouterr().err.splitlines()[-1]
+    assert "knows 30: the tokenizer is another model's" in capsys.readouterr().err.splitlines()[-1]
