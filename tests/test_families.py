@@ -12,6 +12,7 @@ SAMPLE = [("causal", "llama"), ("causal", "granite"), ("causal", "cohere"), ("ca
           ("causal", "modernbert-decoder"), ("causal", "roberta"), ("causal", "mpt"), ("causal", "inkling_text"),
           ("causal", "dory"), ("causal", "llama4_text"), ("causal", "xglm"), ("causal", "mamba"), ("causal", "mixtral"),
           ("encoder-decoder", "t5"), ("encoder-decoder", "bart"), ("classifier", "llama"), ("classifier", "bert")]
+BUILT = {"causal": 0.9, "encoder-decoder": 0.8, "classifier": 0.8, "vision-language": 0.6}      # the rest wants images
 
 
 @pytest.mark.parametrize(("kind", "family"), SAMPLE, ids=lambda part: part)
@@ -43,7 +44,7 @@ def test_the_results_have_no_silent_difference():
     counts = {kind: [line for line in found if line["kind"] == kind] for kind in families.KINDS}
     for kind, lines in counts.items():
         built = [line for line in lines if not line["outcome"].startswith("not built: ")]
-        assert len(built) > 0.8 * len(lines), kind
+        assert len(built) >= BUILT[kind] * len(lines), kind
         for line in built:
             assert line["outcome"].partition(":")[0] in ("equal", "whole logits", "refused"), line
             if not line["outcome"].startswith("refused"):

@@ -247,7 +247,7 @@ def test_the_command_line_from_end_to_end(e2e, tmp_path):
 def test_runs_that_differ_are_found(e2e, tmp_path):
     """Another seed, another model: the comparison is of what was computed."""
     model = gpu_e2e.FOLDERS / gpu_e2e.MODEL
-    (tmp_path / "data.jsonl").write_text('{"prompt": "a b c", "completion": "d"}\n' * 8)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "line line", "completion": "answer 1"}\n' * 8)
     for name, more in (("first", []), ("other", ["--seed", "1"])):
         assert in_this_process(gpu_e2e.train_arguments(model, tmp_path, name, "cpu") + more, 0)[0] == 0
     with pytest.raises(gpu_e2e.Untrue, match="differ from step 0 on"):
