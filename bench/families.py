@@ -184,7 +184,7 @@ def small_model(family, name):
             model = cls._from_config(config).float().eval()
             ids, labels = some_tokens(model)
             output = own_output(model, ids, None if "SequenceClassification" in name else labels)
-            if math.isfinite(float(output.logits.sum())):
+            if math.isfinite(float(output.logits.detach().sum())):
                 return spread(model)
             reason = reason or "its logits are not finite"
         except ERRORS as error:

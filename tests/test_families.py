@@ -15,9 +15,16 @@ SAMPLE = [("causal", "llama"), ("causal", "granite"), ("causal", "cohere"), ("ca
 BUILT = {"causal": 0.9, "encoder-decoder": 0.8, "classifier": 0.8, "vision-language": 0.6}      # the rest wants images
 
 
+def compared(kind, family):
+    """The Found of a family; a skip where the transformers at hand is too old for it."""
+    for listed in families.classes([kind], [family]):
+        return families.compare(*listed)
+    return pytest.skip(f"this transformers has no {family}")
+
+
 @pytest.mark.parametrize(("kind", "family"), SAMPLE, ids=lambda part: part)
 def test_the_loss_is_the_models_own(kind, family):
-    found = families.compare(*next(families.classes([kind], [family])))
+    found = compared(kind, family)
     assert found.outcome == "equal", found
     assert min(own for own, _ in found.losses.values()) != 0
     wanted = {"causal": {"plain", "two evaluations", "one position at a time", "options", "options of several tokens"},
@@ -27,13 +34,13 @@ def test_the_loss_is_the_models_own(kind, family):
 
 
 def test_logits_that_depend_on_their_neighbours_are_taken_whole():
-    found = families.compare(*next(families.classes(["causal"], ["inkling2_text"])))
+    found = compared("causal", "inkling2_text")
     assert found.outcome == "whole logits", found
 
 
 @pytest.mark.parametrize("family", ["xlnet", "bart", "prophetnet"])
 def test_another_objective_is_refused(family):
-    found = families.compare(*next(families.classes(["causal"], [family])))
+    found = compared("causal", family)
     assert found.outcome.startswith("refused: ")
     assert "it has another objective than qzo minimizes" in found.outcome
 
