@@ -242,7 +242,7 @@ def _verdict(model, ways):
     wrong = [way for way, (own, got) in ways.items() if not abs(own - got) <= SAME * abs(own)]
     if wrong:
         return f"differs: {', '.join(wrong)}", ways
-    return "whole logits" if model in head._whole else "equal", ways
+    return "whole logits" if head.is_whole(model) else "equal", ways
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def logits_at(model, inputs, row, column, E=1, most=None):
     ValueError for a model whose output has no logits.
     """
     head, each = output_head(model), len(row) // E
-    if head is None or model in _whole:
+    if head is None or is_whole(model):
         logits = _logits(model, inputs)
         if head is None:
             take_whole(model, "it does not say which module its head is (get_output_embeddings)")
@@ -71,7 +71,7 @@ def logits_at(model, inputs, row, column, E=1, most=None):
 def head_input(model, inputs):
     """What the output head reads, [rows, T, H]; the logits of a model without a head that is called."""
     head = output_head(model)
-    if head is None or model in _whole:
+    if head is None or is_whole(model):
         return _logits(model, inputs)
     first = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
     reading = _Reading(model, head, first, first)
@@ -138,9 +138,14 @@ def body(model):
     return max(_beside(model, head), key=lambda m: sum(p.numel() for p in m.parameters()), default=model)
 
 
+def is_whole(model):
+    """Whether the logits of whole batches are computed for this model."""
+    return model in _whole
+
+
 def take_whole(model, reason):
     """From now on the logits of whole batches are computed; one warning says so."""
-    if model not in _whole:
+    if not is_whole(model):
         _whole.add(model)
         warnings.warn(f"{type(model).__name__}: the logits of all tokens are computed, not of the labelled ones alone, "
                       f"which takes more memory and time: {reason}", stacklevel=3)
