@@ -6,7 +6,7 @@ from setuptools import setup
 
 setup(
     name="qzo",
-    version=next(line.split('"')[1] for line in Path("qzo/__init__.py").read_text().splitlines()
+    version=next(line.split('"')[1] for line in Path("qzo/version.py").read_text().splitlines()
                  if line.startswith("__version__")),
     description="Fine-tune 4-bit neural networks with forward passes only: fused Triton kernels for quantized "
                 "zeroth-order optimization",
@@ -15,16 +15,18 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["qzo", "qzo.formats", "qzo.kernels", "qzo.bench"],   # explicit: two of them have no __init__.py
+    # explicit: three of them have no __init__.py
+    packages=["qzo", "qzo.system", "qzo.nn", "qzo.loss", "qzo.optim", "qzo.checkpoints", "qzo.checkpoints.formats",
+              "qzo.training", "qzo.reports", "qzo.cli", "qzo.kernels", "qzo.bench", "qzo.bench.codegen"],
     package_dir={"qzo": "qzo", "qzo.kernels": "kernels", "qzo.bench": "bench"},
-    package_data={"qzo.bench": ["configs/*.json"]},
+    package_data={"qzo.reports": ["configs/*.json"], "qzo": ["py.typed"]},
     install_requires=["torch>=2.8", "triton>=3.4", "transformers>=5.17", "safetensors", "gguf>=0.17", "numpy", "tqdm",
-                      "pyyaml", "matplotlib", "jinja2"],
+                      "pyyaml", "matplotlib", "jinja2", "psutil"],
     extras_require={"test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77",
                              "diffusers", "compressed-tensors"],
                     "diffusion": ["diffusers"],
                     "dev": ["ruff", "mypy"]},
-    entry_points={"console_scripts": ["qzo = qzo.__main__:main"]},
+    entry_points={"console_scripts": ["qzo = qzo.cli.main:main"]},
     classifiers=["Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3",
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

@@ -3,6 +3,14 @@ import argparse
 import json
 import sys
 
+import torch
+from tqdm import tqdm
+
+from . import cases, estimate, results
+from .cases import KINDS
+from .run import check_providers, left_out, measure
+from .timing import keep_memory
+
 EXAMPLE = "example: qzo bench run --filter 4096x11008 --rows 1 16 --seconds 300 --out results.jsonl"
 
 CPU_SECONDS = 600            # of the set that a CPU measures when it is not told which
@@ -10,7 +18,6 @@ CPU_SECONDS = 600            # of the set that a CPU measures when it is not tol
 
 def add_commands(parser):
     """`run`, `compare`, `table` and `plot` under an argparse parser."""
-    from .cases import KINDS
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     run = commands.add_parser("run", help="measure", epilog=EXAMPLE, description=(
         "Time products, whole steps, updates, noise and the journal: kinds " + ", ".join(KINDS) + ". A provider is "
@@ -41,7 +48,6 @@ def add_commands(parser):
 
 def execute(options):
     """Run the chosen action; exit status. ValueError and OSError for bad input."""
-    from . import results
     if options.action == "run":
         return _run(options)
     if options.action == "compare":
@@ -61,12 +67,6 @@ def execute(options):
 
 
 def _run(options):
-    import torch
-    from tqdm import tqdm
-
-    from . import cases, results
-    from .run import check_providers
-    from .timing import keep_memory
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
@@ -112,10 +112,6 @@ def _run(options):
 
 def _measured(chosen, device, names, limit):
     """The rows of the cases in turn, with what it will take before and a live line on standard error meanwhile."""
-    from tqdm import tqdm
-
-    from . import cases, estimate
-    from .run import left_out, measure
     costs = {case: estimate.seconds(case, device, names) for case in chosen}
     budget = estimate.Budget(limit, estimate.probe(device))
     others = len(cases.every(device)) - len(chosen)

@@ -8,8 +8,7 @@ import functools
 
 import torch
 
-from ..kernels.table import NF4
-from ..kernels.vectors import LENGTH, words_of
+from ..reports.codes import CODES
 
 LAYERS = {  # in_features, out_features of the linears of each model
     "llama-2-7b": ((4096, 4096), (4096, 11008), (11008, 4096)),
@@ -30,39 +29,6 @@ LAWS = ("rademacher", "ih4", "gaussian")
 KINDS = ("linear", "step", "update", "noise", "journal", "overhead")
 
 
-@dataclasses.dataclass(frozen=True)
-class Codes:
-    """What stands in memory for weights: `bits` of each, or of an index into one of `books` codebooks of vectors; the
-    table whose entries they are codes of, or None; the group size that their format has, None where any will do, -1 the
-    whole row; what their cases' names end in."""
-
-    bits: int
-    suffix: str
-    table: tuple | None = None
-    group: int | None = None
-    books: int = 0
-
-    @property
-    def weight_bits(self):
-        """Bits that are read for a weight."""
-        return 16 * words_of(self.books, self.bits) // LENGTH if self.books else self.bits
-
-    @property
-    def book_entries(self):
-        """Numbers in the codebooks of a layer."""
-        return self.books * LENGTH << self.bits
-
-    @property
-    def lookup(self):
-        """As tiles.pick takes it."""
-        if self.books:
-            return "vectors" if words_of(self.books, self.bits) <= 2 else "long vectors"
-        return None if self.table is None else "table"
-
-
-CODES = {"int4": Codes(4, ""), "int2": Codes(2, " 2 bits"), "int8": Codes(8, " 8 bits"),
-         "nf4": Codes(4, " nf4", NF4, 64), "aqlm-1x16": Codes(16, " aqlm 1x16", group=-1, books=1),
-         "aqlm-2x8": Codes(8, " aqlm 2x8", group=-1, books=2)}
 BESIDE_INT4 = {              # codes -> model -> rows that are timed beside int4 in the same groups
     "cuda": {"nf4": {"llama-2-7b": (1, 16, 64, 512), "sd3.5-large": (512,)},
              "aqlm-1x16": {"llama-2-7b": (1, 16, 512)}, "aqlm-2x8": {"llama-2-7b": (1, 16, 64, 512)}},

@@ -14,12 +14,12 @@ import time
 
 import torch
 
-from ..evaluations import Evaluations
 from ..kernels.noise import kernel_coefs, law_number
-from ..layers import arena_of, evaluating, layers
-from ..linear import QZOLinear
-from ..ops import update_op
-from ..weights import PackedWeight
+from ..nn.evaluations import Evaluations
+from ..nn.layers import arena_of, evaluating, layers
+from ..nn.linear import QZOLinear
+from ..nn.ops import update_op
+from ..nn.weights import PackedWeight
 
 # name -> (in, out) of the linears of a block, blocks, group size, zero points
 CASES = {
@@ -31,7 +31,7 @@ CASES = {
 
 
 def build(shapes, blocks, group, zeros):
-    """A ModuleList of random 4-bit linears; their dense float32 twins hold other random numbers of the same shape."""
+    """A ModuleList of random 4-bit linears; their dense float32 ones have other numbers, of the same shape."""
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.ModuleList()
     for k, n in shapes * blocks:

@@ -20,15 +20,18 @@ import sys
 import warnings
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto import modeling_auto
 
-from .. import head
-from ..data import IGNORED, Example, collate
-from ..losses import losses, model_inputs, pair
-from ..packing import packed_batch, why_not
-from ..prefix import FrozenPrefix
+from ..loss import head
+from ..loss.losses import losses, model_inputs, pair
+from ..training.data import IGNORED, Example, collate
+from ..training.packing import packed_batch, why_not
+from ..training.prefix import FrozenPrefix
 
 SAME = 1e-5                  # relative
 MOST_PARAMETERS = 30_000_000
@@ -123,7 +126,6 @@ class Found:
 
 def classes(kinds=tuple(KINDS), families=()):
     """(kind, family, class name) of what transformers lists, of some families if they are named."""
-    from transformers.models.auto import modeling_auto
     for kind in kinds:
         for family, names in getattr(modeling_auto, KINDS[kind]).items():
             if not families or family in families:
@@ -137,7 +139,6 @@ def small_config(family, changes=None, config_class=None):
 
     config_class: another than the family's, such as that of its text model alone.
     """
-    from transformers import AutoConfig, PretrainedConfig
     default = config_class() if config_class else AutoConfig.for_model(family)
     special, own = itertools.count(SPECIAL), OWN.get(family, {})
     wanted = {**SMALL, **TOKEN_IDS, **(changes or {})}
@@ -163,7 +164,6 @@ def small_config(family, changes=None, config_class=None):
 
 def small_model(family, name):
     """A model of the class, with random weights, or the reason (str) why none of the sizes tried gives one."""
-    import transformers
     cls, reason = getattr(transformers, name, None), None
     if cls is None:
         return f"transformers has no {name} here"
@@ -328,7 +328,6 @@ def main(arguments=None):
     parser.add_argument("--kind", choices=KINDS, action="append", help="default: all four")
     parser.add_argument("--out", help="a JSONL file")
     options = parser.parse_args(arguments)
-    import transformers
     transformers.logging.set_verbosity_error()
     outcomes = {}
     with open(options.out or os.devnull, "w", encoding="utf-8") as file, warnings.catch_warnings():

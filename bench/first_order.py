@@ -11,10 +11,12 @@ import time
 import torch
 from torch.nn import functional
 
-from .. import demo, train
-from ..hf import from_pretrained, load_tokenizer
-from ..layers import layers
-from ..losses import option_scores
+from ..checkpoints.load import from_pretrained
+from ..checkpoints.tokenizer import load_tokenizer
+from ..loss.losses import option_scores
+from ..nn.layers import layers
+from ..training import demo
+from ..training import loop as train
 
 STEPS = 40
 BATCH = 32

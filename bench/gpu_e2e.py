@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import qzo
 
-from .. import journal
+from ..optim import journal
 from .gpu_parts import failures
 
 ROOT = Path(__file__).resolve().parent.parent

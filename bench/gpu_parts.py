@@ -57,8 +57,8 @@ def memory(check):
     """Measured over predicted."""
     import torch
 
-    from ..oom import explain
-    from . import memory as reports
+    from ..reports import memory as reports
+    from ..system.memory import explain
     for config, rows, tokens in MEMORY:
         if check.left() < 15:
             check.note("memory", f"{config} {rows} x {tokens}", note="no time left")
@@ -104,10 +104,10 @@ def tiles(check):
 def launcher(case, device, least_bytes):
     """(run(tile, part), which sends a pair through the layers of the passes `part` and returns the last one's y;
     passes; the picked tile)."""
-    from .. import ops
-    from ..evaluations import Evaluations
     from ..kernels.tiles import architecture
-    from ..layers import evaluating
+    from ..nn import ops
+    from ..nn.evaluations import Evaluations
+    from ..nn.layers import evaluating
     from .providers import EPS, EVERY, SEED, Problem
     problem = Problem(case, device, least_bytes)
     model, passes = problem.model()

@@ -18,9 +18,11 @@ import warnings
 
 import torch
 
-from ..layers import layers
-from ..optim import QZO
-from . import memory, models, timing
+from ..nn.choice import quantizable
+from ..nn.layers import layers
+from ..optim.optimizer import QZO
+from ..reports import memory, models
+from . import timing
 from .providers import dequantized_product, four_alike, in_place_pair
 from .results import NOT_THERE
 from .run import add_ratios
@@ -152,7 +154,7 @@ def _mezo(model, batch, mode):
 def _qlora_model(check):
     bitsandbytes, peft = importlib.import_module("bitsandbytes"), importlib.import_module("peft")
     model = _dense_model(check)
-    for name, linear in models.quantizable(model).items():
+    for name, linear in quantizable(model).items():
         packed = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4",
                                             compute_dtype=check.dtype, device="meta")
         packed.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")

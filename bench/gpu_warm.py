@@ -99,9 +99,10 @@ def _step(device, config, rows, tokens):
     """A step of the model with one block."""
     import torch
 
-    from ..optim import QZO
-    from . import gpu_steps, models
-    from . import memory as reports
+    from ..optim.optimizer import QZO
+    from ..reports import memory as reports
+    from ..reports import models
+    from . import gpu_steps
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(models.read_config(config) | {"num_hidden_layers": 1}))

@@ -10,11 +10,12 @@ import unittest.mock
 import torch
 from torch import nn
 
-from .. import ops
-from ..evaluations import Evaluations
 from ..kernels import plan
-from ..layers import evaluating, quantize_
-from ..weights import to_planes
+from ..nn import ops
+from ..nn.choice import quantize_
+from ..nn.evaluations import Evaluations
+from ..nn.layers import evaluating
+from ..nn.weights import to_planes
 
 WIDTH, WIDER = 1024, 2048    # so many inputs that few rows split them; codes are never read
 

@@ -11,11 +11,13 @@ import time
 
 import torch
 
-from .. import demo, train
-from ..data import batch_indices
-from ..evaluations import Evaluations
-from ..hf import from_pretrained, load_tokenizer
-from ..layers import evaluating
+from ..checkpoints.load import from_pretrained
+from ..checkpoints.tokenizer import load_tokenizer
+from ..nn.evaluations import Evaluations
+from ..nn.layers import evaluating
+from ..training import demo
+from ..training import loop as train
+from ..training.data import batch_indices
 
 EXAMPLES = 640
 PHRASES = [" business and the economy", " entertainment and the arts", " politics and government",

@@ -8,7 +8,7 @@ import importlib
 
 import torch
 
-from ..weights import unpack_codes
+from ..nn.weights import unpack_codes
 from .providers import EVERY, EXACT, Built, Provider
 
 # relative RMS error allowed: of the very weight, however it is multiplied; and what rounding it to 4 bits costs

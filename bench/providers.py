@@ -17,15 +17,15 @@ import importlib
 import torch
 from torch.nn.functional import linear as dense_linear
 
-from .. import ops
-from ..evaluations import Evaluations
 from ..kernels.codes import centred_codes, middle
 from ..kernels.noise import kernel_coefs, law_number, noise
 from ..kernels.table import table_entries
 from ..kernels.vectors import LENGTH, vector_rows
-from ..layers import arena_of, evaluating
-from ..linear import QZOLinear
-from ..weights import PackedWeight
+from ..nn import ops
+from ..nn.evaluations import Evaluations
+from ..nn.layers import arena_of, evaluating
+from ..nn.linear import QZOLinear
+from ..nn.weights import PackedWeight
 from .cases import CODES, DTYPES
 
 EPS, LR, SEED = 1e-2, 1e-6, 7

@@ -49,10 +49,10 @@ def ratio_table(rows):
 
 
 def memory_table(path):
-    """A line for each report: foretold, measured where it was, and the rivals."""
+    """A line for each report: predicted, measured where it was, and the rivals."""
     reports = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     rivals = list(reports[0]["rivals"])
-    lines = [f"| step | qzo, foretold | measured | {' | '.join(rivals)} |", "|---|---|---|" + "---|" * len(rivals)]
+    lines = [f"| step | qzo, predicted | measured | {' | '.join(rivals)} |", "|---|---|---|" + "---|" * len(rivals)]
     for report in reports:
         measured = report["measured"]
         told = report["predicted"]["total"]

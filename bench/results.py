@@ -10,6 +10,8 @@ import json
 import statistics
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 SCHEMA = 2
 _OF_1 = ("case", "provider", "rows", "n", "k", "group", "dtype", "noise", "ms", "p20", "p80", "gbps", "tflops",
          "bandwidth_fraction", "matmul_fraction", "ratio", "error", "device", "versions", "date")
@@ -100,14 +102,11 @@ def _percent(fraction):
 
 def plot(rows, path):
     """Roofline (TFLOP/s over operations per byte) and times over qzo's by rows, as a PNG; ValueError without any."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     timed = [r for r in rows if r["ms"] and r["tflops"]]
     if not timed:
         raise ValueError("nothing to plot: no product or step was timed")
-    figure, (roof, ratio) = pyplot.subplots(1, 2, figsize=(12, 5))
+    figure = Figure(figsize=(12, 5), layout="tight")
+    roof, ratio = figure.subplots(1, 2)
     intensities = []
     for number, name in enumerate(dict.fromkeys(r["provider"] for r in timed)):
         mine = [r for r in timed if r["provider"] == name]
@@ -137,6 +136,4 @@ def plot(rows, path):
     for axes in (roof, ratio):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..oom import explain, is_out_of_memory
+from ..system.memory import explain, is_out_of_memory
 from . import timing
 from .cases import DTYPES
 from .peers import PROVIDERS as PEERS

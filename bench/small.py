@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from .. import ops
-from ..journal import Journal, Record
 from ..kernels.noise import kernel_coefs, law_number, noise
+from ..nn import ops
+from ..optim.journal import Journal, Record
 from . import overhead
 from .providers import EVERY, LR, SEED, Built, Provider, sweep
 

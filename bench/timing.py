@@ -8,11 +8,13 @@ own, of which there are so many that no cache holds them.
 import ctypes
 import dataclasses
 import functools
+import platform
 import statistics
 import subprocess
 import time
 
 import torch
+import triton
 
 from . import bandwidth
 
@@ -211,9 +213,7 @@ def cache_bytes(device):
 
 def machine(device):
     """What a number has to be read with: device, clocks, versions."""
-    import platform
 
-    import triton
 
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     if device == "cpu":

@@ -97,7 +97,7 @@ def _nearest(arch):
 
 def _table(arch, rows, n, group, zeros, bits, lookup):
     """Measured tiles on sm_90, on other chips by occupancy; none spills a register in its main loop, but for those
-    that bench/budgets.py names, whatever the flags."""
+    that bench/codegen/budgets.py names, whatever the flags."""
     # a second accumulator beside several groups a step, a table or eight codes a word spills in the large tiles
     looked_up = lookup is not None
     short = group < 128 or ((looked_up or bits == 2) and arch not in ("sm_90", "sm_100"))

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qzo
-from tests.aqlm_checkpoints import folder_of
-from tests.checkpoints import quantized, relative_error
+from tests.support.aqlm_checkpoints import folder_of
+from tests.support.checkpoints import quantized, relative_error
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 OWN = ["aqlm-1x12-g8", "aqlm-2x8-g8"]

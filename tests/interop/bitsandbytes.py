@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qzo
-from qzo.__main__ import main as command
-from tests import tiny
-from tests.checkpoints import quantized, relative_error
+from qzo.cli.main import main as command
+from tests.support import tiny
+from tests.support.checkpoints import quantized, relative_error
 
 FIXTURE = Path(__file__).parent.parent / "fixtures/bnb-nf4"
 MADE = {                                  # name: (table, double quantization, storage, dtype of the floats)

@@ -14,9 +14,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import qzo
-from qzo.formats import compressed_tensors as ours
-from tests.checkpoints import pack_stream, quantized, relative_error, scale_randomly
-from tests.tiny import save_checkpoint
+from qzo.checkpoints.formats import compressed_tensors as ours
+from tests.support.checkpoints import pack_stream, quantized, relative_error, scale_randomly
+from tests.support.tiny import save_checkpoint
 
 CASES = [(bits, size, symmetric) for bits in (2, 4, 8) for size in (32, -1) for symmetric in (True, False)]
 

@@ -14,8 +14,8 @@ import torch
 from gptqmodel import BACKEND, GPTQModel
 
 import qzo
-from tests.checkpoints import quantized, relative_error, scale_randomly
-from tests.gptq_checkpoints import gptq_layer, write_awq, write_gptq
+from tests.support.checkpoints import quantized, relative_error, scale_randomly
+from tests.support.gptq_checkpoints import gptq_layer, write_awq, write_gptq
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 OWN = ["gptqmodel-gptq-sym-g128", "gptqmodel-gptq-asym-g32-v2", "gptqmodel-gptq-sym-g64-desc",

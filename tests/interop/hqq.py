@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-from qzo.formats import hqq
+from qzo.checkpoints.formats import hqq
 
 CASES = [(bits, size, dtype, as_float) for bits in (8, 4, 3, 2) for size in (32, 64)
          for dtype in (torch.float32, torch.float16) for as_float in (False, True)]

@@ -1,0 +1,127 @@
+"""AWQ in the GEMM layout: 4-bit integers with a scale per group of inputs, as AutoAWQ and GPTQModel write it.
+
+    qweight  int32 [K, N/8]    eight codes a word along N: columns 0, 2, 4, 6, 1, 3, 5, 7, lowest bits first
+    qzeros   int32 [G, N/8]    zero points, packed alike; all 8 where zero_point is false
+    scales   [G, N]
+The quantizer folds activation scales into norms and into the Linears before: a dense tensor of the file is not
+that of the model it was made from.
+"""
+import torch
+
+from ...nn.weights import PackedWeight
+from .folder import read_weights
+from .folder import weight_files as weight_files
+from .gptq import changed_scales as changed_scales  # scales have GPTQ's name and order
+from .gptq import check_bits_and_group, check_groups, check_matrix, check_there, integer_zeros
+from .gptq import rounded as rounded
+from .gptq import save as save
+from .limits import check_integers, check_order, check_whole_words, group_sizes
+from .rounding import new_scales
+from .words import pack, unpack
+
+METHOD = "awq"
+SCALES = "scales"
+PARTS = ("qweight", "qzeros", "scales")
+_NAMES = (("bits", "w_bit"), ("group_size", "q_group_size"))      # transformers' and AutoAWQ's
+_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)         # where column j of a word's eight lies
+_COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)         # the column that lies there
+
+
+def check_config(quantization, where):
+    """(group size, None for the whole row; whether there are zero points) of a quantization_config that can be read.
+
+    One that names no version means GEMM, as AutoAWQ and transformers have it; the tensors' shapes would tell another.
+    ValueError naming what cannot.
+    """
+    layout = next(filter(None, map(quantization.get, ("version", "checkpoint_format", "format"))), "gemm")
+    if not isinstance(layout, str) or layout.lower() != "gemm":
+        raise ValueError(f"{where}: AWQ weights in version {layout!r:.60}; supported is 'gemm'")
+    bits, size = (_one_of(quantization, names, where) for names in _NAMES)
+    check_bits_and_group(bits, size, where, (4,))
+    return None if size == -1 else size, quantization.get("zero_point") is not False
+
+
+def _one_of(quantization, names, where):
+    """What a quantization_config says under one of these names. ValueError where it says two things."""
+    found = {name: quantization[name] for name in names if quantization.get(name) is not None}
+    if any(value != next(iter(found.values())) for value in found.values()):
+        said = " and ".join(f"{name} {value!r:.40}" for name, value in found.items())
+        raise ValueError(f"{where}: the quantization_config says {said}, which are two names of one setting; remove "
+                         "the wrong one")
+    return next(iter(found.values()), None)
+
+
+def weights(folder, quantization, dtype):
+    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
+    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
+
+
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    size, zero_point = check_config(quantization, where)
+    return lambda layer, parts: _packed(layer, parts, size, zero_point)
+
+
+def _packed(layer, parts, size, zero_point):
+    check_there(layer, parts, PARTS)
+    words, zero_words, scales = (parts[part] for part in PARTS)
+    check_matrix(words, "")
+    check_matrix(zero_words, "qzeros ")
+    k, n = words.shape[0], 8 * words.shape[1]
+    size = check_groups(scales, n, k, size)
+    if list(zero_words.shape) != [k // size, n // 8]:
+        raise ValueError(f"qzeros must be int32 {[k // size, n // 8]}, got {list(zero_words.shape)}")
+    weight = PackedWeight.from_codes(_columns(words).T, scales, _columns(zero_words))
+    if weight.zeros is not None and not zero_point:
+        raise ValueError("the config says zero_point false, for which all of qzeros are 8, and these go from "
+                         f"{int(weight.zeros.min())} to {int(weight.zeros.max())}; if they are what is meant, set "
+                         "zero_point to true in the quantization_config")
+    return weight
+
+
+def _columns(words):
+    """int32 [R, N/8] -> uint8 [R, N] in the order of the columns."""
+    nibbles = unpack(words, 8 * words.shape[1]).unflatten(1, (-1, 8))
+    return nibbles[..., list(_NIBBLE)].flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+def quantization_config(packed, ignore):
+    """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
+
+    zero_point is true for symmetric layers as well: servers then read the zero points, all 8. ValueError for
+    what cannot be held exactly.
+    """
+    sizes = group_sizes(packed)
+    for name, weight in packed.items():
+        check_integers(name, weight, METHOD)
+        if weight.bits != 4:
+            raise ValueError(f"{name} has {weight.bits} bits, and awq holds 4; save it as gptq or "
+                             "compressed-tensors")
+        if name.endswith("lm_head"):
+            raise ValueError(f"{name} is quantized, and awq keeps it dense; save it as gptq or "
+                             "compressed-tensors")
+        check_order(name, weight, METHOD)
+        check_whole_words(name, weight, METHOD, inputs=False)
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the layers have group sizes {sorted(set(sizes.values()))} (-1: the whole row), and "
+                         "awq holds one for all; save it as gptq or compressed-tensors")
+    return {"quant_method": METHOD, "bits": 4, "group_size": next(iter(sizes.values())), "zero_point": True,
+            "version": "gemm", "modules_to_not_convert": ignore}
+
+
+def entries(name, weight, quantization, dtype):
+    """The tensors of a layer for a new file, as safetensors_file.write takes them; scales in `dtype`."""
+    n, k, groups = weight.out_features, weight.in_features, weight.scales.shape[0]
+    made = [
+        ("qweight", torch.int32, (k, n // 8), lambda: _words(weight.unpacked().cpu().T)),
+        ("qzeros", torch.int32, (groups, n // 8), lambda: _words(integer_zeros(weight))),
+        (SCALES, dtype, (groups, n), lambda: new_scales(weight.scales.cpu(), dtype, name)),
+    ]
+    return [(f"{name}.{part}", *rest) for part, *rest in made]
+
+
+def _words(columns):
+    """Inverse of _columns."""
+    return pack(columns.unflatten(1, (-1, 8))[..., list(_COLUMN)].flatten(1))

@@ -1,0 +1,225 @@
+"""compressed-tensors, format pack-quantized: integers of b bits with a scale per group or per output row.
+
+    weight_packed      int32 [N, ceil(K*b/32)]: one stream of codes along K, lowest bits first
+    weight_scale       [N, G], or [N, 1] for a whole row
+    weight_zero_point  int32 [ceil(N*b/32), G], packed along N, if not symmetric
+    weight_shape       int64 [2] = N, K
+    weight_g_idx       int32 [K], the group of each column, in old files only (actorder "group")
+Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight holds, 3 bits as 4.
+
+A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those
+of the config group whose target names it exactly, else by a pattern ("re:..."), else by its class ("Linear").
+A layer that the config calls symmetric may have zero points if they say the same; a g_idx is read whatever it says.
+"""
+import re
+import warnings
+
+import torch
+
+from ...kernels.codes import middle
+from ...nn.weights import PackedWeight
+from .folder import read_weights, save_scales, scale_changes
+from .folder import weight_files as weight_files
+from .limits import check_integers, check_order, group_sizes
+from .order import perm_of
+from .rounding import new_scales
+from .words import pack, unpack, word_count
+
+METHOD = "compressed-tensors"
+SCALES = "weight_scale"
+_BITS = (2, 3, 4, 8)
+_PATTERN = "re:"
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+
+
+def check_config(quantization, where):
+    """target -> {bits, group_size, symmetric, ordered} of a quantization_config. ValueError for what cannot be read."""
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise ValueError(f"{where}: the quantization_config has no config_groups; the checkpoint is "
+                         "incomplete")
+    found = {}
+    for name, group in groups.items():
+        group = group if isinstance(group, dict) else {}
+        weights = _check_group(group, group.get("format") or quantization.get("format"), f"{where}: {name}")
+        for target in group["targets"]:
+            found[target] = weights                # the last of two groups counts, as in the library
+    for name in ("kv_cache_scheme", "transform_config"):
+        if quantization.get(name):
+            raise ValueError(f"{where}: quantization_config has a {name}, which is not supported")
+    sparsity = quantization.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
+        raise ValueError(f"{where}: sparse weights (sparsity_config) are not supported; save them dense")
+    return found
+
+
+def _check_group(group, layout, where):
+    """{bits, group_size (None: the whole row), symmetric, ordered: by a weight_g_idx} of a config group."""
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise ValueError(f"{where}: it has no weights section; only quantized weights can be read")
+    size = weights.get("group_size")
+    strategy = weights.get("strategy") or ("group" if type(size) is int and size > 0 else "channel")
+    bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
+    held = type(bits) is int and bits in _BITS
+    if layout != "pack-quantized" or not held or kind != "int" or strategy not in ("group", "channel"):
+        found = {"num_bits": bits, "type": kind, "strategy": strategy}
+        raise ValueError(f"{where}: compressed-tensors format {layout!r:.60} with {found!r:.200}; supported "
+                         f"is 'pack-quantized' with num_bits {', '.join(map(str, _BITS))}, type int, strategy "
+                         "group or channel")
+    if strategy == "group" and (type(size) is not int or size < 1):
+        raise ValueError(f"{where}: group_size is {size!r:.40}; strategy group needs a whole number above 0")
+    for name in ("input_activations", "output_activations"):
+        if group.get(name):
+            raise ValueError(f"{where}: {name} are quantized too; only weights can be")
+    targets = group.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{where}: targets must be a list of names, patterns ('re:...') and classes, got "
+                         f"{targets!r:.80}")
+    for target in targets:
+        try:
+            re.compile(target.removeprefix(_PATTERN))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{where}: target {target!r:.80} is no regular expression: {error}") from None
+    return {"bits": bits, "group_size": None if strategy == "channel" else size,
+            "symmetric": weights.get("symmetric", True),
+            "ordered": strategy == "group" and weights.get("actorder") in (True, "group")}
+
+
+def _arguments(layer, by_target):
+    """The arguments of a layer by its name, in the library's order of precedence."""
+    patterns = sorted(target for target in by_target if target.startswith(_PATTERN))
+    fitting = [target for target in patterns if re.match(target.removeprefix(_PATTERN), layer)]
+    for target in (layer, *fitting, "Linear"):
+        if target in by_target:
+            return by_target[target]
+    raise ValueError(f"no target of the config_groups fits {layer} (they are {', '.join(by_target)[:200]}), "
+                     "so its bits and group size are unknown")
+
+
+def weights(folder, quantization, dtype):
+    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
+    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
+
+
+def packer(quantization, where):
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    by_target, told = check_config(quantization, where), []
+
+    def make(layer, parts):
+        arguments = _arguments(layer, by_target)
+        packed = _packed(parts, arguments)
+        if packed.perm is not None and not arguments["ordered"] and not told:
+            told.append(layer)
+            warnings.warn(f"the config names no actorder 'group', and {layer}.weight_g_idx has columns in another "
+                          "order: that order is read, which servers that go by the config leave out", stacklevel=2)
+        return packed
+
+    return make
+
+
+def changed_scales(folder, find):
+    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
+    return scale_changes(folder, find, SCALES, transposed=True)
+
+
+def save(folder, staging, find):
+    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
+    save_scales(folder, staging, changed_scales(folder, find))
+
+
+def rounded(folder, find):
+    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
+    for layer, new, _, _ in changed_scales(folder, find):
+        yield layer, new.T.to(torch.float32), None
+
+
+def _packed(parts, arguments):
+    missing = [part for part in ("weight_scale", "weight_shape") if part not in parts]
+    if not arguments["symmetric"] and "weight_zero_point" not in parts:
+        missing.append("weight_zero_point")
+    if arguments["ordered"] and "weight_g_idx" not in parts:
+        missing.append("weight_g_idx")
+    if missing:
+        raise ValueError(f"no {' and no '.join(missing)} beside it: the checkpoint is incomplete")
+    shape = parts["weight_shape"]
+    if shape.is_floating_point() or shape.numel() != 2 or int(shape.min()) < 1:
+        raise ValueError(f"weight_shape must be two whole numbers above 0, got {shape.flatten()[:4].tolist()}")
+    n, k = shape.flatten().tolist()
+    words, scales, bits = parts["weight_packed"], parts["weight_scale"], arguments["bits"]
+    _check(words, "", [n, word_count(k, bits)])
+    group = arguments["group_size"] or k
+    if not scales.is_floating_point():
+        raise ValueError(f"weight_scale is {scales.dtype}; scales are floats")
+    if k % group or list(scales.shape) != [n, k // group]:
+        raise ValueError(f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in groups "
+                         f"of {group}")
+    zeros = None
+    if "weight_zero_point" in parts:
+        _check(parts["weight_zero_point"], "weight_zero_point ", [word_count(n, bits), k // group])
+        zeros = unpack(parts["weight_zero_point"].T, n, bits)
+        if arguments["symmetric"] and bool((zeros != middle(bits)).any()):
+            raise ValueError("the config says symmetric, and weight_zero_point beside it has others than "
+                             f"{middle(bits)}; if they are what is meant, set symmetric to false in the "
+                             "quantization_config")
+    codes = unpack(words, k, bits)
+    perm, g_idx = None, parts.get("weight_g_idx")
+    if g_idx is not None and not bool((g_idx == -1).all()):            # -1 everywhere: no order at all
+        perm = perm_of(g_idx, k, group, "weight_g_idx")
+    codes = codes if perm is None else codes[:, perm]
+    if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
+        codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
+    return PackedWeight.from_codes(codes, scales.T, zeros, bits, perm)
+
+
+def _check(tensor, name, shape):
+    if tensor.dtype != torch.int32 or list(tensor.shape) != shape:
+        raise ValueError(f"{name}must be int32 {shape}, got {tensor.dtype} {list(tensor.shape)}")
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+def quantization_config(packed, ignore):
+    """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
+
+    One config group for all Linears, or one for each number of bits and group size, which then names its
+    layers. All have zero points or none has: servers fuse layers, and what they fuse has to be of one kind.
+    ValueError for float zero points and for columns in another order.
+    """
+    alike, sizes = {}, group_sizes(packed)
+    for name, weight in packed.items():
+        check_order(name, weight, METHOD)
+        check_integers(name, weight, METHOD)
+        alike.setdefault((weight.bits, sizes[name]), []).append(name)
+    symmetric = all(weight.zeros is None for weight in packed.values())
+    groups = {f"group_{i}": _config_group(["Linear"] if len(alike) == 1 else names, *kind, symmetric)
+              for i, (kind, names) in enumerate(alike.items())}
+    return {"quant_method": METHOD, "format": "pack-quantized", "quantization_status": "compressed",
+            "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None, "sparsity_config": {},
+            "transform_config": {}}
+
+
+def _config_group(targets, bits, size, symmetric):
+    arguments = {"num_bits": bits, "type": "int", "symmetric": symmetric,
+                 "strategy": "channel" if size == -1 else "group",
+                 "group_size": None if size == -1 else size, "dynamic": False, "actorder": None}
+    return {"targets": targets, "format": "pack-quantized", "weights": arguments, "input_activations": None,
+            "output_activations": None}
+
+
+def entries(name, weight, quantization, dtype):
+    """The tensors of a layer for a new file, as safetensors_file.write takes them; scales in `dtype`."""
+    n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
+    made = [
+        ("packed", torch.int32, (n, word_count(k, bits)), lambda: pack(weight.unpacked().cpu(), bits)),
+        ("scale", dtype, (n, groups), lambda: new_scales(weight.scales.T.cpu(), dtype, name)),
+        ("shape", torch.int64, (2,), lambda: torch.tensor([n, k])),
+    ]
+    if not quantization["config_groups"]["group_0"]["weights"]["symmetric"]:
+        made.append(("zero_point", torch.int32, (word_count(n, bits), groups), lambda: _packed_zeros(weight)))
+    return [(f"{name}.weight_{part}", *rest) for part, *rest in made]
+
+
+def _packed_zeros(weight):
+    zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
+    return pack(zeros.to(torch.uint8).cpu(), weight.bits).T

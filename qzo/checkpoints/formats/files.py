@@ -1,0 +1,77 @@
+"""Writing files so that neither a crash nor a full disk leaves half of one."""
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from ...system.disk import naming
+
+
+@contextlib.contextmanager
+def staged(folder):
+    """Yield an empty folder to write into; its files move to `folder` when the block ends without an error.
+
+    They are synced to disk first and then renamed one by one, config.json last, so every name in `folder`
+    holds a whole file at any time, old or new. Files of other names are left alone. On an error `folder` is
+    as before; an OSError that names no path, or a full disk, names it.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to write the checkpoint into")
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".qzo-", dir=folder))
+        try:
+            yield staging
+            files = [path for path in staging.rglob("*") if path.is_file()]
+            files.sort(key=lambda path: (path.name == "config.json", path))
+            for file in files:
+                _sync(file)
+            for file in files:
+                target = folder / file.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+                _sync(target.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            for path in made:
+                with contextlib.suppress(OSError):       # it holds the result, or was never made
+                    path.rmdir()
+
+
+def _sync(path):
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def copy(source, target):
+    """Copy bytes, not permissions: a read-only source gives a writable copy."""
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def read_object(path):
+    """The dictionary that a JSON file holds. ValueError for a file that holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise ValueError(f"{path} is not JSON: {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; fetch it again")
+    return content
+
+
+def patch(path, chunks):
+    """Overwrite (offset, bytes) chunks of an existing file in place."""
+    with open(path, "r+b") as file:
+        for offset, data in chunks:
+            file.seek(offset)
+            file.write(data)

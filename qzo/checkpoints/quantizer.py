@@ -1,0 +1,319 @@
+"""transformers' own front door: its from_pretrained makes QZOLinear, its save_pretrained writes the source's format.
+
+A float checkpoint is quantized with `quantization_config=QZOConfig(...)`; folders of 4-bit weights load inside
+`loading()`. transformers reads and renames the tensors; the quantizer here takes each layer's as a PackedWeight
+and puts the QZOLinears in when all is read: as buffers of a module, transformers would fill them anew at the end.
+The package is imported without transformers, this module when one of its names is first used.
+"""
+import contextlib
+import copy
+import math
+import re
+from pathlib import Path
+
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter, _IdentityOp
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..kernels.tiles import GROUPS
+from ..nn.experts import stack_widths
+from ..nn.layers import arena_of, layers
+from ..nn.quantize import quantize_weight
+from ..nn.weights import check_bits, check_group_size
+from ..system.memory import Trimmer
+from . import save
+from .fill import put_packed
+from .formats import GATHERED, safetensors_file
+from .names import Names
+from .source import Source
+
+METHOD = "qzo"
+_SETTINGS = ("bits", "group_size", "symmetric", "skip")
+HELD_ELEMENT_BYTES = 0.625        # of a stored weight: 4 bits and a float32 scale for each 32
+
+
+@register_quantization_config(METHOD)
+class QZOConfig(QuantizationConfigMixin):
+    """How from_pretrained quantizes the Linears of a float checkpoint while it loads.
+
+    bits, group_size, symmetric : as in qzo.from_pretrained
+    skip : layers that stay dense, beside the output head and what is tied to the embedding: how their names end,
+        or regular expressions of how they begin
+
+    The config of a model that is loaded holds one with a `source`: the quantization_config of the format that the
+    model is saved in. ValueError for other bits or group sizes, TypeError for a skip that is no list of names.
+    """
+
+    def __init__(self, bits=4, group_size=128, symmetric=True, skip=("lm_head",)):
+        check_bits(bits)
+        check_group_size(group_size, math.lcm(*GROUPS))
+        if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
+            raise TypeError(f"skip={skip!r}: a list of names is wanted, such as ('lm_head',)")
+        self.quant_method = METHOD
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.skip = list(skip)
+        self.source = None
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """From what `to_dict` gave: its own arguments, or the quantization_config of another format."""
+        own = config_dict.get("quant_method", METHOD) == METHOD
+        arguments = {name: value for name, value in config_dict.items() if own and name != "quant_method"}
+        unknown = sorted(set(arguments) - set(_SETTINGS))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no settings of QZOConfig, which has {', '.join(_SETTINGS)}")
+        made = super().from_dict(arguments, return_unused_kwargs, **kwargs)
+        (made[0] if return_unused_kwargs else made).source = None if own else copy.deepcopy(config_dict)
+        return made
+
+    def to_dict(self):
+        """The arguments, or the source's own dictionary."""
+        if self.source is not None:
+            return copy.deepcopy(self.source)
+        return {"quant_method": METHOD} | {name: getattr(self, name) for name in _SETTINGS}
+
+
+@contextlib.contextmanager
+def loading():
+    """Inside, transformers loads folders of GPTQ, AWQ, auto-round and compressed-tensors weights with QZOLinear.
+
+    That is everything that calls from_pretrained: AutoModel classes, pipelines, trainers that are given a path.
+    It holds for the whole process; transformers' own quantizers are back on exit, also after an error.
+    """
+    before = {method: AUTO_QUANTIZATION_CONFIG_MAPPING.get(method) for method in GATHERED}
+    AUTO_QUANTIZATION_CONFIG_MAPPING.update(dict.fromkeys(GATHERED, QZOConfig))
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZATION_CONFIG_MAPPING.update(before)
+
+
+@register_quantizer(METHOD)
+class QZOQuantizer(HfQuantizer):
+    """What transformers calls while it loads and saves a model; QZOConfig and `loading` lead here."""
+
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self._linears = {}                # name -> nn.Linear that is quantized or, in a 4-bit folder, may be
+        self._packed = {}                 # name of a weight -> (PackedWeight, where it came from)
+        self._errors, self._names = [], None
+        self._files = self._make = self._info = self._kept_in_float32 = self._trimmer = None
+
+    is_trainable = is_qat_trainable = True
+
+    def is_serializable(self):
+        return True
+
+    # ------------------------------------------------------------------------------------------ before the weights
+
+    def validate_environment(self, device_map=None, **_):
+        source = self.quantization_config.source
+        if self.pre_quantized and source is None:
+            raise ValueError("config.json: quant_method 'qzo' is no format of weights; save such a model with "
+                             "qzo.save_pretrained")
+        if self.pre_quantized:
+            self._make = GATHERED[source["quant_method"]].packer(source, "config.json")
+        if isinstance(device_map, dict):
+            _check_one(device_map.values())
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
+        self._files, self._trimmer = [Path(file) for file in checkpoint_files or ()], Trimmer()
+        if self.pre_quantized and not all(file.suffix == ".safetensors" for file in self._files):
+            raise ValueError(f"{self._files[0]}: 4-bit weights are read from safetensors files only; fetch those")
+        skip = self.get_modules_to_not_convert(model, self.quantization_config.skip, add_default_skips=True)
+        self._linears = {name: module for name, module in model.named_modules()
+                         if type(module) is nn.Linear and should_convert_module(name, skip)}
+        if self.pre_quantized:
+            self._names = Names(model)
+            return
+        if stack_widths(model):
+            raise ValueError(f"{type(model).__name__} keeps its experts in one tensor, which cannot be quantized while "
+                             "transformers loads it; use qzo.from_pretrained")
+        if not self._linears:
+            raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize "
+                             f"(skip={self.quantization_config.skip})")
+        for name, linear in self._linears.items():
+            try:
+                check_group_size(self.quantization_config.group_size, linear.in_features)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        # a weight is quantized from the numbers in the file, not from what they are in the model's dtype
+        self._kept_in_float32 = model._keep_in_fp32_modules_strict
+        model._keep_in_fp32_modules_strict = {
+            *(self._kept_in_float32 or ()), *(rf"^{re.escape(name)}\.weight$" for name in self._linears)}
+
+    def param_needs_quantization(self, model, param_name, **_):
+        return not self.pre_quantized and param_name.removesuffix(".weight") in self._linears
+
+    def param_element_size(self, model, param_name, param):
+        linear = self._linears.get(param_name.removesuffix(".weight"))
+        if linear is None or param is not linear.weight:
+            return super().param_element_size(model, param_name, param)
+        if self.pre_quantized:
+            return HELD_ELEMENT_BYTES
+        group = check_group_size(self.quantization_config.group_size, linear.in_features)
+        return self.quantization_config.bits / 8 + 4 / group
+
+    # ------------------------------------------------------------------------------------------ each weight
+
+    def get_quantize_ops(self):
+        return _Quantize(self)
+
+    def get_weight_conversions(self):
+        if not self.pre_quantized:
+            return []
+        form = GATHERED[self.quantization_config.source["quant_method"]]
+        # on the CPU until they are packed: a device would hold all of the file's tensors beside the packed ones
+        return [_Stored([rf"\.{part}$" for part in form.PARTS], ".weight", [_IdentityOp()], force_cpu=True)]
+
+    def get_new_dtype(self, converter, param, dtype):
+        return None if isinstance(converter, _Stored) else super().get_new_dtype(converter, param, dtype)
+
+    def take(self, model, name, make, where, missing):
+        """Hold the PackedWeight that make() gives for the weight `name`, one of the `missing` until now.
+
+        A ValueError of it is raised after loading: here transformers would make a report of many lines of it.
+        """
+        try:
+            packed = make()
+            self._packed[name] = packed, where
+            self._trimmer.took(packed.codes.nbytes)
+        except ValueError as error:
+            self._errors.append(f"{where}: {error}")
+        model.get_parameter(name)._is_hf_initialized = True       # it stays on the meta device
+        missing.discard(name)
+
+    def take_stored(self, model, name, source, parts, info):
+        """The same for the tensors {part: tensor} of the layer that the file calls `source`."""
+        self._info, layer = info, name.removesuffix(".weight")
+        first = GATHERED[self.quantization_config.source["quant_method"]].PARTS[0]
+        if source != layer:
+            self._names.changed[source] = layer
+
+        def make():
+            if first not in parts:
+                raise ValueError(f"not beside {' and '.join(sorted(parts))}: the checkpoint is incomplete")
+            return self._make(source, parts)
+
+        self.take(model, name, make, f"{source}.{first}", info.missing_keys)
+
+    # ------------------------------------------------------------------------------------------ after the weights
+
+    def _process_model_after_weight_loading(self, model, **_):
+        if not self.pre_quantized:
+            model._keep_in_fp32_modules_strict = self._kept_in_float32
+        used = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [conversion for conversion in used if not isinstance(conversion, _Stored)]
+        if self._errors:
+            raise ValueError(self._errors[0])
+        self._check_homes(model)
+        device = _device(model)
+        while self._packed:
+            name, (packed, where) = self._packed.popitem()
+            put_packed(model, name, packed, where, device)
+            self._trimmer.took(packed.codes.nbytes)
+        self._linears, self._info, self._trimmer = {}, None, None
+        if not layers(model, trainable=None):
+            raise ValueError(f"{type(model).__name__}: the checkpoint holds no 4-bit linear layer of this model")
+        model.requires_grad_(False)
+        arena_of(model, exact=True)
+        source = self._source(model)
+        if source is not None:
+            model._qzo_source = source
+        if not self.pre_quantized:
+            self.quantization_config = QZOConfig.from_dict(save.own_config(model))
+            model.config.quantization_config = self.quantization_config
+
+    def _check_homes(self, model):
+        """ValueError for 4-bit weights of a module that is there and has no such Linear: experts held as one tensor."""
+        modules = dict(model.named_modules())
+        for key in sorted(self._info.unexpected_keys if self._info else ()):
+            owner = key.removesuffix(".weight")
+            while owner and owner not in modules:
+                owner = owner.rpartition(".")[0]
+            held = [p for p in modules[owner]._parameters.values() if p is not None] if owner else []
+            stacked = any(p.dim() == 3 for p in held)          # transformers 5.17 has other names for what it gathers
+            if held and (key.endswith(".weight") or stacked):
+                raise ValueError(f"{key}: {owner} of {type(model).__name__} is a {type(modules[owner]).__name__}, "
+                                 "which has no nn.Linear for it; load such a model with qzo.from_pretrained")
+
+    def _source(self, model):
+        """Where the model came from, None if there are no files to tell."""
+        config = self._files[0].parent / "config.json" if self._files else None
+        if config is None or not config.is_file():
+            return None
+        kind = self.quantization_config.source["quant_method"] if self.pre_quantized else "float"
+        used = {config, *self._files} if self.pre_quantized else {config}
+        sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
+        for name in (name for file in self._files if self.pre_quantized for name in safetensors_file.places(file)):
+            self._names(name)
+        names = tuple(self._names.changed.items()) if self.pre_quantized else ()
+        return Source(kind, config.parent.resolve(), sizes, model.dtype, names=names)
+
+    def get_state_dict_and_metadata(self, model):
+        return save.tensors(model), {}
+
+
+class _Quantize(ConversionOps):
+    """Quantizes each weight that transformers has read, on the CPU: the same bits on every machine."""
+
+    def __init__(self, quantizer):
+        self.quantizer = quantizer
+
+    def convert(self, input_dict, model=None, missing_keys=None, **_):
+        options, rest = self.quantizer.quantization_config, {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if self.quantizer.param_needs_quantization(model, name):
+                self.quantizer.take(model, name, lambda tensor=tensor: quantize_weight(
+                    tensor.cpu(), options.group_size, options.symmetric, options.bits), name, missing_keys)
+            else:
+                rest[name] = value
+        return rest
+
+
+class _Stored(WeightConverter):
+    """Gathers the tensors of a quantized layer and gives them to the quantizer instead of to the model."""
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        [source] = {key.rpartition(".")[0] for key in self.layer_targets[layer_name]}
+        parts = {pattern[2:-1]: tensors[0] for pattern, tensors in self.materialize_tensors().items()}
+        hf_quantizer.take_stored(model, layer_name, source, parts, loading_info)
+        return {}
+
+
+def _check_one(devices):
+    devices = sorted(set(map(str, devices)))
+    if len(devices) > 1:
+        raise ValueError(f"device_map spreads the model over {', '.join(devices)}: all that trains must be on one "
+                         "device; give device_map='cuda' or 'cpu'")
+
+
+def _device(model):
+    """The device of the dense tensors. ValueError if there are several."""
+    _check_one(getattr(model, "hf_device_map", {}).values())
+    held = [t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
+    _check_one(held)
+    return held[0]
+
+
+def attach(model, quantization):
+    """Let transformers' save_pretrained write a model that qzo.from_pretrained loaded: `save.tensors` tells how.
+
+    quantization: the quantization_config of its folder; None or empty where there is none.
+    """
+    if model._qzo_source.kind == "float":
+        quantization = save.own_config(model)
+    if model._qzo_source.kind == "float" or not hasattr(model, "_weight_conversions"):
+        model._weight_conversions = []            # the model's names, which `save_pretrained` here writes too
+    config = QZOConfig.from_dict(quantization or {})
+    if quantization:
+        model.config.quantization_config = config
+    model.hf_quantizer = QZOQuantizer(config)

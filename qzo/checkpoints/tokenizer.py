@@ -1,0 +1,19 @@
+"""The tokenizer that a checkpoint brings along."""
+from transformers import AutoTokenizer
+
+from .empty import reading
+from .formats import gguf_tokenizer
+from .formats.gguf_file import GGUFFile
+from .source import locate
+
+
+def load_tokenizer(path_or_id, trust_remote_code=False):
+    """The tokenizer of a folder, GGUF file or Hub id, with its chat template. ValueError if there is none.
+
+    trust_remote_code : whether code that the folder brings along is run
+    """
+    path = locate(path_or_id)
+    if path.is_file():
+        return gguf_tokenizer.load(GGUFFile(path))
+    with reading(path, "its tokenizer cannot be read"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -1,0 +1,38 @@
+"""`qzo demo`."""
+import itertools
+import json
+from pathlib import Path
+
+from ..training.demo import run
+from .common import say, table
+from .train import CUDA_GRAPH
+
+
+def add_options(parser):
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
+    parser.add_argument("--output-dir", help="where journal, metrics, curve and model go "
+                        "(default: a new folder qzo-demo, qzo-demo-2, ...)")
+    parser.add_argument("--resume", action="store_true", help="continue the demo in --output-dir")
+    parser.add_argument("--cuda-graph", **CUDA_GRAPH)
+
+
+def execute(options):
+    """Run the demo, and tell; exit status. ValueError for bad input."""
+    if options.resume and not options.output_dir:
+        raise ValueError("--resume needs the --output-dir of the demo that was stopped")
+    out = options.output_dir = options.output_dir or _new_folder("qzo-demo")
+    results = run(options.seed, out, resume=options.resume, say=say, cuda_graph=options.cuda_graph)
+    if options.json:
+        print(json.dumps(results))
+        return 0
+    print(table([("zero-shot", results["zero_shot"]), ("control: label biases only", results["control"]),
+                 ("tuned", results["tuned"])]))
+    print(f"300 held-out headlines, {results['steps']} steps, seed {results['seed']}, {results['seconds']:.0f} s on "
+          f"{results['device']}; everything is in {out}")
+    return 0
+
+
+def _new_folder(name):
+    """`name`, or the first of name-2, name-3, ... that does not exist."""
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(path for path in names if not Path(path).exists())

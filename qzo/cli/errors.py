@@ -1,0 +1,67 @@
+"""An error of a command as one line on standard error, and its exit status."""
+import sys
+from pathlib import Path
+
+from ..optim.journal import JournalError, read
+from ..system import disk
+from ..system.memory import explain, is_out_of_memory
+from ..training.loop import Interrupted
+
+BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+LESS_MEMORY = ("--sequential holds one evaluation's activations at a time, a smaller --batch-size, --directions, "
+               "--max-length or --seq-len less of them; qzo memory tells what is needed")
+
+
+def reporting(execute, options):
+    """The exit status of execute(options); what it raises is one line, but a fault of our own keeps its traceback."""
+    try:
+        return execute(options) or 0
+    except Interrupted as stop:
+        print(f"qzo: stopped after {stop.steps} steps, all of them saved; go on with the same command, its "
+              "--output-dir and --resume", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qzo: stopped outside the training steps; a journal that was begun is whole, so the same command with "
+              "--resume goes on", file=sys.stderr)
+        return 1
+    except BAD_INPUT as error:
+        print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        out = vars(options).get("output_dir")
+        text = full_disk(error, options.command, out) if disk.full(error) else _line(error)
+        print(f"qzo {options.command}: {text}", file=sys.stderr)
+        return 2 if disk.unusable(error) else 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"qzo {options.command}: {explain(error, LESS_MEMORY)}", file=sys.stderr)
+        return 1
+
+
+def _line(error):
+    return disk.unusable(error) or " ".join(str(error).split())
+
+
+
+def full_disk(error, command, out):
+    """One line for a full disk: where, and what to do after this command. out: its --output-dir, or None."""
+    where = error.filename or out
+    text = disk.WHAT[disk.full(error)] + (f" ({where})" if where else "")
+    if command not in ("train", "demo"):
+        kept = "; nothing was changed there: free space, or name an --output-dir elsewhere" if out else ": free space"
+        return f"{text}{kept}, and run it again"
+    steps = _saved(Path(out) / "journal.qzo") if out else None
+    if steps is None:
+        return f"{text}; no step is saved yet: free space, or name another --output-dir, and start again"
+    saved = {0: "no step is saved yet", 1: "1 step is saved"}.get(steps, f"{steps} steps are saved")
+    return f"{text}; {saved}: free space, then the same command with --output-dir {out} --resume"
+
+
+def _saved(journal):
+    """Whole steps of a journal, None where there is none that a run would go on with."""
+    try:
+        found = read(journal)
+    except (OSError, JournalError):
+        return None
+    return None if found is None else len(found[1])

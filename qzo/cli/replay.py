@@ -1,0 +1,26 @@
+"""`qzo replay`: a tuned model from its base and a journal."""
+import json
+
+from ..checkpoints.save import save_pretrained
+from .common import add_model_options, replayed
+
+
+def add_options(parser):
+    parser.add_argument("base", help="the checkpoint the run started from")
+    parser.add_argument("journal", help="journal.qzo of the run")
+    parser.add_argument("--output-dir", required=True, help="where the tuned checkpoint goes")
+    parser.add_argument("--until", type=int, help="stop before this step (default: all)")
+    add_model_options(parser)
+
+
+def execute(options):
+    """Replay, save, and tell; exit status. ValueError for bad input."""
+    if options.until is not None and options.until < 0:
+        raise ValueError(f"--until {options.until}: a step number >= 0 is wanted")
+    model, steps = replayed(options.base, options.journal, options.until, vars(options))
+    save_pretrained(model, options.output_dir)
+    if options.json:
+        print(json.dumps({"steps": steps, "output_dir": options.output_dir}))
+    else:
+        print(f"{steps} steps applied; the tuned model is in {options.output_dir}")
+    return 0

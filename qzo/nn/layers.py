@@ -1,0 +1,189 @@
+"""What is done with all QZOLinear layers of a module: who trains, in which arena, under which evaluations."""
+import contextlib
+
+import torch
+
+from ..system.memory import Trimmer
+from .arena import ScaleArena, codebooks_name
+from .evaluations import Evaluations
+from .linear import QZOLinear
+from .siblings import Siblings
+
+
+def layers(module, trainable=True):
+    """name -> QZOLinear of every layer that trains (trainable=None: of all of them), in the sorted order of names."""
+    found = {name: m for name, m in module.named_modules() if isinstance(m, QZOLinear)}
+    return {name: found[name] for name in sorted(found) if trainable is None or found[name].trainable == trainable}
+
+
+def _shapes(found):
+    """name -> (groups, outputs) of what trains of these layers; the entries of codebooks lie in quads of four."""
+    shapes = {name: (layer.in_features // layer.group_size, layer.out_features) for name, layer in found.items()}
+    return shapes | {codebooks_name(name): (4, layer.codebooks.numel() // 4) for name, layer in found.items()
+                     if layer.trains_codebooks}
+
+
+def arena_of(module, exact=False):
+    """The arena of the module's trained layers, made on first use.
+
+    exact: it has to hold these layers and no others, so that one launch over it is a step on this module.
+    Raises ValueError when nothing in the module trains.
+    """
+    found = layers(module)
+    if not found:
+        raise ValueError(f"{type(module).__name__} has no QZOLinear layer that trains; quantize it first "
+                         "(qzo.quantize_(module)) or load a 4-bit checkpoint (qzo.from_pretrained)")
+    arenas = {id(layer.arena) for layer in found.values()}
+    arena = next(iter(found.values())).arena
+    shapes = _shapes(found)
+    if len(arenas) == 1 and (not exact or len(arena.slots) == len(shapes)):
+        return arena
+    devices = {layer.codes.device for layer in found.values()}
+    if len(devices) > 1:
+        raise ValueError(f"the layers lie on {sorted(map(str, devices))}: all that train must be on one device")
+    arena = ScaleArena.of_shapes(shapes, devices.pop())
+    _introduce(module)
+    trimmer = Trimmer()
+    for name, layer in found.items():
+        if not arena.data.is_meta:
+            arena.write(name, layer.read_scales())
+            if layer.trains_codebooks:
+                arena.quads(codebooks_name(name)).copy_(layer.read_codebooks().reshape(1, -1, 4))
+        layer.arena, layer.arena_name = arena, name
+        trimmer.took(4 * arena.slots[name].groups * arena.slots[name].outputs)
+    return arena
+
+
+def _introduce(module):
+    """Let layers that are children of one module know each other."""
+    for parent in module.modules():
+        children = [child for child in parent.children() if isinstance(child, QZOLinear)]
+        siblings = Siblings() if len(children) > 1 else None
+        for child in children:
+            child._siblings = siblings
+
+
+def train_only(module, wanted):
+    """Freeze every QZOLinear whose name `wanted(name)` refuses; the others share a new arena. Returns their names.
+
+    Frozen layers leave the arena: no memory traffic, no noise, no journal entry. ValueError if none is left.
+    """
+    for name, layer in layers(module, trainable=None).items():
+        layer.trainable = bool(wanted(name))
+        if not layer.trainable:
+            _freeze_codebooks(layer)
+        if not layer.trainable and len(layer.arena.slots) > 1:
+            _leave(layer, codebooks=False)
+    arena_of(module, exact=True)
+    return list(layers(module))
+
+
+def train_slots(module, names):
+    """Train what has these names in an arena, layers and codebooks of layers, as the header of a journal lists them.
+    Where some are not the module's, nothing changes: comparing arenas tells that."""
+    codebooks = {name for name in layers(module, trainable=None) if codebooks_name(name) in names}
+    trained = set(names) - {codebooks_name(name) for name in codebooks}
+    if trained <= set(layers(module, trainable=None)):
+        train_only(module, trained.__contains__)
+        for name in codebooks:
+            train_codebooks_(module.get_submodule(name))
+        arena_of(module, exact=True)
+
+
+def train_codebooks_(module, train=True):
+    """Let codebooks (AQLM) of the layers that train train along with the scales, or no longer. Returns their names.
+
+    Their entries are then float32 in the arena, beside the layer's own, perturbed and updated as scales are, each
+    keeping its sign; a layer's codebooks under one evaluation are held while it runs. Noise is each entry's own:
+    sharing="row" is refused. Off by default: a codebook of 2^16 entries has more numbers than a layer has scales by a
+    hundred times. ValueError if no layer that trains has codebooks.
+    """
+    found = {name: layer for name, layer in layers(module).items() if layer.codebooks is not None}
+    if not found:
+        raise ValueError(f"no layer of {type(module).__name__} that trains has codebooks: only AQLM's have some")
+    for layer in found.values():
+        if train and not layer.trains_codebooks:
+            _leave(layer, codebooks=True)
+        if not train:
+            _freeze_codebooks(layer)
+    arena_of(module, exact=True)
+    return list(found)
+
+
+def _freeze_codebooks(layer):
+    if layer.trains_codebooks:
+        layer.codebooks.copy_(layer.read_codebooks())
+        _leave(layer, codebooks=False)
+
+
+def _leave(layer, codebooks):
+    """Give the layer an arena of its own, with its codebooks in it or not."""
+    scales = layer.read_scales()
+    layer.trains_codebooks = codebooks
+    layer.arena, layer.arena_name = ScaleArena.of_shapes(_shapes({"": layer}), scales.device), ""
+    layer.arena.write("", scales)
+    if codebooks:
+        layer.arena.quads(codebooks_name("")).copy_(layer.codebooks.reshape(1, -1, 4))
+
+
+def check_sharing_of(module, sharing):
+    """ValueError where noise is to be shared by rows and codebooks train, which have none."""
+    if sharing == "row" and any(layer.trains_codebooks for layer in layers(module).values()):
+        raise ValueError("sharing='row' has one z for each output row, which codebooks that train do not have; use "
+                         "sharing='group'")
+
+
+@contextlib.contextmanager
+def evaluating(module, evaluations):
+    """Run forwards of `module` under `evaluations`: row block e of every QZOLinear's input sees scales perturbed by
+    evaluation e. The batch has to be stacked `len(evaluations)` times along its first dimension (`qzo.pair`).
+
+    Restores the state before on exit, also after an error. TypeError if `evaluations` is no Evaluations.
+    """
+    if not isinstance(evaluations, Evaluations):
+        raise TypeError(f"evaluating() takes qzo.Evaluations(seeds, coefs), got {type(evaluations).__name__}")
+    arena = arena_of(module)
+    evaluations = evaluations.to(arena.data.device)
+    found = list(layers(module, trainable=None).values())
+    check_sharing_of(module, evaluations.sharing)
+    before = [layer._evaluations for layer in found]
+    try:
+        for layer in found:
+            layer._evaluations = evaluations
+            layer.prepare()
+        yield evaluations
+    finally:
+        for layer, old in zip(found, before, strict=True):
+            layer._evaluations = old
+
+
+def scales(model):
+    """dict module name -> float32 [G, N]: a copy of the scales that train, in the sign of the checkpoint."""
+    arena_of(model)
+    return {name: layer.read_scales() for name, layer in layers(model).items()}
+
+
+def codebooks(model):
+    """dict module name -> float32 [C, 2^bits, 8]: a copy of the codebooks that train."""
+    return {name: layer.read_codebooks() for name, layer in layers(model).items() if layer.trains_codebooks}
+
+
+def scale_index(model):
+    """dict module name -> int64 [G, N]: the global index by which the noise law knows each scale."""
+    arena_of(model)
+    return {name: layer.arena.index(layer.arena_name) for name, layer in layers(model).items()}
+
+
+def digest_parts(model):
+    """Yield (name, what, tensor) of everything quantized in a fixed order: what a journal's digest covers."""
+    for name, layer in layers(model, trainable=None).items():
+        yield name, "codes", layer.packed().unpacked()
+        yield name, "scales", layer.read_scales()
+        if layer.zeros is not None:
+            yield name, "zeros", layer.zeros
+        if layer.perm is not None:
+            yield name, "perm", layer.perm
+        if layer.table is not None:
+            yield name, "table", torch.tensor(layer.table)
+        if layer.codebooks is not None:
+            yield name, "codebooks", layer.read_codebooks().to(torch.float32)

@@ -1,0 +1,246 @@
+"""Whole steps in CUDA graphs: evaluations, losses, derivatives, update; the host only reads the losses after them.
+
+A graph belongs to one closure and one shape of its batch: a batch is copied into the tensors that the graph was
+captured on, and seeds, coefficients and rates lie in device memory too, so that a replay finds new ones there. The
+step's bits are those of a step without a graph; the journal is written after the update instead of before, and loses
+nothing by it, since a killed run takes its scales from the journal.
+"""
+import contextlib
+import copy
+import functools
+import traceback
+import warnings
+
+import torch
+
+from ..kernels.noise import law_number
+from .step import project, update
+
+LIMIT = 8                    # graphs held at once
+PLAIN = str | int | float | bool | None | torch.dtype | torch.device
+PERIOD = 256                 # steps after which earlier uses count half
+
+
+class Recorder:
+    """The calls of torch.cuda that capture a function; its graphs share one memory pool.
+
+    Graphs of one pool overwrite each other's tensors when they are replayed. Nothing is lost by it here: a step's
+    result is read to the host before the next replay. cuda: stands for torch.cuda in tests.
+    """
+
+    def __init__(self, device, cuda=torch.cuda):
+        self.device, self.cuda = device, cuda
+        with cuda.device(device):
+            self.pool = cuda.graph_pool_handle()
+            self.side = cuda.Stream(device)
+
+    def warm(self, run, times=2):
+        """Call run() on the stream that will capture it: kernels are compiled, libraries take their memory."""
+        current = self.cuda.current_stream(self.device)
+        self.side.wait_stream(current)
+        with self.cuda.stream(self.side):
+            results = [run() for _ in range(times)]
+        current.wait_stream(self.side)
+        return results
+
+    def record(self, run):
+        """-> (graph, what run() returned: tensors that each replay fills). RuntimeError for what cannot be captured:
+        the first one that was raised, not those that follow from it."""
+        graph, first = self.cuda.CUDAGraph(), None
+        try:
+            # torch.cuda.graph leaves its stream current when the capture fails; the outer `stream` does not
+            with (self.cuda.device(self.device), self.cuda.stream(self.cuda.current_stream(self.device)),
+                  self.cuda.graph(graph, pool=self.pool, stream=self.side)):
+                try:
+                    result = run()
+                except RuntimeError as error:
+                    first = error
+                    raise
+        except RuntimeError as error:
+            with contextlib.suppress(RuntimeError):          # says once more that the capture failed
+                self.cuda.synchronize(self.device)
+            raise (first or error) from None
+        return graph, result
+
+
+def recorder_of(device):
+    """A Recorder of this device; None where there are no graphs."""
+    return Recorder(device) if device.type == "cuda" else None
+
+
+class GraphStep:
+    """One captured step of an optimizer: of a closure and its batch, or of one without (batch None).
+
+    Raises RuntimeError, as torch does, for what cannot be captured, and where the graph's losses are not those of the
+    same forward without it, which gave the same twice: its Python code takes another way while it is captured.
+    """
+
+    def __init__(self, optimizer, closure, batch, paired, recorder):
+        self.optimizer, self.paired = optimizer, paired
+        self.batch = None if batch is None else _static(batch)
+        self.call = closure if batch is None else functools.partial(closure, self.batch)
+        self.evaluations = optimizer.evaluations()
+        # until the first run NaN: a step by a NaN leaves the scales as they are
+        self.rates = torch.full((3,), torch.nan, dtype=torch.float64, device=optimizer.arena.data.device)
+        plain, again = (self._losses(result) for result in recorder.warm(self._step))
+        self.graph, self.result = recorder.record(self._step)
+        self.graph.replay()
+        if torch.equal(plain, again) and not torch.equal(self._losses(self.result), plain):
+            self.graph.reset()
+            raise RuntimeError("its losses in a graph are not those without: something in it asks whether it is being "
+                               "captured, or reads what was there then")
+
+    def _step(self):
+        """float64 [4 J]: losses, derivatives, applied."""
+        group = self.optimizer.param_groups[0]
+        losses = self.optimizer.losses(self.call, self.evaluations, self.paired).double()
+        derivatives, applied = project(losses, self.rates, law_number(group["noise"]))
+        update(self.optimizer.arena, self.evaluations.seeds[0::2].contiguous(), applied, group)
+        return torch.cat([losses, derivatives, applied.double()])
+
+    @staticmethod
+    def _losses(result):
+        """The bits of a result's losses, on the host: NaN equals itself."""
+        return result[:len(result) // 2].cpu().view(torch.int64)
+
+    def run(self, batch):
+        """Replay with this step's batch, seeds and rates; (losses, derivatives, applied) as lists."""
+        now = self.optimizer.evaluations()
+        for name, tensor in _tensors(batch).items():
+            self.batch[name].copy_(tensor, non_blocking=True)
+        self.evaluations.seeds.copy_(now.seeds, non_blocking=True)
+        self.evaluations.kernel_coefs.copy_(now.kernel_coefs, non_blocking=True)
+        self.rates.copy_(torch.tensor(self.optimizer.rates(), dtype=torch.float64), non_blocking=True)
+        self.graph.replay()
+        result = self.result.tolist()
+        count = len(result) // 4
+        return result[:2 * count], result[2 * count:3 * count], result[3 * count:]
+
+
+class Graphs:
+    """The captured steps of an optimizer, at most `limit`, by closure and shape of the batch.
+
+    What comes for the first time runs without a graph, since it may not come again. Once there are `limit` graphs,
+    another takes the place of the least used if it is used twice as often (lately: uses count half after PERIOD
+    steps), so that more shapes than there is room for cost plain steps, not endless captures.
+    """
+
+    def __init__(self, optimizer, recorder, limit=LIMIT):
+        self.optimizer, self.recorder, self.limit = optimizer, recorder, limit
+        self.captured, self.uses, self.steps = {}, {}, 0
+        self.arena_data = optimizer.arena.data       # what the graphs read: they end when the model moves
+        self.off = self.said = False
+        self.closure = None
+
+    def step(self, closure, batch, paired):
+        """The (losses, derivatives, applied) of a step that ran as a graph, or None: run it without."""
+        if self.off or (batch is None and not self._comes_again(closure)):
+            return None
+        try:
+            key = (closure, paired, self.optimizer.large_rows, *_recipe(self.optimizer.param_groups[0]), *_form(batch))
+            hash(key)
+        except TypeError as error:
+            return self.give_up(f"the batch cannot be kept in tensors that stay ({error})")
+        self._count(key, 1 if batch is not None else 2)
+        if key not in self.captured:
+            if not self._worth_it(key):
+                return None
+            try:
+                self.captured[key] = GraphStep(self.optimizer, closure, batch, paired, self.recorder)
+            except RuntimeError as error:
+                return self.give_up(f"{where(self.optimizer.module, error, 'the closure')} cannot be captured "
+                                    f"({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+        return self.captured[key].run(batch)
+
+    def drop(self):
+        """Give the graphs' memory back."""
+        for graph in self.captured.values():
+            graph.graph.reset()
+        self.captured.clear()
+
+    def give_up(self, why):
+        """No graphs any more, after a warning."""
+        self.off = True
+        self.drop()
+        warnings.warn(f"cuda_graph: {why}; the steps run without a graph", stacklevel=5)
+
+    def _comes_again(self, closure):
+        """Whether a closure is that of the step before."""
+        again, other = closure is self.closure, self.closure is not None and closure is not self.closure
+        self.closure = closure
+        if other and not self.said and not self.captured:
+            self.said = True
+            warnings.warn("cuda_graph=True: this step has another closure than the one before, and a graph replays one "
+                          "closure: define it once and let it take each batch, step(closure, batch=batch), or read "
+                          "it from the same tensors", stacklevel=5)
+        return again
+
+    def _count(self, key, uses):
+        if self.steps >= PERIOD:
+            self.steps = 0
+            self.uses = {key: count // 2 for key, count in self.uses.items() if count > 1 or key in self.captured}
+        self.steps += 1
+        self.uses[key] = max(self.uses.get(key, 0) + 1, uses)
+
+    def _worth_it(self, key):
+        """Whether to capture a step; makes room for it."""
+        if self.uses[key] < 2:
+            return False
+        if len(self.captured) < self.limit:
+            return True
+        least = min(self.captured, key=self.uses.__getitem__)
+        if self.uses[key] < 2 * self.uses[least]:
+            return False
+        self.captured.pop(least).graph.reset()
+        return True
+
+
+def graphs_of(optimizer):
+    """The Graphs of an optimizer, new where its model has moved; None where there are none, which is said once if they
+    were asked for."""
+    arena_data, graphs = optimizer.arena.data, optimizer.graphs
+    if graphs is not None and graphs.arena_data is arena_data:
+        return graphs
+    if graphs is not None:
+        graphs.drop()
+    recorder = recorder_of(arena_data.device)
+    if recorder is None and optimizer.cuda_graph:
+        optimizer.cuda_graph = False
+        warnings.warn(f"cuda_graph=True: the scales are on {arena_data.device.type!r}, a graph needs a CUDA device; "
+                      "the steps run without a graph", stacklevel=5)
+    return None if recorder is None else Graphs(optimizer, recorder)
+
+
+def _recipe(group):
+    """What of an optimizer's settings is captured as it is; lr, eps and clip are not."""
+    return tuple(group[name] for name in ("directions", "noise", "relative", "sharing", "floor"))
+
+
+def _tensors(batch):
+    return {name: value for name, value in (batch or {}).items() if isinstance(value, torch.Tensor)}
+
+
+def _form(batch):
+    """Names, shapes, dtypes and other values of a batch, hashable. TypeError for a value that cannot be compared."""
+    form = []
+    for name, value in sorted((batch or {}).items()):
+        if not isinstance(value, torch.Tensor | PLAIN):
+            raise TypeError(f"{name} is a {type(value).__name__}, tensors and plain values are wanted")
+        form.append((name, (value.shape, value.dtype, value.device) if isinstance(value, torch.Tensor) else value))
+    return tuple(form)
+
+
+def _static(batch):
+    """A copy of the batch whose tensors stay."""
+    static = copy.copy(batch)
+    static.update({name: tensor.clone() for name, tensor in _tensors(batch).items()})
+    return static
+
+
+def where(module, error, otherwise):
+    """The innermost of a module's own modules in which an error was raised, name and type, for a message; otherwise:
+    what is named where it was raised in none."""
+    names = {id(m): f"{name or 'the model'} ({type(m).__name__})" for name, m in module.named_modules()}
+    inside = [names[id(frame.f_locals.get("self"))] for frame, _ in traceback.walk_tb(error.__traceback__)
+              if id(frame.f_locals.get("self")) in names]
+    return inside[-1] if inside else otherwise

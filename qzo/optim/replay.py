@@ -1,0 +1,51 @@
+"""What ties a journal to a model, and a journal's steps applied to the model it was written on."""
+import hashlib
+import platform
+
+import torch
+
+from ..kernels.noise import VERSIONS, law_version
+from ..nn.layers import arena_of, digest_parts
+from ..version import __version__
+from .journal import JournalError, check_header, read
+from .step import apply_records
+
+
+def replay(model, journal_path, until=None):
+    """Apply a journal's steps to the base model it was written on, in place; returns the number of steps applied.
+
+    until: stop before this step. The scales end bit-equal to the run's (integer noise laws). Raises JournalError, a
+    ValueError, when the journal is damaged or belongs to another model; FileNotFoundError when there is none.
+    """
+    found = read(journal_path)
+    if found is None:
+        raise JournalError(f"{journal_path} has no whole header: the run ended before its first step")
+    header, steps, _ = found
+    known = law_version(header["noise"], header["sharing"]) if header["noise"] in VERSIONS else None
+    if known != header["law"]:
+        raise JournalError(f"{journal_path} uses noise law {header['law']!r}, this qzo has {known!r}")
+    arena = arena_of(model, exact=True)
+    check_header(journal_path, header, model_fields(model, arena))
+    steps = steps[:until]
+    for records in steps:
+        if not records[0].skipped:
+            apply_records(arena, records, header)
+    return len(steps)
+
+
+def journal_header(module, group, recipe=None):
+    """What a journal says before its first record."""
+    law = {key: group[key] for key in ("noise", "relative", "sharing", "eps", "clip", "directions", "seed", "floor")}
+    return {**law, "law": law_version(group["noise"], group["sharing"]), "recipe": recipe or {},
+            **model_fields(module, arena_of(module, exact=True)),
+            "versions": {"qzo": __version__, "torch": torch.__version__, "python": platform.python_version()}}
+
+
+def model_fields(module, arena):
+    """The fields that tie a journal to a model: the arena map, and a digest of all that was quantized."""
+    digest = hashlib.sha256()
+    for name, what, tensor in digest_parts(module):
+        digest.update(f"{name}.{what} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().cpu().numpy().data)
+    return {"arena": {name: [slot.base4, slot.groups, slot.outputs] for name, slot in arena.slots.items()},
+            "digest": "sha256:" + digest.hexdigest()}

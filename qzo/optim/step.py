@@ -1,0 +1,44 @@
+"""The arithmetic of a step: losses -> directional derivative -> clip (DDC) -> coefficients -> scales.
+
+Two-point SPSA on the quantization scales, arXiv 2505.13430, algorithm 1 and equation 5 (directional derivative
+clipping), with J directions per step over one batch:
+
+    d_j = (L_j+ - L_j-) / (2 eps);   d_j <- clip(d_j, -C, C);   a_j = -(lr / J) d_j
+
+and the scales move along every z(seed_j) by a_j (kernels/update.py).
+"""
+import math
+
+import torch
+
+from ..kernels.noise import kernel_coefs, law_number
+from ..nn import ops
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def project(losses, rates, law):
+    """Losses of a step -> derivatives, and what is applied along the raw noise; on any device, the same bits on all.
+
+    losses float64 [2 J] in the order +, -; rates: lr / J, 2 eps, clip (numbers, or a float64 tensor [3] for a graph,
+    which is captured once and has to see new ones). Returns derivatives before clipping, float64 [J], and applied,
+    float32 [J], all NaN when a loss or one of them is not finite in float32: an update by NaN moves nothing.
+    """
+    rate, two_eps, clip = torch.as_tensor(rates, dtype=torch.float64)
+    derivatives = (losses[0::2] - losses[1::2]) / two_eps
+    applied = kernel_coefs(-rate * derivatives.clamp(-clip, clip), law)
+    return derivatives, torch.where((losses.abs() <= LARGEST).all() & applied.isfinite().all(), applied, math.nan)
+
+
+def update(arena, seeds, coefs, recipe):
+    """Update the arena in place with (seed, coefficient) pairs; recipe names noise, relative, sharing and floor."""
+    ops.update_op(arena.data, seeds, coefs, 0, law_number(recipe["noise"]), recipe["relative"], recipe["floor"],
+                  arena.layers() if recipe["sharing"] == "row" else None)
+
+
+def apply_records(arena, records, recipe):
+    """Update the arena with one step's records: what a step and a replay do."""
+    device = arena.data.device
+    seeds = torch.tensor([r.seed for r in records], dtype=torch.int64, device=device)
+    coefs = torch.tensor([r.applied for r in records], dtype=torch.float32, device=device)
+    update(arena, seeds, coefs, recipe)

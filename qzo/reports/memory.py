@@ -1,0 +1,355 @@
+"""`qzo memory`: what a fine-tune holds in memory, predicted from the config alone and measured on a run.
+
+Codes, scales, zero points and dense parameters are what a model holds between steps; activations, logits and workspace
+are what a step adds at its highest moment, so that the parts add up to the total. GB is 1e9 bytes.
+"""
+import dataclasses
+import gc
+
+import torch
+from matplotlib.figure import Figure
+
+from ..checkpoints.load import from_pretrained
+from ..kernels.noise import step_seed
+from ..kernels.tiles import architecture
+from ..kernels.update import scratch_bytes
+from ..nn.choice import group_for, quantizable
+from ..nn.evaluations import Evaluations
+from ..nn.experts import split_experts_
+from ..nn.layers import arena_of, evaluating, layers, train_codebooks_
+from ..nn.ops import backend
+from ..optim.optimizer import QZO
+from . import models
+from .codes import CODES
+from .footprint import (
+    DeviceMeter,
+    Ledger,
+    ResidentMeter,
+    Spans,
+    check_chip,
+    library_bytes,
+    map_large_blocks,
+    parts_of,
+    weights_bytes,
+)
+
+PARTS = ("codes", "scales", "zeros", "dense", "activations", "logits", "workspace")
+# capacity counted at 1e9 bytes per GB: the rest of a card's binary gigabytes is left to the driver and its context
+CARDS = {"8 GB (RTX 4060)": 8, "12 GB (RTX 3060)": 12, "16 GB (RTX 4080)": 16, "24 GB (RTX 3090, RTX 4090, L4)": 24,
+         "32 GB (RTX 5090)": 32, "40 GB (A100)": 40, "48 GB (L40S)": 48, "80 GB (A100, H100)": 80, "141 GB (H200)": 141}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The step that is predicted or measured: `rows` rows of `tokens` tokens, `labels` of them labelled, under
+    2 * directions evaluations at once, or one after another if `sequential`. large_rows: as in QZO."""
+
+    rows: int = 1
+    tokens: int = 64
+    labels: int = 1
+    directions: int = 1
+    sequential: bool = False
+    large_rows: str = "fused"
+
+    @property
+    def evaluations(self):
+        """How many run at once."""
+        return 1 if self.sequential else 2 * self.directions
+
+
+# ---------------------------------------------------------------------------------------------- predicted
+
+def predict(model, run, device, chip):
+    """{part: bytes, "total", "phases"} of a model on the meta device, without a weight."""
+    model.to("meta")
+    labelled = run.rows * run.labels * run.evaluations
+    ledger = Ledger(device, chip, labelled, padded=run.rows > 1, threads=torch.get_num_threads())
+    weights = weights_bytes(model, device)
+    ledger.know(t for layer in layers(model, None).values() for t in (layer.codes, layer.zeros) if t is not None)
+    ledger.know((*model.parameters(), *model.buffers(), *(layer.arena.data for layer in layers(model, None).values())))
+    ledger.hold(sum(weights.values()) + library_bytes(device, chip))
+    spans = Spans(model, models.body_of(model), ledger)
+    with torch.no_grad(), backend(large_rows=run.large_rows), ledger:
+        batch = models.example_batch(model, run.rows, run.tokens, run.labels, "meta")
+        resident = ledger.current()
+        with spans.watching():
+            for evaluations in _evaluations(run):
+                with evaluating(model, evaluations.to("meta")):
+                    models.batch_losses(model, batch, len(evaluations))
+            spans.enter("update")
+            if device == "cpu":
+                ledger.brush(scratch_bytes(arena_of(model).data.numel() // 4))
+    return _composed(weights, resident, spans)
+
+
+def _evaluations(run):
+    seeds = [step_seed(0, 0, j) for j in range(run.directions) for _ in range(2)]
+    stacked = Evaluations(seeds, [1e-2, -1e-2] * run.directions)
+    return [stacked[e:e + 1] for e in range(len(stacked))] if run.sequential else [stacked]
+
+
+def _composed(weights, resident, spans):
+    """The report's numbers: what a step's highest moment consists of."""
+    top = max(spans.found, key=lambda span: span.peak)
+    parts = {**weights, **parts_of(top, resident)}
+    parts["workspace"] += resident - sum(weights.values())          # libraries' own, and the batch
+    highest = {}
+    for span in spans.found:
+        if span.phase not in highest or span.peak > highest[span.phase].peak:
+            highest[span.phase] = span
+    phases = {phase: {"total": span.peak, "layer": span.layer} for phase, span in highest.items()}
+    return {**parts, "total": top.peak, "phases": phases}
+
+
+# ---------------------------------------------------------------------------------------------- measured
+
+def measure(load, run, device, snapshot=None):
+    """The same numbers read off a device in the second step of a run. load() -> model on `device`.
+
+    On a GPU from torch's allocator. On a CPU from the resident set, less what is resident before `load` in a process
+    that has run such a step once: what the libraries then keep for themselves does not grow with the model.
+    Also "slack", which no tensor uses: on a GPU what the allocator keeps beyond the peak, on a CPU the libraries' own.
+    snapshot: file for the CUDA allocator's history, written also where memory does not suffice.
+    """
+    if device == "cpu":
+        meter = ResidentMeter()
+        _step(load, run, device, meter)
+        libraries, meter = meter.settled(), ResidentMeter()
+        return {**_composed(*_step(load, run, device, meter)), "slack": libraries}
+    meter = DeviceMeter(device)
+    if snapshot:
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    try:
+        measured = _composed(*_step(load, run, device, meter))
+    finally:
+        if snapshot:
+            torch.cuda.memory._dump_snapshot(snapshot)
+            torch.cuda.memory._record_memory_history(enabled=None)
+    return {**measured, "slack": torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device)}
+
+
+def _step(load, run, device, meter):
+    """Two steps, the second cut in spans: (what the weights held, resident before the step, spans)."""
+    model = load()
+    batch = models.example_batch(model, run.rows, run.tokens, run.labels, device)
+    optimizer = QZO(model, lr=1e-6, directions=run.directions, paired=not run.sequential,
+                    large_rows=run.large_rows)
+    spans = Spans(model, models.body_of(model), meter)
+
+    def closure():
+        losses = models.batch_losses(model, batch, run.evaluations)
+        return losses[0] if run.sequential else losses
+
+    def watched():
+        losses = closure()
+        spans.enter("update")
+        return losses
+
+    optimizer.step(closure)
+    resident = meter.settled()
+    with spans.watching():
+        optimizer.step(watched)
+    return _released(model, meter), resident, spans
+
+
+def _released(model, meter):
+    """{"codes", ...}: what each leaves free when it is let go. The model is of no use afterwards."""
+    found = list(layers(model, trainable=None).values())
+    freed, before = {}, meter.settled()
+
+    def done(part):
+        nonlocal before
+        now = meter.settled()
+        freed[part], before = before - now, now
+
+    for layer in found:
+        layer.codes = None
+    done("codes")
+    for layer in found:
+        layer.zeros = None
+    done("zeros")
+    for layer in found:
+        layer.arena.data.untyped_storage().resize_(0)
+    done("scales")
+    for module in model.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+    done("dense")
+    return {part: freed[part] for part in ("codes", "scales", "zeros", "dense")}
+
+
+# ---------------------------------------------------------------------------------------------- rivals
+
+def rivals(model, run, predicted):
+    """name -> bytes that other ways to train the same model need, by their published formulas.
+
+    MeZO (arXiv 2305.17333): 16-bit weights and the forward of one evaluation. QLoRA (arXiv 2305.14314): 4.127 bits per
+    weight of the linears, rank-16 adapters in bfloat16 with their gradients and two float32 moments, activations under
+    full recomputation. AdamW: 16 bytes per parameter (ZeRO, arXiv 1910.02054, mixed precision) and all activations.
+    Activations by arXiv 2205.05198: a layer keeps 34 tokens x hidden bytes with fused attention, 2 under full
+    recomputation (and once 34), float32 logits 4 tokens x vocabulary.
+    """
+    linear = {name: (m.in_features, m.out_features) for name, m in layers(model, trainable=None).items()}
+    weights = sum(k * n for k, n in linear.values())
+    rest = sum({id(p): p.numel() for p in model.parameters()}.values())
+    hidden, depth, vocabulary, tokens = models.dimensions(model, run.tokens)
+    layer = run.rows * tokens * hidden
+    logits = 4 * run.rows * tokens * vocabulary
+    adapters = 16 * sum(k + n for k, n in linear.values())
+    forward = (predicted["activations"] + predicted["logits"]) // run.evaluations
+    return {"MeZO, 16 bit": 2 * (weights + rest) + forward,
+            "QLoRA, NF4, rank 16": (round(weights * 4.127 / 8) + 2 * rest + 12 * adapters
+                                    + (2 * depth + 34) * layer + logits),
+            "AdamW, all parameters": 16 * (weights + rest) + 34 * depth * layer + logits}
+
+
+def fits(nbytes):
+    """The cards whose memory holds so much."""
+    return [card for card, size in CARDS.items() if nbytes <= size * 1e9]
+
+
+# ---------------------------------------------------------------------------------------------- shown
+
+def table(report):
+    """The report as text: predicted beside measured, then the phases, the rivals and the cards."""
+    predicted, measured = report["predicted"], report["measured"]
+    lines = [f"{'':12}{'predicted':>12}" + (f"{'measured':>12}" if measured else "")]
+    for part in (*PARTS, "total"):
+        line = f"{part:12}{_gb(predicted[part]):>12}"
+        lines.append(line + (f"{_gb(measured[part]):>12}" if measured else ""))
+    if measured:
+        lines += [f"{'slack':24}{_gb(measured['slack']):>12}",
+                  f"measured is {measured['total'] / predicted['total']:.3f} of predicted"]
+    lines += ["", "highest in each phase:"]
+    for phase, at in predicted["phases"].items():
+        where = f" in {at['layer']}" if at["layer"] else ""
+        lines.append(f"  {phase:10}{_gb(at['total']):>12}{where}")
+    lines += ["", "beside it, by their published formulas:"]
+    for name, size in report["rivals"].items():
+        lines.append(f"  {name:24}{_gb(size):>12}  {size / predicted['total']:.1f}x")
+    lines += ["", "fits: " + ("; ".join(report["fits"]) or "no card that is listed")]
+    return "\n".join(lines)
+
+
+def _gb(nbytes):
+    return f"{max(nbytes, 0) / 1e9:.3f} GB"
+
+
+def plot(report, path):
+    """Stacked bars of what is predicted and measured; beside them the totals of the rivals, as a PNG."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    parts, totals = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    bars = [(name, report[name]) for name in ("predicted", "measured") if report[name]]
+    bottoms = [0.0] * len(bars)
+    for part in PARTS:
+        heights = [max(0, numbers[part]) / 1e9 for _, numbers in bars]
+        if any(heights):
+            parts.bar([name for name, _ in bars], heights, bottom=bottoms, label=part, width=0.6)
+        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
+    parts.set(ylabel="GB (1e9 bytes)", xlim=(-0.6, len(bars) + 0.2))
+    parts.legend(frameon=False, fontsize=8, reverse=True)
+    sizes = {"qzo": report["predicted"]["total"] / 1e9, **{k: v / 1e9 for k, v in report["rivals"].items()}}
+    drawn = totals.barh(list(sizes), list(sizes.values()), color=["C0", *["0.8"] * (len(sizes) - 1)])
+    totals.bar_label(drawn, fmt="%.3g", padding=3)
+    totals.set(xscale="log", xlabel="GB, logarithmic; rivals by their published formulas")
+    totals.invert_yaxis()
+    totals.margins(x=0.15)
+    figure.suptitle(report["subject"], fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+def make_report(options):
+    """The dict that --json prints."""
+    if bool(options.config) == bool(options.model):
+        raise ValueError("give either --config (nothing is loaded) or --model (a checkpoint, loaded and measured)")
+    measuring = options.measure or bool(options.model)
+    device = options.device or ("cuda" if torch.cuda.is_available() or not measuring else "cpu")
+    if measuring and device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device here to measure on; use --device cpu")
+    if options.snapshot and not (measuring and device == "cuda"):
+        raise ValueError("--snapshot needs a run that is measured on a CUDA device")
+    if measuring and device == "cpu":
+        map_large_blocks()
+    chip = check_chip(options.chip or this_chip())
+    dtype = getattr(torch, options.dtype or ("float16" if device == "cuda" else "float32"))
+    for name in ("batch_size", "labels", "directions"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is wanted")
+    codes = _codes(options)
+    if options.model:
+        load, model = _checkpoint(options, codes, device, dtype)
+    else:
+        load, model = random_model(options.config, options.group_size, options.zeros, device, dtype, codes)
+    if options.train_codebooks:
+        train_codebooks_(model)
+        load = _training_codebooks(load)
+    run = Run(options.batch_size, options.seq_len or models.usual_tokens(model), options.labels, options.directions,
+              options.sequential, options.large_rows)
+    predicted = predict(model, run, device, chip)
+    measured = measure(load, run, device, snapshot=options.snapshot) if measuring else None
+    subject = (f"{options.config or options.model}: {run.rows} x {run.tokens} tokens, {2 * run.directions} evaluations "
+               f"{'one after another' if run.sequential else 'at once'}, {device}, {str(dtype).removeprefix('torch.')}"
+               + (f", {codes} codes" if options.config and codes != "int4" else "")
+               + (", random weights" if measuring and options.config else ""))
+    return {"predicted": predicted, "measured": measured, "rivals": rivals(model, run, predicted),
+            "fits": fits(max(predicted["total"], measured["total"] if measured else 0)), "subject": subject}
+
+
+def _training_codebooks(load):
+    def loaded():
+        model = load()
+        train_codebooks_(model)
+        return model
+    return loaded
+
+
+def _codes(options):
+    """The name in CODES that --bits or --codes means. ValueError for both, and for zero points beside a table."""
+    if options.bits and options.codes:
+        raise ValueError(f"--bits {options.bits} and --codes {options.codes}: give one of the two")
+    codes = options.codes or f"int{options.bits or 4}"
+    if CODES[codes].lookup and options.zeros != "none":
+        raise ValueError(f"--zeros {options.zeros}: {codes} codes stand for entries of a table or codebooks and have "
+                         "no zero points; leave --zeros out")
+    if CODES[codes].books and (options.model or options.group_size):
+        raise ValueError(f"--codes {codes}: random weights of a --config can be such, one scale to a row (no "
+                         "--group-size); nothing quantizes a --model to vectors, and an AQLM one needs no --codes")
+    return codes
+
+
+def this_chip():
+    """Of this machine's GPU; sm_90 where there is none."""
+    if torch.cuda.is_available():
+        return architecture("cuda")
+    return "sm_90"
+
+
+def random_model(config, group_size, zeros, device, dtype, codes="int4"):
+    """(load() -> the config's model with random weights on `device`, the same on the meta device)."""
+    config, kind = models.read_config(config), CODES[codes]
+
+    def empty():
+        model = models.empty_model(config, dtype)
+        group = group_for(model, group_size or kind.group)
+        form = models.Form(group, models.ZEROS[zeros], kind.bits, kind.table, books=kind.books)
+        wanted = dict.fromkeys(quantizable(model), form)
+        return models.quantize_empty(model, wanted, cpu=device == "cpu")
+    return lambda: models.fill_random(empty(), device), empty()
+
+
+def _checkpoint(options, codes, device, dtype):
+    """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device)."""
+    kind, trusted = CODES[codes], {"trust_remote_code": options.trust_remote_code}
+    group = options.group_size or kind.group
+    given = {"bits": kind.bits, "table": kind.table, **({"group_size": group} if group else {}), **trusted}
+    model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
+    wanted = {name: models.form_of(layer) for name, layer in layers(model, trainable=None).items()}
+    config = model.config
+    del model
+    gc.collect()
+    empty = models.build_empty(config, dtype, **trusted).eval()
+    split_experts_(empty)
+    models.quantize_empty(empty, wanted, cpu=device == "cpu")
+    return lambda: from_pretrained(options.model, device=device, dtype=dtype, **given), empty

@@ -1,0 +1,235 @@
+"""A model from its config alone: on the meta device to predict its memory, or with random weights to run it.
+
+Configs are those of Hugging Face: a transformers config.json, or that of a diffusers SD3 transformer. configs/ holds
+those of the models in the README.
+"""
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from ..checkpoints.empty import build_empty, reading
+from ..kernels.vectors import LENGTH
+from ..loss.head import body
+from ..loss.losses import losses, pair
+from ..nn.experts import split_experts_
+from ..nn.layers import arena_of, layers
+from ..nn.linear import QZOLinear
+from ..nn.weights import PackedWeight, check_group_size
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
+DIFFUSION = "SD3Transformer2DModel"
+TEXT_TOKENS = 333             # of a Stable Diffusion 3 prompt: 77 of CLIP and 256 of T5
+
+
+def shipped():
+    """Names of the configs that come with qzo."""
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def read_config(name):
+    """The JSON of a config file, of a folder's config.json, or of a shipped config by (part of) its name.
+
+    Raises ValueError naming the shipped ones when `name` is neither, or is no config.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path /= "config.json"
+    if not path.is_file():
+        part = path.name.removesuffix(".json").lower()
+        found = [known for known in shipped() if part and part in known]
+        if len(found) != 1:
+            raise ValueError(f"{name} is no file, and {'no' if not found else 'more than one'} config of that name "
+                             f"comes with qzo; there are {', '.join(shipped())}")
+        path = CONFIGS / f"{found[0]}.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict) or not ("model_type" in config or config.get("_class_name") == DIFFUSION):
+        raise ValueError(f"{path} is no config: a model_type of transformers, or _class_name {DIFFUSION}, is wanted")
+    return config
+
+
+def is_diffusion(model):
+    return type(model).__name__ == DIFFUSION
+
+
+def body_of(model):
+    """The module whose forward ends before the loss begins."""
+    return model if is_diffusion(model) else body(model)
+
+
+def usual_tokens(model):
+    """Tokens a row, where none are given: an SST-2 prompt's at the most, or the text of an image."""
+    return TEXT_TOKENS if is_diffusion(model) else 64
+
+
+def dimensions(model, tokens):
+    """(hidden size, blocks, vocabulary, tokens a row runs through the blocks)."""
+    if is_diffusion(model):
+        c = model.config
+        return (c.num_attention_heads * c.attention_head_dim, c.num_layers, 0,
+                tokens + (c.sample_size // c.patch_size)**2)
+    c = model.config.get_text_config()
+    return c.hidden_size, c.num_hidden_layers, c.vocab_size, tokens
+
+
+def empty_model(config, dtype):
+    """The model of a config: parameters on the meta device, computed buffers real, nothing quantized.
+
+    Raises ValueError for a model_type that the installed transformers lacks, for values that make no config, or where
+    diffusers is missing.
+    """
+    if "model_type" in config:
+        kind = config["model_type"]
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"model_type {kind!r} is not known to the installed transformers")
+        with reading(f"the config of model_type {kind!r}", "it cannot be read"):
+            known = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
+        model = build_empty(known, dtype).eval()
+        split_experts_(model)                      # as from_pretrained does
+        return model
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError(f"a {DIFFUSION} needs diffusers: pip install diffusers") from None
+    return build_empty(config, dtype, getattr(diffusers, DIFFUSION)).eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a layer's memory depends on, beside its shape. zeros: None or the dtype of stored zero points; ordered: its
+    columns are sorted by group (act-order); books: codebooks, of 2^bits vectors in
+    book_dtype."""
+
+    group_size: int
+    zeros: torch.dtype | None = None
+    bits: int = 4
+    table: tuple | None = None
+    ordered: bool = False
+    books: int = 0
+    book_dtype: torch.dtype = torch.float16
+
+
+def form_of(packed):
+    """Form of a PackedWeight or QZOLinear."""
+    zeros = None if packed.zeros is None else packed.zeros.dtype
+    books = 0 if packed.codebooks is None else len(packed.codebooks)
+    return Form(packed.in_features if books else packed.group_size, zeros, packed.bits, packed.table,
+                packed.perm is not None, books, packed.codebooks.dtype if books else Form.book_dtype)
+
+
+def quantize_empty(model, wanted, cpu=False):
+    """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> Form.
+
+    cpu: codes as the CPU keeps them, else as the GPU does.
+    """
+    for name, form in wanted.items():
+        linear = model.get_submodule(name)
+        k, n = linear.in_features, linear.out_features
+        group = check_group_size(form.group_size, k)
+        packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table, books=form.books,
+                                      dtype=form.book_dtype)
+        packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if form.ordered else None
+        owner, _, child = name.rpartition(".")
+        setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))
+    arena_of(model, exact=True)
+    return model.requires_grad_(False)
+
+
+def fill_random(model, device, seed=0):
+    """Random weights for everything on meta, in place, on `device`; in the order of names, a layer at a time.
+
+    Scales are such that outputs keep the size of inputs.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    arena = arena_of(model, exact=True)
+    arena.data = torch.zeros_like(arena.data, device=device)
+    for layer in layers(model).values():
+        k, n = layer.in_features, layer.out_features
+        size = k**-0.5 / _spread(layer)
+        scales = torch.empty(k // layer.group_size, n, device=device).uniform_(0.9 * size, 1.1 * size,
+                                                                               generator=generator)
+        if layer.codebooks is not None:
+            shape, books = (n, k // LENGTH, len(layer.codebooks)), layer.codebooks
+            codes = torch.randint(0, 1 << layer.bits, shape, dtype=torch.int32, generator=generator, device=device)
+            layer.codebooks = torch.empty(books.shape, dtype=books.dtype, device=device).normal_(generator=generator)
+            layer.codes = PackedWeight.from_vectors(codes, scales[0], layer.codebooks).codes
+        else:
+            codes = torch.randint(0, 1 << layer.bits, (n, k), dtype=torch.uint8, generator=generator, device=device)
+            layer.codes = PackedWeight.from_codes(codes, scales, bits=layer.bits, table=layer.table).codes
+        arena.write(layer.arena_name, scales)
+        if layer.zeros is not None:
+            layer.zeros = torch.full(layer.zeros.shape, 1 << layer.bits - 1, dtype=layer.zeros.dtype, device=device)
+    return fill_parameters(model, device, generator)
+
+
+def fill_parameters(model, device, generator):
+    """Random numbers for the parameters on meta, in place, on `device`: 1 for norms, 0 for biases."""
+    for owner in model.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                filled = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                if parameter.dim() == 1:
+                    filled.fill_(0.0 if name == "bias" else 1.0)
+                else:
+                    filled.normal_(0.0, 0.02, generator=generator)
+                setattr(owner, name, nn.Parameter(filled, requires_grad=False))
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model.to(device)
+
+
+def _spread(layer):
+    """Standard deviation of what uniform codes stand for."""
+    if layer.codebooks is not None:
+        return len(layer.codebooks) ** 0.5
+    return 0.29 * 2**layer.bits if layer.table is None else float(torch.tensor(layer.table).std(correction=0))
+
+
+def example_batch(model, rows, tokens, labels, device):
+    """A batch of `rows` rows: token ids with `labels` labelled positions a row, the first row half padding where there
+    are several; or, for a diffusion transformer, latents of the config's size and `tokens` tokens of text.
+
+    ValueError when there are more labels than tokens to predict.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if is_diffusion(model):
+        c = model.config
+        size = (rows, c.in_channels, c.sample_size, c.sample_size)
+        return {"hidden_states": torch.randn(size, generator=generator).to(device, model.dtype),
+                "encoder_hidden_states": torch.randn(rows, tokens, c.joint_attention_dim,
+                                                     generator=generator).to(device, model.dtype),
+                "pooled_projections": torch.randn(rows, c.pooled_projection_dim,
+                                                  generator=generator).to(device, model.dtype),
+                "timestep": torch.full((rows,), 500.0).to(device),
+                "target": torch.randn(size, generator=generator).to(device)}
+    if not 1 <= labels < tokens:
+        raise ValueError(f"{labels} labelled positions in rows of {tokens} tokens: between 1 and {tokens - 1} can be "
+                         "predicted")
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[0, tokens // 2:] = 0
+    target = torch.full_like(ids, -100)
+    target[:, -labels:] = ids[:, -labels:]
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": target.to(device)}
+
+
+def batch_losses(model, batch, count):
+    """float32 [count]: next-token cross entropy, or the mean squared error of what a diffusion transformer predicts."""
+    if not is_diffusion(model):
+        return losses(model, batch, count)
+    stacked = pair(batch, count)
+    target = stacked.pop("target")
+    with torch.no_grad():
+        predicted = model(**stacked, return_dict=False)[0].float()
+        each = functional.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)
+    return each.view(count, -1).mean(1)

@@ -1,0 +1,66 @@
+"""A full disk, whoever reports it, and a path that cannot be used: it is named; and files
+written whole or not at all."""
+import contextlib
+import errno
+import os
+import re
+
+_UNUSABLE = {
+    errno.EACCES: "permission denied; give another path, or change whose it is",
+    errno.EPERM: "permission denied; give another path, or change whose it is",
+    errno.EROFS: "its file system is read-only; give another path",
+    errno.EEXIST: "it is there already and is no folder; give another path",
+    errno.ENOTDIR: "a part of this path is a file, no folder; give another path",
+    errno.EISDIR: "it is a folder, and a file is wanted",
+    errno.ENAMETOOLONG: "a name in this path is too long; give a shorter one",
+    errno.ELOOP: "its links lead round in a circle; give another path"}
+WHAT = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
+
+
+def full(error):
+    """The errno of a full disk or an exhausted quota, else None.
+
+    safetensors and tokenizers write in Rust, and tell it in their own exceptions' text.
+    """
+    found = error.errno if isinstance(error, OSError) else None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    found = int(told[1]) if found is None and told else found
+    return found if found in WHAT else None
+
+
+def unusable(error):
+    """One line for an OSError of a path that was given and cannot be used, else None."""
+    reason = _UNUSABLE.get(error.errno) if isinstance(error, OSError) and error.filename is not None else None
+    return reason and f"{error.filename2 or error.filename}: {reason}"
+
+
+class naming(contextlib.AbstractContextManager):
+    """Inside, an OSError that names no path, and a full disk in whatever exception, become an OSError of `path`.
+
+    A full disk elsewhere keeps its own; one of a file in `path`, such as a temporary one, has that of the whole.
+    """
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __exit__(self, kind, error, trace):
+        code = None if error is None else full(error)
+        if code is not None:
+            own = str(getattr(error, "filename2", None) or getattr(error, "filename", None) or self.path)
+            raise OSError(code, os.strerror(code), self.path if own.startswith(self.path) else own) from None
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, self.path) from None
+
+
+def write_text(path, text):
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,0 +1,117 @@
+"""What a run leaves in its folder beside the journal and the model, and what it shows while it goes.
+
+    OUT/metrics.jsonl  one line a step
+    OUT/run.json       settings, results, versions
+    OUT/curve.png      the loss over the steps
+"""
+import dataclasses
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from ..system import disk
+
+
+class Metrics:
+    """metrics.jsonl, open for the next step: lines at or beyond `start`, and a line cut short, are dropped."""
+
+    def __init__(self, path, start):
+        kept = []
+        if start and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] < start:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    break
+        disk.write_text(path, "".join(line + "\n" for line in kept))
+        self.path = path
+
+    def __enter__(self):
+        self.file = open(self.path, "a")
+        return self.file
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+class Progress:
+    """A tqdm bar on a terminal, else a plain line every few seconds; both on standard error.
+
+    show: None (on), False (nothing).
+    """
+
+    EVERY_SECONDS = 10.0
+
+    def __init__(self, total, start, show=None):
+        self.total, self.shown, self.bar = total, show is not False, None
+        if self.shown and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+        self.last = time.monotonic()
+        self.mean = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+
+    def step(self, line):
+        """Show a finished step; the loss shown is a running mean."""
+        if not line["skipped"]:
+            self.mean = line["loss"] if self.mean is None else 0.9 * self.mean + 0.1 * line["loss"]
+        text = f"loss {self.mean:.3f}, |d| {line['derivative']:.2f}" if self.mean is not None else "no finite loss yet"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif self.shown and (time.monotonic() - self.last > self.EVERY_SECONDS or line["step"] + 1 == self.total):
+            self.last = time.monotonic()
+            print(f"step {line['step'] + 1}/{self.total}: {text}", file=sys.stderr, flush=True)
+
+
+def write_results(out, settings, results):
+    """run.json and curve.png of a finished run."""
+    out = Path(out)
+    record = finite({"settings": dataclasses.asdict(settings), **results})
+    disk.write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    draw_curve(out / "curve.png", lines, results)
+
+
+def draw_curve(path, lines, results):
+    """The loss of each step, its running mean, and the evaluations before and after."""
+    steps = [line["step"] for line in lines if line["loss"] is not None]
+    values = [line["loss"] for line in lines if line["loss"] is not None]
+    window = max(1, len(values) // 20)
+    means = [statistics.fmean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, values, color="0.8", linewidth=0.8, label="batch")
+    axes.plot(steps, means, color="C0", label=f"mean of {window} steps")
+    for name, style in (("zero_shot", ":"), ("control", "--"), ("before", ":"), ("tuned", "-")):
+        if results.get(name):
+            axes.axhline(results[name]["loss"], color="C1", linestyle=style, linewidth=1,
+                         label=f"held out, {name.replace('_', '-')}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend(frameon=False)
+    temporary = path.with_suffix(".tmp.png")
+    with disk.naming(path):
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, path)
+
+
+def finite(value):
+    """JSON has no NaN: None stands for it."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

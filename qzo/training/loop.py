@@ -1,0 +1,148 @@
+"""The training loop behind `qzo train` and `qzo demo`: data and a model in, an output folder out.
+
+    OUT/journal.qzo    the fine-tune itself (journal.py)      OUT/curve.png   the loss over the steps
+    OUT/metrics.jsonl  one line a step                        OUT/run.json    settings, results, versions
+    OUT/model/         the tuned model in its source's format
+"""
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+from ..loss.head import has_encoder
+from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only
+from ..optim.journal import read
+from ..optim.optimizer import QZO
+from ..system import disk
+from . import data
+from . import large_rows as many_rows
+from .compiled import Compiled
+from .folder import Metrics, Progress, finite
+from .prefix import FrozenPrefix
+from .task import Task
+
+BUCKETS = "buckets/1, as on a CUDA device"      # what a journal says of batches padded so (buckets.py)
+
+
+class Interrupted(Exception):
+    """Ctrl-C between two steps; `steps` are in the journal."""
+
+    def __init__(self, steps):
+        super().__init__(steps)
+        self.steps = steps
+
+
+def choose_layers(model, train_layers, codebooks=False):
+    """Restrict training to the top blocks; returns their FrozenPrefix, or None for the whole model. codebooks: train
+    those of AQLM layers too."""
+    prefix = None if train_layers is None else FrozenPrefix(model, train_layers)
+    if prefix is not None and not any(prefix.trains(name) for name in layers(model, trainable=None)):
+        raise ValueError(f"the top {train_layers} blocks hold no 4-bit layer: nothing would train")
+    train_only(model, prefix.trains if prefix else lambda name: True)
+    if codebooks:
+        train_codebooks_(model)
+    return prefix
+
+
+def fit(task, settings, out, resume=False, show=None):
+    """Train the model of `task` into the folder `out`; returns the number of steps that were already there.
+
+    Writes journal.qzo and metrics.jsonl as it goes. Interrupted on Ctrl-C, FloatingPointError when losses stay NaN,
+    JournalError for a journal that exists (without resume) or does not fit.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if settings.batch_size > len(task.examples):
+        raise ValueError(f"batch_size={settings.batch_size}, but there are {len(task.examples)} training examples")
+    if task.prefix is not None:
+        batch = data.collate(task.examples[:2], task.pad_id, task.device)
+        task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
+    task.settle()
+    if settings.large_rows == "auto":
+        settings.large_rows = _settle_large_rows(task, settings, out / "journal.qzo" if resume else None, show)
+    optimizer = QZO(task.model, settings.learning_rate, settings.eps, settings.clip, settings.noise, settings.relative,
+                    settings.sharing, settings.directions, settings.seed, journal=out / "journal.qzo", resume=resume,
+                    floor=settings.floor, recipe=recipe(task, settings), large_rows=settings.large_rows,
+                    paired=not settings.sequential, cuda_graph=settings.cuda_graph)
+    start = optimizer.param_groups[0]["step"]
+    at_once = 1 if settings.sequential else 2 * settings.directions
+
+    def losses(batch):
+        return task.compiled_losses(batch, at_once)
+
+    try:
+        with (disk.naming(out), Metrics(out / "metrics.jsonl", start) as metrics,
+              Progress(settings.max_steps, start, show) as progress):
+            for step in range(start, settings.max_steps):
+                begun = time.perf_counter()
+                indices = task.indices(step, settings.batch_size, settings.seed)
+                rate = optimizer.param_groups[0]["lr"] = settings.rate(step)
+                loss = optimizer.step(losses, batch=task.batch(indices, at_once))
+                line = {"step": step, "loss": loss, "derivative": max(map(abs, optimizer.last.derivatives)), "lr": rate,
+                        "skipped": optimizer.last.skipped, "seconds": round(time.perf_counter() - begun, 4)}
+                metrics.write(json.dumps(finite(line)) + "\n")
+                metrics.flush()
+                progress.step(line)
+    except KeyboardInterrupt:
+        raise Interrupted(optimizer.param_groups[0]["step"]) from None
+    finally:
+        optimizer.close()
+    return start
+
+
+def _settle_large_rows(task, settings, journal, show):
+    """"auto" or "fused" for a run that asks for "auto"; journal: of a run that goes on, or None."""
+    found = read(journal) if journal is not None else None
+    recorded = None if found is None else found[0].get("recipe", {}).get("large_rows", "fused")
+
+    def measure():
+        batch = task.batch(task.indices(0, settings.batch_size, settings.seed), 2)
+        return many_rows.lost(task.model, lambda: task.compiled_losses(batch, 2), settings.eps, settings.noise,
+                              settings.relative, settings.sharing, settings.seed)
+
+    value, part = many_rows.settle(task.device, measure, recorded)
+    if show is not False and many_rows.said(value, part):
+        print(many_rows.said(value, part), file=sys.stderr, flush=True)
+    return value
+
+
+def recipe(task, settings):
+    """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
+    digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
+    kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length",
+            "sequential", "packing")
+    bits = {"padding": BUCKETS} if task.bucketed else {}
+    bits["large_rows"] = many_rows.NAMES.get(settings.large_rows, settings.large_rows)
+    if settings.compile:
+        bits["compile"] = True
+    return {**{name: getattr(settings, name) for name in kept}, "data": "sha256:" + digest, **bits}
+
+
+def build_task(model, records, tokenizer, settings, prefix):
+    """Records -> Task on the model."""
+    compiled = None
+    if settings.compile:
+        compiled = Compiled(model)
+    examples = data.tokenize(records, tokenizer, settings.max_length, encoder=has_encoder(model))
+    return Task(model, examples, pad_id(tokenizer), prefix, settings.packing, compiled=compiled)
+
+
+def pad_id(tokenizer):
+    """A token for padding; padded positions are masked, so any will do where the tokenizer names none."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
+def trained_count(model):
+    """How many scales train."""
+    slots = arena_of(model).slots
+    return sum(slots[name].groups * slots[name].outputs for name in layers(model))
+
+
+def trained_text(model):
+    """"1,234 scales", or "1,234 scales and 5,678 numbers of codebooks"."""
+    entries = sum(books.numel() for books in codebooks(model).values())
+    return f"{trained_count(model):,} scales" + (f" and {entries:,} numbers of codebooks" if entries else "")

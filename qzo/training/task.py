@@ -1,0 +1,249 @@
+"""A task: examples, the batches made of them, and what the model scores on them; with or without a frozen prefix."""
+import contextlib
+import functools
+import math
+import warnings
+
+import torch
+
+from ..loss import own_loss
+from ..loss.head import has_encoder
+from ..loss.losses import losses, model_inputs, option_scores, pair
+from .buckets import Buckets, next_step
+from .data import IGNORED, batch_indices, check_one_kind, collate, padded
+from .packing import PACKINGS, joining_pays, one_token_each, packed_batch, row_of, rows_batch, sharing_pays, why_not
+from .prefix import PrefixCache
+
+
+class Task:
+    """Examples on a model. With a FrozenPrefix, forwards start at the first trained block from cached states.
+
+    Options of several tokens share one pass of their prompt where that costs less and the model computes the
+    same. packing: "auto", and a batch is one row without padding on the same two conditions (packing.py); or "off".
+    A model that refuses is named in a warning. pad_id: 0 stands in for one that the model does not know, as padding is
+    masked. ValueError for examples of several kinds, another packing, tokens or
+    lengths that the model has no row of a table for, or a model whose own loss is another (own_loss.py).
+
+    bucketed: pad batches to a few shapes (buckets.py); None: on a CUDA device, where steps are captured by shape. The
+    losses are the same but for rounding, so it must not depend on whether they are. compiled: the model's body is
+    called through a `Compiled` (compiled.py) when a step runs, not where the task is measured.
+    """
+
+    def __init__(self, model, examples, pad_id, prefix=None, packing="off", bucketed=None, compiled=None):
+        check_one_kind(examples)       # now, not at the first step whose batch mixes them
+        if packing not in PACKINGS:
+            raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
+        self.model, self.examples, self.pad_id = model, examples, pad_id
+        self.prefix, self.packing = prefix, packing
+        check_tables(model, examples)
+        if pad_id >= _rows_of(model):
+            self.pad_id = 0
+        self.device = next(model.parameters()).device
+        self.bucketed = self.device.type == "cuda" if bucketed is None else bucketed
+        if has_encoder(model):                    # its rows have another decoder's
+            self.bucketed, self.packing = False, "off"
+        self.compiled = compiled
+        own_loss.check(model, collate(examples[:1], self.pad_id, self.device))        # before a prefix skips its blocks
+
+    @functools.cached_property
+    def buckets(self):
+        """The Buckets of the examples' rows."""
+        several, sizes = _several(self.examples), []
+        for example in self.examples:
+            width = max(map(len, self._rows(example, several)))
+            sizes.append((width, self._targets(example, several)))
+        return Buckets(sizes, getattr(self.model.config.get_text_config(), "max_position_embeddings", None))
+
+    @functools.cached_property
+    def shares(self):
+        """Whether options stand behind one prompt: decided when first asked, outside of any evaluation."""
+        return _several(self.examples) and sharing_pays(self.examples) and self._packs(self.examples)
+
+    @functools.cached_property
+    def joins(self):
+        """Whether batches that gain by it become one row; decided as `shares` is."""
+        if self.packing == "off":
+            return False
+        return self.shares if _several(self.examples) else self._packs(self.examples)
+
+    def _packs(self, examples):
+        reason = why_not(self.model, examples, self.pad_id, self.device)
+        if reason:
+            warnings.warn(f"{type(self.model).__name__} runs without packed rows: {reason}", stacklevel=4)
+        return reason is None
+
+    def settle(self):
+        """Decide both now, on the scales as they are: a resumed run has to decide as the unbroken one did."""
+        return self.shares, self.joins
+
+    @functools.cached_property
+    def cache(self):
+        """(PrefixCache, the first of its rows for each example)."""
+        rows, first_row = [], []
+        several = _several(self.examples)
+        for example in self.examples:
+            first_row.append(len(rows))
+            rows += self._rows(example, several)
+
+        def inputs(some):
+            if several and self.shares:
+                return model_inputs(self.model, rows_batch(some, self.pad_id, self.device))
+            return padded([(ids, None) for ids in some], self.pad_id, self.device)
+
+        return PrefixCache(self.prefix, rows, inputs), first_row
+
+    def indices(self, step, batch_size, seed):
+        """The examples of a step (data.batch_indices)."""
+        lengths, strata = self._lengths_and_strata
+        return batch_indices(step, lengths, batch_size, seed, strata)
+
+    @functools.cached_property
+    def _lengths_and_strata(self):
+        return [len(example.ids) for example in self.examples], [example.label for example in self.examples]
+
+    def closure(self, indices, count):
+        """A function that returns the loss of each of `count` evaluations over these examples, float32 [count].
+
+        The batch and the prefix's states are made here, outside the perturbed forward that calls the function.
+        """
+        return functools.partial(self.losses, self.batch(indices, count), count)
+
+    def losses(self, batch, count):
+        """The loss of each of `count` evaluations over a `batch`, float32 [count]."""
+        with self._starting(batch):
+            return losses(self.model, batch, count)
+
+    def compiled_losses(self, batch, count):
+        """The same through the compiled body, if there is one."""
+        with contextlib.nullcontext() if self.compiled is None else self.compiled.body():
+            return self.losses(batch, count)
+
+    @torch.no_grad()
+    def scores(self, batch_size=32):
+        """float32 [examples, options] of a task with options, in the order of the examples."""
+        parts = {}
+        for indices in self._by_length(batch_size):
+            batch = self.batch(indices, 1)
+            with self._starting(batch):
+                parts.update(zip(indices, option_scores(self.model, batch), strict=True))
+        return torch.stack([parts[i] for i in range(len(self.examples))])
+
+    def evaluate(self, batch_size=32):
+        """{"loss", "accuracy"}: mean over examples; accuracy is None for a task without options."""
+        if self.examples[0].options is not None:
+            return measure(self.scores(batch_size), self.labels())
+        total, count = 0.0, 0
+        for indices in self._by_length(batch_size):
+            total += float(self.closure(indices, 1)()) * len(indices)
+            count += len(indices)
+        return {"loss": total / count, "accuracy": None}
+
+    def labels(self):
+        """int64 [examples]: the right option of each."""
+        return torch.tensor([e.label for e in self.examples], device=self.device)
+
+    def _by_length(self, batch_size):
+        """Batches of similar length: little padding."""
+        order = sorted(range(len(self.examples)), key=lambda i: (len(self.examples[i].ids), i))
+        return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
+
+    def batch(self, indices, count):
+        """The batch of these examples for `count` evaluations, stacked; with the prefix's output as `states`."""
+        examples = [self.examples[i] for i in indices]
+        several = _several(examples)
+        rows = [self._rows(example, several) for example in examples]
+        lengths = [len(row) for some in rows for row in some]
+        join = self.joins and joining_pays(lengths)
+        shape = self._shape(examples, several, lengths, join) if self.bucketed else None
+        if join or (several and self.shares):
+            batch = packed_batch(examples, self.pad_id, self.device, join, shape)
+        else:
+            batch = collate(examples, self.pad_id, self.device, shape)
+        if self.prefix is not None:
+            cache, first_row = self.cache
+            numbers = [first_row[i] + k for i, some in zip(indices, rows, strict=True) for k in range(len(some))]
+            width = batch["input_ids"].shape[1]
+            batch["states"] = (cache.joined if join else cache.batch)(numbers, lengths, width)
+        return pair(batch, count)
+
+    def _starting(self, batch):
+        """What the model runs a batch in."""
+        return contextlib.nullcontext() if self.prefix is None else self.prefix.skipped(batch["states"])
+
+    def _shape(self, examples, several, lengths, join):
+        """(tokens, targets) of the batch's rows, of which one holds all if they are joined."""
+        if not join:
+            return self.buckets.shape(max(lengths))
+        count = sum(self._targets(example, several) for example in examples)
+        return next_step(sum(lengths)), next_step(count) if count else len(examples)
+
+    def _targets(self, example, several):
+        """How many places of a row of the example are read to predict a token."""
+        if example.options is None:
+            return sum(label != IGNORED for label in example.labels[1:])
+        return 0 if not several else (sum if self.shares else max)(map(len, example.options))
+
+    def _rows(self, example, several):
+        """The rows of tokens an example needs: its ids, or its options behind them in one row or a row each."""
+        if not several:
+            return [example.ids]
+        return [row_of(example)] if self.shares else [example.ids + option for option in example.options]
+
+
+def measure(scores, label):
+    """{"loss", "accuracy"} of option scores [B, O] against labels [B]."""
+    loss = torch.nn.functional.cross_entropy(scores.float(), label)
+    return {"loss": float(loss), "accuracy": float((scores.argmax(1) == label).double().mean())}
+
+
+def fit_label_bias(scores, label):
+    """The control: one additive bias per option that minimizes the cross entropy of the untouched model's scores.
+
+    A tuned model has learned something about the inputs only where it beats this. Returns float32 [O], mean 0.
+    """
+    scores = scores.double()
+    bias = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device, requires_grad=True)
+    solver = torch.optim.LBFGS([bias], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss():
+        solver.zero_grad()
+        value = torch.nn.functional.cross_entropy(scores + bias, label)
+        value.backward()
+        return value
+
+    solver.step(loss)
+    return (bias - bias.mean()).detach().float()
+
+
+def _rows_of(model):
+    """How many tokens the model knows; infinity where it does not say."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    except (AttributeError, NotImplementedError):
+        return math.inf
+
+
+def check_tables(model, examples):
+    """ValueError for a token or a place that the model has no row for: a GPU would end the process."""
+    known, longest = _rows_of(model), 0
+    for number, example in enumerate(examples, 1):
+        behind = example.options or ()
+        highest = max(map(max, filter(None, (example.ids, example.labels, *behind))))
+        if highest >= known:
+            raise ValueError(f"example {number} has the token {highest}, {type(model).__name__} knows {known}: the "
+                             "tokenizer is another model's")
+        longest = max(longest, len(example.ids) + max(map(len, behind), default=0), len(example.labels or ()))
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for name, module in model.named_modules():       # a table has a row or two more, or begins behind padding's
+        if (isinstance(module, torch.nn.Embedding) and ("pos" in name or name.endswith("wpe"))
+                and places <= module.num_embeddings <= places + 2):
+            free = 0 if module.padding_idx is None else module.padding_idx + 1
+            most = min(places, module.num_embeddings - free)
+            if longest > most:
+                raise ValueError(f"an example has {longest} tokens, {type(model).__name__} has places for {most}: give "
+                                 f"--max-length {most}")
+
+
+def _several(examples):
+    """Whether some option has several tokens."""
+    return examples[0].options is not None and not one_token_each(examples)

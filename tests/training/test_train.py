@@ -1,0 +1,331 @@
+"""Training runs from end to end on a tiny model: the command line, killed runs, the frozen prefix, bad input."""
+import copy
+import itertools
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+import qzo
+from qzo.cli.main import build_parser, main
+from qzo.cli.train import merge_options
+from qzo.nn.layers import arena_of, layers
+from qzo.optim.journal import read as read_journal
+from qzo.training import data
+from qzo.training import loop as train
+from qzo.training.prefix import FrozenPrefix, PrefixCache
+from qzo.training.task import Task, fit_label_bias, measure
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def loaded(base):
+    return qzo.from_pretrained(base, group_size=32, device="cpu"), qzo.load_tokenizer(base)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    tiny.write_jsonl(folder / "train.jsonl", tiny.RECORDS)
+    tiny.write_jsonl(folder / "valid.jsonl", tiny.RECORDS[::2])
+    return folder
+
+
+def arguments(base, corpus, out, *more):
+    return ["train", "--model", str(base), "--data", str(corpus), "--output-dir", str(out), "--group-size", "32",
+            "--device", "cpu", "--max-steps", "12", "--batch-size", "4", "--directions", "2", *more]
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+def test_sequential_evaluations_learn_the_same(base, corpus, tmp_path, capsys):
+    losses = {}
+    for way in ([], ["--sequential"]):
+        out = tmp_path / f"out{len(way)}"
+        assert main(arguments(base, corpus, out, "--learning-rate", "0.02", "--train-layers", "1", *way)) == 0
+        losses[len(way)] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1][0] != losses[1][-1]
+    capsys.readouterr()
+    assert main(arguments(base, corpus, out, "--learning-rate", "0.02", "--train-layers", "1", "--resume")) == 2
+    assert "sequential" in capsys.readouterr().err
+
+
+def test_train_writes_the_whole_folder_and_replay_rebuilds_it(base, corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(base, corpus, out, "--json", "--learning-rate", "0.02")) == 0
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)
+    assert results["tuned"]["loss"] < results["before"]["loss"]
+    assert {"journal.qzo", "metrics.jsonl", "curve.png", "model", "run.json"} <= {p.name for p in out.iterdir()}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(12))
+    assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((out / "run.json").read_text())["settings"]["max_steps"] == 12
+    assert "step 12/12: loss" in printed.err
+    again = ["replay", str(base), str(out / "journal.qzo"), "--output-dir", str(tmp_path / "again"), "--group-size"]
+    assert main([*again, "64"]) == 2
+    assert "another model" in capsys.readouterr().err
+    assert main([*again, "32"]) == 0
+    assert files(tmp_path / "again") == files(out / "model")
+
+
+def test_replay_rebuilds_the_same_bytes(base, corpus, tmp_path, capsys):
+    """From a 4-bit base, which a run's own output is."""
+    four_bit = tmp_path / "four-bit"
+    qzo.save_pretrained(qzo.from_pretrained(base, group_size=32, device="cpu"), four_bit)
+    out = tmp_path / "out"
+    assert main(arguments(four_bit, corpus, out)) == 0
+    assert main(["replay", str(four_bit), str(out / "journal.qzo"), "--output-dir", str(tmp_path / "again")]) == 0
+    assert files(tmp_path / "again") == files(out / "model")
+    assert files(tmp_path / "again") != files(four_bit)
+
+
+def test_the_same_seed_gives_the_same_bits_and_resume_goes_on(base, corpus, tmp_path):
+    def journal(name, *more):
+        assert main(arguments(base, corpus, tmp_path / name, *more)) == 0
+        return (tmp_path / name / "journal.qzo").read_bytes()
+
+    whole = journal("a")
+    assert journal("b") == whole
+    assert journal("c", "--seed", "1") != whole
+    path = tmp_path / "b" / "journal.qzo"
+    path.write_bytes(whole[:-5 * 64 - 7])                     # five steps and a torn record short
+    assert journal("b", "--resume") == whole
+    metrics = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == list(range(12))
+    assert files(tmp_path / "a" / "model") == files(tmp_path / "b" / "model")
+
+
+def test_yaml_and_the_paper_recipe(base, corpus, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {base}\ndata: {corpus}\noutput-dir: {tmp_path / 'y'}\ngroup_size: 32\nmax-steps: 99\n"
+                      "recipe: paper\ndevice: cpu\n")
+    assert main(["train", "--config", str(config), "--max-steps", "2", "--batch-size", "4"]) == 0
+    header = read_journal(tmp_path / "y" / "journal.qzo")[0]
+    assert (header["noise"], header["relative"], header["eps"], header["clip"], header["floor"]) == (
+        "gaussian", False, 1e-3, 100.0, 0.0)
+    assert header["recipe"]["learning_rate"] == 1e-7
+    assert header["recipe"]["max_steps"] == 2
+
+
+@pytest.mark.parametrize(("given", "line", "want"), [
+    ([], "", (None, False)), (["--cuda-graph"], "", (True, False)), (["--no-cuda-graph"], "", (False, False)),
+    (["--compile"], "", (None, True)), ([], "cuda-graph: false\ncompile: true\n", (False, True)),
+    (["--cuda-graph"], "cuda_graph: false\n", (True, False))])
+def test_graph_and_compile_options(base, corpus, tmp_path, given, line, want):
+    config = tmp_path / "run.yaml"
+    config.write_text(line)
+    options = build_parser("train").parse_args([*arguments(base, corpus, tmp_path), "--config", str(config), *given])
+    settings, _ = merge_options(options)
+    assert (settings.cuda_graph, settings.compile) == want
+
+
+def test_a_graph_that_is_asked_for_without_a_gpu_is_one_line(base, corpus, tmp_path, capsys):
+    assert main(arguments(base, corpus, tmp_path / "out", "--cuda-graph", "--max-steps", "2")) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1
+    assert said[0].startswith("qzo: warning: cuda_graph=True: the scales are on 'cpu'")
+    assert main(arguments(base, corpus, tmp_path / "plain", "--no-cuda-graph", "--max-steps", "2")) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "journal.qzo").read_bytes() == (tmp_path / "plain" / "journal.qzo").read_bytes()
+
+
+def test_a_value_of_cuda_graph_that_cannot_be_is_one_line(base, corpus, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("cuda_graph: auto\n")
+    assert main(arguments(base, corpus, tmp_path / "out", "--config", str(config))) == 2
+    assert "cuda_graph='auto': true or false is wanted, or null" in one_line(capsys)
+
+
+def one_line(capsys):
+    text = capsys.readouterr().err.strip().splitlines()
+    assert text, "nothing was said"
+    return text[-1]
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (["--model", "no/such/model.gguf"], "no such file"),
+    (["--data", "nowhere.jsonl"], "no data at nowhere.jsonl"),
+    (["--group-size", "128"], "group_size=128 does not divide in_features=64"),
+    (["--batch-size", "400"], "batch_size=400, but there are 24"),
+    (["--max-steps", "0"], "max_steps=0"),
+    (["--eps", "-1"], "eps=-1.0"),
+    (["--train-layers", "9"], "has 2 blocks"),
+    (["--config", "missing.yaml"], "missing.yaml"),
+])
+def test_bad_input_is_one_line_and_status_2(base, corpus, tmp_path, capsys, change, said):
+    assert main(arguments(base, corpus, tmp_path / "out", *change)) == 2
+    assert said in one_line(capsys)
+    assert not (tmp_path / "out" / "journal.qzo").exists()
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("{not json", "line 2: not JSON"), ("[1]", "line 2: a JSON object is wanted"),
+    ('{"question": "x"}', r"line 2: has the keys ['question']"),
+    ('{"prompt": "x", "options": ["a", "b"], "label": "c"}', "line 2: label 'c' is not among the options"),
+    ('{"prompt": "x", "options": ["a", "b"], "label": 2}', "line 2: label 2 is not among the options"),
+    ('{"prompt": "x", "completion": 3}', "line 2: 'completion' must be a string"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: 'messages' must end with the assistant's"),
+])
+def test_a_bad_line_is_named(base, tmp_path, capsys, line, said):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "red green"}\n' + line + "\n")
+    assert main(arguments(base, path, tmp_path / "out")) == 2
+    assert said in one_line(capsys)
+
+
+def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(base, corpus, out, "--max-steps", "1")) == 0
+    assert main(arguments(base, corpus, out, "--max-steps", "1")) == 2
+    assert "exists already" in one_line(capsys)
+    assert main(arguments(base, corpus, out, "--max-steps", "1", "--resume", "--group-size", "64")) == 2
+    assert "its arena is" in one_line(capsys) or "its digest is" in one_line(capsys)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monkeypatch):
+    real, calls = Task.batch, []        # the batches of steps: those of a measure have one evaluation
+
+    def batch(self, indices, count):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.extend([count] * (count > 1))
+        return real(self, indices, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "batch", batch)
+        assert main(arguments(base, corpus, tmp_path / "out")) == 1
+    assert "stopped after 3 steps" in one_line(capsys)
+    assert main(arguments(base, corpus, tmp_path / "out", "--resume")) == 0
+    assert main(arguments(base, corpus, tmp_path / "whole")) == 0
+    assert (tmp_path / "out" / "journal.qzo").read_bytes() == (tmp_path / "whole" / "journal.qzo").read_bytes()
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    for command in ("demo", "train", "replay"):
+        with pytest.raises(SystemExit) as leave:
+            main([command, "--help"])
+        assert leave.value.code == 0
+        assert f"example: qzo {command}" in " ".join(capsys.readouterr().out.split())
+
+
+# ------------------------------------------------------------------------------------------------ killed runs
+
+def test_killed_twenty_times_it_ends_in_the_same_bits(loaded, tmp_path):
+    """SIGKILL at random moments; forks of this process, so that a run costs its steps and no imports."""
+    model, tokenizer = loaded
+    settings = train.Settings(max_steps=25, batch_size=4, directions=2, learning_rate=0.02)
+
+    def run(out, resume):
+        """In a fork: train a copy of the model; returns the process."""
+        process = os.fork()
+        if process:
+            return process
+        try:
+            mine = copy.deepcopy(model)
+            task = train.build_task(mine, tiny.RECORDS, tokenizer, settings, train.choose_layers(mine, None))
+            train.fit(task, settings, out, resume=resume, show=False)
+            torch.save(arena_of(mine).data, out / "arena.pt")
+        finally:
+            os._exit(0)
+
+    began = time.monotonic()
+    os.waitpid(run(tmp_path / "whole", False), 0)
+    seconds = time.monotonic() - began
+    want = torch.load(tmp_path / "whole" / "arena.pt")
+    journal = (tmp_path / "whole" / "journal.qzo").read_bytes()
+    moments, cut = random.Random(0), 0
+    for turn in range(20):
+        out = tmp_path / str(turn)
+        process = run(out, False)
+        time.sleep(seconds * moments.uniform(0.3, 0.95))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        path = out / "journal.qzo"
+        cut += path.exists() and path.stat().st_size < len(journal)
+        os.waitpid(run(out, True), 0)
+        assert path.read_bytes() == journal
+        assert torch.equal(torch.load(out / "arena.pt"), want)
+    assert cut >= 5, "most kills came before the first step or after the last: they proved nothing"
+
+
+# ------------------------------------------------------------------------------------------------ frozen prefix
+
+def test_the_frozen_prefix_gives_the_bits_of_the_whole(loaded):
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    prefix = train.choose_layers(model, 1)
+    assert all(".layers.1." in name for name in layers(model))
+    examples = data.tokenize(tiny.RECORDS, tokenizer)
+    split, whole = Task(model, examples, 0, prefix), Task(model, examples, 0)
+    batch = data.collate(examples[:3], 0)
+    prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
+    assert torch.allclose(split.scores(), whole.scores(), atol=1e-5)
+    rows = [e.ids for e in examples]
+
+    def inputs(some):
+        return data.padded([(ids, None) for ids in some], 0, "cpu")
+
+    one, other = (PrefixCache(prefix, rows, inputs, max_bytes=size) for size in (1 << 30, 1))
+    lengths = [len(rows[i]) for i in (5, 1, 20)]
+    first = one.batch([5, 1, 20], lengths, 6)
+    other.batch([9], [len(rows[9])], 6)
+    assert torch.equal(first, other.batch([5, 1, 20], lengths, 6))
+    assert torch.equal(other.joined([5, 20], [2, 3]), torch.cat([first[0, :2], first[2, :3]]).unsqueeze(0))
+    assert len(other._held) == 1
+
+
+def test_a_model_that_cannot_be_split_is_refused(loaded):
+    model = copy.deepcopy(loaded[0])
+    prefix = FrozenPrefix(model, 1)
+    shared = []                                 # the block below hands the trained one more than hidden states
+    prefix.below[0].mlp.register_forward_hook(lambda *_: shared.append(1.0))
+
+    def use(module, args, out):
+        out = out + float(len(shared))
+        shared.clear()
+        return out
+
+    prefix.first.register_forward_hook(use)
+    ids = torch.tensor([[3, 4, 5]])
+    with pytest.raises(ValueError, match="does not run the same from its block 1 on"):
+        prefix.check({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+# ------------------------------------------------------------------------------------------------ data and measures
+
+def test_every_pass_sees_each_example_once():
+    lengths, strata = [5 + i % 7 for i in range(48)], [i % 3 for i in range(48)]
+    first = [data.batch_indices(t, lengths, 6, seed=3, strata=strata) for t in range(8)]
+    assert sorted(itertools.chain(*first)) == list(range(48))
+    assert all(sorted(strata[i] for i in batch) == [0, 0, 1, 1, 2, 2] for batch in first)
+    again = [data.batch_indices(t, lengths, 6, seed=3, strata=strata) for t in range(8)]
+    assert first == again
+    assert first != [data.batch_indices(t, lengths, 6, seed=4, strata=strata) for t in range(8)]
+    second = [data.batch_indices(t, lengths, 6, 3, strata) for t in range(8, 16)]
+    assert sorted(itertools.chain(*second)) == list(range(48))
+
+
+def test_label_bias_is_the_best_there_is():
+    torch.manual_seed(0)
+    scores, label = torch.randn(200, 4) + torch.tensor([3.0, 0, -2, 0]), torch.randint(0, 4, (200,))
+    bias = fit_label_bias(scores, label)
+    best = measure(scores + bias, label)["loss"]
+    assert best < measure(scores, label)["loss"] - 0.5
+    for i in range(4):
+        for move in (-0.05, 0.05):
+            assert measure(scores + bias + move * torch.eye(4)[i], label)["loss"] > best
