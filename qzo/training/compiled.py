@@ -7,8 +7,6 @@ import contextlib
 import warnings
 
 import torch
-import torch._inductor.config
-from torch._dynamo.exc import TorchDynamoException
 
 from ..loss.head import body
 from ..nn.experts import Experts
@@ -61,7 +59,7 @@ class Compiled:
         if not self.failed:
             try:
                 return self.forward(*args, **kwargs)
-            except TorchDynamoException as error:
+            except torch._dynamo.exc.TorchDynamoException as error:
                 self.failed = True
                 place = where(self.base, error, type(self.base).__name__)
                 reason = " ".join(str(error).partition("\n\n")[0].split())[:160]

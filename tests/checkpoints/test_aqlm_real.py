@@ -24,6 +24,7 @@ from qzo.checkpoints.formats.gguf_file import GGUFFile
 from qzo.nn.linear import QZOLinear
 from qzo.training import data, demo
 from qzo.training import loop as train
+from qzo.training.settings import Settings
 from qzo.training.task import Task
 from tests.support import aqlm_fit
 
@@ -86,7 +87,7 @@ def test_a_run_without_a_rate_saves_the_same_bytes(source, tmp_path):
     folder, _ = source
     model, prefix = load(folder)
     training, _ = tasks(model, prefix, folder)
-    train.fit(training, train.Settings(**SETTINGS | {"max_steps": 1, "learning_rate": 0.0}), tmp_path / "run")
+    train.fit(training, Settings(**SETTINGS | {"max_steps": 1, "learning_rate": 0.0}), tmp_path / "run")
     qzo.save_pretrained(model, tmp_path / "out")
     names = sorted(path.name for path in folder.iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
@@ -99,7 +100,7 @@ def test_fifty_steps_lower_both_losses_and_move_scales_alone(source, tmp_path):
     model, prefix = load(folder)
     training, held_out = tasks(model, prefix, folder)
     before = [task.evaluate()["loss"] for task in (training, held_out)]
-    train.fit(training, train.Settings(**SETTINGS), tmp_path / "run")
+    train.fit(training, Settings(**SETTINGS), tmp_path / "run")
     after = [task.evaluate()["loss"] for task in (training, held_out)]
     for was, now in zip(before, after, strict=True):
         assert now < was - FALL

@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import qzo
 from qzo.nn.layers import arena_of
 from qzo.optim import graph
-from qzo.training import loop as train
+from qzo.training.settings import Settings
 from tests.support import graphs
 from tests.support.graphs import ROWS, Reads, batches, closure_steps, losses_of, steps, two_layers
 
@@ -176,7 +176,7 @@ def test_cuda_graph_is_none_or_a_bool(wrong):
     with pytest.raises(ValueError, match=rf"cuda_graph={wrong!r}: None .*, True or False is wanted"):
         qzo.QZO(two_layers(), lr=0.1, cuda_graph=wrong)
     with pytest.raises(ValueError, match=f"cuda_graph={wrong!r}: true or false is wanted"):
-        train.Settings(cuda_graph=wrong)
+        Settings(cuda_graph=wrong)
 
 
 def test_a_batch_is_a_mapping():

@@ -16,6 +16,7 @@ from qzo.optim.journal import read as read_journal
 from qzo.training import data
 from qzo.training import loop as train
 from qzo.training.compiled import Compiled
+from qzo.training.settings import Settings
 from qzo.training.task import Task
 from tests.support import tiny
 
@@ -125,7 +126,7 @@ def test_a_journal_says_that_a_run_was_compiled(loaded, tmp_path):
     ends = []
     for name in ("a", "b", "plain"):
         model = copy.deepcopy(loaded[0])
-        settings = train.Settings(max_steps=2, batch_size=2, directions=1, compile=name != "plain")
+        settings = Settings(max_steps=2, batch_size=2, directions=1, compile=name != "plain")
         task = Task(model, loaded[1], 0, train.choose_layers(model, 1), bucketed=True,
                     compiled=Compiled(model) if settings.compile else None)
         train.fit(task, settings, tmp_path / name, show=False)
@@ -158,7 +159,7 @@ def test_a_compiled_run_on_a_gpu_has_the_same_bits_in_graphs(loaded, tmp_path):
     ends = []
     for choice in (False, None):
         model = copy.deepcopy(loaded[0]).cuda().half()
-        settings = train.Settings(max_steps=6, batch_size=2, directions=1, compile=True, cuda_graph=choice)
+        settings = Settings(max_steps=6, batch_size=2, directions=1, compile=True, cuda_graph=choice)
         task = Task(model, loaded[1], 0, train.choose_layers(model, 1), compiled=Compiled(model))
         train.fit(task, settings, tmp_path / f"{choice}", show=False)
         ends.append((tmp_path / f"{choice}" / "journal.qzo").read_bytes())
@@ -167,4 +168,4 @@ def test_a_compiled_run_on_a_gpu_has_the_same_bits_in_graphs(loaded, tmp_path):
 
 def test_compile_is_a_bool():
     with pytest.raises(ValueError, match="compile='inductor': true or false is wanted"):
-        train.Settings(compile="inductor")
+        Settings(compile="inductor")

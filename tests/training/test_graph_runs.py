@@ -13,6 +13,7 @@ from qzo.nn.layers import arena_of
 from qzo.optim import graph
 from qzo.optim.journal import read as read_journal
 from qzo.training import loop as train
+from qzo.training.settings import Settings
 from tests.support import graphs, tiny
 from tests.support.graphs import ROWS, Reads, batches, closure_steps, losses_of, steps, two_layers
 
@@ -35,7 +36,7 @@ TEXTS = [{"prompt": WORDS[:5 + 3 * i], "completion": " ".join(["up", "down", "le
 def fit(loaded, out, records=TEXTS, resume=False, bucketed=True, **changes):
     """-> (bytes of the journal, scales)."""
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
-    settings = train.Settings(**{"max_steps": 10, "batch_size": 2, "directions": 2, "learning_rate": 0.02, **changes})
+    settings = Settings(**{"max_steps": 10, "batch_size": 2, "directions": 2, "learning_rate": 0.02, **changes})
     prefix = train.choose_layers(model, settings.train_layers)
     task = train.build_task(model, records, tokenizer, settings, prefix)
     task.bucketed = bucketed
