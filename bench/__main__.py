@@ -1,4 +1,5 @@
 """`qzo bench`, or `python -m qzo.bench`: time qzo beside its rivals, with the roof of the machine next to it."""
+
 import argparse
 import json
 import sys
@@ -13,35 +14,50 @@ from .timing import keep_memory
 
 EXAMPLE = "example: qzo bench run --filter 4096x11008 --rows 1 16 --seconds 300 --out results.jsonl"
 
-CPU_SECONDS = 600            # of the set that a CPU measures when it is not told which
+CPU_SECONDS = 600  # of the set that a CPU measures when it is not told which
 
 
 def add_commands(parser):
     """`run`, `compare`, `table` and `plot` under an argparse parser."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    run = commands.add_parser("run", help="measure", epilog=EXAMPLE, description=(
-        "Time products, whole steps, updates, noise and the journal: kinds " + ", ".join(KINDS) + ". A provider is "
-        "timed only after its output agreed with float64. Says first how long it will take; on a CPU, without "
-        "--filter, a set that ends within ten minutes."))
+    run = commands.add_parser(
+        "run",
+        help="measure",
+        epilog=EXAMPLE,
+        description=(
+            "Time products, whole steps, updates, noise and the journal: kinds " + ", ".join(KINDS) + ". A provider is "
+            "timed only after its output agreed with float64. Says first how long it will take; on a CPU, without "
+            "--filter, a set that ends within ten minutes."
+        ),
+    )
     run.add_argument("--filter", metavar="SUBSTRING", help="cases with this in their name, in any case")
     run.add_argument("--rows", type=int, nargs="+", help="only cases with these rows per evaluation")
     run.add_argument("--providers", metavar="A,B", help="only these, separated by commas")
-    run.add_argument("--seconds", type=float, metavar="S", help="for all cases together; those that do not fit are "
-                     f"rows that say so (default: {CPU_SECONDS} for a CPU without --filter, else no limit)")
+    run.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="for all cases together; those that do not fit are "
+        f"rows that say so (default: {CPU_SECONDS} for a CPU without --filter, else no limit)",
+    )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     run.add_argument("--out", metavar="FILE", help="also write the rows there, as JSON lines")
     run.add_argument("--json", action="store_true", help="JSON lines on standard output instead of a table")
     run.add_argument("--list", action="store_true", help="name the cases and stop")
-    both = commands.add_parser("compare", help="two results files; exit status 1 if something got slower",
-                               epilog="example: qzo bench compare old.jsonl new.jsonl --threshold 0.05")
+    both = commands.add_parser(
+        "compare",
+        help="two results files; exit status 1 if something got slower",
+        epilog="example: qzo bench compare old.jsonl new.jsonl --threshold 0.05",
+    )
     both.add_argument("old")
     both.add_argument("new")
     both.add_argument("--threshold", type=float, default=0.05, help="slower by more than this part (default 0.05)")
     both.add_argument("--json", action="store_true")
     shown = commands.add_parser("table", help="a results file as markdown", epilog="example: qzo bench table a.jsonl")
     shown.add_argument("file")
-    drawn = commands.add_parser("plot", help="roofline and ratios as a PNG",
-                                epilog="example: qzo bench plot a.jsonl --out a.png")
+    drawn = commands.add_parser(
+        "plot", help="roofline and ratios as a PNG", epilog="example: qzo bench plot a.jsonl --out a.png"
+    )
     drawn.add_argument("file")
     drawn.add_argument("--out", required=True)
 
@@ -79,8 +95,10 @@ def _run(options):
         known = sorted({c.rows for c in chosen})
         chosen = tuple(c for c in chosen if c.rows in options.rows)
         if not chosen:
-            raise ValueError(f"--rows {' '.join(map(str, options.rows))}: the chosen cases have "
-                             f"{', '.join(map(str, known))} rows per evaluation")
+            raise ValueError(
+                f"--rows {' '.join(map(str, options.rows))}: the chosen cases have "
+                f"{', '.join(map(str, known))} rows per evaluation"
+            )
     if options.list:
         print("\n".join(c.name for c in chosen))
         return 0
@@ -88,7 +106,7 @@ def _run(options):
         torch.set_num_threads(1)
         keep_memory()
     rows, told = [], set()
-    out = open(options.out, "w", encoding="utf-8") if options.out else None       # noqa: SIM115  closed below
+    out = open(options.out, "w", encoding="utf-8") if options.out else None  # noqa: SIM115  closed below
     try:
         limit = CPU_SECONDS if device == "cpu" and options.filter is None else None
         for row in _measured(chosen, device, names, options.seconds or limit):
@@ -115,12 +133,18 @@ def _measured(chosen, device, names, limit):
     costs = {case: estimate.seconds(case, device, names) for case in chosen}
     budget = estimate.Budget(limit, estimate.probe(device))
     others = len(cases.every(device)) - len(chosen)
-    print(f"{len(chosen)} cases on {device}, about {estimate.said(budget.factor * sum(costs.values()))}"
-          f"{f', --seconds {limit:g}' if limit else ''}; {others} not chosen (qzo bench run --list names them)",
-          file=sys.stderr)
+    print(
+        f"{len(chosen)} cases on {device}, about {estimate.said(budget.factor * sum(costs.values()))}"
+        f"{f', --seconds {limit:g}' if limit else ''}; {others} not chosen (qzo bench run --list names them)",
+        file=sys.stderr,
+    )
     # in the seconds of the formula, so that tqdm's own guess of what remains knows which cases are long
-    with tqdm(total=sum(costs.values()), disable=None, smoothing=0,
-              bar_format="{percentage:3.0f}% {elapsed}, {remaining} left: {desc}") as bar:
+    with tqdm(
+        total=sum(costs.values()),
+        disable=None,
+        smoothing=0,
+        bar_format="{percentage:3.0f}% {elapsed}, {remaining} left: {desc}",
+    ) as bar:
         for case, wanted in costs.items():
             bar.set_description_str(case.name)
             refused = budget.refuses(wanted)

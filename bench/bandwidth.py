@@ -1,9 +1,10 @@
 """Memory bandwidth by itself: a kernel that only reads and one that copies, on a CPU what torch has for it."""
+
 import torch
 import triton
 import triton.language as tl
 
-BLOCK, TURNS = 4096, 8        # int32 of a turn, turns of a program
+BLOCK, TURNS = 4096, 8  # int32 of a turn, turns of a program
 
 
 @triton.jit

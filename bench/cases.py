@@ -3,6 +3,7 @@
 A product is that of a pair of evaluations, +eps and -eps, of `rows` rows each, by one linear layer of a model. Bytes
 count every operand once, as a device without a cache would move them: codes, float32 scales, x and y.
 """
+
 import dataclasses
 import functools
 
@@ -29,12 +30,15 @@ LAWS = ("rademacher", "ih4", "gaussian")
 KINDS = ("linear", "step", "update", "noise", "journal", "overhead")
 
 
-BESIDE_INT4 = {              # codes -> model -> rows that are timed beside int4 in the same groups
-    "cuda": {"nf4": {"llama-2-7b": (1, 16, 64, 512), "sd3.5-large": (512,)},
-             "aqlm-1x16": {"llama-2-7b": (1, 16, 512)}, "aqlm-2x8": {"llama-2-7b": (1, 16, 64, 512)}},
+BESIDE_INT4 = {  # codes -> model -> rows that are timed beside int4 in the same groups
+    "cuda": {
+        "nf4": {"llama-2-7b": (1, 16, 64, 512), "sd3.5-large": (512,)},
+        "aqlm-1x16": {"llama-2-7b": (1, 16, 512)},
+        "aqlm-2x8": {"llama-2-7b": (1, 16, 64, 512)},
+    },
     "cpu": {"nf4": {"smollm2-135m": (16,)}, "aqlm-2x8": {"smollm2-135m": (16,)}},
 }
-ARENA = 1 << 23              # scales of the update and noise cases: 32 MB
+ARENA = 1 << 23  # scales of the update and noise cases: 32 MB
 CPU_ROWS = (1, 16, 256)
 
 
@@ -65,8 +69,10 @@ class Case:
     def name(self):
         if self.kind in ("linear", "step"):
             what = f"{self.k}x{self.n}" if self.kind == "linear" else f"{self.blocks} blocks"
-            return (f"{self.kind} {self.model} {what} rows {self.rows} g{self.group} {self.dtype} {self.noise}"
-                    f"{self.form.suffix}")
+            return (
+                f"{self.kind} {self.model} {what} rows {self.rows} g{self.group} {self.dtype} {self.noise}"
+                f"{self.form.suffix}"
+            )
         small = {"journal": "journal append", "overhead": f"overhead of a linear, rows {self.rows}"}
         return small.get(self.kind, f"{self.kind} {self.noise} {self.n}")
 
@@ -132,9 +138,9 @@ def _small(device):
     """The cases without a layer."""
     for law in LAWS:
         yield Case("update", "", 0, ARENA if device == "cuda" else ARENA // 8, 0, noise=law)
-        if device == "cpu":               # no kernel writes noise: on a GPU there is nothing to time
+        if device == "cpu":  # no kernel writes noise: on a GPU there is nothing to time
             yield Case("noise", "", 0, ARENA // 8, 0, noise=law)
-    for rows in (16, 512):                # per evaluation: with splits, and without
+    for rows in (16, 512):  # per evaluation: with splits, and without
         yield Case("overhead", "", 0, 0, rows)
     yield Case("journal", "", 0, 0, 0)
 
@@ -145,9 +151,12 @@ def every(device):
     dtypes = ("float32",) if device == "cpu" else ("float16", "bfloat16")
     found = list(linears(LAYERS, ROWS if device == "cuda" else (*CPU_ROWS, 1024), dtypes))
     small = ("llama-2-7b",) if device == "cuda" else ("smollm2-135m",)
-    found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, LAWS[1:])            # the other laws
-    found += [c for c in linears(small, (16, 512) if device == "cuda" else (16,), dtypes, groups=(32, 64, 128))
-              if c not in found]
+    found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, LAWS[1:])  # the other laws
+    found += [
+        c
+        for c in linears(small, (16, 512) if device == "cuda" else (16,), dtypes, groups=(32, 64, 128))
+        if c not in found
+    ]
     for codes in ("int2", "int8"):
         found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, codes=codes)
     for codes, models in BESIDE_INT4[device].items():
@@ -165,9 +174,18 @@ def default(device):
     """What `run` measures when it is not told: all on a GPU; on a CPU what ends in minutes."""
     if device == "cuda":
         return every(device)
-    return tuple(c for c in every(device) if c.kind not in ("linear", "step") or (c.rows <= 256 and (
-        (c.model == "smollm2-135m" and (c.kind == "step" or c.n == 1536 or _usual(c)))
-        or (c.model == "llama-2-7b" and c.n == c.k == 4096 and _usual(c)))))
+    return tuple(
+        c
+        for c in every(device)
+        if c.kind not in ("linear", "step")
+        or (
+            c.rows <= 256
+            and (
+                (c.model == "smollm2-135m" and (c.kind == "step" or c.n == 1536 or _usual(c)))
+                or (c.model == "llama-2-7b" and c.n == c.k == 4096 and _usual(c))
+            )
+        )
+    )
 
 
 def _usual(case):
@@ -183,6 +201,8 @@ def choose(device, text=None):
     if not found:
         names = [c.name for c in every(device)]
         shown = ", ".join(names[:: max(1, len(names) // 8)])
-        raise ValueError(f"no case of {device} has {text!r} in its name; there are {len(names)}, such as: {shown} "
-                         "(qzo bench run --list names all)")
+        raise ValueError(
+            f"no case of {device} has {text!r} in its name; there are {len(names)}, such as: {shown} "
+            "(qzo bench run --list names all)"
+        )
     return found

@@ -5,6 +5,7 @@ arena; against two dense float32 forwards of the same linears (`F.linear`, both 
 time, the two measured in turn, medians. The linears together are larger than the last-level cache, so every pass
 reads its weights from memory. Also the bytes a layer keeps, against float32.
 """
+
 import argparse
 import datetime
 import json
@@ -23,8 +24,12 @@ from ..nn.weights import PackedWeight
 
 # name -> (in, out) of the linears of a block, blocks, group size, zero points
 CASES = {
-    "SmolLM2-135M, 6 blocks, Q4_1": ([(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536),
-                                      (1536, 576)], 6, 32, "float"),
+    "SmolLM2-135M, 6 blocks, Q4_1": (
+        [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)],
+        6,
+        32,
+        "float",
+    ),
     "768x3072, 6 blocks, group 128": ([(768, 768)] * 4 + [(768, 3072), (3072, 768)], 6, 128, None),
     "2048x5632, 2 blocks, group 128": ([(2048, 2048)] * 2 + [(2048, 5632)] * 2 + [(5632, 2048)], 2, 128, None),
 }
@@ -46,8 +51,12 @@ def build(shapes, blocks, group, zeros):
 
 def resident_ratio(model):
     """Bytes of codes, scales and zero points over those of float32 weights."""
-    held = sum(layer.codes.nbytes + layer.arena.quads(layer.arena_name).nbytes
-               + (0 if layer.zeros is None else layer.zeros.nbytes) for layer in layers(model).values())
+    held = sum(
+        layer.codes.nbytes
+        + layer.arena.quads(layer.arena_name).nbytes
+        + (0 if layer.zeros is None else layer.zeros.nbytes)
+        for layer in layers(model).values()
+    )
     return held / sum(4 * layer.in_features * layer.out_features for layer in layers(model).values())
 
 
@@ -77,17 +86,27 @@ def measure(name, rows, repeats, noise="rademacher"):
         for run, seconds in times.items():
             begun = time.process_time()
             run()
-            if turn:                                            # the first turn warms allocator and threads up
+            if turn:  # the first turn warms allocator and threads up
                 seconds.append(time.process_time() - begun)
     step_ms, dense_ms = (1e3 * statistics.median(times[run]) for run in (step, two_dense_forwards))
     each = sorted(a / b for a, b in zip(times[step], times[two_dense_forwards], strict=True))
-    return {"case": f"cpu step: {name}", "rows": rows, "noise": noise, "ms": round(step_ms, 2),
-            "two_dense_forwards_ms": round(dense_ms, 2), "ratio": round(statistics.median(each), 3),
-            "ratio_min": round(each[0], 3), "ratio_max": round(each[-1], 3), "repeats": repeats,
-            "resident_over_float32": round(resident_ratio(model), 4),
-            "dense_gflops": round(4e-6 * rows * sum(w.numel() for w in dense) / dense_ms, 1), "threads": 1,
-            "device": _processor(), "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "date": datetime.date.today().isoformat()}
+    return {
+        "case": f"cpu step: {name}",
+        "rows": rows,
+        "noise": noise,
+        "ms": round(step_ms, 2),
+        "two_dense_forwards_ms": round(dense_ms, 2),
+        "ratio": round(statistics.median(each), 3),
+        "ratio_min": round(each[0], 3),
+        "ratio_max": round(each[-1], 3),
+        "repeats": repeats,
+        "resident_over_float32": round(resident_ratio(model), 4),
+        "dense_gflops": round(4e-6 * rows * sum(w.numel() for w in dense) / dense_ms, 1),
+        "threads": 1,
+        "device": _processor(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def _processor():
@@ -96,8 +115,9 @@ def _processor():
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m qzo.bench.cpu_step", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m qzo.bench.cpu_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024], help="rows per evaluation")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--filter", default="", help="cases whose name contains this, in any case")
@@ -109,10 +129,14 @@ def main(arguments=None):
         for rows in options.rows:
             if options.filter.lower() in name.lower():
                 row = measure(name, rows, options.repeats, options.noise)
-                print(json.dumps(row) if options.json else
-                      f"{row['case']}, {rows} rows: {row['ms']:.1f} ms, {row['ratio']:.2f}x of two dense forwards "
-                      f"({row['ratio_min']:.2f}-{row['ratio_max']:.2f}); weights {row['resident_over_float32']:.3f} of "
-                      "float32", flush=True)
+                print(
+                    json.dumps(row)
+                    if options.json
+                    else f"{row['case']}, {rows} rows: {row['ms']:.1f} ms, {row['ratio']:.2f}x of two dense forwards "
+                    f"({row['ratio_min']:.2f}-{row['ratio_max']:.2f}); weights {row['resident_over_float32']:.3f} of "
+                    "float32",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Most of a case is the same for all: every provider's weights are built, compared with float64 and run for a while. What
 grows with a case is the least number of turns, over its weights (MeZO draws noise for each) and its operations.
 """
+
 import dataclasses
 import time
 
@@ -52,6 +53,7 @@ def probe(device):
         x = torch.randn(side, side, generator=generator)
         torch.mm(x, x)
         torch.normal(0.0, 1.0, (numbers,), generator=generator)
+
     work()
     begun = time.perf_counter()
     work()

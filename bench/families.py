@@ -9,6 +9,7 @@ several tokens, behind a shared prompt, packed rows, behind a frozen prefix. One
 "equal", "whole logits" (equal, by the slower way), "refused: why", "not built: why", or what must not be: "differs" or
 "fails".
 """
+
 import argparse
 import dataclasses
 import gc
@@ -33,57 +34,87 @@ from ..training.data import IGNORED, Example, collate
 from ..training.packing import packed_batch, why_not
 from ..training.prefix import FrozenPrefix
 
-SAME = 1e-5                  # relative
+SAME = 1e-5  # relative
 MOST_PARAMETERS = 30_000_000
 TOKENS = 12
 VOCABULARY = 96
-KINDS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-         "encoder-decoder": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-         "classifier": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-         "vision-language": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
-ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError, ImportError,
-          NotImplementedError, ZeroDivisionError, StrictDataclassError)      # of a model that cannot be, or run so
+KINDS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "encoder-decoder": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "classifier": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "vision-language": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+}
+ERRORS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    AssertionError,
+    ImportError,
+    NotImplementedError,
+    ZeroDivisionError,
+    StrictDataclassError,
+)  # of a model that cannot be, or run so
 SIZES = {
     32: "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim backbone_hidden_size out_hidden_size "
-        "lru_width projection_dim mamba_d_ssm hidden_size_global attention_hidden_size word_embed_proj_dim "
-        "vision_output_dim "
-        "projector_output_dim input_embedding_size output_embedding_size cross_attention_hidden_size "
-        "embedding_dim mlp_dim adapter_out_dim encoder_hidden_size text_hidden_size audio_hidden_size",
+    "lru_width projection_dim mamba_d_ssm hidden_size_global attention_hidden_size word_embed_proj_dim "
+    "vision_output_dim "
+    "projector_output_dim input_embedding_size output_embedding_size cross_attention_hidden_size "
+    "embedding_dim mlp_dim adapter_out_dim encoder_hidden_size text_hidden_size audio_hidden_size",
     64: "intermediate_size d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner ffn_hidden_size dim_ff dff d_inner "
-        "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size feed_forward_size "
-        "intermediate_size_mlp dense_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
-        "moe_shared_expert_intermediate_size max_position_embeddings n_positions n_ctx max_seq_len "
-        "max_source_positions max_target_positions context_length",
+    "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size feed_forward_size "
+    "intermediate_size_mlp dense_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
+    "moe_shared_expert_intermediate_size max_position_embeddings n_positions n_ctx max_seq_len "
+    "max_source_positions max_target_positions context_length",
     2: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers depth "
-       "num_key_value_heads num_kv_heads num_experts_per_tok moe_topk num_query_groups n_recurrent_layers "
-       "mamba_n_groups n_groups num_experts_per_token moe_k num_encoder_layers",
+    "num_key_value_heads num_kv_heads num_experts_per_tok moe_topk num_query_groups n_recurrent_layers "
+    "mamba_n_groups n_groups num_experts_per_token moe_k num_encoder_layers",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
-       "num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads linear_num_value_heads "
-       "linear_num_key_heads swa_num_attention_heads index_n_heads mamba_dt_rank time_step_rank linear_num_heads",
+    "num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads linear_num_value_heads "
+    "linear_num_key_heads swa_num_attention_heads index_n_heads mamba_dt_rank time_step_rank linear_num_heads",
     8: "head_dim kv_channels attention_head_dim dim_head d_kv d_head qk_nope_head_dim qk_rope_head_dim v_head_dim "
-       "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head mamba_head_dim mamba_headdim "
-       "swa_head_dim "
-       "attention_head_size mamba_d_state state_size ssm_state_size rotary_dim index_head_dim "
-       "mamba_chunk_size chunk_size laurel_rank hidden_size_per_layer_input",
+    "linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head mamba_head_dim mamba_headdim "
+    "swa_head_dim "
+    "attention_head_size mamba_d_state state_size ssm_state_size rotary_dim index_head_dim "
+    "mamba_chunk_size chunk_size laurel_rank hidden_size_per_layer_input",
     16: "kv_lora_rank q_lora_rank o_lora_rank qk_head_dim sliding_window sliding_window_size index_topk "
-        "attention_window_size window_size local_attention relative_attention_num_buckets",
+    "attention_window_size window_size local_attention relative_attention_num_buckets",
     VOCABULARY: "vocab_size decoder_vocab_size vocab_size_per_layer_input ngram_vocab_size_base",
     1: "n_group topk_group n_shared_experts first_k_dense_replace",
-    28: "image_size", 14: "patch_size",
+    28: "image_size",
+    14: "patch_size",
 }
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
-TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 2,
-             "cls_token_id": 1}
-SPECIAL = VOCABULARY - 8     # ids of images and the like begin here
+TOKEN_IDS = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "sep_token_id": 2,
+    "cls_token_id": 1,
+}
+SPECIAL = VOCABULARY - 8  # ids of images and the like begin here
 TRIES: tuple[dict, ...] = (
-    {}, {"num_hidden_layers": 4}, {"num_key_value_heads": 4}, {"head_dim": None}, {"n_group": None},
-    {"num_key_value_heads": 1, "num_hidden_layers": 3}, {"hidden_size": 64}, {"hidden_size": 128},
+    {},
+    {"num_hidden_layers": 4},
+    {"num_key_value_heads": 4},
+    {"head_dim": None},
+    {"n_group": None},
+    {"num_key_value_heads": 1, "num_hidden_layers": 3},
+    {"hidden_size": 64},
+    {"hidden_size": 128},
     {"qk_head_dim": None, "num_hidden_layers": 4, "num_key_value_heads": 4},
     {"patch_size": None, "image_size": None},
-    {"hidden_size": 64, "head_dim": 32}, {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32})
+    {"hidden_size": 64, "head_dim": 32},
+    {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32},
+)
 
-OWN = {    # what a family needs beside the sizes
-    "bailing_hybrid": {"num_expert_group": 2}, "bamba": {"mamba_d_head": 16}, "granitemoehybrid": {"mamba_d_head": 16},
+OWN = {  # what a family needs beside the sizes
+    "bailing_hybrid": {"num_expert_group": 2},
+    "bamba": {"mamba_d_head": 16},
+    "granitemoehybrid": {"mamba_d_head": 16},
     "cohere_compass_text": {"num_hidden_layers": 4},
     "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 8, "qk_head_dim": 16},
     "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
@@ -91,20 +122,26 @@ OWN = {    # what a family needs beside the sizes
     "dots3_note": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "hunyuan_v1_dense": {"head_dim": 8}, "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
-    "inkling_text": {"swa_num_key_value_heads": 2}, "inkling2_text": {"swa_num_key_value_heads": 2},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "inkling_text": {"swa_num_key_value_heads": 2},
+    "inkling2_text": {"swa_num_key_value_heads": 2},
     "inkling2_loop_text": {"swa_num_key_value_heads": 2},
-    "lfm2_moe": {"layer_types": ["full_attention", "conv"]}, "ministral": {"head_dim": 8}, "nemotron": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
     "reformer": {"axial_pos_embds_dim": (8, 24), "axial_pos_shape": (8, 16), "is_decoder": True},
 }
 
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}           # of half a head
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}  # of half a head
 OWN |= {family: {"rope_parameters": _ROPE} for family in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")}
-OWN |= {family: {"rope_parameters": _ROPE, "partial_rotary_factor": 1.0}
-        for family in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")}
+OWN |= {
+    family: {"rope_parameters": _ROPE, "partial_rotary_factor": 1.0}
+    for family in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga")
+}
 
 
 @dataclasses.dataclass
@@ -120,8 +157,9 @@ class Found:
     def line(self):
         """A JSON line."""
         rounded = {way: [float(f"{own:.7g}"), float(f"{got:.7g}")] for way, (own, got) in self.losses.items()}
-        return json.dumps({"kind": self.kind, "family": self.family, "class": self.name, "outcome": self.outcome,
-                           "losses": rounded})
+        return json.dumps(
+            {"kind": self.kind, "family": self.family, "class": self.name, "outcome": self.outcome, "losses": rounded}
+        )
 
 
 def classes(kinds=tuple(KINDS), families=()):
@@ -133,6 +171,7 @@ def classes(kinds=tuple(KINDS), families=()):
 
 
 # ---------------------------------------------------------------------------------------------- a small model
+
 
 def small_config(family, changes=None, config_class=None):
     """The config of a family with its sizes small; changes: name -> another size, None for the family's own.
@@ -146,7 +185,7 @@ def small_config(family, changes=None, config_class=None):
     def shrunk(config):
         values = {}
         for name, value in vars(config).items():
-            if name in own and ("vocab_size" in vars(config) or name != "rope_parameters"):      # not a picture's
+            if name in own and ("vocab_size" in vars(config) or name != "rope_parameters"):  # not a picture's
                 values[name] = own[name]
             elif isinstance(value, PretrainedConfig):
                 values[name] = shrunk(value)
@@ -172,9 +211,9 @@ def small_model(family, name):
             config = small_config(family, changes, getattr(cls, "config_class", None))
             config.is_decoder = "CausalLM" in name or "LMHead" in name
             if getattr(config, "pad_token_id", 0) is None:
-                config.pad_token_id = 0                   # classifiers find a row's end by it
+                config.pad_token_id = 0  # classifiers find a row's end by it
             if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-                config.decoder_start_token_id = 0         # as published configs of T5 have it
+                config.decoder_start_token_id = 0  # as published configs of T5 have it
             with torch.device("meta"):
                 count = sum(p.numel() for p in cls._from_config(config).parameters())
             if count > MOST_PARAMETERS:
@@ -210,7 +249,7 @@ def some_tokens(model, rows=2):
     """(input_ids, labels) [rows, TOKENS]: labels a token's own, of an encoder-decoder model other tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, SPECIAL, (rows, TOKENS), generator=generator)
-    ids[:, -1] = TOKEN_IDS["eos_token_id"]               # which BART's classifier reads at
+    ids[:, -1] = TOKEN_IDS["eos_token_id"]  # which BART's classifier reads at
     other = torch.randint(5, SPECIAL, (rows, TOKENS - 3), generator=generator)
     labels = other if head.has_encoder(model) else ids.clone()
     labels[:, :3] = IGNORED
@@ -224,6 +263,7 @@ def own_output(model, ids, labels=None):
 
 
 # ---------------------------------------------------------------------------------------------- the comparison
+
 
 def compare(kind, family, name):
     """The Found of a class."""
@@ -252,8 +292,10 @@ def classifier_ways(model):
     labels = torch.arange(2) % model.config.num_labels
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     own = float(own_output(model, ids, labels).loss)
-    return _verdict(model, {"plain": (own, float(losses(model, batch, 1))),
-                            "two evaluations": (own, float(losses(model, batch, 2)[1]))})
+    return _verdict(
+        model,
+        {"plain": (own, float(losses(model, batch, 1))), "two evaluations": (own, float(losses(model, batch, 2)[1]))},
+    )
 
 
 @torch.no_grad()
@@ -294,7 +336,7 @@ def option_ways(model, ids):
 def own_score(model, row, start):
     """The mean log-likelihood of row[start:] by the model's own logits."""
     log = own_output(model, row[None]).logits[0].float().log_softmax(-1)
-    return log[start - 1:-1].gather(1, row[start:, None]).mean()
+    return log[start - 1 : -1].gather(1, row[start:, None]).mean()
 
 
 def packed_ways(model, ids):
@@ -302,8 +344,10 @@ def packed_ways(model, ids):
     examples = [Example(tuple(row.tolist()), labels=tuple(row.tolist())) for row in (ids[0], ids[1, :7])]
     if why_not(model, examples, 0):
         return {}
-    each = [float(own_output(model, torch.tensor([e.ids]), torch.tensor([e.labels])).loss) * (len(e.ids) - 1)
-            for e in examples]
+    each = [
+        float(own_output(model, torch.tensor([e.ids]), torch.tensor([e.labels])).loss) * (len(e.ids) - 1)
+        for e in examples
+    ]
     own = sum(each) / sum(len(e.ids) - 1 for e in examples)
     return {"packed": (own, float(losses(model, pair(packed_batch(examples, 0, join=True), 2), 2)[1]))}
 

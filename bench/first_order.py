@@ -4,6 +4,7 @@ The demo's model, rows, trained layers and batches (demo.py), but the scales are
 dequantized weights: the upper bound beside which the README puts the zeroth-order figures. Each scale is written as
 itself times a factor that starts at 1, as relative perturbations have it.
 """
+
 import argparse
 import json
 import time
@@ -20,7 +21,7 @@ from ..training import loop as train
 
 STEPS = 40
 BATCH = 32
-LEARNING_RATE = 3e-3         # relative, falling linearly to a tenth
+LEARNING_RATE = 3e-3  # relative, falling linearly to a tenth
 
 
 class Differentiable(torch.nn.Module):
@@ -45,7 +46,7 @@ def run(seed=0, say=print):
     path = demo.model_file()
     model, tokenizer = from_pretrained(path, device="cpu"), load_tokenizer(path)
     prefix = train.choose_layers(model, demo.TRAIN_LAYERS)
-    task = train.build_task(model, training[:demo.TRAIN_ROWS], tokenizer, settings, prefix)
+    task = train.build_task(model, training[: demo.TRAIN_ROWS], tokenizer, settings, prefix)
     test = train.build_task(model, held_out, tokenizer, settings, prefix)
     before = test.evaluate()
     factors = []
@@ -66,10 +67,19 @@ def run(seed=0, say=print):
         say(f"step {step + 1} of {STEPS}: loss {loss.item():.3f}")
     with torch.no_grad():
         tuned = test.evaluate()
-    return {"case": "first-order Adam on the demo's scales", "zero_shot": before, "tuned": tuned, "steps": STEPS,
-            "batch_size": BATCH, "learning_rate": LEARNING_RATE, "scales": sum(f.numel() for f in factors),
-            "forward_rows": STEPS * BATCH, "seed": seed, "seconds": round(time.perf_counter() - started, 1),
-            "versions": {"torch": torch.__version__}}
+    return {
+        "case": "first-order Adam on the demo's scales",
+        "zero_shot": before,
+        "tuned": tuned,
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "learning_rate": LEARNING_RATE,
+        "scales": sum(f.numel() for f in factors),
+        "forward_rows": STEPS * BATCH,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": {"torch": torch.__version__},
+    }
 
 
 def main(arguments=None):

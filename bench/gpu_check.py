@@ -15,6 +15,7 @@ A part that fails or runs out of time is a row with a note, and the others go on
 `qzo bench table` reads, as they are made: a part that is run again replaces its own. Without a GPU it says so and exits
 with 2.
 """
+
 import argparse
 import datetime
 import json
@@ -24,14 +25,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if not __package__:                       # run as a file: as the module that it is
+if not __package__:  # run as a file: as the module that it is
     sys.path[0] = str(ROOT)
     runpy.run_module("qzo.bench.gpu_check", run_name="__main__", alter_sys=True)
     sys.exit()
 
-SECONDS = 340                             # of a call
+SECONDS = 340  # of a call
 CALLS = {1: ("tests", "steps", "bench"), 2: ("e2e", "tiles", "memory")}
-SHARES = {"warm": 60, "tests": 90, "steps": 90, "bench": 100, "e2e": 130, "tiles": 90, "memory": 60}   # of the time
+SHARES = {"warm": 60, "tests": 90, "steps": 90, "bench": 100, "e2e": 130, "tiles": 90, "memory": 60}  # of the time
 
 
 class Check:
@@ -42,14 +43,16 @@ class Check:
         import torch
 
         from . import results, timing
+
         self.device, self.dtype = device, torch.float16 if device == "cuda" else torch.float32
         self.machine = timing.machine(device)
         self.out, self.part = out, ""
         self.rows = results.read(out) if out.exists() and out.stat().st_size else []
         for row in self.rows:
             if row["device"] != self.machine["device"]:
-                raise ValueError(f"{out} holds results of {row['device']}, this is {self.machine['device']}: give "
-                                 "another --out")
+                raise ValueError(
+                    f"{out} holds results of {row['device']}, this is {self.machine['device']}: give another --out"
+                )
         self.ends = self.share_ends = time.monotonic() + seconds
 
     def left(self):
@@ -66,22 +69,48 @@ class Check:
         self.rows.append(row)
         with open(self.out, "a", encoding="utf-8") as file:
             print(json.dumps(row), file=file)
-        print("  " + " ".join(str(row[key]) for key in ("case", "provider", "mode", "ms", "ratio", "note")
-                              if row.get(key) not in (None, "")), flush=True)
+        print(
+            "  "
+            + " ".join(
+                str(row[key])
+                for key in ("case", "provider", "mode", "ms", "ratio", "note")
+                if row.get(key) not in (None, "")
+            ),
+            flush=True,
+        )
 
     def note(self, kind, case, provider="qzo", **fields):
         """A row that is no benchmark case."""
         from .results import FIELDS, SCHEMA
+
         empty = {**dict.fromkeys(FIELDS), "rows": 0, "n": 0, "k": 0, "group": 0, "dtype": "", "noise": ""}
-        self.add({**empty, "schema": SCHEMA, "kind": kind, "case": case, "provider": provider, "note": "",
-                  **self.machine, "date": datetime.date.today().isoformat(), **fields})
+        self.add(
+            {
+                **empty,
+                "schema": SCHEMA,
+                "kind": kind,
+                "case": case,
+                "provider": provider,
+                "note": "",
+                **self.machine,
+                "date": datetime.date.today().isoformat(),
+                **fields,
+            }
+        )
 
 
 def parts():
     """name -> function of a Check."""
     from . import gpu_e2e, gpu_parts, gpu_steps
-    return {"tests": gpu_parts.tests, "steps": gpu_steps.steps, "bench": gpu_parts.bench, "e2e": gpu_e2e.e2e,
-            "tiles": gpu_parts.tiles, "memory": gpu_parts.memory}
+
+    return {
+        "tests": gpu_parts.tests,
+        "steps": gpu_steps.steps,
+        "bench": gpu_parts.bench,
+        "e2e": gpu_e2e.e2e,
+        "tiles": gpu_parts.tiles,
+        "memory": gpu_parts.memory,
+    }
 
 
 def run(check, names, warm=True):
@@ -89,6 +118,7 @@ def run(check, names, warm=True):
     from .gpu_parts import failures
     from .gpu_warm import jobs
     from .gpu_warm import warm as compile_all
+
     every = {**parts(), "warm": lambda check: compile_all(check, jobs(check.device, names))}
     names = ["warm", *names] if warm else names
     asked, total = sum(SHARES[name] for name in names), check.left()
@@ -102,24 +132,28 @@ def run(check, names, warm=True):
             found = every[name](check)
             if found:
                 check.out.with_suffix(f".{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        except failures() as error:        # the other parts go on; the row says what broke
+        except failures() as error:  # the other parts go on; the row says what broke
             check.note(name, name, note=f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         print(f"{name}: took {time.monotonic() - begun:.0f} s", flush=True)
 
 
 def main(arguments=None):
     every = [name for call in CALLS.values() for name in call]
-    parser = argparse.ArgumentParser(prog="python bench/gpu_check.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python bench/gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--call", type=int, choices=CALLS, help="the parts of this call (default: both calls')")
     parser.add_argument("--parts", nargs="+", choices=every, help="these instead")
-    parser.add_argument("--seconds", type=float, help=f"for everything (default {SECONDS}, and {2 * SECONDS} for both "
-                        "calls)")
-    parser.add_argument("--out", type=Path, help="results file (default bench/results/<gpu>-<date>.jsonl); the "
-                        "tiles go beside it")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for everything (default {SECONDS}, and {2 * SECONDS} for both calls)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="results file (default bench/results/<gpu>-<date>.jsonl); the tiles go beside it"
+    )
     parser.add_argument("--no-warm", action="store_true", help="compile nothing ahead: this machine has done it")
     options = parser.parse_args(arguments)
     import torch
+
     if not torch.cuda.is_available():
         print("gpu_check: there is no CUDA or ROCm device here; nothing was measured", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ steps. A model with the products of many rows through BLAS, and one under torch.
 user has it: the same run twice, without graphs, killed with SIGKILL and resumed: the same journal and model, bit for
 bit; replayed; exported. What is untrue is a row whose note begins with "failed".
 """
+
 import concurrent.futures
 import filecmp
 import json
@@ -25,9 +26,9 @@ from .gpu_parts import failures
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ROOT / "tests" / "fixtures"
-MODEL = "gptqmodel-gptq-sym-g128"                # what the command line trains
+MODEL = "gptqmodel-gptq-sym-g128"  # what the command line trains
 STEPS = 200
-LEAST = 10                                       # seconds without which nothing is begun
+LEAST = 10  # seconds without which nothing is begun
 # relative error of logits, root mean square, beside the expected ones, which are a float32 model's
 ALLOWED = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4}
 
@@ -44,13 +45,19 @@ def must(good, text):
 def e2e(check):
     """All of it; a row each."""
     folders = sorted(FOLDERS.iterdir()) if FOLDERS.is_dir() else ()
-    todo = [(f"folder {folder.name}", "folder", folder) for folder in folders
-            if (folder / "expected.safetensors").exists()]
-    todo += [("large_rows=blas in a model", "blas", FOLDERS / MODEL), ("torch.compile of a model", "compiled",
-                                                                       FOLDERS / MODEL)]
+    todo = [
+        (f"folder {folder.name}", "folder", folder) for folder in folders if (folder / "expected.safetensors").exists()
+    ]
+    todo += [
+        ("large_rows=blas in a model", "blas", FOLDERS / MODEL),
+        ("torch.compile of a model", "compiled", FOLDERS / MODEL),
+    ]
     with _pool() as pool:
-        found = {case: pool.submit(in_own_process, kind, folder, check.device, check.left())
-                 for case, kind, folder in todo if check.left() > LEAST}
+        found = {
+            case: pool.submit(in_own_process, kind, folder, check.device, check.left())
+            for case, kind, folder in todo
+            if check.left() > LEAST
+        }
         for case, _, _ in todo:
             attempt(check, case, lambda case=case: found[case].result())
     if check.left() < LEAST:
@@ -82,6 +89,7 @@ def _failed(error):
 
 
 # ------------------------------------------------------------------------------------------------ in Python
+
 
 def source_of(folder):
     """What is loaded: the folder, or the GGUF file in it."""
@@ -118,6 +126,7 @@ def trained_and_saved(folder, device):
 
     def closure():
         return qzo.losses(model, batch, 4)
+
     losses = [float(optimizer.step(closure)) for _ in range(5)]
     must(losses[-1] < losses[0], f"five steps with lr 1e-2 had the losses {losses}")
     return f"logits off by {', '.join(said)}; lr 0 gives the same files; loss {losses[0]:.3f} -> {losses[-1]:.3f}"
@@ -165,16 +174,33 @@ def in_own_process(kind, folder, device, seconds):
 
 # ------------------------------------------------------------------------------------------------ the command line
 
+
 def qzo_command(arguments, seconds):
     """(exit status, standard error) of `python -m qzo ...`."""
-    done = subprocess.run([sys.executable, "-m", "qzo", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          timeout=max(1, seconds))
+    done = subprocess.run(
+        [sys.executable, "-m", "qzo", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=max(1, seconds)
+    )
     return done.returncode, done.stderr
 
 
 def train_arguments(model, folder, name, device):
-    return ["train", "--model", str(model), "--data", str(folder / "data.jsonl"), "--output-dir", str(folder / name),
-            "--max-steps", str(STEPS), "--batch-size", "4", "--directions", "2", "--device", device]
+    return [
+        "train",
+        "--model",
+        str(model),
+        "--data",
+        str(folder / "data.jsonl"),
+        "--output-dir",
+        str(folder / name),
+        "--max-steps",
+        str(STEPS),
+        "--batch-size",
+        "4",
+        "--directions",
+        "2",
+        "--device",
+        device,
+    ]
 
 
 def command_line(check, model, folder):
@@ -185,22 +211,43 @@ def command_line(check, model, folder):
 
     def trained(name, *more):
         return [*train_arguments(model, folder, name, check.device), *more]
+
     after = ["--device", check.device, "--output-dir"]
     with _pool() as pool:
+
         def started(arguments):
             return pool.submit(qzo_command, arguments, check.left())
-        runs = {name: started(trained(name, *more)) for name, more in (
-            ("first", []), ("again", []), ("eager", ["--no-cuda-graph"]), ("blas", ["--large-rows", "blas"]))}
+
+        runs = {
+            name: started(trained(name, *more))
+            for name, more in (
+                ("first", []),
+                ("again", []),
+                ("eager", ["--no-cuda-graph"]),
+                ("blas", ["--large-rows", "blas"]),
+            )
+        }
         steps = pool.submit(kill_half_way, trained("killed"), killed / "journal.qzo", check.left())
         attempt(check, "train", _trained, runs["first"], first)
         concurrent.futures.wait([steps])
         resumed = started(trained("killed", "--resume"))
         replayed = started(["replay", str(model), str(first / "journal.qzo"), *after, str(folder / "replayed")])
-        exported = started(["export", str(model), "--to", "compressed-tensors", "--journal", str(first / "journal.qzo"),
-                            *after, str(folder / "exported")])
+        exported = started(
+            [
+                "export",
+                str(model),
+                "--to",
+                "compressed-tensors",
+                "--journal",
+                str(first / "journal.qzo"),
+                *after,
+                str(folder / "exported"),
+            ]
+        )
         attempt(check, "train again", _same_run, runs["again"], first, folder / "again")
-        attempt(check, "train --no-cuda-graph, batches of many shapes", _same_run, runs["eager"], first,
-                folder / "eager")
+        attempt(
+            check, "train --no-cuda-graph, batches of many shapes", _same_run, runs["eager"], first, folder / "eager"
+        )
         attempt(check, "train --large-rows blas", _trained, runs["blas"], folder / "blas")
         attempt(check, "train, killed and resumed", _resumed, steps, resumed, first, killed)
         attempt(check, "replay", _replayed, replayed, first / "model", folder / "replayed")
@@ -209,8 +256,9 @@ def command_line(check, model, folder):
 
 def kill_half_way(arguments, path, seconds):
     """SIGKILL for a run once its journal holds a third of the steps; how many it then holds."""
-    process = subprocess.Popen([sys.executable, "-m", "qzo", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qzo", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     ends = time.monotonic() + seconds
     try:
         while process.poll() is None and time.monotonic() < ends and _steps_of(path) < STEPS // 3:
@@ -244,8 +292,11 @@ def _same_steps(first, other):
     """The same records and the same model, bit for bit; headers may tell another option."""
     one, two = (journal.read(out / "journal.qzo")[1] for out in (first, other))
     differ = [step for step, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]]
-    must(len(one) == len(two) and not differ, f"journals of {len(one)} and {len(two)} steps differ from step "
-         f"{differ[0] if differ else min(len(one), len(two))} on")
+    must(
+        len(one) == len(two) and not differ,
+        f"journals of {len(one)} and {len(two)} steps differ from step "
+        f"{differ[0] if differ else min(len(one), len(two))} on",
+    )
     _same_model(first / "model", other / "model")
     return "same journal, same model"
 
@@ -275,8 +326,7 @@ def _exported(ended, model, exported, device):
     _went(ended)
     dtype = torch.float16 if device == "cuda" else torch.float32
     ids = torch.arange(24, device=device).view(2, 12)
-    want, got = (logits(qzo.from_pretrained(str(path), dtype=dtype, device=device), ids)
-                 for path in (model, exported))
+    want, got = (logits(qzo.from_pretrained(str(path), dtype=dtype, device=device), ids) for path in (model, exported))
     error = relative_error(got, want)
     must(error < 1e-3, f"logits differ by {error:.2e}")
     return f"logits differ by {error:.1e}"

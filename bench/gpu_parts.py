@@ -1,4 +1,5 @@
 """Parts of gpu_check.py: the GPU tests, memory against what was predicted, benchmark cases, tiles."""
+
 import dataclasses
 import importlib.util
 import os
@@ -8,18 +9,39 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = (("meta-llama-2-7b", 1, 64), ("meta-llama-2-13b", 1, 64), ("meta-llama-2-13b", 16, 512))
-CASES = ("4096x11008 rows 16 g128 float16 rademacher", "4096x11008 rows 1 g128 float16 rademacher",
-         "step llama-2-7b 32 blocks rows 16", "4096x11008 rows 2048 g128 float16 rademacher",
-         "4096x11008 rows 128 g128 float16 rademacher", "4096x11008 rows 512 g128 float16 rademacher",
-         "4096x11008 rows 64 g128 float16 rademacher", "4096x11008 rows 2048 g128 bfloat16 rademacher",
-         "4096x11008 rows 16 g64 float16 rademacher", "4096x11008 rows 16 g64 float16 rademacher nf4",
-         "4096x11008 rows 1 g64 float16 rademacher", "4096x11008 rows 1 g64 float16 rademacher nf4",
-         "4096x11008 rows 1 g4096 float16 rademacher", "4096x11008 rows 1 g4096 float16 rademacher aqlm 2x8",
-         "4096x11008 rows 1 g4096 float16 rademacher aqlm 1x16", "update rademacher",
-         "4096x11008 rows 8192 g128 bfloat16 rademacher", "sd3.5-large 2432x9728 rows 2048 g128 bfloat16")
-TILES = tuple(f"llama-2-7b 4096x11008 rows {rows} g{group} float16 rademacher{codes}" for rows, group, codes in (
-    (1, 128, ""), (16, 128, ""), (64, 128, ""), (128, 128, ""), (512, 128, ""), (2048, 128, ""), (16, 64, " nf4"),
-    (16, 4096, " aqlm 2x8")))
+CASES = (
+    "4096x11008 rows 16 g128 float16 rademacher",
+    "4096x11008 rows 1 g128 float16 rademacher",
+    "step llama-2-7b 32 blocks rows 16",
+    "4096x11008 rows 2048 g128 float16 rademacher",
+    "4096x11008 rows 128 g128 float16 rademacher",
+    "4096x11008 rows 512 g128 float16 rademacher",
+    "4096x11008 rows 64 g128 float16 rademacher",
+    "4096x11008 rows 2048 g128 bfloat16 rademacher",
+    "4096x11008 rows 16 g64 float16 rademacher",
+    "4096x11008 rows 16 g64 float16 rademacher nf4",
+    "4096x11008 rows 1 g64 float16 rademacher",
+    "4096x11008 rows 1 g64 float16 rademacher nf4",
+    "4096x11008 rows 1 g4096 float16 rademacher",
+    "4096x11008 rows 1 g4096 float16 rademacher aqlm 2x8",
+    "4096x11008 rows 1 g4096 float16 rademacher aqlm 1x16",
+    "update rademacher",
+    "4096x11008 rows 8192 g128 bfloat16 rademacher",
+    "sd3.5-large 2432x9728 rows 2048 g128 bfloat16",
+)
+TILES = tuple(
+    f"llama-2-7b 4096x11008 rows {rows} g{group} float16 rademacher{codes}"
+    for rows, group, codes in (
+        (1, 128, ""),
+        (16, 128, ""),
+        (64, 128, ""),
+        (128, 128, ""),
+        (512, 128, ""),
+        (2048, 128, ""),
+        (16, 64, " nf4"),
+        (16, 4096, " aqlm 2x8"),
+    )
+)
 
 
 def failures():
@@ -27,12 +49,14 @@ def failures():
     from triton.errors import TritonError
 
     from .run import FAILURES
+
     return (*FAILURES, TritonError, OSError, MemoryError, subprocess.SubprocessError, StopIteration)
 
 
 def named(device, text):
     """The first case of a device whose name holds `text`."""
     from .cases import every
+
     return next(c for c in every(device) if text in c.name)
 
 
@@ -59,6 +83,7 @@ def memory(check):
 
     from ..reports import memory as reports
     from ..system.memory import explain
+
     for config, rows, tokens in MEMORY:
         if check.left() < 15:
             check.note("memory", f"{config} {rows} x {tokens}", note="no time left")
@@ -72,13 +97,19 @@ def memory(check):
             check.note("memory", f"{config} {rows} x {tokens}", note=explain(error, "the next one is tried"))
             continue
         ratio = measured["total"] / predicted["total"]
-        check.note("memory", f"{config} {rows} x {tokens}", predicted=predicted, measured=measured,
-                   note=f"{measured['total'] / 1e9:.3f} GB, {ratio:.4f} of what was predicted")
+        check.note(
+            "memory",
+            f"{config} {rows} x {tokens}",
+            predicted=predicted,
+            measured=measured,
+            note=f"{measured['total'] / 1e9:.3f} GB, {ratio:.4f} of what was predicted",
+        )
 
 
 def bench(check):
     """The cases that the targets name, every provider."""
     from .run import measure
+
     for text in CASES:
         case = named(check.device, text)
         if check.left() < 10:
@@ -96,8 +127,12 @@ def tiles(check):
         times, picked = tiles_of(check, case)
         if times:
             best = min(times, key=times.get)
-            fastest[case.name] = {"tile": dataclasses.asdict(best), "ms": times[best],
-                                  "picked": dataclasses.asdict(picked), "picked_ms": times.get(picked)}
+            fastest[case.name] = {
+                "tile": dataclasses.asdict(best),
+                "ms": times[best],
+                "picked": dataclasses.asdict(picked),
+                "picked_ms": times.get(picked),
+            }
     return fastest
 
 
@@ -109,6 +144,7 @@ def launcher(case, device, least_bytes):
     from ..nn.evaluations import Evaluations
     from ..nn.layers import evaluating
     from .providers import EPS, EVERY, SEED, Problem
+
     problem = Problem(case, device, least_bytes)
     model, passes = problem.model()
     x, layers = problem.x[case.k], list(model)
@@ -122,19 +158,29 @@ def launcher(case, device, least_bytes):
             for layer in layers[part]:
                 y = layer(x)
         return y
+
     return run, passes, picked
 
 
 def tiles_of(check, case):
     """(Tile -> ms of one product of the case, the picked tile). A tile has to agree with the picked one."""
     from . import timing
+
     run, passes, picked = launcher(case, check.device, timing.cache_bytes(check.device))
     mode = "graph" if check.device == "cuda" else "eager"
     want, times = run(picked).double(), {}
     for tile in [picked, *neighbours(picked)]:
-        row = {"case": f"tile for {case.name}", "provider": " ".join(f"{k}={v}" for k, v in vars(tile).items()),
-               "rows": case.rows, "n": case.n, "k": case.k, "group": case.group, "dtype": case.dtype,
-               "noise": case.noise, "mode": mode}
+        row = {
+            "case": f"tile for {case.name}",
+            "provider": " ".join(f"{k}={v}" for k, v in vars(tile).items()),
+            "rows": case.rows,
+            "n": case.n,
+            "k": case.k,
+            "group": case.group,
+            "dtype": case.dtype,
+            "noise": case.noise,
+            "mode": mode,
+        }
         if check.left() < 5:
             check.note("tile", **row, note="no time left")
             break
@@ -146,7 +192,7 @@ def tiles_of(check, case):
             row["error"] = error
             clock = timing.clock(lambda part, tile=tile: run(tile, part), check.device, mode, passes)
             [(ms, p20, p80)] = timing.interleaved({tile: clock}, seconds=0.2).values()
-        except failures() as error:        # a tile that the compiler or the chip refuses
+        except failures() as error:  # a tile that the compiler or the chip refuses
             check.note("tile", **row, note=f"{type(error).__name__}: {' '.join(str(error).split())[:150]}")
             continue
         times[tile] = ms
@@ -156,8 +202,19 @@ def tiles_of(check, case):
 
 def neighbours(tile):
     """Tiles that differ from this one in one thing."""
-    found = [dataclasses.replace(tile, **{name: value}) for name, value in (
-        ("outputs", tile.outputs // 2), ("outputs", tile.outputs * 2), ("rows", tile.rows * 2),
-        ("rows", tile.rows // 2), ("warps", 12 - tile.warps), ("stages", tile.stages - 1), ("stages", tile.stages + 1),
-        ("ratio", not tile.ratio), ("splits", tile.splits * 2), ("splits", tile.splits // 2))]
+    found = [
+        dataclasses.replace(tile, **{name: value})
+        for name, value in (
+            ("outputs", tile.outputs // 2),
+            ("outputs", tile.outputs * 2),
+            ("rows", tile.rows * 2),
+            ("rows", tile.rows // 2),
+            ("warps", 12 - tile.warps),
+            ("stages", tile.stages - 1),
+            ("stages", tile.stages + 1),
+            ("ratio", not tile.ratio),
+            ("splits", tile.splits * 2),
+            ("splits", tile.splits // 2),
+        )
+    ]
     return [t for t in found if t.rows >= 16 and 32 <= t.outputs <= 256 and t.stages >= 2 and t.splits >= 1]

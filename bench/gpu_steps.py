@@ -12,6 +12,7 @@ Weights are random. The coefficient of the official loop's and MeZO's update is 
 graph: they are not charged with reading the losses back, which qzo's step does. ratio: their time over qzo's of the
 same mode.
 """
+
 import importlib.util
 import time
 import warnings
@@ -28,7 +29,7 @@ from .results import NOT_THERE
 from .run import add_ratios
 
 CONFIG = "meta-llama-2-7b"
-SIZES = ((1, 64), (16, 64))           # rows, tokens
+SIZES = ((1, 64), (16, 64))  # rows, tokens
 TURNS = 8
 
 
@@ -39,8 +40,13 @@ def steps(check):
         model = None
         for rows, tokens in SIZES:
             for mode in ("eager",) if wanted else timing.MODES:
-                row = {"kind": "whole step", "case": f"whole step {CONFIG} {rows} x {tokens}", "provider": name,
-                       "mode": mode, "rows": rows}
+                row = {
+                    "kind": "whole step",
+                    "case": f"whole step {CONFIG} {rows} x {tokens}",
+                    "provider": name,
+                    "mode": mode,
+                    "rows": rows,
+                }
                 if lacking:
                     check.note(**row, note=f"{NOT_THERE[0]}: {' and '.join(lacking)} not installed")
                     continue
@@ -63,8 +69,10 @@ def batch_of(model, rows, tokens, device):
     """A classification batch: one of two next tokens."""
     batch = models.example_batch(model, rows, tokens, 1, device)
     del batch["labels"]
-    return batch | {"option_ids": torch.tensor([[5, 9]] * rows, device=device),
-                    "label": torch.zeros(rows, dtype=torch.int64, device=device)}
+    return batch | {
+        "option_ids": torch.tensor([[5, 9]] * rows, device=device),
+        "label": torch.zeros(rows, dtype=torch.int64, device=device),
+    }
 
 
 def _timed(run, generators, mode, check):
@@ -91,6 +99,7 @@ def _timed(run, generators, mode, check):
 
 # ------------------------------------------------ build(check) -> model; prepare(model, batch, mode) -> run, generators
 
+
 def _qzo_model(check):
     return memory.random_model(CONFIG, None, "none", check.device, check.dtype)[0]()
 
@@ -101,6 +110,7 @@ def _qzo(model, batch, mode):
 
     def closure():
         return models.batch_losses(model, batch, 2)
+
     return lambda: optimizer.step(closure), None
 
 
@@ -119,6 +129,7 @@ def _in_place(model, parameters, batch):
     @torch.no_grad()
     def run():
         in_place_pair(parameters, lambda rows: [models.batch_losses(model, batch, 1)], 1, True, generators)
+
     return run, generators
 
 
@@ -155,8 +166,14 @@ def _qlora_model(check):
     bitsandbytes, peft = importlib.import_module("bitsandbytes"), importlib.import_module("peft")
     model = _dense_model(check)
     for name, linear in quantizable(model).items():
-        packed = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4",
-                                            compute_dtype=check.dtype, device="meta")
+        packed = bitsandbytes.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            quant_type="nf4",
+            compute_dtype=check.dtype,
+            device="meta",
+        )
         packed.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, packed.to(check.device))
@@ -174,9 +191,14 @@ def _qlora(model, batch, mode):
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=last).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
     return run, None
 
 
-PROVIDERS = (("qzo", _qzo_model, _qzo, ()), ("dense, two forwards", _dense_model, _two_forwards, ()),
-             ("official", _official_model, _official, ()), ("mezo", _dense_model, _mezo, ()),
-             ("qlora", _qlora_model, _qlora, ("peft", "bitsandbytes")))
+PROVIDERS = (
+    ("qzo", _qzo_model, _qzo, ()),
+    ("dense, two forwards", _dense_model, _two_forwards, ()),
+    ("official", _official_model, _official, ()),
+    ("mezo", _dense_model, _mezo, ()),
+    ("qlora", _qlora_model, _qlora, ("peft", "bitsandbytes")),
+)

@@ -3,6 +3,7 @@
 A job runs once, at the shapes that are timed and with as few layers as hold them all, in a process of its own;
 Triton's cache on the disk carries what it compiled into the process that times.
 """
+
 import concurrent.futures
 import dataclasses
 import json
@@ -14,18 +15,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TILE_JOBS = 3                 # that share the tiles of a case
+TILE_JOBS = 3  # that share the tiles of a case
 
 
 def jobs(device, parts):
     """The jobs of these parts of gpu_check.py, [kind, what], each once."""
     from . import gpu_parts, gpu_steps
+
     found = []
     if "bench" in parts:
         found += [["case", gpu_parts.named(device, text).name] for text in gpu_parts.CASES]
     if "tiles" in parts:
-        found += [["tiles", gpu_parts.named(device, text).name, number] for text in gpu_parts.TILES
-                  for number in range(TILE_JOBS)]
+        found += [
+            ["tiles", gpu_parts.named(device, text).name, number]
+            for text in gpu_parts.TILES
+            for number in range(TILE_JOBS)
+        ]
     steps = [(gpu_steps.CONFIG, rows, tokens) for rows, tokens in gpu_steps.SIZES] if "steps" in parts else []
     steps += gpu_parts.MEMORY if "memory" in parts else ()
     return found + [["step", *step] for step in dict.fromkeys(steps)]
@@ -50,8 +55,12 @@ def warm(check, todo, processes=None):
         said = list(pool.map(one, todo))
     failed = [f"{' '.join(map(str, job))}: {why}" for job, why in zip(todo, said, strict=True) if why]
     ended = f"{len(failed)} failed: {failed[0]}" if failed else "all ran"
-    check.note("warm", f"{len(todo)} jobs in {processes} processes", failed=failed,
-               note=f"{time.monotonic() - begun:.0f} s; {ended}")
+    check.note(
+        "warm",
+        f"{len(todo)} jobs in {processes} processes",
+        failed=failed,
+        note=f"{time.monotonic() - begun:.0f} s; {ended}",
+    )
 
 
 def run(device, job):
@@ -66,6 +75,7 @@ def _case(device, name):
     from .providers import Problem, error_of
     from .run import FAILURES, PROVIDERS
     from .small import Arena
+
     case = gpu_parts.named(device, name)
     if case.blocks:
         case = dataclasses.replace(case, blocks=1)
@@ -79,18 +89,19 @@ def _case(device, name):
             built.run()
         except FAILURES:
             if not provider.package:
-                raise                     # what another library breaks with is a row when it is to be timed
+                raise  # what another library breaks with is a row when it is to be timed
 
 
 def _tiles(device, name, number):
     """Every third of the tiles, or as TILE_JOBS says."""
     from . import gpu_parts
+
     launch, _, picked = gpu_parts.launcher(gpu_parts.named(device, name), device, 1)
     broken = []
     for tile in [picked, *gpu_parts.neighbours(picked)][number::TILE_JOBS]:
         try:
             launch(tile)
-        except gpu_parts.failures() as error:          # a tile that the compiler refuses is a row when it is timed
+        except gpu_parts.failures() as error:  # a tile that the compiler refuses is a row when it is timed
             broken.append(error)
     return broken
 
@@ -103,6 +114,7 @@ def _step(device, config, rows, tokens):
     from ..reports import memory as reports
     from ..reports import models
     from . import gpu_steps
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(models.read_config(config) | {"num_hidden_layers": 1}))

@@ -4,6 +4,7 @@ The kernels' stand-in takes the arguments and returns, so what is timed is the l
 and scratch (in ordinary memory), and the call. Triton's own launcher, some microseconds of C, is not in it. It runs on
 any machine: a regression shows without a GPU.
 """
+
 import contextlib
 import unittest.mock
 
@@ -17,7 +18,7 @@ from ..nn.evaluations import Evaluations
 from ..nn.layers import evaluating
 from ..nn.weights import to_planes
 
-WIDTH, WIDER = 1024, 2048    # so many inputs that few rows split them; codes are never read
+WIDTH, WIDER = 1024, 2048  # so many inputs that few rows split them; codes are never read
 
 
 class _NoKernel:
@@ -37,10 +38,12 @@ class _NoKernel:
 def without_kernels(arch="sm_90"):
     """Inside, layers on a CPU do what they would on a GPU of `arch`, and launch nothing: outputs hold anything."""
     with contextlib.ExitStack() as stack:
-        for module, name, value in ((plan, "_qmm_kernel", _NoKernel(plan._qmm_kernel)),
-                                    (plan, "_group_sums_kernel", _NoKernel(plan._group_sums_kernel)),
-                                    (ops, "uses_triton", lambda device: True),
-                                    (ops, "_architecture", lambda device: arch)):
+        for module, name, value in (
+            (plan, "_qmm_kernel", _NoKernel(plan._qmm_kernel)),
+            (plan, "_group_sums_kernel", _NoKernel(plan._group_sums_kernel)),
+            (ops, "uses_triton", lambda device: True),
+            (ops, "_architecture", lambda device: arch),
+        ):
             stack.enter_context(unittest.mock.patch.object(module, name, value))
         yield
 
@@ -84,6 +87,7 @@ def quantized(rows):
         with without_kernels(), evaluating(model, evaluations):
             for _ in range(TURNS):
                 model(*inputs)
+
     return run
 
 
@@ -96,4 +100,5 @@ def dense():
     def run(part=None):
         for _ in range(TURNS):
             model(x, x)
+
     return run

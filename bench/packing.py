@@ -4,6 +4,7 @@ SmolLM2-135M (the demo's GGUF, all blocks train) on BBC news: the forwards of a 
 on plain rows and on packed ones, the same batches in the order of a run, 8 examples each. One thread, process
 time, the two in turn; tokens and seconds are means over the steps, of all evaluations together.
 """
+
 import argparse
 import hashlib
 import json
@@ -20,8 +21,13 @@ from ..training import loop as train
 from ..training.data import batch_indices
 
 EXAMPLES = 640
-PHRASES = [" business and the economy", " entertainment and the arts", " politics and government",
-           " sport of any kind", " technology and computing"]
+PHRASES = [
+    " business and the economy",
+    " entertainment and the arts",
+    " politics and government",
+    " sport of any kind",
+    " technology and computing",
+]
 
 
 def articles():
@@ -40,11 +46,14 @@ def cases():
     read = articles()
     return {
         "headlines, five topics of several tokens": [
-            {"prompt": f"Headline: {h}\nTopic:", "options": PHRASES, "label": t} for h, _, t in read],
+            {"prompt": f"Headline: {h}\nTopic:", "options": PHRASES, "label": t} for h, _, t in read
+        ],
         "headlines and leads in turn, five topics of one token": [
             {"prompt": f"{lead if i % 2 else 'Headline: ' + h}\nTopic:", "options": demo.OPTIONS, "label": t}
-            for i, (h, lead, t) in enumerate(read)],
-        "leads, the headline to complete": [{"prompt": lead, "completion": h} for h, lead, _ in read]}
+            for i, (h, lead, t) in enumerate(read)
+        ],
+        "leads, the headline to complete": [{"prompt": lead, "completion": h} for h, lead, _ in read],
+    }
 
 
 def measure(name, plain, packed, settings):
@@ -58,7 +67,7 @@ def measure(name, plain, packed, settings):
     seen = []
     embedding = model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
-    for step in range(-1, settings.max_steps):               # the first turn warms allocator and caches up
+    for step in range(-1, settings.max_steps):  # the first turn warms allocator and caches up
         indices = batch_indices(max(step, 0), lengths, settings.batch_size, settings.seed, labels)
         found = []
         for task in (plain, packed):
@@ -80,8 +89,9 @@ def measure(name, plain, packed, settings):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m qzo.bench.packing", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m qzo.bench.packing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--directions", type=int, default=1)
     parser.add_argument("--filter", default="", help="cases whose name contains this, in any case")
@@ -96,11 +106,15 @@ def main(arguments=None):
         plain, packed = (train.build_task(model, records, tokenizer, settings, None) for _ in range(2))
         plain.shares = plain.joins = False
         row = measure(name, plain, packed, settings)
-        print(json.dumps(row) if options.json else
-              f"{row['case']}: {row['plain_tokens']} -> {row['packed_tokens']} tokens a step, "
-              f"{row['plain_seconds']:.2f} -> {row['packed_seconds']:.2f} s "
-              f"({row['evaluations']} evaluations, {row['steps']} steps; losses at most "
-              f"{row['losses_apart']:.1g} apart)", flush=True)
+        print(
+            json.dumps(row)
+            if options.json
+            else f"{row['case']}: {row['plain_tokens']} -> {row['packed_tokens']} tokens a step, "
+            f"{row['plain_seconds']:.2f} -> {row['packed_seconds']:.2f} s "
+            f"({row['evaluations']} evaluations, {row['steps']} steps; losses at most "
+            f"{row['losses_apart']:.1g} apart)",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

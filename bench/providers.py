@@ -1,15 +1,14 @@
-"""Who is timed: qzo and what it is made to beat; peers.py has the libraries beside it.
+"""Who is timed: qzo and what it is made to beat; peers.py has the libraries.
 
-A provider builds its own weights for a Problem, enough of them that no cache holds all, and gives a run that passes
-over them, together with an output and the float64 truth it has to agree with. One that cannot run a case, or
-is not installed, says so.
-
+A provider builds its own weights for a Problem, more than a cache holds, and gives a run that passes over them, an
+output and the float64 truth it has to agree with. One that cannot run a case, or is not installed, says so.
 The official QZO loop perturbs float16 scales in place with noise that is materialized by torch.normal: +eps, forward,
 -2 eps, forward, +eps, update (arXiv 2505.13430 and its published trainer). MeZO (arXiv 2305.17333) does the same to
 dense weights. Both are written here from their description, with one difference: where they seed one generator anew
 before each sweep, four generators of one seed stand here, a sweep each (`four_alike`). Nothing may be seeded in a CUDA
-graph, and so each replay, too, draws the same noise four times, and other noise than the last one.
+graph: each replay, too, draws the same noise four times, and other noise than the last one.
 """
+
 import dataclasses
 import functools
 import importlib
@@ -29,7 +28,8 @@ from ..nn.weights import PackedWeight
 from .cases import CODES, DTYPES
 
 EPS, LR, SEED = 1e-2, 1e-6, 7
-SAMPLE = 64                       # rows of each sign, and outputs, that are compared with the truth
+EVERY = slice(None)
+SAMPLE = 64  # rows of each sign, and outputs, that are compared with the truth
 # relative RMS error allowed: products of exact operands in each type
 EXACT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
@@ -50,9 +50,6 @@ class Built:
     host: bool = False
 
 
-EVERY = slice(None)
-
-
 class Problem:
     """The random quantized layers and inputs of a case. Weights are random: what is timed does not depend on them, and
     sets of them are copies of one."""
@@ -61,8 +58,9 @@ class Problem:
         self.case, self.device, self.least_bytes = case, device, least_bytes
         self.dtype = DTYPES[case.dtype]
         generator = torch.Generator(device).manual_seed(SEED)
-        self.x = {k: torch.randn(2 * case.rows, k, generator=generator, device=device).to(self.dtype)
-                  for k, _ in case.shapes}
+        self.x = {
+            k: torch.randn(2 * case.rows, k, generator=generator, device=device).to(self.dtype) for k, _ in case.shapes
+        }
         self.generator, self.first = generator, {}
 
     def copies(self, bytes_of_one):
@@ -90,7 +88,7 @@ class Problem:
     def _packed(self, k, n):
         form, given = self.case.form, dict(generator=self.generator, device=self.device)
         scales = torch.rand(k // self.case.group, n, **given) * 0.02 + 0.01
-        scales = scales.half().float()                       # the same number in every format that is compared
+        scales = scales.half().float()  # the same number in every format that is compared
         if form.books:
             codes = torch.randint(0, 1 << form.bits, (n, k // LENGTH, form.books), dtype=torch.int32, **given)
             books = torch.randn(form.books, 1 << form.bits, LENGTH, **given)
@@ -103,7 +101,7 @@ class Problem:
         shapes, passes = self.shapes(self.case.form.weight_bits / 8)
         model = torch.nn.ModuleList(QZOLinear.from_packed(self.packed(k, n), dtype=self.dtype) for k, n in shapes)
         arena_of(model, exact=True)
-        for layer in model:            # all are given one x, which in a model they would not be: no launch is shared
+        for layer in model:  # all are given one x, which in a model they would not be: no launch is shared
             layer._siblings = None
         return model, passes
 
@@ -116,7 +114,7 @@ class Problem:
     def sample(self, y):
         """The rows of either sign and the outputs that are compared."""
         some = min(SAMPLE, self.case.rows)
-        return torch.cat([y[:some], y[self.case.rows:self.case.rows + some]])[:, :SAMPLE].double()
+        return torch.cat([y[:some], y[self.case.rows : self.case.rows + some]])[:, :SAMPLE].double()
 
     def truth(self, weight, plus, minus):
         """float64 products of the sampled rows by what the codes of `weight` (a PackedWeight or QZOLinear) stand for,
@@ -132,7 +130,7 @@ class Problem:
         else:
             units = codes.double() - middle(form.bits)
         signs = []
-        for rows, scales in ((x[:some], plus), (x[self.case.rows:self.case.rows + some], minus)):
+        for rows, scales in ((x[:some], plus), (x[self.case.rows : self.case.rows + some], minus)):
             spread = scales[:, :SAMPLE].double().repeat_interleave(self.case.group, 0)
             signs.append(rows @ (units.T * spread))
         return torch.cat(signs)
@@ -155,6 +153,7 @@ def error_of(built, problem):
 
 # ------------------------------------------------------------------------------------------------ ours
 
+
 def _qzo(problem, sharing="group", perturbed=True, large_rows="fused"):
     case = problem.case
     model, passes = problem.model()
@@ -174,8 +173,16 @@ def _qzo(problem, sharing="group", perturbed=True, large_rows="fused"):
             outputs = forward(layers)
         if case.kind == "step":
             torch.stack([y.float().square().mean() for y in outputs[-1].chunk(2)])
-            ops.update_op(arena.data, evaluations.seeds[:1], applied, 0, law_number(case.noise), True, 2.0**-24,
-                          arena.layers() if sharing == "row" else None)
+            ops.update_op(
+                arena.data,
+                evaluations.seeds[:1],
+                applied,
+                0,
+                law_number(case.noise),
+                True,
+                2.0**-24,
+                arena.layers() if sharing == "row" else None,
+            )
         return outputs
 
     def output():
@@ -195,12 +202,14 @@ def _qzo(problem, sharing="group", perturbed=True, large_rows="fused"):
 
 # ------------------------------------------------------------------------------------------------ the baselines
 
+
 def _dense(problem):
     weights, passes = problem.dense()
     first = weights[0]
 
     def run(part=EVERY):
         return [dense_linear(problem.x[w.shape[1]], w) for w in problem.taken(weights, part)]
+
     want = problem.sample(problem.x[first.shape[1]].double() @ first[:SAMPLE].double().T)
     return Built(run, passes, lambda: dense_linear(problem.x[first.shape[1]], first), want, EXACT[problem.case.dtype])
 
@@ -231,7 +240,8 @@ def _dequantize(problem):
 
     def run(part=EVERY):
         return [dequantized_product(problem.x[p.in_features], p, s) for p, s in problem.taken(layers, part)]
-    allowed = 4 * EXACT[problem.case.dtype]                  # the scaled weight is rounded once more
+
+    allowed = 4 * EXACT[problem.case.dtype]  # the scaled weight is rounded once more
     want = problem.truth(first, scales, scales)
     x = problem.x[first.in_features]
     return Built(run, passes, lambda: dequantized_product(x, first, scales), want, allowed)
@@ -251,7 +261,7 @@ def sweep(parameters, factor, generator):
 
 def in_place_pair(parameters, forward, rows, step, generators):
     """Outputs under +eps and -eps by perturbing `parameters` in place; the fourth sweep, an update, if `step`."""
-    eps = EPS * 0.02                                          # absolute; the scales are around 0.02
+    eps = EPS * 0.02  # absolute; the scales are around 0.02
     first, second, third, fourth = generators
     sweep(parameters, eps, first)
     plus = forward(slice(0, rows))
@@ -281,14 +291,22 @@ def _official(problem):
         return [dequantized_product(problem.x[p.in_features][some], p, s) for p, s in layers]
 
     def pair(layers, generators):
-        return in_place_pair([s for _, s in layers], lambda some: forward(some, layers), case.rows,
-                             case.kind == "step", generators)
+        return in_place_pair(
+            [s for _, s in layers], lambda some: forward(some, layers), case.rows, case.kind == "step", generators
+        )
 
     def run(part=EVERY):
         return pair(problem.taken(layers, part), generators)
+
     kept, want = scales.clone(), problem.truth(first, *signs_of(scales))
-    return Built(run, passes, lambda: pair([(first, kept.clone())], four_alike(problem.device))[0], want,
-                 4 * EXACT[case.dtype], generators)
+    return Built(
+        run,
+        passes,
+        lambda: pair([(first, kept.clone())], four_alike(problem.device))[0],
+        want,
+        4 * EXACT[case.dtype],
+        generators,
+    )
 
 
 def _official_fused(problem):
@@ -300,11 +318,12 @@ def _official_fused(problem):
     def pair(layers, scales, generators):
         def forward(some):
             return [layer(problem.x[layer.in_features][some]) for layer in layers]
+
         return in_place_pair(scales, forward, case.rows, case.kind == "step", generators)
 
     def run(part=EVERY):
         layers = problem.taken(model, part)
-        whole = len(layers) == len(model)                     # then all scales are one tensor
+        whole = len(layers) == len(model)  # then all scales are one tensor
         return pair(layers, [arena.data] if whole else [arena.quads(x.arena_name) for x in layers], generators)
 
     kept, signs = arena.data.clone(), []
@@ -316,6 +335,7 @@ def _official_fused(problem):
     def output():
         arena.data.copy_(kept)
         return pair([first], [arena.data], four_alike(problem.device))[0]
+
     return Built(run, passes, output, want, EXACT[case.dtype], generators)
 
 
@@ -327,18 +347,22 @@ def _mezo(problem):
     def pair(weights, generators):
         def forward(some):
             return [dense_linear(problem.x[w.shape[1]][some], w) for w in weights]
+
         return in_place_pair(weights, forward, case.rows, case.kind == "step", generators)
 
     def run(part=EVERY):
         return pair(problem.taken(weights, part), generators)
+
     plus, minus = (w[:SAMPLE].double() for w in signs_of(first))
     x = problem.x[first.shape[1]].double()
-    want = problem.sample(torch.cat([x[:case.rows] @ plus.T, x[case.rows:] @ minus.T]))
-    return Built(run, passes, lambda: pair([first.clone()], four_alike(problem.device))[0], want, EXACT[case.dtype],
-                 generators)
+    want = problem.sample(torch.cat([x[: case.rows] @ plus.T, x[case.rows :] @ minus.T]))
+    return Built(
+        run, passes, lambda: pair([first.clone()], four_alike(problem.device))[0], want, EXACT[case.dtype], generators
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the list
+
 
 @dataclasses.dataclass(frozen=True)
 class Provider:

@@ -6,6 +6,7 @@
 A file of `qzo bench run` or `bench/gpu_check.py` gives the times of qzo and what the others take of them; one of
 `qzo memory --json` gives bytes. Edit the text around, never a table.
 """
+
 import json
 import re
 import sys
@@ -56,8 +57,11 @@ def memory_table(path):
     for report in reports:
         measured = report["measured"]
         told = report["predicted"]["total"]
-        cells = [f"{told / 1e9:.2f} GB", f"{measured['total'] / told:.3f}x of it" if measured else "",
-                 *(f"{report['rivals'][name] / 1e9:.1f} GB" for name in rivals)]
+        cells = [
+            f"{told / 1e9:.2f} GB",
+            f"{measured['total'] / told:.3f}x of it" if measured else "",
+            *(f"{report['rivals'][name] / 1e9:.1f} GB" for name in rivals),
+        ]
         lines.append(f"| {report['subject']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

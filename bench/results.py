@@ -6,6 +6,7 @@ the time. `bandwidth_fraction` is of the bandwidth of reading where three quarte
 rows), else of that of a copy; `matmul_fraction` of a dense product; `roof_ms` is the least time that these allow, all
 measured in the same run (`read_gbps`, `copy_gbps`, `dense_tflops`). `note` says why a row has no ms, or no graph.
 """
+
 import json
 import statistics
 from pathlib import Path
@@ -13,10 +14,30 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 SCHEMA = 2
-_OF_1 = ("case", "provider", "rows", "n", "k", "group", "dtype", "noise", "ms", "p20", "p80", "gbps", "tflops",
-         "bandwidth_fraction", "matmul_fraction", "ratio", "error", "device", "versions", "date")
+_OF_1 = (
+    "case",
+    "provider",
+    "rows",
+    "n",
+    "k",
+    "group",
+    "dtype",
+    "noise",
+    "ms",
+    "p20",
+    "p80",
+    "gbps",
+    "tflops",
+    "bandwidth_fraction",
+    "matmul_fraction",
+    "ratio",
+    "error",
+    "device",
+    "versions",
+    "date",
+)
 FIELDS = (*_OF_1, "mode", "roof_ms")
-NOT_THERE = ("not there", "missing")         # how the note of a provider begins that this machine lacks; now and before
+NOT_THERE = ("not there", "missing")  # how the note of a provider begins that this machine lacks; now and before
 
 
 def read(path):
@@ -35,8 +56,10 @@ def read(path):
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
         if not isinstance(row, dict) or row.get("schema") not in (1, SCHEMA):
             found = row.get("schema", "none") if isinstance(row, dict) else "none"
-            raise ValueError(f"{path}, line {number}: schema {found}, this qzo reads schemas 1 and {SCHEMA}; measure "
-                             "again with qzo bench run")
+            raise ValueError(
+                f"{path}, line {number}: schema {found}, this qzo reads schemas 1 and {SCHEMA}; measure "
+                "again with qzo bench run"
+            )
         lacking = [name for name in (_OF_1 if row["schema"] == 1 else FIELDS) if name not in row]
         if lacking:
             raise ValueError(f"{path}, line {number}: the fields {', '.join(lacking)} are missing")
@@ -48,16 +71,23 @@ def read(path):
 
 def _of_1(row):
     on_gpu = "cuda" in row["versions"]
-    return row | {"schema": SCHEMA, "mode": None if on_gpu else "eager", "roof_ms": None,
-                  "ratio": None if on_gpu else row["ratio"]}
+    return row | {
+        "schema": SCHEMA,
+        "mode": None if on_gpu else "eager",
+        "roof_ms": None,
+        "ratio": None if on_gpu else row["ratio"],
+    }
 
 
 def compare(old, new, threshold):
     """[(case, provider, old ms, new ms, new / old)] of what both measured in the same mode, and those slower by more
     than threshold. A case is named with its mode where that is a graph."""
     before = {(named(r), r["provider"], r["mode"], r["device"]): r["ms"] for r in old if r["ms"]}
-    both = [(named(r), r["provider"], before[key], r["ms"], r["ms"] / before[key]) for r in new
-            if r["ms"] and (key := (named(r), r["provider"], r["mode"], r["device"])) in before]
+    both = [
+        (named(r), r["provider"], before[key], r["ms"], r["ms"] / before[key])
+        for r in new
+        if r["ms"] and (key := (named(r), r["provider"], r["mode"], r["device"])) in before
+    ]
     if not both:
         raise ValueError("the two files share no case, provider, mode and device; nothing can be compared")
     return both, [line for line in both if line[4] > 1 + threshold]
@@ -76,15 +106,25 @@ def note_of(row):
 
 def table(rows):
     """Markdown: a line for each case, mode and provider that was timed, then what was not and why."""
-    lines = ["| case | provider | ms (p20-p80) | roof, ms | GB/s | of bandwidth | TFLOP/s | of dense | x qzo | error |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| case | provider | ms (p20-p80) | roof, ms | GB/s | of bandwidth | TFLOP/s | of dense | x qzo | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         if r["ms"] is None:
             continue
-        cells = [named(r), r["provider"], f"{_number(r['ms'])} ({_number(r['p20'])}-{_number(r['p80'])})",
-                 _number(r["roof_ms"]), _number(r["gbps"]), _percent(r["bandwidth_fraction"]), _number(r["tflops"]),
-                 _percent(r["matmul_fraction"]), "" if r["ratio"] is None else f"{r['ratio']:.2f}",
-                 "" if r["error"] is None else f"{r['error']:.1e}"]
+        cells = [
+            named(r),
+            r["provider"],
+            f"{_number(r['ms'])} ({_number(r['p20'])}-{_number(r['p80'])})",
+            _number(r["roof_ms"]),
+            _number(r["gbps"]),
+            _percent(r["bandwidth_fraction"]),
+            _number(r["tflops"]),
+            _percent(r["matmul_fraction"]),
+            "" if r["ratio"] is None else f"{r['ratio']:.2f}",
+            "" if r["error"] is None else f"{r['error']:.1e}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [""] + [note for note in dict.fromkeys(map(note_of, rows)) if note]
     first = rows[0]
@@ -120,10 +160,16 @@ def plot(rows, path):
                 by_rows.setdefault(r["rows"], []).append(r["ratio"])
         if by_rows:
             rows_seen = sorted(by_rows)
-            ratio.semilogx([x for x in rows_seen for _ in by_rows[x]], [y for x in rows_seen for y in by_rows[x]], "o",
-                           markersize=3, alpha=0.4, color=look["color"])
+            ratio.semilogx(
+                [x for x in rows_seen for _ in by_rows[x]],
+                [y for x in rows_seen for y in by_rows[x]],
+                "o",
+                markersize=3,
+                alpha=0.4,
+                color=look["color"],
+            )
             ratio.semilogx(rows_seen, [statistics.median(by_rows[x]) for x in rows_seen], "-", **look)
-    copy = timed[0].get("read_gbps", timed[0].get("copy_gbps"))        # of what lies under the slope most is read
+    copy = timed[0].get("read_gbps", timed[0].get("copy_gbps"))  # of what lies under the slope most is read
     dense = timed[0].get("dense_tflops")
     if copy and dense:
         knee = 1e3 * dense / copy
@@ -131,8 +177,12 @@ def plot(rows, path):
         roof.loglog(ends, [min(1e-3 * copy * x, dense) for x in ends], "k-", linewidth=1, label="measured roof")
     roof.set(xlabel="operations per byte", ylabel="TFLOP/s", title=timed[0]["device"])
     ratio.axhline(1, color="k", linewidth=1)
-    ratio.set(xlabel="rows per evaluation", ylabel="time over qzo's (line: median of the cases)",
-              title="above 1: qzo is faster", yscale="log")
+    ratio.set(
+        xlabel="rows per evaluation",
+        ylabel="time over qzo's (line: median of the cases)",
+        title="above 1: qzo is faster",
+        yscale="log",
+    )
     for axes in (roof, ratio):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)

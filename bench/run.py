@@ -3,6 +3,7 @@
 On a GPU all are CUDA graphs; steps are timed call by call, too. Who cannot be captured is timed call by call, and qzo
 beside it once more: a ratio is between two rows of one mode.
 """
+
 import datetime
 import gc
 import importlib.metadata
@@ -25,8 +26,16 @@ PROVIDERS = LAYER_PROVIDERS + SMALL_PROVIDERS
 NAMES = tuple(dict.fromkeys(p.name for p in PROVIDERS))
 ADVICE = "fewer --rows or a smaller model in --filter asks for less"
 # what a peer of another version may raise; each is reported in its row
-FAILURES = (ImportError, AttributeError, TypeError, ValueError, KeyError, RuntimeError, NotImplementedError,
-            AssertionError)
+FAILURES = (
+    ImportError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    NotImplementedError,
+    AssertionError,
+)
 
 
 def check_providers(names):
@@ -62,7 +71,7 @@ def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seco
                 notes[provider.name] = explain(error, ADVICE)
                 continue
             if not provider.package:
-                raise                                        # ours: a fault, not another library's version
+                raise  # ours: a fault, not another library's version
             notes[provider.name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         if errors[provider.name] <= made.allowed:
@@ -72,12 +81,18 @@ def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seco
         if device == "cuda":
             torch.cuda.empty_cache()
     try:
-        times = timing.interleaved(_clocks(built, modes(case, device), device, notes), least,
-                                   timing.SECONDS[device] if seconds is None else seconds)
+        times = timing.interleaved(
+            _clocks(built, modes(case, device), device, notes),
+            least,
+            timing.SECONDS[device] if seconds is None else seconds,
+        )
     except torch.OutOfMemoryError as error:
         times, notes = {}, notes | {name: explain(error, ADVICE) for name in built}
-    rows = [_row(case, p.name, device, mode, times.get((p.name, mode)), errors.get(p.name), notes.get(p.name))
-            for p in wanted for mode in [m for m in timing.MODES if (p.name, m) in times] or [None]]
+    rows = [
+        _row(case, p.name, device, mode, times.get((p.name, mode)), errors.get(p.name), notes.get(p.name))
+        for p in wanted
+        for mode in [m for m in timing.MODES if (p.name, m) in times] or [None]
+    ]
     add_ratios(rows)
     built.clear()
     gc.collect()
@@ -91,8 +106,10 @@ def left_out(case, device, why):
 
 def _wrong(provider, case, error, allowed):
     whose = f"{provider.name} ({provider.package} {_version(provider.package)})" if provider.package else provider.name
-    return (f"wrong: what {whose} gives for {2 * case.rows} rows is off by {error:.3g} of its size (root mean square, "
-            f"against float64; at most {allowed:.3g} allowed); not timed")
+    return (
+        f"wrong: what {whose} gives for {2 * case.rows} rows is off by {error:.3g} of its size (root mean square, "
+        f"against float64; at most {allowed:.3g} allowed); not timed"
+    )
 
 
 def _version(package):
@@ -104,6 +121,7 @@ def _version(package):
 
 def _clocks(built, wanted, device, notes):
     """(provider, mode) -> its clock; a note for those that there is no graph of."""
+
     def clock(made, mode):
         return timing.clock(made.run, "cpu" if made.host else device, mode, made.passes, made.generators)
 
@@ -121,13 +139,34 @@ def _clocks(built, wanted, device, notes):
 
 
 def _row(case, name, device, mode, times, error, note):
-    row = {"schema": SCHEMA, "case": case.name, "kind": case.kind, "provider": name, "mode": mode,
-           "rows": case.rows, "n": case.n, "k": case.k, "group": case.group, "bits": case.form.bits,
-           "codes": case.codes, "dtype": case.dtype, "noise": case.noise,
-           "ms": None, "p20": None, "p80": None, "gbps": None, "tflops": None,
-           "bandwidth_fraction": None, "matmul_fraction": None, "roof_ms": None, "ratio": None,
-           "error": error if error is None or math.isfinite(error) else None, "note": note or "",
-           **timing.machine(device), "date": datetime.date.today().isoformat()}
+    row = {
+        "schema": SCHEMA,
+        "case": case.name,
+        "kind": case.kind,
+        "provider": name,
+        "mode": mode,
+        "rows": case.rows,
+        "n": case.n,
+        "k": case.k,
+        "group": case.group,
+        "bits": case.form.bits,
+        "codes": case.codes,
+        "dtype": case.dtype,
+        "noise": case.noise,
+        "ms": None,
+        "p20": None,
+        "p80": None,
+        "gbps": None,
+        "tflops": None,
+        "bandwidth_fraction": None,
+        "matmul_fraction": None,
+        "roof_ms": None,
+        "ratio": None,
+        "error": error if error is None or math.isfinite(error) else None,
+        "note": note or "",
+        **timing.machine(device),
+        "date": datetime.date.today().isoformat(),
+    }
     if times is None:
         return row
     ms, p20, p80 = times
@@ -136,10 +175,16 @@ def _row(case, name, device, mode, times, error, note):
         return row
     roof = timing.roof(device, DTYPES[case.dtype])
     gbps, tflops = 1e-6 * case.bytes / ms, 1e-9 * case.flops / ms
-    return row | {"gbps": gbps, "tflops": tflops,
-                  "bandwidth_fraction": gbps / roof.bandwidth(case.bytes, case.written),
-                  "matmul_fraction": tflops / roof.dense, "roof_ms": roof.ms(case.bytes, case.written, case.flops),
-                  "read_gbps": roof.read, "copy_gbps": roof.copy, "dense_tflops": roof.dense}
+    return row | {
+        "gbps": gbps,
+        "tflops": tflops,
+        "bandwidth_fraction": gbps / roof.bandwidth(case.bytes, case.written),
+        "matmul_fraction": tflops / roof.dense,
+        "roof_ms": roof.ms(case.bytes, case.written, case.flops),
+        "read_gbps": roof.read,
+        "copy_gbps": roof.copy,
+        "dense_tflops": roof.dense,
+    }
 
 
 def add_ratios(rows):

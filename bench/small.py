@@ -1,4 +1,5 @@
 """What is timed beside the products: the update of an arena, noise, a record of the journal."""
+
 import functools
 import tempfile
 from pathlib import Path
@@ -41,21 +42,26 @@ def _update(problem):
         scales = probe.clone()
         ops.update_op(scales, seeds, coefs, 0, law, True, 0.0)
         return scales
+
     return Built(run, problem.copies, output, want, 1e-6)
 
 
 def _official_update(problem):
     """One sweep over float16 scales with materialized noise, in tensors of a layer's size."""
-    arenas = [[torch.rand(part, device=problem.device).half() + 0.5 for part in _parts(problem.case.n)]
-              for _ in range(problem.copies)]
+    arenas = [
+        [torch.rand(part, device=problem.device).half() + 0.5 for part in _parts(problem.case.n)]
+        for _ in range(problem.copies)
+    ]
 
     def seeded():
         return torch.Generator(problem.device).manual_seed(SEED)
+
     generator = seeded()
 
     def run(part=EVERY):
         for scales in arenas[part]:
             sweep(scales, LR, generator)
+
     probe = arenas[0][0].clone()
     z = torch.normal(0.0, 1.0, probe.shape, generator=seeded(), device=problem.device, dtype=probe.dtype)
 
@@ -63,6 +69,7 @@ def _official_update(problem):
         scales = probe.clone()
         sweep([scales], 0.1, seeded())
         return scales
+
     return Built(run, problem.copies, output, probe.double() + 0.1 * z.double(), 1e-3, (generator,))
 
 
@@ -75,9 +82,15 @@ def _noise(problem):
     index = torch.arange(count, device=problem.device)
 
     def mean_square(values):
-        return values[:1 << 16].double().square().mean()[None]
-    return Built(lambda part: noise(law, SEED, index), 1, lambda: mean_square(noise(law, SEED, index)),
-                 torch.ones(1, dtype=torch.float64, device=problem.device), 0.03)          # variance 1, of 65,536
+        return values[: 1 << 16].double().square().mean()[None]
+
+    return Built(
+        lambda part: noise(law, SEED, index),
+        1,
+        lambda: mean_square(noise(law, SEED, index)),
+        torch.ones(1, dtype=torch.float64, device=problem.device),
+        0.03,
+    )  # variance 1, of 65,536
 
 
 def _randn(problem):
@@ -86,8 +99,15 @@ def _randn(problem):
 
     def run(part=EVERY):
         return torch.randn(out.shape, generator=generator, out=out, device=problem.device)
-    return Built(run, 1, lambda: run()[:1 << 16].double().square().mean()[None],
-                 torch.ones(1, dtype=torch.float64, device=problem.device), 0.03, (generator,))
+
+    return Built(
+        run,
+        1,
+        lambda: run()[: 1 << 16].double().square().mean()[None],
+        torch.ones(1, dtype=torch.float64, device=problem.device),
+        0.03,
+        (generator,),
+    )
 
 
 def _journal(problem):
@@ -103,8 +123,9 @@ def _journal(problem):
     def output():
         run()
         return torch.tensor([(Path(folder.name) / "journal.qzo").stat().st_size > 32], dtype=torch.float64)
+
     built = Built(run, 1, output, torch.ones(1, dtype=torch.float64), 0.0, host=True)
-    built.folder = folder                          # lives as long as the run
+    built.folder = folder  # lives as long as the run
     return built
 
 

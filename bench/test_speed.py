@@ -1,4 +1,5 @@
 """The registry under pytest-benchmark: `pytest bench/test_speed.py`, on a CPU the small cases."""
+
 import pytest
 import torch
 
@@ -23,5 +24,6 @@ def test_speed(benchmark, case, provider):
         built.run()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
+
     benchmark.extra_info.update(passes=built.passes, bytes=case.bytes, flops=case.flops)
     benchmark.pedantic(once, rounds=5, warmup_rounds=1)

@@ -5,6 +5,7 @@ What is compared is run in turn, so that a change of clock or load meets all ali
 20th and 80th percentile. A run is given as `run(part)`: its passes `part`, a slice, each over a set of weights of its
 own, of which there are so many that no cache holds them.
 """
+
 import ctypes
 import dataclasses
 import functools
@@ -19,9 +20,9 @@ import triton
 from . import bandwidth
 
 WARM_UP = 1
-LEAST, MOST = 5, 40          # turns
-SECONDS = {"cpu": 0.3, "cuda": 2.0}      # of one run's turns together, once LEAST are done
-TURN = 0.03                  # of process time, which a turn on a CPU takes at least where there are passes enough
+LEAST, MOST = 5, 40  # turns
+SECONDS = {"cpu": 0.3, "cuda": 2.0}  # of one run's turns together, once LEAST are done
+TURN = 0.03  # of process time, which a turn on a CPU takes at least where there are passes enough
 MODES = ("graph", "eager")
 
 
@@ -138,9 +139,9 @@ def capture(run, generators=()):
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        for generator in generators:      # a broken capture leaves their states marked as being captured
+        for generator in generators:  # a broken capture leaves their states marked as being captured
             generator.graphsafe_set_state(generator.clone_state())
-        while isinstance(error.__context__, RuntimeError):        # the end of a broken capture fails, too
+        while isinstance(error.__context__, RuntimeError):  # the end of a broken capture fails, too
             error = error.__context__
         raise NotCaptured(str(error).strip().splitlines()[0]) from None
     return graph.replay
@@ -184,8 +185,12 @@ def roof(device, dtype):
     def repeated(once):
         return clock(lambda part: [once() for _ in range(passes)[part]], device, mode, passes)
 
-    moved = interleaved({"read": repeated(lambda: bandwidth.read(source, sums)),
-                         "copy": repeated(lambda: bandwidth.copy(source, target))})
+    moved = interleaved(
+        {
+            "read": repeated(lambda: bandwidth.read(source, sums)),
+            "copy": repeated(lambda: bandwidth.copy(source, target)),
+        }
+    )
     side = 8192 if device == "cuda" else 1024
     x, w = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     [(dense, _, _)] = interleaved({"": repeated(lambda: torch.mm(x, w))}).values()
@@ -196,8 +201,8 @@ def keep_memory():
     """Let the CPU's allocator keep what is freed: whether fresh pages are faulted in is then not left to chance, and a
     provider that makes temporary matrices is not charged for them."""
     libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 32 << 20)           # M_MMAP_THRESHOLD, the most there can be
-    libc.mallopt(-1, 1 << 30)            # M_TRIM_THRESHOLD
+    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most there can be
+    libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def cache_bytes(device):
@@ -213,7 +218,6 @@ def cache_bytes(device):
 
 def machine(device):
     """What a number has to be read with: device, clocks, versions."""
-
 
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     if device == "cpu":

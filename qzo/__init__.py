@@ -18,6 +18,7 @@ The folders are the floors that data passes through, each built on those above i
 
 Importing this package imports nothing but this file: each public name is fetched when it is first used.
 """
+
 import importlib
 from typing import TYPE_CHECKING
 
@@ -42,20 +43,51 @@ if TYPE_CHECKING:
     from .optim.replay import replay
 
 _HOMES = {
-    "checkpoints.load": ("from_pretrained",), "checkpoints.quantizer": ("QZOConfig", "loading"),
-    "checkpoints.save": ("export", "save_pretrained"), "checkpoints.tokenizer": ("load_tokenizer",),
-    "kernels.noise": ("noise",), "loss.losses": ("losses", "pair", "static_batch"),
-    "nn.arena": ("ScaleArena",), "nn.evaluations": ("Evaluations",), "nn.linear": ("QZOLinear",),
+    "checkpoints.load": ("from_pretrained",),
+    "checkpoints.quantizer": ("QZOConfig", "loading"),
+    "checkpoints.save": ("export", "save_pretrained"),
+    "checkpoints.tokenizer": ("load_tokenizer",),
+    "kernels.noise": ("noise",),
+    "loss.losses": ("losses", "pair", "static_batch"),
+    "nn.arena": ("ScaleArena",),
+    "nn.evaluations": ("Evaluations",),
+    "nn.linear": ("QZOLinear",),
     "nn.choice": ("quantize_",),
     "nn.layers": ("codebooks", "evaluating", "scale_index", "scales", "train_codebooks_", "train_only"),
-    "nn.ops": ("backend",), "nn.weights": ("PackedWeight",),
-    "optim.journal": ("JournalError",), "optim.optimizer": ("QZO",), "optim.replay": ("replay",),
+    "nn.ops": ("backend",),
+    "nn.weights": ("PackedWeight",),
+    "optim.journal": ("JournalError",),
+    "optim.optimizer": ("QZO",),
+    "optim.replay": ("replay",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = ["QZO", "Evaluations", "JournalError", "PackedWeight", "QZOConfig", "QZOLinear", "ScaleArena", "backend",
-           "codebooks", "evaluating", "export", "from_pretrained", "load_tokenizer", "loading", "losses", "noise",
-           "pair", "quantize_", "replay", "save_pretrained", "scale_index", "scales", "static_batch",
-           "train_codebooks_", "train_only"]
+__all__ = [
+    "QZO",
+    "Evaluations",
+    "JournalError",
+    "PackedWeight",
+    "QZOConfig",
+    "QZOLinear",
+    "ScaleArena",
+    "backend",
+    "codebooks",
+    "evaluating",
+    "export",
+    "from_pretrained",
+    "load_tokenizer",
+    "loading",
+    "losses",
+    "noise",
+    "pair",
+    "quantize_",
+    "replay",
+    "save_pretrained",
+    "scale_index",
+    "scales",
+    "static_batch",
+    "train_codebooks_",
+    "train_only",
+]
 
 
 def __getattr__(name):

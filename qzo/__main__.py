@@ -1,4 +1,5 @@
 """`python -m qzo COMMAND`."""
+
 import sys
 
 from .cli.main import main

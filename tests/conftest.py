@@ -4,6 +4,7 @@ Triton decides when `@triton.jit` runs whether a kernel is interpreted or compil
 the two. Here it is the interpreter, unless `pytest -m gpu` asks for the GPU tests; tests that compile start a
 clean process.
 """
+
 import os
 
 import pytest
@@ -29,8 +30,9 @@ def pytest_runtest_setup(item):
 
 def pytest_terminal_summary(terminalreporter):
     if skipped_gpu_tests:
-        terminalreporter.write_line(f"{len(skipped_gpu_tests)} GPU tests did NOT run: they need a GPU and "
-                                    "`pytest -m gpu`", yellow=True)
+        terminalreporter.write_line(
+            f"{len(skipped_gpu_tests)} GPU tests did NOT run: they need a GPU and `pytest -m gpu`", yellow=True
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,9 @@ def launches(monkeypatch):
     from qzo.kernels import plan  # not before pytest_configure has said how kernels run
 
     found, run = [], plan.Plan.__call__
-    monkeypatch.setattr(plan.Plan, "__call__",
-                        lambda self, x, seeds, coefs, *y: (found.append(len(y)), run(self, x, seeds, coefs, *y))[1])
+    monkeypatch.setattr(
+        plan.Plan,
+        "__call__",
+        lambda self, x, seeds, coefs, *y: (found.append(len(y)), run(self, x, seeds, coefs, *y))[1],
+    )
     return found

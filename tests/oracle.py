@@ -4,6 +4,7 @@ Imports nothing of the package. Every float32 step that the package promises bit
 float64 and rounded after each operation: float64 holds a product of two float32 exactly, and rounding the
 float64 sum of two float32 once more gives what a float32 addition gives (53 >= 2 * 24 + 2 bits).
 """
+
 import math
 
 import torch
@@ -14,6 +15,7 @@ LARGEST_BITS = {"rademacher": 1, "ih4": 9}
 
 
 # ------------------------------------------------------------------------------------------------------ noise
+
 
 def philox(counter, key, rounds):
     """Philox4x32 of Salmon et al., SC 2011, on Python ints."""
@@ -64,10 +66,13 @@ def raw_coef(law, coef):
 
 # ---------------------------------------------------------------------------------------------------- weights
 
+
 def index(base4, groups, outputs):
     """Global scale indices [groups, outputs] of a layer whose first quad is base4."""
-    return torch.tensor([[4 * (base4 + (g // 4) * outputs + n) + g % 4 for n in range(outputs)]
-                         for g in range(groups)], dtype=torch.int64).view(groups, outputs)
+    return torch.tensor(
+        [[4 * (base4 + (g // 4) * outputs + n) + g % 4 for n in range(outputs)] for g in range(groups)],
+        dtype=torch.int64,
+    ).view(groups, outputs)
 
 
 def perturbed(scales, k, coef, relative):
@@ -98,6 +103,7 @@ def vector_weight(codes, scales, codebooks, bits):
 
 
 # ----------------------------------------------------------------------------------------------------- update
+
 
 def _float32(values):
     return values.to(torch.float32).to(torch.float64)

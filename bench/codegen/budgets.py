@@ -151,8 +151,13 @@ BUDGETS = (
         for rows, most in regimes.items()
     ),
     *(
-        Budget(f"{arch} {rows} rows, 3 members", Case(arch, rows, members=3), REGIMES[arch][rows],
-               RESIDENT.get((arch, rows), 255), AHEAD)
+        Budget(
+            f"{arch} {rows} rows, 3 members",
+            Case(arch, rows, members=3),
+            REGIMES[arch][rows],
+            RESIDENT.get((arch, rows), 255),
+            AHEAD,
+        )
         for arch, several in MEMBERS.items()
         for rows in several
     ),
@@ -177,9 +182,7 @@ def over_budget(figures_of):
         law, form = budget.case.law, dataclasses.replace(budget.case, law="none")
         added = step - (steps_of(steps, form) or step)
         if law in NOISE_ADDS and added > NOISE_ADDS[law]:
-            bad.append(
-                f"{budget.name}: the noise adds {added} instructions a step, at most {NOISE_ADDS[law]} wanted"
-            )
+            bad.append(f"{budget.name}: the noise adds {added} instructions a step, at most {NOISE_ADDS[law]} wanted")
         one = dataclasses.replace(budget.case, members=1)
         single = steps_of(steps, one)
         fewer = any(b.case == one and registers < found["registers"] for b, found in figures.items())

@@ -164,9 +164,7 @@ def target(arch):
 def recorded(arch):
     """Record every launch inside the block; yields the list they go to. Nothing is compiled or run."""
     if not all(hasattr(kernel, "device_caches") for kernel in KERNELS.values()):
-        raise RuntimeError(
-            "the kernels were imported for Triton's interpreter: unset TRITON_INTERPRET to compile them"
-        )
+        raise RuntimeError("the kernels were imported for Triton's interpreter: unset TRITON_INTERPRET to compile them")
     names = {kernel._fn_name: name for name, kernel in KERNELS.items()}
     launches = []
 
@@ -177,11 +175,7 @@ def recorded(arch):
                 arch,
                 tuple(compile["signature"].items()),
                 tuple((path[0], value) for path, value in compile["constants"].items()),
-                tuple(
-                    (path[0], tuple(map(tuple, pairs)))
-                    for path, pairs in compile["configs"][0].items()
-                    if pairs
-                ),
+                tuple((path[0], tuple(map(tuple, pairs))) for path, pairs in compile["configs"][0].items() if pairs),
                 compile["num_warps"],
                 compile["num_stages"],
                 json.loads(compile["specialization_data"])["options"].get("maxnreg"),
@@ -224,14 +218,18 @@ def matmul(case):
         else:
             overlap = case.rows <= tiles.OVERLAP_UP_TO and plan.overlaps(case.arch)
             more = [operands[3]] * (case.members - 1)
-            plan.launch(
-                *operands, *more, others=[weight] * len(more), tile=tile, asm=asm, exact=exact, pdl=overlap
-            )
+            plan.launch(*operands, *more, others=[weight] * len(more), tile=tile, asm=asm, exact=exact, pdl=overlap)
     return launches
 
 
-def chunks(arch, laws=tuple(noise.LAWS), dtypes=(torch.bfloat16, torch.float16), relative=(True, False),
-           zero_points=tuple(ZEROS), kinds=("int4",)):
+def chunks(
+    arch,
+    laws=tuple(noise.LAWS),
+    dtypes=(torch.bfloat16, torch.float16),
+    relative=(True, False),
+    zero_points=tuple(ZEROS),
+    kinds=("int4",),
+):
     """The launches that large_rows="blas" makes, for every group size."""
     found = []
     for law, group, dtype, zeros, relative_, kind in itertools.product(
@@ -380,14 +378,9 @@ def pairwise(arch, axes=AXES):
 
     Greedy: of the whole product, in its fixed order, always the case that holds most pairs not yet met.
     """
-    product = [
-        Case(arch, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
-    ]
+    product = [Case(arch, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
     product = [case for case in product if _fits(case)]
-    pairs = [
-        frozenset(itertools.combinations([(axis, getattr(case, axis)) for axis in axes], 2))
-        for case in product
-    ]
+    pairs = [frozenset(itertools.combinations([(axis, getattr(case, axis)) for axis in axes], 2)) for case in product]
     missing = set().union(*pairs)
     while missing:
         best = max(range(len(product)), key=lambda i: len(pairs[i] & missing))

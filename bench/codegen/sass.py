@@ -136,9 +136,7 @@ def measure(launch):
     compiled = compile_launch(launch)
     if launch.arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        read = {
-            key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
-        }
+        read = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
         return {
             "registers": read["vgpr_count"],
             "spill": read["vgpr_spill_count"],
@@ -149,14 +147,10 @@ def measure(launch):
         Instruction(int(at, 16), name, operands)
         for at, name, operands in INSTRUCTION.findall(_cuobjdump(compiled.asm["cubin"], "-sass"))
     ]
-    usage = re.search(
-        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(compiled.asm["cubin"], "-res-usage")
-    )
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(compiled.asm["cubin"], "-res-usage"))
     tensor_core = TENSOR_CORE[launch.arch]
     body = main_loop(code, tensor_core)
-    mix = collections.Counter(
-        next((name for name, pattern in CLASSES if _is(i, pattern)), "other") for i in body
-    )
+    mix = collections.Counter(next((name for name, pattern in CLASSES if _is(i, pattern)), "other") for i in body)
     wgmma = [i for i in body if _is(i, "HGMMA")]
     period = 1
     if launch.kernel == "folded" or (launch.kernel == "qmm" and not launch.constant("WHOLE_ROW")):
@@ -202,13 +196,9 @@ def faults(launch, figures):
     allowed = spill_allowed(launch)
     parked = PARKED if figures.get("local") == 0 and launch.kernel == "qmm" else 0
     if figures["spill"] > max(allowed, parked) or (figures.get("local") and not allowed):
-        bad.append(
-            f"spills: {figures['spill']} bytes of stack, {figures.get('local', 0)} accesses in the main loop"
-        )
+        bad.append(f"spills: {figures['spill']} bytes of stack, {figures.get('local', 0)} accesses in the main loop")
     if figures["shared"] > tiles.SHARED_BYTES[launch.arch]:
-        bad.append(
-            f"shared memory {figures['shared']} > {tiles.SHARED_BYTES[launch.arch]} bytes of {launch.arch}"
-        )
+        bad.append(f"shared memory {figures['shared']} > {tiles.SHARED_BYTES[launch.arch]} bytes of {launch.arch}")
     if launch.kernel not in ("qmm", "folded") or not _is_half(launch):  # float32 runs on plain multiply-adds
         return bad
     if not figures["tensor"]:
@@ -278,9 +268,7 @@ def launch_set(name, archs):
     "tiles": every tile, usual flags; "quick": those, the update kernel, and all pairs of flags on PAIRED;
     "every": the whole product, thousands for each architecture.
     """
-    found = [
-        launch for budget in BUDGETS if budget.case.arch in archs for launch in launches.matmul(budget.case)
-    ]
+    found = [launch for budget in BUDGETS if budget.case.arch in archs for launch in launches.matmul(budget.case)]
     for arch in archs:
         cases = []
         if name in ("tiles", "quick"):
@@ -322,9 +310,7 @@ def _record(launch):
 
 def records(wanted, jobs):
     """(launch, record) of each, in order, compiled by `jobs` processes."""
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from zip(wanted, pool.map(_record, wanted), strict=True)
 
 
@@ -334,9 +320,7 @@ def main(arguments=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--arch", action="append", choices=launches.ARCHES, help="default: all; may be repeated"
-    )
+    parser.add_argument("--arch", action="append", choices=launches.ARCHES, help="default: all; may be repeated")
     parser.add_argument("--set", choices=SETS, default="quick", help="which launches (default: quick)")
     parser.add_argument("--only", default="", help="launches whose printed name contains this text")
     parser.add_argument("--check", action="store_true", help="exit 1 when a rule or a budget is broken")
@@ -346,9 +330,7 @@ def main(arguments=None):
         help="for another Triton than the budgets were set with: only that kernels compile to tensor "
         "cores with no trap and no spill, neither the form of the code nor its instruction count",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON line per launch, then one of broken budgets"
-    )
+    parser.add_argument("--json", action="store_true", help="one JSON line per launch, then one of broken budgets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiling processes")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
@@ -377,8 +359,7 @@ def main(arguments=None):
         else "\n".join(
             [
                 *(f"OVER BUDGET {text}" for text in over),
-                f"{len(held)} kernels with Triton {triton.__version__}: "
-                f"{broken} broken, {len(over)} over budget",
+                f"{len(held)} kernels with Triton {triton.__version__}: {broken} broken, {len(over)} over budget",
             ]
         )
     )
@@ -387,9 +368,7 @@ def main(arguments=None):
 
 def _line(launch, record):
     """One launch for a person to read."""
-    text = " ".join(
-        f"{key} {value}" for key, value in record.items() if key not in ("mix", "faults") and value
-    )
+    text = " ".join(f"{key} {value}" for key, value in record.items() if key not in ("mix", "faults") and value)
     mix = " ".join(f"{key} {record['mix'][key]}" for key, _ in CLASSES if key in record.get("mix", {}))
     return f"{launch} | {text} | {mix}" + "".join(f"\n    BROKEN {fault}" for fault in record["faults"])
 

@@ -22,7 +22,7 @@ def _distance(body, at):
         named = [int(number) for number in REGISTER.findall(other.operands)]
         # the first register that is named is written, but by a store
         written = [] if other.name.startswith("ST") else named[:1]
-        if held & set(named[len(written):]):
+        if held & set(named[len(written) :]):
             return distance
         held -= set(written)
     return None

@@ -1,4 +1,5 @@
 """A transformers model from its config alone: parameters without a byte, on the meta device."""
+
 import contextlib
 
 import torch
@@ -11,7 +12,7 @@ from ..system import disk
 from ..system.memory import is_out_of_memory
 from .formats import gguf
 
-LEAST_LAYER_BYTES = 512      # less than a layer of any model takes, in 2 bits too
+LEAST_LAYER_BYTES = 512  # less than a layer of any model takes, in 2 bits too
 
 
 class reading(contextlib.AbstractContextManager):
@@ -30,8 +31,10 @@ class reading(contextlib.AbstractContextManager):
             return
         text = " ".join(str(error).split())
         if "trust_remote_code=True" in text:
-            raise ValueError(f"{self.folder} brings code of its own, which is run only with trust_remote_code=True (on "
-                             "the command line: --trust-remote-code); read it first") from None
+            raise ValueError(
+                f"{self.folder} brings code of its own, which is run only with trust_remote_code=True (on "
+                "the command line: --trust-remote-code); read it first"
+            ) from None
         named = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         raise ValueError(f"{self.folder}: {self.what}: {named}{text:.400}") from error
 
@@ -66,8 +69,10 @@ def check_depth(config, folder, held):
     """ValueError for a config of more layers than the files can hold: even empty ones take memory."""
     depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if not isinstance(depth, int) or depth * LEAST_LAYER_BYTES > held:
-        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers is {depth!r:.40}, the files have {held} bytes "
-                         "in all; one of them is damaged")
+        raise ValueError(
+            f"{folder / 'config.json'}: num_hidden_layers is {depth!r:.40}, the files have {held} bytes "
+            "in all; one of them is damaged"
+        )
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -86,7 +91,7 @@ def build_empty(config, dtype, cls=None, trust_remote_code=False):
     ValueError for a config that makes none.
     """
     with _EmptyOnMeta():
-        if cls is not None:                       # a diffusers class, whose from_config takes no dtype
+        if cls is not None:  # a diffusers class, whose from_config takes no dtype
             return nn.Module.to(cls.from_config(config), dtype)
         with reading(config.name_or_path or type(config).__name__, "its config makes no model"):
             cls = auto_class(config)

@@ -1,4 +1,5 @@
 """A model on the meta device and what a file holds of it: every entry in its place, none missing, none left."""
+
 import re
 
 from torch import nn
@@ -18,17 +19,20 @@ def fill(model, entries, path, device):
     for name, value, where in entries:
         name = names(name)
         stack = None if name in missing else stack_of(model, name)
-        if stack:                                 # the file has a tensor for each expert, the model one for all
+        if stack:  # the file has a tensor for each expert, the model one for all
             old, new = names.split(stack)
             missing = missing - old | new
         if name not in missing:
             if needless(name) or _empty_bias(name, value, model):
                 continue
             if name in filled:
-                raise ValueError(f"{where}: {name} is there already, from {filled[name]}; the files are of two "
-                                 "checkpoints, remove those of one")
-            raise ValueError(f"{where}: {type(model).__name__} has no tensor {name}; the file is of another "
-                             "architecture")
+                raise ValueError(
+                    f"{where}: {name} is there already, from {filled[name]}; the files are of two "
+                    "checkpoints, remove those of one"
+                )
+            raise ValueError(
+                f"{where}: {type(model).__name__} has no tensor {name}; the file is of another architecture"
+            )
         missing.discard(name)
         filled[name] = where
         put = put_packed if isinstance(value, PackedWeight) else _put_dense
@@ -36,12 +40,14 @@ def fill(model, entries, path, device):
         trimmer.took((value.codes if isinstance(value, PackedWeight) else value).nbytes)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
-        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {min(missing)}; the "
-                         "checkpoint is incomplete")
+        raise ValueError(
+            f"{path}: {len(missing)} tensors are missing, the first is {min(missing)}; the checkpoint is incomplete"
+        )
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
-        raise ValueError(f"{path}: nothing fills {empty[0]} of {type(model).__name__}; this architecture "
-                         "cannot be loaded")
+        raise ValueError(
+            f"{path}: nothing fills {empty[0]} of {type(model).__name__}; this architecture cannot be loaded"
+        )
     return names
 
 
@@ -52,8 +58,10 @@ def needless_of(model):
     """
     buffers = [name for name, _ in model.named_buffers()]
     computed = ("rotary_emb.inv_freq", "position_ids")
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()),
-                *(rf"(^|\.){re.escape(leaf)}$" for leaf in computed if any(name.endswith(leaf) for name in buffers))]
+    patterns = [
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        *(rf"(^|\.){re.escape(leaf)}$" for leaf in computed if any(name.endswith(leaf) for name in buffers)),
+    ]
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
@@ -70,17 +78,22 @@ def put_packed(model, name, packed, where, device):
     owner, _, leaf = name.rpartition(".")
     linear = model.get_submodule(owner)
     if type(linear) is not nn.Linear or leaf != "weight":
-        raise ValueError(f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only "
-                         "nn.Linear can be replaced")
+        raise ValueError(
+            f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only nn.Linear can be replaced"
+        )
     tied = model.all_tied_weights_keys.get(name)
     if tied is not None:
-        raise ValueError(f"{where}: {owner} is quantized, but the config ties it to {tied}; if the quantized one is "
-                         "meant, set tie_word_embeddings to false in config.json")
+        raise ValueError(
+            f"{where}: {owner} is quantized, but the config ties it to {tied}; if the quantized one is "
+            "meant, set tie_word_embeddings to false in config.json"
+        )
     if (packed.out_features, packed.in_features) != (linear.out_features, linear.in_features):
-        raise ValueError(f"{where}: has shape {[packed.out_features, packed.in_features]}, {owner} of this "
-                         f"model needs {[linear.out_features, linear.in_features]}")
+        raise ValueError(
+            f"{where}: has shape {[packed.out_features, packed.in_features]}, {owner} of this "
+            f"model needs {[linear.out_features, linear.in_features]}"
+        )
     layer = QZOLinear.from_packed(packed).to(device)
-    layer.bias = linear.bias                      # filled by its own entry, before or after this one
+    layer.bias = linear.bias  # filled by its own entry, before or after this one
     parent, _, child = owner.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
 
@@ -90,11 +103,12 @@ def _put_dense(model, name, tensor, where, device):
     owner = model.get_submodule(owner)
     old = getattr(owner, leaf)
     if old.shape != tensor.shape:
-        raise ValueError(f"{where}: has shape {list(tensor.shape)}, {name} of this model needs "
-                         f"{list(old.shape)}")
+        raise ValueError(f"{where}: has shape {list(tensor.shape)}, {name} of this model needs {list(old.shape)}")
     if old.is_floating_point() and not tensor.is_floating_point():
-        raise ValueError(f"{where}: {str(tensor.dtype).removeprefix('torch.')} for {name}, which holds floats: it is "
-                         "quantized in a way that the quantization_config does not tell")
+        raise ValueError(
+            f"{where}: {str(tensor.dtype).removeprefix('torch.')} for {name}, which holds floats: it is "
+            "quantized in a way that the quantization_config does not tell"
+        )
     tensor = tensor.to(device=device, dtype=old.dtype)
     if isinstance(old, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=False)

@@ -1,4 +1,5 @@
 """transformers models with QZOLinear inside: a checkpoint is loaded."""
+
 import warnings
 
 import torch
@@ -20,8 +21,9 @@ from .source import Source, locate
 _QUANTIZED = (".qweight", ".weight_packed", ".W_q", ".weight.absmax", ".weight.quant_map", ".SCB")
 
 
-def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True, table=None,
-                    trust_remote_code=False):
+def from_pretrained(
+    path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True, table=None, trust_remote_code=False
+):
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
     path_or_id : a checkpoint folder, a .gguf file, a folder holding exactly one, or a Hugging Face Hub id
@@ -51,8 +53,9 @@ def from_pretrained(path_or_id, *, device=None, dtype=None, bits=4, group_size=1
         else:
             model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)
     if not layers(model, trainable=None):
-        raise ValueError(f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit "
-                         "or a float checkpoint")
+        raise ValueError(
+            f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit or a float checkpoint"
+        )
     _cast(model, dtype)
     model.to(device=device)
     model.requires_grad_(False).eval()
@@ -73,12 +76,14 @@ def _cast(model, dtype):
 
 def _load_float(folder, config, trust_remote_code, options, device, dtype):
     stored = {name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)}
-    for name in sorted(stored):                    # transformers would put random weights in the place of these
-        vectors = name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in stored           # AQLM's
+    for name in sorted(stored):  # transformers would put random weights in the place of these
+        vectors = name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in stored  # AQLM's
         if name.endswith(_QUANTIZED) or vectors:
-            raise ValueError(f"{folder} holds the quantized tensor {name}, and its config.json has no "
-                             "quantization_config that tells how to read it; add the one that this model is published "
-                             f"with, there or as {gptq.CONFIG} (GPTQ) or {told.AWQ_CONFIG} (AWQ)")
+            raise ValueError(
+                f"{folder} holds the quantized tensor {name}, and its config.json has no "
+                "quantization_config that tells how to read it; add the one that this model is published "
+                f"with, there or as {gptq.CONFIG} (GPTQ) or {told.AWQ_CONFIG} (AWQ)"
+            )
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model = _quantize_streamed(folder, config, trust_remote_code, options, device, dtype)
     if model is None:
@@ -93,16 +98,24 @@ def _whole_float(folder, config, trust_remote_code):
     that the files lack; a warning where the files have others."""
     with reading(folder, "it cannot be loaded"):
         model, info = auto_class(config).from_pretrained(
-            folder, dtype="auto", trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
-            output_loading_info=True)
+            folder,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     name = type(model).__name__
     for tensor, stored, wanted in sorted(info["mismatched_keys"]):
-        raise ValueError(f"{folder}: tensor {tensor} has shape {list(stored)}, which {name} of its config.json needs "
-                         f"as {list(wanted)}; one of them is damaged or of another model")
+        raise ValueError(
+            f"{folder}: tensor {tensor} has shape {list(stored)}, which {name} of its config.json needs "
+            f"as {list(wanted)}; one of them is damaged or of another model"
+        )
     if info["missing_keys"]:
-        raise ValueError(f"{folder}: {len(info['missing_keys'])} tensors are missing, the first is "
-                         f"{min(info['missing_keys'])}; the checkpoint is incomplete, or its config.json is of another "
-                         "model")
+        raise ValueError(
+            f"{folder}: {len(info['missing_keys'])} tensors are missing, the first is "
+            f"{min(info['missing_keys'])}; the checkpoint is incomplete, or its config.json is of another "
+            "model"
+        )
     warn_left(info["unexpected_keys"], model, folder)
     return model
 
@@ -112,9 +125,11 @@ def warn_left(names, model, folder):
     needless = needless_of(model)
     left = sorted(name for name in names if not needless(name))
     if left:
-        warnings.warn(f"{folder}: {type(model).__name__} of its config.json has no place for {len(left)} tensors of "
-                      f"the files (the first: {left[0]}); they are left out, and will be missing in what is saved",
-                      stacklevel=2)
+        warnings.warn(
+            f"{folder}: {type(model).__name__} of its config.json has no place for {len(left)} tensors of "
+            f"the files (the first: {left[0]}); they are left out, and will be missing in what is saved",
+            stacklevel=2,
+        )
 
 
 def _heads(model):
@@ -182,5 +197,3 @@ def _load_quantized(folder, config, quantization, trust_remote_code, device, dty
     model._weight_conversions = names.used()
     _take_generation_config(model, folder)
     return model, Source(method, folder, sizes, stored, names=tuple(names.changed.items()))
-
-

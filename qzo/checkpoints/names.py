@@ -3,6 +3,7 @@
 Vision-language models changed theirs (language_model.model.layers.0 is model.language_model.layers.0 now), and most
 published folders have the old ones. Each model class of transformers has its renamings; they are asked, not copied.
 """
+
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -3,6 +3,7 @@
 Round to nearest with a least-squares refit of the scales (quantize.py): no data is read. The float model never exists
 in memory; where the file's tensors are not named as the model's are, it has to, and transformers loads it.
 """
+
 from pathlib import Path
 
 import torch
@@ -32,14 +33,14 @@ class Quantizing:
         self.places, self.shapes, self.form = places, shapes, form
         self.quantization, self.symmetric = quantization, symmetric
         self._made = {}
-        self.squares = [0.0, 0.0]               # of the errors of the weights, and of the weights
+        self.squares = [0.0, 0.0]  # of the errors of the weights, and of the weights
 
     def entries(self):
         """(name, dtype, shape, make) of every tensor of every layer."""
         found = []
         for layer, shape in self.shapes.items():
             for name, dtype, size, make in self._entries(layer, shape):
-                known = dtype == torch.int64        # N and K: they stand before all codes in the file, and need none
+                known = dtype == torch.int64  # N and K: they stand before all codes in the file, and need none
                 found.append((name, dtype, size, make if known else self._later(layer, name)))
         return found
 
@@ -64,13 +65,15 @@ class Quantizing:
             for rows, wanted in zip(packed.dequantize().split(1024), weight.split(1024), strict=True):
                 self.squares[0] += float((rows - wanted.float()).square().sum())
                 self.squares[1] += float(wanted.float().square().sum())
-            self._made |= {name: make() for name, dtype, _, make in self._entries(layer, packed)
-                           if dtype != torch.int64}
+            self._made |= {
+                name: make() for name, dtype, _, make in self._entries(layer, packed) if dtype != torch.int64
+            }
         return self._made.pop(name)
 
 
-def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True, format=None, table=None,
-                    trust_remote_code=False):
+def quantize_folder(
+    path_or_id, out, *, bits=4, group_size=None, symmetric=True, format=None, table=None, trust_remote_code=False
+):
     """Write a quantized copy of a float checkpoint, every linear layer but the output head, to the folder `out`.
 
     bits, symmetric : as in qzo.quantize_
@@ -92,8 +95,10 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
     path, out = locate(path_or_id), Path(out)
     known = None if path.is_file() else read_config(path, trust_remote_code)
     if known is None or told.quantization_of(path) is not None:
-        raise ValueError(f"{path_or_id} is quantized already; qzo export writes it in another format, and a float "
-                         "checkpoint can be quantized")
+        raise ValueError(
+            f"{path_or_id} is quantized already; qzo export writes it in another format, and a float "
+            "checkpoint can be quantized"
+        )
     if out.resolve() == path:
         raise ValueError(f"{out} is where the float model is; the source is never overwritten, give another folder")
     model = build_empty(known, torch.float32, trust_remote_code=trust_remote_code)
@@ -107,15 +112,27 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
     wanted = {file_name(name, known.model_type): value.shape for name, value in model.state_dict().items()}
     tied = {file_name(name, known.model_type) for name in model.all_tied_weights_keys}
     whole = wanted.keys() - places.keys() <= tied and all(
-        torch.Size(places[name][1][1]) == shape for name, shape in wanted.items() if name in places)
-    if not whole:                                   # by other names; or damaged, which is told there
-        model = from_pretrained(path, device="cpu", bits=bits, group_size=group_size, symmetric=symmetric,
-                                table=table, trust_remote_code=trust_remote_code)
+        torch.Size(places[name][1][1]) == shape for name, shape in wanted.items() if name in places
+    )
+    if not whole:  # by other names; or damaged, which is told there
+        model = from_pretrained(
+            path,
+            device="cpu",
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            table=table,
+            trust_remote_code=trust_remote_code,
+        )
         export(model, out, format)
         return {"layers": len(layers(model)), **result, "error": None}
     zeros = None if symmetric or table is not None else torch.uint8
-    shapes = {name: PackedWeight.on_meta(m.out_features, m.in_features, check_group_size(group_size, m.in_features),
-                                         bits, zeros, table=entries) for name, m in linears.items()}
+    shapes = {
+        name: PackedWeight.on_meta(
+            m.out_features, m.in_features, check_group_size(group_size, m.in_features), bits, zeros, table=entries
+        )
+        for name, m in linears.items()
+    }
     warn_left(places.keys() - wanted.keys(), model, path)
     dense_names = wanted.keys() - {f"{name}.weight" for name in linears}
     heads = {file_name(name, known.model_type) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}

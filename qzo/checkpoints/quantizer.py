@@ -5,6 +5,7 @@ A float checkpoint is quantized with `quantization_config=QZOConfig(...)`; folde
 and puts the QZOLinears in when all is read: as buffers of a module, transformers would fill them anew at the end.
 The package is imported without transformers, this module when one of its names is first used.
 """
+
 import contextlib
 import copy
 import math
@@ -36,7 +37,7 @@ from .source import Source
 
 METHOD = "qzo"
 _SETTINGS = ("bits", "group_size", "symmetric", "skip")
-HELD_ELEMENT_BYTES = 0.625        # of a stored weight: 4 bits and a float32 scale for each 32
+HELD_ELEMENT_BYTES = 0.625  # of a stored weight: 4 bits and a float32 scale for each 32
 
 
 @register_quantization_config(METHOD)
@@ -101,8 +102,8 @@ class QZOQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config, **kwargs):
         super().__init__(quantization_config, **kwargs)
-        self._linears = {}                # name -> nn.Linear that is quantized or, in a 4-bit folder, may be
-        self._packed = {}                 # name of a weight -> (PackedWeight, where it came from)
+        self._linears = {}  # name -> nn.Linear that is quantized or, in a 4-bit folder, may be
+        self._packed = {}  # name of a weight -> (PackedWeight, where it came from)
         self._errors, self._names = [], None
         self._files = self._make = self._info = self._kept_in_float32 = self._trimmer = None
 
@@ -116,8 +117,9 @@ class QZOQuantizer(HfQuantizer):
     def validate_environment(self, device_map=None, **_):
         source = self.quantization_config.source
         if self.pre_quantized and source is None:
-            raise ValueError("config.json: quant_method 'qzo' is no format of weights; save such a model with "
-                             "qzo.save_pretrained")
+            raise ValueError(
+                "config.json: quant_method 'qzo' is no format of weights; save such a model with qzo.save_pretrained"
+            )
         if self.pre_quantized:
             self._make = GATHERED[source["quant_method"]].packer(source, "config.json")
         if isinstance(device_map, dict):
@@ -128,17 +130,23 @@ class QZOQuantizer(HfQuantizer):
         if self.pre_quantized and not all(file.suffix == ".safetensors" for file in self._files):
             raise ValueError(f"{self._files[0]}: 4-bit weights are read from safetensors files only; fetch those")
         skip = self.get_modules_to_not_convert(model, self.quantization_config.skip, add_default_skips=True)
-        self._linears = {name: module for name, module in model.named_modules()
-                         if type(module) is nn.Linear and should_convert_module(name, skip)}
+        self._linears = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and should_convert_module(name, skip)
+        }
         if self.pre_quantized:
             self._names = Names(model)
             return
         if stack_widths(model):
-            raise ValueError(f"{type(model).__name__} keeps its experts in one tensor, which cannot be quantized while "
-                             "transformers loads it; use qzo.from_pretrained")
+            raise ValueError(
+                f"{type(model).__name__} keeps its experts in one tensor, which cannot be quantized while "
+                "transformers loads it; use qzo.from_pretrained"
+            )
         if not self._linears:
-            raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize "
-                             f"(skip={self.quantization_config.skip})")
+            raise ValueError(
+                f"{type(model).__name__} has no nn.Linear to quantize (skip={self.quantization_config.skip})"
+            )
         for name, linear in self._linears.items():
             try:
                 check_group_size(self.quantization_config.group_size, linear.in_features)
@@ -147,7 +155,9 @@ class QZOQuantizer(HfQuantizer):
         # a weight is quantized from the numbers in the file, not from what they are in the model's dtype
         self._kept_in_float32 = model._keep_in_fp32_modules_strict
         model._keep_in_fp32_modules_strict = {
-            *(self._kept_in_float32 or ()), *(rf"^{re.escape(name)}\.weight$" for name in self._linears)}
+            *(self._kept_in_float32 or ()),
+            *(rf"^{re.escape(name)}\.weight$" for name in self._linears),
+        }
 
     def param_needs_quantization(self, model, param_name, **_):
         return not self.pre_quantized and param_name.removesuffix(".weight") in self._linears
@@ -187,7 +197,7 @@ class QZOQuantizer(HfQuantizer):
             self._trimmer.took(packed.codes.nbytes)
         except ValueError as error:
             self._errors.append(f"{where}: {error}")
-        model.get_parameter(name)._is_hf_initialized = True       # it stays on the meta device
+        model.get_parameter(name)._is_hf_initialized = True  # it stays on the meta device
         missing.discard(name)
 
     def take_stored(self, model, name, source, parts, info):
@@ -239,10 +249,12 @@ class QZOQuantizer(HfQuantizer):
             while owner and owner not in modules:
                 owner = owner.rpartition(".")[0]
             held = [p for p in modules[owner]._parameters.values() if p is not None] if owner else []
-            stacked = any(p.dim() == 3 for p in held)          # transformers 5.17 has other names for what it gathers
+            stacked = any(p.dim() == 3 for p in held)  # transformers 5.17 has other names for what it gathers
             if held and (key.endswith(".weight") or stacked):
-                raise ValueError(f"{key}: {owner} of {type(model).__name__} is a {type(modules[owner]).__name__}, "
-                                 "which has no nn.Linear for it; load such a model with qzo.from_pretrained")
+                raise ValueError(
+                    f"{key}: {owner} of {type(model).__name__} is a {type(modules[owner]).__name__}, "
+                    "which has no nn.Linear for it; load such a model with qzo.from_pretrained"
+                )
 
     def _source(self, model):
         """Where the model came from, None if there are no files to tell."""
@@ -272,8 +284,15 @@ class _Quantize(ConversionOps):
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             if self.quantizer.param_needs_quantization(model, name):
-                self.quantizer.take(model, name, lambda tensor=tensor: quantize_weight(
-                    tensor.cpu(), options.group_size, options.symmetric, options.bits), name, missing_keys)
+                self.quantizer.take(
+                    model,
+                    name,
+                    lambda tensor=tensor: quantize_weight(
+                        tensor.cpu(), options.group_size, options.symmetric, options.bits
+                    ),
+                    name,
+                    missing_keys,
+                )
             else:
                 rest[name] = value
         return rest
@@ -292,8 +311,10 @@ class _Stored(WeightConverter):
 def _check_one(devices):
     devices = sorted(set(map(str, devices)))
     if len(devices) > 1:
-        raise ValueError(f"device_map spreads the model over {', '.join(devices)}: all that trains must be on one "
-                         "device; give device_map='cuda' or 'cpu'")
+        raise ValueError(
+            f"device_map spreads the model over {', '.join(devices)}: all that trains must be on one "
+            "device; give device_map='cuda' or 'cpu'"
+        )
 
 
 def _device(model):
@@ -312,7 +333,7 @@ def attach(model, quantization):
     if model._qzo_source.kind == "float":
         quantization = save.own_config(model)
     if model._qzo_source.kind == "float" or not hasattr(model, "_weight_conversions"):
-        model._weight_conversions = []            # the model's names, which `save_pretrained` here writes too
+        model._weight_conversions = []  # the model's names, which `save_pretrained` here writes too
     config = QZOConfig.from_dict(quantization or {})
     if quantization:
         model.config.quantization_config = config

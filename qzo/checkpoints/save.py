@@ -1,4 +1,5 @@
 """Models that load.py read, back to disk: in the format they came from, or in another."""
+
 import functools
 import json
 from pathlib import Path
@@ -30,7 +31,7 @@ from .formats.rounding import new_scales
 from .tokenizer import load_tokenizer
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
-_CONFIGS = (gptq.CONFIG, "quantization_config.json", told.AWQ_CONFIG)      # of the source's own format
+_CONFIGS = (gptq.CONFIG, "quantization_config.json", told.AWQ_CONFIG)  # of the source's own format
 _EXPORTS = (*TARGETS, "gguf")
 WEIGHTS = "model.safetensors"
 
@@ -64,8 +65,10 @@ def export(model, out, format="compressed-tensors"):
     check_format(format)
     if format == "gguf":
         if source.kind != "gguf":
-            raise ValueError(f"export to 'gguf' needs a model that was loaded from a GGUF file, whose metadata and "
-                             f"tokenizer it copies; this one is {source.kind}; use {', '.join(map(repr, TARGETS))}")
+            raise ValueError(
+                f"export to 'gguf' needs a model that was loaded from a GGUF file, whose metadata and "
+                f"tokenizer it copies; this one is {source.kind}; use {', '.join(map(repr, TARGETS))}"
+            )
         folder, name = (out.parent, out.name) if out.suffix == ".gguf" else (out, source.path.name)
         return _copy_with_scales(model, source, folder, name)
     if source.kind == format:
@@ -82,8 +85,10 @@ def check_format(format):
 def _source(model):
     source = getattr(model, "_qzo_source", None)
     if source is None:
-        raise ValueError(f"this {type(model).__name__} was not loaded by qzo.from_pretrained, so there is "
-                         "no source to copy; load it that way, or keep its state_dict()")
+        raise ValueError(
+            f"this {type(model).__name__} was not loaded by qzo.from_pretrained, so there is "
+            "no source to copy; load it that way, or keep its state_dict()"
+        )
     source.check()
     return source
 
@@ -100,7 +105,7 @@ def _find(model, tensor):
     name = _inside(model._qzo_source, tensor.removesuffix(".weight"))
     try:
         layer = model.get_submodule(name)
-    except AttributeError:                       # a model without the head that the file has
+    except AttributeError:  # a model without the head that the file has
         return None
     return _packed(name, layer) if isinstance(layer, QZOLinear) else None
 
@@ -130,8 +135,10 @@ def _rounded(model, source):
     """(layer, scales, zeros or None) of each layer as `save_pretrained` writes them."""
     if source.kind == "float":
         packed = _all_packed(model).items()
-        return ((name, new_scales(weight.scales, torch.float32 if weight.table else torch.float16, name).float(), None)
-                for name, weight in packed)
+        return (
+            (name, new_scales(weight.scales, torch.float32 if weight.table else torch.float16, name).float(), None)
+            for name, weight in packed
+        )
     if source.kind == "gguf":
         return gguf.rounded(GGUFFile(source.path), functools.partial(_find, model))
     return FOLDERS[source.kind].rounded(source.path, functools.partial(_find, model))
@@ -171,9 +178,10 @@ def _copy_with_scales(model, source, folder, name):
     find = functools.partial(_find, model)
     home = source.path.parent if source.kind == "gguf" else source.path
     target = folder if source.kind != "gguf" else folder / name
-    if target.exists() and target.samefile(source.path):         # through whatever links
-        raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
-                         "give another folder")
+    if target.exists() and target.samefile(source.path):  # through whatever links
+        raise ValueError(
+            f"{folder} is where this model was loaded from; the source is never overwritten, give another folder"
+        )
     if source.kind != "gguf":
         _check_free(folder, {file.name for file in home.iterdir()})
     with files.staged(folder) as staging:
@@ -187,15 +195,18 @@ def _check_free(folder, names):
     """ValueError where a folder holds weights that readers would take for those of the files of these names."""
     for left, written in ((INDEX, WEIGHTS), (WEIGHTS, INDEX)):
         if (folder / left).exists() and left not in names and written in names:
-            raise ValueError(f"{folder} holds the {left} of another checkpoint, beside which readers would not find "
-                             "what would be written; give another folder")
+            raise ValueError(
+                f"{folder} holds the {left} of another checkpoint, beside which readers would not find "
+                "what would be written; give another folder"
+            )
 
 
 def _write_new(model, source, folder, form):
     """A new folder in the format of the module `form`."""
     if folder.exists() and folder.samefile(source.path):
-        raise ValueError(f"{folder} is where this model was loaded from; the source is never overwritten, "
-                         "give another folder")
+        raise ValueError(
+            f"{folder} is where this model was loaded from; the source is never overwritten, give another folder"
+        )
     _check_free(folder, {WEIGHTS})
     kind = model.config.model_type
     packed = {file_name(name, kind): weight for name, weight in _all_packed(model).items()}
@@ -232,7 +243,7 @@ def _config(model, source):
     else:
         config = told.untold(files.read_object(source.path / "config.json"))
     if source.kind in FOLDERS:
-        return config                              # dense tensors are the file's own, and so is what it says of them
+        return config  # dense tensors are the file's own, and so is what it says of them
     return config | {"dtype": str(source.dtype).removeprefix("torch.")}
 
 
@@ -249,13 +260,16 @@ def _dense(model, source, packed):
         dense = [(_renamed(model, source, name), *rest) for name, *rest in dense_entries(source.path, is_dense)]
         stored = scale_dtypes(source.path, scales)
         return dense, {file_name(_inside(source, name), model.config.model_type): stored[name] for name in stored}
-    dense = dict(model.named_parameters())          # tied tensors once
+    dense = dict(model.named_parameters())  # tied tensors once
     buffers = dict(model.named_buffers())
     own = tuple(f"{name}." for name in layers(model, trainable=None))
     dense |= {name: buffers[name] for name in model.state_dict() if name in buffers and not name.startswith(own)}
     kind = model.config.model_type
-    return [(file_name(name, kind), dtype, value.shape, lambda value=value, dtype=dtype: value.detach().to(dtype))
-            for name, value in dense.items() for dtype in [_stored_dtype(value, source.dtype)]], {}
+    return [
+        (file_name(name, kind), dtype, value.shape, lambda value=value, dtype=dtype: value.detach().to(dtype))
+        for name, value in dense.items()
+        for dtype in [_stored_dtype(value, source.dtype)]
+    ], {}
 
 
 def _stored_dtype(value, dtype):
@@ -274,6 +288,7 @@ def copy_companions(folder, staging):
 
 
 # ---------------------------------------------------------------------------------------------- transformers' own way
+
 
 def own_config(model):
     """The quantization_config that a model from a float source is saved with."""
@@ -303,8 +318,10 @@ def tensors(model):
             state |= {name: make() for name, _, _, make in entries}
         return state
     if source.kind not in GATHERED:
-        raise ValueError(f"this model was loaded from {source.path} ({source.kind}), which transformers' "
-                         "save_pretrained cannot write; use qzo.save_pretrained(model, folder)")
+        raise ValueError(
+            f"this model was loaded from {source.path} ({source.kind}), which transformers' "
+            "save_pretrained cannot write; use qzo.save_pretrained(model, folder)"
+        )
     source.check()
     names, packed = dict(source.names), layers(model, trainable=None)
     changed = GATHERED[source.kind].changed_scales(source.path, functools.partial(_find, model))
@@ -328,10 +345,14 @@ def _dense_state(model):
     """
     state, detached = {}, {}
     for owner, module in model.named_modules(remove_duplicate=False):
-        held = module._parameters | {name: buffer for name, buffer in module._buffers.items()
-                                     if name not in module._non_persistent_buffers_set}
-        state |= {f"{owner}.{name}".removeprefix("."): detached.setdefault(id(t), t.detach())
-                  for name, t in held.items() if t is not None}
+        held = module._parameters | {
+            name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
+        }
+        state |= {
+            f"{owner}.{name}".removeprefix("."): detached.setdefault(id(t), t.detach())
+            for name, t in held.items()
+            if t is not None
+        }
     return state
 
 

@@ -1,4 +1,5 @@
 """Where a model is, and where it came from: a folder, a GGUF file, or a Hub id that is fetched."""
+
 import dataclasses
 from pathlib import Path
 
@@ -35,11 +36,14 @@ class Source:
         for name, size in self.sizes:
             file = self.path if self.kind == "gguf" else self.path / name
             if not file.exists():
-                raise FileNotFoundError(f"{file}, which this model was loaded from, is gone; saving copies "
-                                        "it, put it back")
+                raise FileNotFoundError(
+                    f"{file}, which this model was loaded from, is gone; saving copies it, put it back"
+                )
             if file.stat().st_size != size:
-                raise ValueError(f"{file} had {size} bytes when this model was loaded and has "
-                                 f"{file.stat().st_size} now; saving copies it, put the old file back")
+                raise ValueError(
+                    f"{file} had {size} bytes when this model was loaded and has "
+                    f"{file.stat().st_size} now; saving copies it, put the old file back"
+                )
 
 
 def locate(path_or_id):
@@ -58,9 +62,11 @@ def locate(path_or_id):
     if len(found) == 1:
         return path.resolve() / found[0]
     if found:
-        raise ValueError(f"{path} holds {len(found)} GGUF files "
-                         f"({', '.join(found[:4])}{', ...' if found[4:] else ''}); give the path of one of "
-                         "them")
+        raise ValueError(
+            f"{path} holds {len(found)} GGUF files "
+            f"({', '.join(found[:4])}{', ...' if found[4:] else ''}); give the path of one of "
+            "them"
+        )
     raise ValueError(f"{path} holds no checkpoint: neither config.json with weights nor a .gguf file")
 
 

@@ -1,4 +1,5 @@
 """The tokenizer that a checkpoint brings along."""
+
 from transformers import AutoTokenizer
 
 from .empty import reading

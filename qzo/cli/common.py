@@ -1,4 +1,5 @@
 """What several commands share: the options of the model, loading it, results as text."""
+
 import sys
 
 import torch
@@ -14,23 +15,27 @@ DTYPES = ("float32", "float16", "bfloat16")
 def add_model_options(parser):
     model = parser.add_argument_group("the model")
     model.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    model.add_argument("--dtype", choices=DTYPES,
-                       help="of activations (default: float32 on a CPU, float16 on a GPU)")
-    model.add_argument("--group-size", type=int,
-                       help="when a float checkpoint is quantized on the way in (default 128)")
-    model.add_argument("--trust-remote-code", action="store_true", default=None,
-                       help="run code from the checkpoint's folder")
+    model.add_argument("--dtype", choices=DTYPES, help="of activations (default: float32 on a CPU, float16 on a GPU)")
+    model.add_argument(
+        "--group-size", type=int, help="when a float checkpoint is quantized on the way in (default 128)"
+    )
+    model.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
+    )
 
 
 def load(path, own):
     """The model at `path`, as the options of "the model" say."""
     try:
         torch.empty(0, device=own["device"])
-    except (RuntimeError, AssertionError) as error:      # torch raises either for a device it was not built for
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
         raise ValueError(f"--device {own['device']} cannot be used: {str(error).splitlines()[0]}") from None
-    chosen = {"device": own["device"], "group_size": own["group_size"],
-              "dtype": getattr(torch, own["dtype"]) if own["dtype"] else None,
-              "trust_remote_code": bool(own["trust_remote_code"])}
+    chosen = {
+        "device": own["device"],
+        "group_size": own["group_size"],
+        "dtype": getattr(torch, own["dtype"]) if own["dtype"] else None,
+        "trust_remote_code": bool(own["trust_remote_code"]),
+    }
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})
 
 

@@ -1,4 +1,5 @@
 """`qzo demo`."""
+
 import itertools
 import json
 from pathlib import Path
@@ -10,8 +11,10 @@ from .train import CUDA_GRAPH
 
 def add_options(parser):
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
-    parser.add_argument("--output-dir", help="where journal, metrics, curve and model go "
-                        "(default: a new folder qzo-demo, qzo-demo-2, ...)")
+    parser.add_argument(
+        "--output-dir",
+        help="where journal, metrics, curve and model go (default: a new folder qzo-demo, qzo-demo-2, ...)",
+    )
     parser.add_argument("--resume", action="store_true", help="continue the demo in --output-dir")
     parser.add_argument("--cuda-graph", **CUDA_GRAPH)
 
@@ -25,10 +28,19 @@ def execute(options):
     if options.json:
         print(json.dumps(results))
         return 0
-    print(table([("zero-shot", results["zero_shot"]), ("control: label biases only", results["control"]),
-                 ("tuned", results["tuned"])]))
-    print(f"300 held-out headlines, {results['steps']} steps, seed {results['seed']}, {results['seconds']:.0f} s on "
-          f"{results['device']}; everything is in {out}")
+    print(
+        table(
+            [
+                ("zero-shot", results["zero_shot"]),
+                ("control: label biases only", results["control"]),
+                ("tuned", results["tuned"]),
+            ]
+        )
+    )
+    print(
+        f"300 held-out headlines, {results['steps']} steps, seed {results['seed']}, {results['seconds']:.0f} s on "
+        f"{results['device']}; everything is in {out}"
+    )
     return 0
 
 

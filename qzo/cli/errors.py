@@ -1,4 +1,5 @@
 """An error of a command as one line on standard error, and its exit status."""
+
 import sys
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from ..system.memory import explain, is_out_of_memory
 from ..training.loop import Interrupted
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-LESS_MEMORY = ("--sequential holds one evaluation's activations at a time, a smaller --batch-size, --directions, "
-               "--max-length or --seq-len less of them; qzo memory tells what is needed")
+LESS_MEMORY = (
+    "--sequential holds one evaluation's activations at a time, a smaller --batch-size, --directions, "
+    "--max-length or --seq-len less of them; qzo memory tells what is needed"
+)
 
 
 def reporting(execute, options):
@@ -17,12 +20,18 @@ def reporting(execute, options):
     try:
         return execute(options) or 0
     except Interrupted as stop:
-        print(f"qzo: stopped after {stop.steps} steps, all of them saved; go on with the same command, its "
-              "--output-dir and --resume", file=sys.stderr)
+        print(
+            f"qzo: stopped after {stop.steps} steps, all of them saved; go on with the same command, its "
+            "--output-dir and --resume",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
-        print("qzo: stopped outside the training steps; a journal that was begun is whole, so the same command with "
-              "--resume goes on", file=sys.stderr)
+        print(
+            "qzo: stopped outside the training steps; a journal that was begun is whole, so the same command with "
+            "--resume goes on",
+            file=sys.stderr,
+        )
         return 1
     except BAD_INPUT as error:
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
@@ -41,7 +50,6 @@ def reporting(execute, options):
 
 def _line(error):
     return disk.unusable(error) or " ".join(str(error).split())
-
 
 
 def full_disk(error, command, out):

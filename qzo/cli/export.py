@@ -1,4 +1,5 @@
 """`qzo export`: the same weights in another format."""
+
 import json
 
 from ..checkpoints.save import check_format
@@ -8,8 +9,13 @@ from .common import add_model_options, load, replayed
 
 def add_options(parser):
     parser.add_argument("model", help="a checkpoint: a folder, a .gguf file, or a hub id")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="awq, bitsandbytes, compressed-tensors, gptq, or "
-                        "(from a GGUF file) gguf; refused with the reason where it cannot hold the model exactly")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="awq, bitsandbytes, compressed-tensors, gptq, or "
+        "(from a GGUF file) gguf; refused with the reason where it cannot hold the model exactly",
+    )
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
     add_model_options(parser)

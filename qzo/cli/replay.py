@@ -1,4 +1,5 @@
 """`qzo replay`: a tuned model from its base and a journal."""
+
 import json
 
 from ..checkpoints.save import save_pretrained

@@ -4,6 +4,7 @@ A model's forward runs as it is; only what its head reads is cut to the position
 at a time. So whatever stands around the head (a dense layer, a scale, a soft cap, unused rows of the vocabulary) acts
 as the model has it, and the logits of a whole batch over the whole vocabulary never exist.
 """
+
 import contextlib
 import functools
 import inspect
@@ -13,9 +14,9 @@ import weakref
 import torch
 from torch import nn
 
-LOGIT_BYTES = 64 << 20       # float32 logits held at once
+LOGIT_BYTES = 64 << 20  # float32 logits held at once
 
-_whole: weakref.WeakSet = weakref.WeakSet()      # models whose logits are taken whole
+_whole: weakref.WeakSet = weakref.WeakSet()  # models whose logits are taken whole
 
 
 def takes(model, name):
@@ -61,7 +62,7 @@ def logits_at(model, inputs, row, column, E=1, most=None):
     reading = _Reading(model, head, row, column, E)
     for start in range(0, each, most):
         logits = reading.run(inputs, start, most, again=each > most)
-        if reading.rows is None:             # the head was not called, or on something else than [rows, tokens, H]
+        if reading.rows is None:  # the head was not called, or on something else than [rows, tokens, H]
             take_whole(model, "its head is not called with hidden states [rows, tokens, features]")
             yield logits[row, column].float().view(E, each, -1)
             return
@@ -114,8 +115,10 @@ def decoder_inputs(model, labels):
         return model.prepare_decoder_input_ids_from_labels(labels)
     config = model.config
     if config.decoder_start_token_id is None or config.pad_token_id is None:
-        raise ValueError(f"{type(model).__name__} does not say how labels become inputs of its decoder: give "
-                         "decoder_input_ids beside labels")
+        raise ValueError(
+            f"{type(model).__name__} does not say how labels become inputs of its decoder: give "
+            "decoder_input_ids beside labels"
+        )
     shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
     return shifted.masked_fill(shifted == -100, config.pad_token_id)
 
@@ -124,7 +127,7 @@ def output_head(model):
     """The module that makes logits of hidden states, or None."""
     try:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-    except (AttributeError, NotImplementedError):        # the base class's, or of a head that is elsewhere
+    except (AttributeError, NotImplementedError):  # the base class's, or of a head that is elsewhere
         head = None
     return head if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList | nn.ModuleDict) else None
 
@@ -147,8 +150,11 @@ def take_whole(model, reason):
     """From now on the logits of whole batches are computed; one warning says so."""
     if not is_whole(model):
         _whole.add(model)
-        warnings.warn(f"{type(model).__name__}: the logits of all tokens are computed, not of the labelled ones alone, "
-                      f"which takes more memory and time: {reason}", stacklevel=3)
+        warnings.warn(
+            f"{type(model).__name__}: the logits of all tokens are computed, not of the labelled ones alone, "
+            f"which takes more memory and time: {reason}",
+            stacklevel=3,
+        )
 
 
 class _Reading:
@@ -160,7 +166,7 @@ class _Reading:
     def __init__(self, model, head, row, column, E=1):
         self.model, self.head, self.place, self.E = model, head, (row, column), E
         self.states = self.rows = None
-        self.outputs = {}                    # of the modules beside the head, in the first run
+        self.outputs = {}  # of the modules beside the head, in the first run
 
     def run(self, inputs, start, count, again=False):
         """The logits of rows start to start + count of each evaluation. again: keep what further runs need."""
@@ -173,7 +179,7 @@ class _Reading:
                     return read(x, *args, **kwargs)
                 self.states = x
                 self.rows = x[self.place].view(self.E, -1, x.shape[-1])
-            return read(self.rows[:, start:start + count], *args, **kwargs)
+            return read(self.rows[:, start : start + count], *args, **kwargs)
 
         with contextlib.ExitStack() as patches:
             patches.enter_context(_patched(self.head, forward_rows))
@@ -235,8 +241,10 @@ def _logits(model, inputs):
     output = forward(model, inputs)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, torch.Tensor):
-        raise ValueError(f"{type(model).__name__} has no language-model head (its output has no logits): labels "
-                         "[rows, tokens] and options need one")
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head (its output has no logits): labels "
+            "[rows, tokens] and options need one"
+        )
     return logits
 
 

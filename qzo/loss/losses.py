@@ -1,4 +1,5 @@
 """Batches stacked for several evaluations, and their losses: float32, from the labelled positions only (head.py)."""
+
 from collections.abc import Mapping
 
 import torch
@@ -7,8 +8,21 @@ from torch.nn import functional
 from . import own_loss
 from .head import decoder_inputs, forward, has_encoder, head_input, logits_at, row_count
 
-NOT_INPUTS = ("labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots",
-              "static", "states", "logits_to_keep", "num_logits_to_keep", "return_dict")   # the last three: ours to say
+NOT_INPUTS = (
+    "labels",
+    "label",
+    "option_ids",
+    "options",
+    "seen_until",
+    "sources",
+    "targets",
+    "slots",
+    "static",
+    "states",
+    "logits_to_keep",
+    "num_logits_to_keep",
+    "return_dict",
+)  # the last three: ours to say
 
 
 class Stacked(dict):
@@ -31,8 +45,9 @@ def pair(batch, E):
         positions = batch.get("position_ids")
         if isinstance(positions, torch.Tensor):
             several = row_count(batch) > 1 and len(positions) == 1
-            stacked["position_ids"] = (positions.repeat(1, E, 1) if positions.dim() == 3 else
-                                       positions if several else stacked["position_ids"])
+            stacked["position_ids"] = (
+                positions.repeat(1, E, 1) if positions.dim() == 3 else positions if several else stacked["position_ids"]
+            )
         return stacked
     if isinstance(batch, list | tuple):
         return type(batch)(pair(value, E) for value in batch)
@@ -47,7 +62,7 @@ def static_batch(batch, targets=None):
     some masks are all ones and others not, leave a token of padding in each: transformers looks for that on the host.
     ValueError for fewer than there are, and for a batch without a label.
     """
-    labels = batch["labels"][:, 1:]                      # position t predicts token t + 1
+    labels = batch["labels"][:, 1:]  # position t predicts token t + 1
     most = int((labels != -100).sum(1).max())
     targets = most if targets is None else targets
     if not most:
@@ -56,8 +71,15 @@ def static_batch(batch, targets=None):
         raise ValueError(f"targets={targets}: the batch has rows of {most} labels, in {labels.shape[1]} places")
     sources = (labels == -100).to(torch.uint8).argsort(dim=1, stable=True)[:, :targets]
     rest = {key: value for key, value in batch.items() if key != "labels"}
-    return type(batch)({**rest, "sources": sources, "targets": labels.gather(1, sources),
-                        "slots": torch.zeros_like(sources), "static": True})
+    return type(batch)(
+        {
+            **rest,
+            "sources": sources,
+            "targets": labels.gather(1, sources),
+            "slots": torch.zeros_like(sources),
+            "static": True,
+        }
+    )
 
 
 def losses(model, batch, E):
@@ -89,8 +111,10 @@ def losses(model, batch, E):
     not divide, and for a model whose own loss is another than the cross entropy above.
     """
     if not hasattr(model, "config"):
-        raise ValueError(f"{type(model).__name__} has no config: losses are those of transformers models; of a wrapper "
-                         "such as DataParallel, give the module inside")
+        raise ValueError(
+            f"{type(model).__name__} has no config: losses are those of transformers models; of a wrapper "
+            "such as DataParallel, give the module inside"
+        )
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch is a mapping of tensors, got {type(batch).__name__}")
     if not isinstance(batch, Stacked):
@@ -106,8 +130,10 @@ def losses(model, batch, E):
             each = functional.cross_entropy(scores, batch["label"], reduction="none")
             return each.view(E, -1).mean(1)
         if "labels" not in batch and "targets" not in batch:
-            raise ValueError(f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
-                             "-100 where there is none, or option_ids and label")
+            raise ValueError(
+                f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
+                "-100 where there is none, or option_ids and label"
+            )
         return _label_losses(model, batch, E)
 
 
@@ -124,11 +150,13 @@ def _check_shapes(model, batch):
         raise ValueError(f"input_ids are {list(tokens.shape)}: [rows, tokens] are wanted")
     if tokens is not None and "labels" in batch:
         labels, wanted = batch["labels"].shape, tokens.shape
-        if len(labels) == 1 or has_encoder(model):               # of a row, or of the decoder's tokens
+        if len(labels) == 1 or has_encoder(model):  # of a row, or of the decoder's tokens
             wanted = wanted[:1]
-        if labels[:len(wanted)] != wanted:
-            raise ValueError(f"labels {list(labels)} do not fit {list(tokens.shape)} tokens: as many are wanted, -100 "
-                             "where there is none")
+        if labels[: len(wanted)] != wanted:
+            raise ValueError(
+                f"labels {list(labels)} do not fit {list(tokens.shape)} tokens: as many are wanted, -100 "
+                "where there is none"
+            )
     if "option_ids" in batch or "options" in batch:
         _check_options(batch, tokens)
 
@@ -140,31 +168,37 @@ def _check_options(batch, tokens):
     if "option_ids" in batch:
         options, rows = list(batch["option_ids"].shape), count if tokens is None or "sources" in batch else len(tokens)
         if len(options) != 2 or not options[0] == rows == count:
-            raise ValueError(f"option_ids {options} and label [{count}] do not fit {rows} rows: [rows, options] and "
-                             "[rows] are wanted")
+            raise ValueError(
+                f"option_ids {options} and label [{count}] do not fit {rows} rows: [rows, options] and "
+                "[rows] are wanted"
+            )
     elif "labels" in batch and len(batch["labels"]) != count * batch["options"]:
-        raise ValueError(f"labels of {len(batch['labels'])} rows are not those of label [{count}] times "
-                         f"{batch['options']} options, one row an option")
+        raise ValueError(
+            f"labels of {len(batch['labels'])} rows are not those of label [{count}] times "
+            f"{batch['options']} options, one row an option"
+        )
 
 
 def option_scores(model, batch, E=1):
     """Scores of the options, float32 [B, O]; their softmax is the model's choice. E: evaluations in the batch."""
     if has_encoder(model):
-        raise ValueError(f"{type(model).__name__} has an encoder: options are scored by decoder-only models; give "
-                         "labels [rows, tokens] of the decoder")
+        raise ValueError(
+            f"{type(model).__name__} has an encoder: options are scored by decoder-only models; give "
+            "labels [rows, tokens] of the decoder"
+        )
     if "option_ids" in batch:
         row, column = _ends(batch)
         ids = batch["option_ids"].view(E, -1, batch["option_ids"].shape[1])
         parts, start = [], 0
         for logits in logits_at(model, model_inputs(model, batch, E), row, column, E):
-            parts.append(logits.gather(2, ids[:, start:start + logits.shape[1]]))
+            parts.append(logits.gather(2, ids[:, start : start + logits.shape[1]]))
             start += logits.shape[1]
         return torch.cat(parts, 1).flatten(0, 1)
     count = batch["label"].shape[0] * batch["options"]
     if "static" in batch:
         negative, targets = _target_losses(model, batch, E), batch["targets"]
         slots = torch.arange(count // _rows(batch), device=negative.device)
-        own = (batch["slots"][:, None] == slots[:, None]) & (targets != -100)[:, None]     # [R, slots, N]
+        own = (batch["slots"][:, None] == slots[:, None]) & (targets != -100)[:, None]  # [R, slots, N]
         scores = torch.where(own, -negative[:, None], 0).sum(-1) / own.sum(-1)
         return scores.view(-1, batch["options"])
     row, slot, negative = _token_losses(model, batch, E)
@@ -192,8 +226,10 @@ def _ends(batch):
         tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
         attended = torch.ones_like(tokens, dtype=torch.int64)
     if attended.dim() != 2:
-        raise ValueError(f"attention_mask {list(attended.shape)} does not say where a row ends: options of one token "
-                         "want one of [rows, tokens]")
+        raise ValueError(
+            f"attention_mask {list(attended.shape)} does not say where a row ends: options of one token "
+            "want one of [rows, tokens]"
+        )
     attended = (attended != 0).to(torch.int64)
     return torch.arange(len(attended), device=attended.device), attended.shape[1] - 1 - attended.flip(1).argmax(1)
 
@@ -206,10 +242,10 @@ def model_inputs(model, batch, E=1):
     inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
     if "seen_until" in batch:
         until = batch["seen_until"]
-        until = until[:until.shape[0] // E]                   # the evaluations' rows are alike
+        until = until[: until.shape[0] // E]  # the evaluations' rows are alike
         place = torch.arange(until.shape[1], device=until.device)
         query, key = place[:, None], place
-        seen = (key <= query) & (query < until[:, None]) | (key == query)    # padding sees itself: no row of NaN
+        seen = (key <= query) & (query < until[:, None]) | (key == query)  # padding sees itself: no row of NaN
         dtype = model.get_input_embeddings().weight.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=until.device)
         mask.masked_fill_(~seen, torch.finfo(dtype).min)
@@ -230,7 +266,7 @@ def _label_losses(model, batch, count):
         raise ValueError("no position of the batch carries a label: every entry of labels is -100")
     evaluation = row // (_rows(batch) // count)
     total = torch.zeros(count, device=each.device).index_add_(0, evaluation, each)
-    return total / (len(each) // count)          # every evaluation holds the same labels
+    return total / (len(each) // count)  # every evaluation holds the same labels
 
 
 def _rows(batch):
@@ -277,7 +313,7 @@ def _cross_entropies(model, inputs, row, column, target, E):
         return torch.zeros(0, device=target.device)
     target = target.view(E, -1)
     for logits in logits_at(model, inputs, row, column, E):
-        here = target[:, start:start + logits.shape[1]]
+        here = target[:, start : start + logits.shape[1]]
         parts.append(functional.cross_entropy(logits.flatten(0, 1), here.flatten(), reduction="none").view_as(here))
         start += logits.shape[1]
     return torch.cat(parts, 1).flatten()

@@ -4,6 +4,7 @@ A few tokens of the first batch go through the model's own forward, with labels,
 loss is not the cross entropy of its own logits, or a token's logits tell of the tokens behind it, the model is
 refused; where the logits that `losses` reads are not its own, those of whole batches are taken from then on (head.py).
 """
+
 import weakref
 
 import torch
@@ -12,13 +13,13 @@ from torch.nn import functional
 from ..system.memory import is_out_of_memory
 from .head import decoder_inputs, forward, has_encoder, logits_at, take_whole, takes
 
-TOKENS = 16                  # of the first row: what is compared
-SAME = 1e-5                  # relative, of losses in float32
-MOVED = 1e-3                 # of the largest logit: by so much none may move when a later token changes
-ROUNDINGS = 2                # of 16-bit numbers, by which those of two shapes of a matmul may differ
+TOKENS = 16  # of the first row: what is compared
+SAME = 1e-5  # relative, of losses in float32
+MOVED = 1e-3  # of the largest logit: by so much none may move when a later token changes
+ROUNDINGS = 2  # of 16-bit numbers, by which those of two shapes of a matmul may differ
 
 _SHAPES = "labels are [rows, tokens] for a language model, [rows] for a classifier (one class of each)"
-_seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()      # model -> kinds of labels it was checked with
+_seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> kinds of labels it was checked with
 
 
 def check(model, batch, E=1):
@@ -42,16 +43,21 @@ def check(model, batch, E=1):
 
 def _cannot_look(model):
     device = next(model.parameters()).device.type
-    return (device == "meta" or torch.compiler.is_compiling()
-            or (device == "cuda" and torch.cuda.is_current_stream_capturing()))
+    return (
+        device == "meta"
+        or torch.compiler.is_compiling()
+        or (device == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _check_classes(model, batch, E):
     """One row of each evaluation, against `losses` of a classifier: cross entropy over its logits."""
     rows = len(batch["labels"])
     first = torch.arange(0, rows, rows // E)
-    some = {key: value[first.to(value.device)] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,)
-            else value for key, value in batch.items()}
+    some = {
+        key: value[first.to(value.device)] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
+        for key, value in batch.items()
+    }
     labels = some.pop("labels")
     logits = getattr(forward(model, some), "logits", None)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
@@ -68,33 +74,47 @@ def _check_tokens(model, batch, E):
     if found is None:
         return False
     inputs, labels, shift = found
-    fed = inputs if shift or "decoder_input_ids" in inputs else {
-        **inputs, "decoder_input_ids": decoder_inputs(model, labels)}
+    fed = (
+        inputs
+        if shift or "decoder_input_ids" in inputs
+        else {**inputs, "decoder_input_ids": decoder_inputs(model, labels)}
+    )
     again = getattr(forward(model, fed), "logits", None)
     if not isinstance(again, torch.Tensor):
-        raise ValueError(f"{type(model).__name__} has no language-model head (its output has no logits): labels "
-                         "[rows, tokens] and options need one")
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head (its output has no logits): labels "
+            "[rows, tokens] and options need one"
+        )
     if again.dim() != 3:
-        raise ValueError(f"{type(model).__name__} gives a text logits of one row, {list(again.shape[1:])}, not one of "
-                         f"each token: {_SHAPES}")
+        raise ValueError(
+            f"{type(model).__name__} gives a text logits of one row, {list(again.shape[1:])}, not one of "
+            f"each token: {_SHAPES}"
+        )
     row, column = torch.nonzero(labels[:, shift:] != -100, as_tuple=True)
     target = labels[:, shift:][row, column]
     if int(target.max()) >= again.shape[-1]:
-        raise ValueError(f"{type(model).__name__} has no language-model head: its logits are of {again.shape[-1]} "
-                         f"classes, and a token is number {int(target.max())}")
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head: its logits are of {again.shape[-1]} "
+            f"classes, and a token is number {int(target.max())}"
+        )
     for key in {"labels", "targets", "option_ids"} & batch.keys():
         _in_range(model, batch[key], again, "tokens")
     output = forward(model, {**inputs, "labels": labels} if takes(model, "labels") else fed)
     own = functional.cross_entropy(output.logits[row, column].float(), target, reduction="none")
-    if not own.isfinite().all():             # nothing to compare: the step says so
+    if not own.isfinite().all():  # nothing to compare: the step says so
         return False
-    _compare(model, getattr(output, "loss", None), own.mean(),
-             f"the {'next-token ' * shift}cross entropy of its own logits", output.logits.dtype)
+    _compare(
+        model,
+        getattr(output, "loss", None),
+        own.mean(),
+        f"the {'next-token ' * shift}cross entropy of its own logits",
+        output.logits.dtype,
+    )
     if shift:
         _check_order(model, inputs, output.logits)
     try:
         read = torch.cat([*logits_at(model, fed, row, column, E, most=(len(target) // E + 1) // 2)], 1).flatten(0, 1)
-    except (RuntimeError, IndexError) as error:          # it did not with all positions
+    except (RuntimeError, IndexError) as error:  # it did not with all positions
         if is_out_of_memory(error):
             raise
         take_whole(model, f"its forward fails where its head reads single positions ({error})")
@@ -102,9 +122,11 @@ def _check_tokens(model, batch, E):
     rounding = _rounding(output.logits)
     if _differ(read, own, target, rounding):
         if _differ(again[row, column].float(), own, target, rounding):
-            raise ValueError(f"{type(model).__name__}: its logits are others "
-                             f"{'when it runs again' if shift else 'with decoder_input_ids made of the labels'}: it "
-                             "cannot be trained by comparing two losses; give QZO.step a closure of its own loss")
+            raise ValueError(
+                f"{type(model).__name__}: its logits are others "
+                f"{'when it runs again' if shift else 'with decoder_input_ids made of the labels'}: it "
+                "cannot be trained by comparing two losses; give QZO.step a closure of its own loss"
+            )
         take_whole(model, "read at single positions they are others")
     return True
 
@@ -113,8 +135,10 @@ def _in_range(model, target, logits, what):
     """ValueError for labels that no logit stands for: a GPU would end the process."""
     real = target[target != -100]
     if len(real) and not 0 <= int(real.min()) <= int(real.max()) < logits.shape[-1]:
-        raise ValueError(f"the labels are {int(real.min())} to {int(real.max())}, and {type(model).__name__} has "
-                         f"logits for {logits.shape[-1]} {what}; -100 stands where there is no label")
+        raise ValueError(
+            f"the labels are {int(real.min())} to {int(real.max())}, and {type(model).__name__} has "
+            f"logits for {logits.shape[-1]} {what}; -100 stands where there is no label"
+        )
 
 
 def _few_tokens(model, batch, E):
@@ -139,7 +163,7 @@ def _few_tokens(model, batch, E):
         labels = row if labels is None else labels[0][labels[0] != -100][:TOKENS].repeat(E, 1)
         return (inputs, labels, 0) if labels.shape[1] else None
     labels = row.clone()
-    labels[:, :row.shape[1] // 3] = -100
+    labels[:, : row.shape[1] // 3] = -100
     return (inputs, labels, 1) if row.shape[1] > 1 else None
 
 
@@ -152,11 +176,13 @@ def _check_order(model, inputs, logits):
     changed = ids.clone()
     changed[:, -1] = ids[0, others[0]]
     now = forward(model, {**inputs, "input_ids": changed}).logits
-    apart = float((now[:, :-1].float() - logits[:, :-1].float()).abs().nan_to_num(0).max())      # both may be -inf
+    apart = float((now[:, :-1].float() - logits[:, :-1].float()).abs().nan_to_num(0).max())  # both may be -inf
     if apart > MOVED * _largest(logits) + _rounding(logits):
-        raise ValueError(f"{type(model).__name__} reads text in both directions: its logits at a token change with the "
-                         "tokens behind it, so a next-token loss would see its answers; load it as a decoder "
-                         "(is_decoder in its config), or give QZO.step a closure of its own loss")
+        raise ValueError(
+            f"{type(model).__name__} reads text in both directions: its logits at a token change with the "
+            "tokens behind it, so a next-token loss would see its answers; load it as a decoder "
+            "(is_decoder in its config), or give QZO.step a closure of its own loss"
+        )
 
 
 def _differ(logits, wanted, target, rounding):
@@ -170,8 +196,10 @@ def _compare(model, own, cross_entropy, name, dtype):
     own, cross_entropy = float(own), float(cross_entropy)
     relative = SAME if dtype == torch.float32 else ROUNDINGS * torch.finfo(dtype).eps
     if abs(own - cross_entropy) > relative * abs(own) + SAME:
-        raise ValueError(f"{type(model).__name__}: its own loss of a batch is {own:.4g}, {name} {cross_entropy:.4g}: "
-                         "it has another objective than qzo minimizes; give QZO.step a closure of its own loss")
+        raise ValueError(
+            f"{type(model).__name__}: its own loss of a batch is {own:.4g}, {name} {cross_entropy:.4g}: "
+            "it has another objective than qzo minimizes; give QZO.step a closure of its own loss"
+        )
 
 
 def _rounding(logits):

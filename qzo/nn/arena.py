@@ -1,4 +1,5 @@
 """ScaleArena, the one flat tensor of all scales that train: only it knows where a layer's lie."""
+
 import dataclasses
 
 import torch
@@ -48,18 +49,18 @@ class ScaleArena:
     def quads(self, name):
         """The layer's scales as the kernels read them: a view, [ceil(G/4), N, 4]."""
         slot = self.slots[name]
-        return self.data[4 * slot.base4:4 * (slot.base4 + slot.quads)].view(-1, slot.outputs, 4)
+        return self.data[4 * slot.base4 : 4 * (slot.base4 + slot.quads)].view(-1, slot.outputs, 4)
 
     def read(self, name):
         """A copy of the layer's scales, float32 [G, N]."""
         slot = self.slots[name]
-        return self.quads(name).permute(0, 2, 1).reshape(-1, slot.outputs)[:slot.groups].clone()
+        return self.quads(name).permute(0, 2, 1).reshape(-1, slot.outputs)[: slot.groups].clone()
 
     def write(self, name, scales):
         """Set the layer's scales from [G, N]."""
         slot = self.slots[name]
         padded = torch.zeros(-(-slot.groups // 4) * 4, slot.outputs, dtype=torch.float32, device=self.data.device)
-        padded[:slot.groups] = scales
+        padded[: slot.groups] = scales
         self.quads(name).copy_(padded.view(-1, 4, slot.outputs).permute(0, 2, 1))
 
     def index(self, name):

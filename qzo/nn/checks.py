@@ -1,4 +1,5 @@
 """What a matmul is asked for has to fit: shapes, dtypes and devices, each fault named with what to do."""
+
 import torch
 
 from ..kernels import codes as code_layouts
@@ -19,8 +20,10 @@ def check_matmul(x, weight, perturbation):
     else:
         wanted = (code_layouts.row_shape if codes.dtype == torch.uint8 else code_layouts.plane_shape)(n, k, bits)
     if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != wanted or k != weight.in_features:
-        raise ValueError(f"x has {k} columns, which does not fit {bits}-bit codes {codes.dtype} {list(codes.shape)}: "
-                         "in_features of the layer and the last dimension of its input must agree")
+        raise ValueError(
+            f"x has {k} columns, which does not fit {bits}-bit codes {codes.dtype} {list(codes.shape)}: "
+            "in_features of the layer and the last dimension of its input must agree"
+        )
     if k % group:
         raise ValueError(f"group_size {group} does not divide in_features {k}; use one that does, or -1 (whole row)")
     groups = k // group
@@ -29,39 +32,50 @@ def check_matmul(x, weight, perturbation):
     if zeros is not None and (zeros.dtype not in (torch.uint8, torch.float32) or list(zeros.shape) != [groups, n]):
         raise ValueError(f"zeros must be uint8 or float32 {[groups, n]}, got {zeros.dtype} {list(zeros.shape)}")
     if weight.table is not None and (len(weight.table) != 16 or bits != 4 or zeros is not None):
-        raise ValueError(f"a table of 16 entries goes with 4-bit codes and no zeros, got {len(weight.table)} entries, "
-                         f"{bits} bits" + ("" if zeros is None else " and zeros"))
+        raise ValueError(
+            f"a table of 16 entries goes with 4-bit codes and no zeros, got {len(weight.table)} entries, "
+            f"{bits} bits" + ("" if zeros is None else " and zeros")
+        )
     if weight.bias is not None and list(weight.bias.shape) != [n]:
         raise ValueError(f"bias must have shape {[n]}, got {list(weight.bias.shape)}")
     if seeds.numel() != coefs.numel() or seeds.numel() == 0:
-        raise ValueError(f"{seeds.numel()} seeds and {coefs.numel()} coefficients: one of each per evaluation is "
-                         "wanted")
+        raise ValueError(
+            f"{seeds.numel()} seeds and {coefs.numel()} coefficients: one of each per evaluation is wanted"
+        )
     check_rows(x, perturbation)
     for name, t in (*weight.tensors().items(), ("seeds", seeds), ("coefs", coefs)):
         if t.device != x.device:
-            raise ValueError(f"x is on {x.device} but the layer's {name} on {t.device}: move the whole model with "
-                             "model.to(device)")
+            raise ValueError(
+                f"x is on {x.device} but the layer's {name} on {t.device}: move the whole model with model.to(device)"
+            )
 
 
 def check_rows(x, perturbation):
     """ValueError unless the first dimension holds as many rows of each evaluation."""
     rows, count = (x.shape[0] if x.dim() > 1 else 1), len(perturbation)
     if rows % count:
-        raise ValueError(f"{rows} rows do not divide into {count} evaluations: stack the batch {count} times along its "
-                         "first dimension (qzo.pair does it)")
+        raise ValueError(
+            f"{rows} rows do not divide into {count} evaluations: stack the batch {count} times along its "
+            "first dimension (qzo.pair does it)"
+        )
 
 
 def _check_codebooks(weight, k, shared):
     """ValueError unless they are [C, 2^bits, 8], one scale to an output; if they train, with noise for each number."""
     books, bits, zeros, table = weight.codebooks, weight.bits, weight.zeros, weight.table
     if books.dim() != 3 or list(books.shape[1:]) != [1 << bits, vectors.LENGTH]:
-        raise ValueError(f"codebooks must be [C, {1 << bits}, {vectors.LENGTH}] for codes of {bits} bits, got "
-                         f"{list(books.shape)}")
+        raise ValueError(
+            f"codebooks must be [C, {1 << bits}, {vectors.LENGTH}] for codes of {bits} bits, got {list(books.shape)}"
+        )
     if weight.group != k or zeros is not None or table is not None:
         also = ("" if zeros is None else ", zeros") + ("" if table is None else ", a table")
-        raise ValueError(f"x has {k} columns, and codebooks go with one scale to an output row of as many, no zeros "
-                         f"and no table; got a group_size of {weight.group}{also}: in_features of the layer and the "
-                         "last dimension of its input must agree")
+        raise ValueError(
+            f"x has {k} columns, and codebooks go with one scale to an output row of as many, no zeros "
+            f"and no table; got a group_size of {weight.group}{also}: in_features of the layer and the "
+            "last dimension of its input must agree"
+        )
     if weight.book4 >= 0 and (shared or books.dtype != torch.float32 or not books.is_contiguous()):
-        raise ValueError("codebooks that train are contiguous float32 with noise for each number, got "
-                         f"{books.dtype}" + (" and noise shared by rows" if shared else ""))
+        raise ValueError(
+            "codebooks that train are contiguous float32 with noise for each number, got "
+            f"{books.dtype}" + (" and noise shared by rows" if shared else "")
+        )

@@ -1,4 +1,5 @@
 """Which layers of a float model are quantized, and in which groups."""
+
 from torch import nn
 
 from ..kernels.table import named_table
@@ -70,5 +71,8 @@ def group_for(model, group_size=None):
 def quantizable(model):
     """name -> nn.Linear of all that from_pretrained would quantize: every Linear but the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {name: m for name, m in model.named_modules()
-            if type(m) is nn.Linear and m is not head and name.rpartition(".")[2] != "lm_head"}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear and m is not head and name.rpartition(".")[2] != "lm_head"
+    }

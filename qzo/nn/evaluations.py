@@ -1,4 +1,5 @@
 """Evaluations: which perturbations of the scales one stacked batch runs under."""
+
 import copy
 import dataclasses
 import functools
@@ -38,8 +39,10 @@ class Evaluations:
             seeds = torch.tensor([signed64(s) for s in seeds], dtype=torch.int64)
         coefs = torch.as_tensor(coefs, dtype=torch.float32, device=seeds.device)
         if seeds.dim() != 1 or seeds.dtype != torch.int64 or coefs.shape != seeds.shape or len(seeds) == 0:
-            raise ValueError(f"Evaluations need as many seeds as coefs, at least one: got seeds {seeds.dtype} "
-                             f"{list(seeds.shape)} and coefs {list(coefs.shape)}")
+            raise ValueError(
+                f"Evaluations need as many seeds as coefs, at least one: got seeds {seeds.dtype} "
+                f"{list(seeds.shape)} and coefs {list(coefs.shape)}"
+            )
         check_sharing(self.sharing, self.relative)
         if not bool(torch.isfinite(coefs).all()):
             raise ValueError(f"coefs must be finite, got {coefs.tolist()}")

@@ -4,6 +4,7 @@ transformers keeps the experts of a layer as gate_up_proj [X, 2I, H] and down_pr
 expert sees a row depends on the evaluation that the row is under. So the evaluations run one after another here (design
 D1), and a row block has the bits that it has alone.
 """
+
 import warnings
 
 import torch
@@ -37,8 +38,12 @@ class Experts(nn.ModuleList):
 
     def __init__(self, stacked):
         with torch.no_grad():
-            super().__init__([Expert(*weights, stacked.act_fn)
-                              for weights in zip(stacked.gate_up_proj, stacked.down_proj, strict=True)])
+            super().__init__(
+                [
+                    Expert(*weights, stacked.act_fn)
+                    for weights in zip(stacked.gate_up_proj, stacked.down_proj, strict=True)
+                ]
+            )
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """hidden_states [R, H], the experts of each row and their weights [R, k] -> [R, H]."""
@@ -48,13 +53,15 @@ class Experts(nn.ModuleList):
             return self._mixed(hidden_states, top_k_index, top_k_weights)
         count = len(evaluations)
         if len(hidden_states) % count:
-            raise ValueError(f"{len(hidden_states)} rows do not divide into {count} evaluations: stack the batch "
-                             f"{count} times along its first dimension (qzo.pair does it)")
+            raise ValueError(
+                f"{len(hidden_states)} rows do not divide into {count} evaluations: stack the batch "
+                f"{count} times along its first dimension (qzo.pair does it)"
+            )
         blocks = zip(*(x.chunk(count) for x in (hidden_states, top_k_index, top_k_weights)), strict=True)
         parts = []
         try:
             for e, block in enumerate(blocks):
-                one = evaluations[e:e + 1]
+                one = evaluations[e : e + 1]
                 for layer in found:
                     layer._evaluations = one
                 parts.append(self._mixed(*block))
@@ -72,7 +79,7 @@ class Experts(nn.ModuleList):
 
 def _chosen(index, count):
     """Yield (expert, the rows that chose it, as which of their choices) of a choice [R, k] among `count` experts."""
-    if index.is_meta:            # memory is predicted: the routing is not known, so rows are spread evenly
+    if index.is_meta:  # memory is predicted: the routing is not known, so rows are spread evenly
         rows = index.new_empty(-(-index.numel() // count))
         yield from ((number, rows, rows) for number in range(count))
         return
@@ -82,8 +89,12 @@ def _chosen(index, count):
 
 def stack_widths(module, kept=lambda name: False):
     """Name -> in_features of the weights in every stack that `split_experts_` would split."""
-    return {f"{name}.{part}": weight.shape[2] for name, m in _stacks(module, kept).items() if _known(m)
-            for part, weight in m.named_parameters(recurse=False)}
+    return {
+        f"{name}.{part}": weight.shape[2]
+        for name, m in _stacks(module, kept).items()
+        if _known(m)
+        for part, weight in m.named_parameters(recurse=False)
+    }
 
 
 def split_experts_(module, kept=lambda name: False):
@@ -98,8 +109,11 @@ def split_experts_(module, kept=lambda name: False):
         split_(module, name)
     if other:
         kinds = ", ".join(sorted({type(m).__name__ for m in other.values()}))
-        warnings.warn(f"{len(other)} stacks of experts stay dense and frozen ({kinds}): only gate_up_proj and "
-                      "down_proj without biases, gate before up, can be quantized", stacklevel=3)
+        warnings.warn(
+            f"{len(other)} stacks of experts stay dense and frozen ({kinds}): only gate_up_proj and "
+            "down_proj without biases, gate before up, can be quantized",
+            stacklevel=3,
+        )
 
 
 def split_(module, name):
@@ -129,7 +143,7 @@ def file_name(name, model_type):
 
 
 def _renamed(name, pairs):
-    dotted = f"{name}."                       # a layer's name may end where a tensor's goes on
+    dotted = f"{name}."  # a layer's name may end where a tensor's goes on
     for old, new in pairs:
         dotted = dotted.replace(old, new)
     return dotted.removesuffix(".")
@@ -147,7 +161,9 @@ def _stacked(module):
 def _known(module):
     flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     gate = getattr(type(module), "_apply_gate", None)
-    return (all(getattr(module, name, None) == wanted for name, wanted in flags.items())
-            and not getattr(module, "has_post_expert_norm", False)         # transformers 5.17 has none
-            and getattr(gate, "__name__", "") == "_default_apply_gate"
-            and {name for name, _ in module.named_parameters(recurse=False)} == {"gate_up_proj", "down_proj"})
+    return (
+        all(getattr(module, name, None) == wanted for name, wanted in flags.items())
+        and not getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has none
+        and getattr(gate, "__name__", "") == "_default_apply_gate"
+        and {name for name, _ in module.named_parameters(recurse=False)} == {"gate_up_proj", "down_proj"}
+    )

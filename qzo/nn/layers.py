@@ -1,4 +1,5 @@
 """What is done with all QZOLinear layers of a module: who trains, in which arena, under which evaluations."""
+
 import contextlib
 
 import torch
@@ -19,8 +20,11 @@ def layers(module, trainable=True):
 def _shapes(found):
     """name -> (groups, outputs) of what trains of these layers; the entries of codebooks lie in quads of four."""
     shapes = {name: (layer.in_features // layer.group_size, layer.out_features) for name, layer in found.items()}
-    return shapes | {codebooks_name(name): (4, layer.codebooks.numel() // 4) for name, layer in found.items()
-                     if layer.trains_codebooks}
+    return shapes | {
+        codebooks_name(name): (4, layer.codebooks.numel() // 4)
+        for name, layer in found.items()
+        if layer.trains_codebooks
+    }
 
 
 def arena_of(module, exact=False):
@@ -31,8 +35,10 @@ def arena_of(module, exact=False):
     """
     found = layers(module)
     if not found:
-        raise ValueError(f"{type(module).__name__} has no QZOLinear layer that trains; quantize it first "
-                         "(qzo.quantize_(module)) or load a 4-bit checkpoint (qzo.from_pretrained)")
+        raise ValueError(
+            f"{type(module).__name__} has no QZOLinear layer that trains; quantize it first "
+            "(qzo.quantize_(module)) or load a 4-bit checkpoint (qzo.from_pretrained)"
+        )
     arenas = {id(layer.arena) for layer in found.values()}
     arena = next(iter(found.values())).arena
     shapes = _shapes(found)
@@ -129,8 +135,9 @@ def _leave(layer, codebooks):
 def check_sharing_of(module, sharing):
     """ValueError where noise is to be shared by rows and codebooks train, which have none."""
     if sharing == "row" and any(layer.trains_codebooks for layer in layers(module).values()):
-        raise ValueError("sharing='row' has one z for each output row, which codebooks that train do not have; use "
-                         "sharing='group'")
+        raise ValueError(
+            "sharing='row' has one z for each output row, which codebooks that train do not have; use sharing='group'"
+        )
 
 
 @contextlib.contextmanager

@@ -22,8 +22,10 @@ class _NoValues(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function.__name__ in ("__get__", "size", "dim", "numel", "is_floating_point"):
             return super().__torch_function__(function, types, args, kwargs or {})
-        raise RuntimeError(f"{function.__name__}: the weight of a QZOLinear is codes and scales and has no values of "
-                           "its own; layer(x) multiplies by it, layer.dequantize() makes it")
+        raise RuntimeError(
+            f"{function.__name__}: the weight of a QZOLinear is codes and scales and has no values of "
+            "its own; layer(x) multiplies by it, layer.dequantize() makes it"
+        )
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -51,7 +53,7 @@ class QZOLinear(nn.Module):
     size that does not fit, for other bits, or in forward for rows that the number of evaluations does not divide.
     """
 
-    _siblings = None        # layers of the same module that may be given the same x (siblings.py)
+    _siblings = None  # layers of the same module that may be given the same x (siblings.py)
 
     def __init__(self, in_features, out_features, bias=True, bits=4, group_size=128, device=None, dtype=None):
         super().__init__()
@@ -101,13 +103,22 @@ class QZOLinear(nn.Module):
         check_bits(bits)
         group_size = check_group_size(group_size, linear.in_features)
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls.from_packed(quantize_weight(linear.weight.detach(), group_size, symmetric, bits,
-                                               named_table(table)), bias)
+        return cls.from_packed(
+            quantize_weight(linear.weight.detach(), group_size, symmetric, bits, named_table(table)), bias
+        )
 
     def packed(self):
         """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
-        return PackedWeight(self.codes, self.read_scales(), self.zeros, self.in_features, self.bits, self.perm,
-                            self.table, None if self.codebooks is None else self.read_codebooks())
+        return PackedWeight(
+            self.codes,
+            self.read_scales(),
+            self.zeros,
+            self.in_features,
+            self.bits,
+            self.perm,
+            self.table,
+            None if self.codebooks is None else self.read_codebooks(),
+        )
 
     def dequantize(self):
         """float32 [out_features, in_features] on the layer's device: a whole matrix, for tests and export only."""
@@ -134,7 +145,7 @@ class QZOLinear(nn.Module):
         perturbation, evaluations, perm = None, self._evaluations, self._buffers["perm"]
         if evaluations is not None:
             perturbation = evaluations.perturbation if self.trainable else evaluations.unperturbed
-        if perm is not None and x.shape[-1] == self.in_features:      # other widths: ops names the mismatch
+        if perm is not None and x.shape[-1] == self.in_features:  # other widths: ops names the mismatch
             x = x.index_select(-1, perm)
         traced = ops.is_traced(x)
         if self._siblings is not None and perm is None and not traced:
@@ -150,8 +161,11 @@ class QZOLinear(nn.Module):
     def kernel_weight(self):
         """The weight as the kernels take it; the same object, with what was planned for it, until a tensor moves."""
         buffers, arena = self._buffers, self.arena
-        now = (arena.slots[self.arena_name], self.trains_codebooks,
-               addresses(arena.data, buffers["codes"], buffers["zeros"], self.bias, buffers["codebooks"]))
+        now = (
+            arena.slots[self.arena_name],
+            self.trains_codebooks,
+            addresses(arena.data, buffers["codes"], buffers["zeros"], self.bias, buffers["codebooks"]),
+        )
         if self._planned is None or self._planned[0] != now:
             weight = self._describe()
             ops.know(weight)
@@ -173,40 +187,57 @@ class QZOLinear(nn.Module):
         name, books = self.arena_name, {"codebooks": self.codebooks}
         if self.trains_codebooks:
             own = codebooks_name(name)
-            books = {"codebooks": self.arena.quads(own).view(self.codebooks.shape),
-                     "book4": self.arena.slots[own].base4}
-        return Weight(self.codes, self.arena.quads(name), self.in_features, self.group_size, self.zeros, self.bias,
-                      self.arena.slots[name].base4, self.bits, self.table, **books)
+            books = {
+                "codebooks": self.arena.quads(own).view(self.codebooks.shape),
+                "book4": self.arena.slots[own].base4,
+            }
+        return Weight(
+            self.codes,
+            self.arena.quads(name),
+            self.in_features,
+            self.group_size,
+            self.zeros,
+            self.bias,
+            self.arena.slots[name].base4,
+            self.bits,
+            self.table,
+            **books,
+        )
 
     def extra_repr(self):
         form = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
         form = "table" if self.table else form if self.codebooks is None else f"{len(self.codebooks)} codebooks"
         order = "" if self.perm is None else "sorted columns, "
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"bits={self.bits}, group_size={self.group_size}, {form}, {order}"
-                f"{'trained' if self.trainable else 'frozen'}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, group_size={self.group_size}, {form}, {order}"
+            f"{'trained' if self.trainable else 'frozen'}"
+        )
 
     # ------------------------------------------------------------------------------------ moving and saving
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
         if name in ("codes", "zeros", "bias", "codebooks", "arena", "perm", "table", "out_dtype"):
-            self._let_go()              # or it would keep the memory of what is replaced
+            self._let_go()  # or it would keep the memory of what is replaced
 
     def __getstate__(self):
-        return self.__dict__ | {"_planned": None}       # a copy makes plans of its own
+        return self.__dict__ | {"_planned": None}  # a copy makes plans of its own
 
     def _apply(self, fn, recurse=True):
         if self.out_dtype is not None:
             self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype, device=self.codes.device)).dtype
         self._let_go()
         codes, kept = self.codes, {name: self._buffers[name] for name in ("zeros", "codebooks")}
-        self._buffers |= dict.fromkeys(kept)        # what a file has in float stays in its type, whatever the model is
+        self._buffers |= dict.fromkeys(kept)  # what a file has in float stays in its type, whatever the model is
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             if tensor is not None:
-                self._buffers[name] = tensor.to(self.codes.device) if not tensor.is_meta else torch.empty_like(
-                    tensor, device=self.codes.device)
+                self._buffers[name] = (
+                    tensor.to(self.codes.device)
+                    if not tensor.is_meta
+                    else torch.empty_like(tensor, device=self.codes.device)
+                )
         if codes.device != self.codes.device and not self.codes.is_meta and self.codebooks is None:
             form = to_rows if self.codes.device.type == "cpu" else to_planes
             self.codes = form(self.codes, self.in_features, self.bits)
@@ -215,7 +246,7 @@ class QZOLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        planes = to_planes(self.codes, self.in_features, self.bits)      # words of vectors are what they are
+        planes = to_planes(self.codes, self.in_features, self.bits)  # words of vectors are what they are
         destination[prefix + "codes"] = planes
         destination[prefix + "scales"] = self.read_scales()
         if self.zeros is not None:
@@ -229,12 +260,16 @@ class QZOLinear(nn.Module):
         if self.bits != 4:
             destination[prefix + "bits"] = torch.tensor(self.bits)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                              error_msgs):
-        own = {name: state_dict.pop(prefix + name, None)
-               for name in ("codes", "scales", "zeros", "bits", "perm", "table", "codebooks")}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                                      error_msgs)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        own = {
+            name: state_dict.pop(prefix + name, None)
+            for name in ("codes", "scales", "zeros", "bits", "perm", "table", "codebooks")
+        }
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         missing_keys += [prefix + name for name in ("codes", "scales") if own[name] is None]
         if own["codes"] is None or own["scales"] is None:
             return
@@ -242,15 +277,26 @@ class QZOLinear(nn.Module):
             bits = 4 if own["bits"] is None else int(own["bits"])
             if bits != self.bits:
                 raise ValueError(f"holds codes of {bits} bits, the layer has {self.bits}")
-            loaded = PackedWeight(own["codes"], own["scales"].to(torch.float32), own["zeros"], self.in_features,
-                                  self.bits, own["perm"], None if own["table"] is None else own["table"].tolist(),
-                                  own["codebooks"])
+            loaded = PackedWeight(
+                own["codes"],
+                own["scales"].to(torch.float32),
+                own["zeros"],
+                self.in_features,
+                self.bits,
+                own["perm"],
+                None if own["table"] is None else own["table"].tolist(),
+                own["codebooks"],
+            )
             if (loaded.out_features, loaded.group_size) != (self.out_features, self.group_size):
-                raise ValueError(f"holds {loaded.out_features} outputs in groups of {loaded.group_size}, the layer has "
-                                 f"{self.out_features} in groups of {self.group_size}")
+                raise ValueError(
+                    f"holds {loaded.out_features} outputs in groups of {loaded.group_size}, the layer has "
+                    f"{self.out_features} in groups of {self.group_size}"
+                )
             if loaded.books != (0 if self.codebooks is None else len(self.codebooks)):
-                raise ValueError(f"holds {loaded.books} codebooks, the layer has "
-                                 f"{0 if self.codebooks is None else len(self.codebooks)}")
+                raise ValueError(
+                    f"holds {loaded.books} codebooks, the layer has "
+                    f"{0 if self.codebooks is None else len(self.codebooks)}"
+                )
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return

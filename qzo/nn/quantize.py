@@ -2,14 +2,15 @@
 
 Calibrated methods (GPTQ, AWQ, auto-round) start from better codes; this is the quantizer that needs no data.
 """
+
 import torch
 
 from ..kernels.codes import middle
 from ..kernels.table import check_table
 from .weights import PackedWeight, check_bits, check_group_size
 
-ROUNDS = 3                   # of rounding and refitting in turn; the error stops falling after two or three
-BLOCK = 1 << 19              # weights quantized at a time: temporaries stay a few megabytes, in the cache
+ROUNDS = 3  # of rounding and refitting in turn; the error stops falling after two or three
+BLOCK = 1 << 19  # weights quantized at a time: temporaries stay a few megabytes, in the cache
 
 
 def quantize_weight(weight, group_size=128, symmetric=True, bits=4, table=None):
@@ -33,8 +34,10 @@ def quantize_weight(weight, group_size=128, symmetric=True, bits=4, table=None):
         raise ValueError("the weight holds NaN or infinity: it cannot be quantized")
     if table is not None:
         return _on_table(weight, group, table)
-    parts = [_quantize_block(block.to(torch.float32).unflatten(1, (-1, group)), symmetric, bits)
-             for block in weight.split(max(1, BLOCK // weight.shape[1]))]
+    parts = [
+        _quantize_block(block.to(torch.float32).unflatten(1, (-1, group)), symmetric, bits)
+        for block in weight.split(max(1, BLOCK // weight.shape[1]))
+    ]
     codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     return PackedWeight.from_codes(codes, scales.T, None if symmetric else zeros.T, bits)
 
@@ -43,8 +46,11 @@ def check_form(bits, symmetric, table):
     """ValueError unless weights can be quantized so."""
     check_bits(bits)
     if table is not None and (bits != 4 or not symmetric):
-        raise ValueError("a table's codes have 4 bits and no zero points, got "
-                         + (f"bits={bits}" if bits != 4 else f"symmetric={symmetric}") + "; leave that out")
+        raise ValueError(
+            "a table's codes have 4 bits and no zero points, got "
+            + (f"bits={bits}" if bits != 4 else f"symmetric={symmetric}")
+            + "; leave that out"
+        )
 
 
 def _on_table(weight, group, table):

@@ -4,6 +4,7 @@ Nobody says which they are: one forward shows it. From the next on the first of 
 their outputs are kept until they are asked for with that very x. Whatever else happens, a layer multiplies for itself.
 No bit depends on it: each runs the tile, and adds in the order, that it has alone.
 """
+
 import operator
 import weakref
 
@@ -11,7 +12,7 @@ import torch
 
 from . import ops
 
-MOST_KNOWN = 64     # layers, or plans; then all is learned anew
+MOST_KNOWN = 64  # layers, or plans; then all is learned anew
 
 
 class _Run:
@@ -23,11 +24,16 @@ class _Run:
         self.callers, self.kept = (), {}
 
     def goes_on(self, x, perturbation, choice):
-        return (self.x() is x and self.perturbation is perturbation and self.choice is choice
-                and self.version == _version(x, perturbation) and self.stream == _stream(x.device))
+        return (
+            self.x() is x
+            and self.perturbation is perturbation
+            and self.choice is choice
+            and self.version == _version(x, perturbation)
+            and self.stream == _stream(x.device)
+        )
 
 
-_changes = operator.attrgetter("_version")      # how often a tensor's values were changed in place
+_changes = operator.attrgetter("_version")  # how often a tensor's values were changed in place
 
 
 def _version(x, perturbation):
@@ -45,8 +51,9 @@ class _Together:
     def __init__(self, x, layers=(), weights=(), run=None):
         self.layers, self.weights, self.run = layers, weights, run
         self.shapes = [(*x.shape[:-1], weight.out_features) for weight in weights]
-        self.behind = [(found, weight, tuple(weight.tensors().values()))
-                       for found, weight in zip(layers, weights[1:], strict=True)]
+        self.behind = [
+            (found, weight, tuple(weight.tensors().values())) for found, weight in zip(layers, weights[1:], strict=True)
+        ]
 
     def stands(self, first):
         """Whether the layers are still what they were when this was planned."""
@@ -62,8 +69,10 @@ class _Together:
         """y of the first, and what is kept for each of the others."""
         ys = [torch.empty(shape, dtype=dtype, device=x.device) for shape in self.shapes]
         self.run(x, self.weights[0], perturbation, *ys)
-        return ys[0], {id(found()): (y, tensors, sum(map(_changes, tensors)))
-                       for (found, _, tensors), y in zip(self.behind, ys[1:], strict=True)}
+        return ys[0], {
+            id(found()): (y, tensors, sum(map(_changes, tensors)))
+            for (found, _, tensors), y in zip(self.behind, ys[1:], strict=True)
+        }
 
 
 class Siblings:
@@ -79,7 +88,7 @@ class Siblings:
 
     def _forget(self):
         """What was learned, and what was planned by it."""
-        self._after = {}        # id of a layer -> id -> reference of those that were given its x after it
+        self._after = {}  # id of a layer -> id -> reference of those that were given its x after it
         self._plans = {}
 
     def let_go(self):
@@ -98,11 +107,16 @@ class Siblings:
             if y is not None and sum(map(_changes, tensors)) == version:
                 run.callers += (me,)
                 return y
-        elif (not choice.shared_launches or not ops.uses_triton(x.device)
-              or x.is_inference() or perturbation.seeds.is_inference() or perturbation.coefs.is_inference()):
+        elif (
+            not choice.shared_launches
+            or not ops.uses_triton(x.device)
+            or x.is_inference()
+            or perturbation.seeds.is_inference()
+            or perturbation.coefs.is_inference()
+        ):
             return None
         else:
-            if run is not None and run.kept:            # somebody was not asked this time
+            if run is not None and run.kept:  # somebody was not asked this time
                 self._forget()
             run = self._run = _Run(x, perturbation, choice)
         y = self._lead(layer, x, run)
@@ -142,8 +156,11 @@ class Siblings:
         if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
         behind = {found: found() for me, found in self._after[id(layer)].items() if me not in run.callers}
-        found = {other.kernel_weight(): found for found, other in behind.items()
-                 if other is not None and other.perm is None and other.out_dtype == layer.out_dtype}
+        found = {
+            other.kernel_weight(): found
+            for found, other in behind.items()
+            if other is not None and other.perm is None and other.out_dtype == layer.out_dtype
+        }
         if not found or any(tensor.is_inference() for weight in found for tensor in weight.tensors().values()):
             return _Together(x)
         weights, launch = ops.plan_together(x, (layer.kernel_weight(), *found), run.perturbation)

@@ -7,6 +7,7 @@ codes stand for eight weights: W[n, 8j + i] = scales[0, n] * sum over c of codeb
 perm is there for codes whose columns were sorted by group (GPTQ's act-order), else column j is input j.
 Readers (formats/) and the quantizer (quantize.py) make it, QZOLinear runs it, writers take it back.
 """
+
 import dataclasses
 
 import torch
@@ -20,8 +21,9 @@ from ..kernels.vectors import LENGTH, MOST_BITS, in_range, pack_vectors, unpack_
 def check_bits(bits):
     """ValueError unless codes of so many bits can be held."""
     if bits not in BITS:
-        raise ValueError(f"bits={bits}: codes have {', '.join(map(str, BITS))} bits here (a 3-bit checkpoint's codes "
-                         "are held in 4)")
+        raise ValueError(
+            f"bits={bits}: codes have {', '.join(map(str, BITS))} bits here (a 3-bit checkpoint's codes are held in 4)"
+        )
 
 
 def check_group_size(group_size, in_features):
@@ -32,8 +34,10 @@ def check_group_size(group_size, in_features):
         raise ValueError(f"group_size={group_size}: use one of {', '.join(map(str, GROUPS))}, or -1 for the whole row")
     if in_features % group_size:
         fits = [g for g in GROUPS if in_features % g == 0]
-        raise ValueError(f"group_size={group_size} does not divide in_features={in_features}; "
-                         f"use {', '.join(map(str, [*fits, -1]))} (-1: the whole row)")
+        raise ValueError(
+            f"group_size={group_size} does not divide in_features={in_features}; "
+            f"use {', '.join(map(str, [*fits, -1]))} (-1: the whole row)"
+        )
     return group_size
 
 
@@ -69,13 +73,18 @@ class PackedWeight:
             check_codebooks(self.codebooks, self.bits)
         groups, n = self.scales.shape
         if self.scales.dtype != torch.float32 or groups == 0 or self.in_features % groups:
-            raise ValueError(f"scales must be float32 [G, N] with G dividing in_features={self.in_features}, got "
-                             f"{self.scales.dtype} {list(self.scales.shape)}")
+            raise ValueError(
+                f"scales must be float32 [G, N] with G dividing in_features={self.in_features}, got "
+                f"{self.scales.dtype} {list(self.scales.shape)}"
+            )
         check_group_size(self.group_size, self.in_features)
-        if self.zeros is not None and (self.zeros.shape != self.scales.shape
-                                       or self.zeros.dtype not in (torch.uint8, torch.float32)):
-            raise ValueError(f"zeros must be uint8 or float32 {list(self.scales.shape)}, got {self.zeros.dtype} "
-                             f"{list(self.zeros.shape)}")
+        if self.zeros is not None and (
+            self.zeros.shape != self.scales.shape or self.zeros.dtype not in (torch.uint8, torch.float32)
+        ):
+            raise ValueError(
+                f"zeros must be uint8 or float32 {list(self.scales.shape)}, got {self.zeros.dtype} "
+                f"{list(self.zeros.shape)}"
+            )
         if self.out_features != n:
             raise ValueError(f"codes hold {self.out_features} output rows, scales {n}")
         check_codes(self.codes, n, self.in_features, self.bits, self.books)
@@ -84,12 +93,18 @@ class PackedWeight:
         if self.table is not None:
             self.table = check_table(self.table)
             if self.bits != 4 or self.zeros is not None:
-                raise ValueError(f"a table goes with 4-bit codes and no zero points, got {self.bits} bits"
-                                 + (" and zeros" if self.zeros is not None else ""))
+                raise ValueError(
+                    f"a table goes with 4-bit codes and no zero points, got {self.bits} bits"
+                    + (" and zeros" if self.zeros is not None else "")
+                )
         if self.books and (groups > 1 or self.zeros is not None or self.table is not None or self.perm is not None):
-            raise ValueError("codebooks go with one scale to an output row, no zero points, no table and no perm, got "
-                             f"scales {list(self.scales.shape)}" + ("" if self.zeros is None else ", zeros")
-                             + ("" if self.table is None else ", a table") + ("" if self.perm is None else ", perm"))
+            raise ValueError(
+                "codebooks go with one scale to an output row, no zero points, no table and no perm, got "
+                f"scales {list(self.scales.shape)}"
+                + ("" if self.zeros is None else ", zeros")
+                + ("" if self.table is None else ", a table")
+                + ("" if self.perm is None else ", perm")
+            )
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("scales hold NaN or infinity: the checkpoint is damaged")
 
@@ -99,15 +114,15 @@ class PackedWeight:
         None or [K]; table: None or sixteen floats."""
         check_bits(bits)
         if codes.dtype != torch.uint8 or codes.dim() != 2 or (codes.numel() and int(codes.max()) >> bits):
-            raise ValueError(f"codes must be uint8 [N, K] in 0..{(1 << bits) - 1}, got {codes.dtype} "
-                             f"{list(codes.shape)}")
+            raise ValueError(
+                f"codes must be uint8 [N, K] in 0..{(1 << bits) - 1}, got {codes.dtype} {list(codes.shape)}"
+            )
         if zeros is not None:
             zeros = zeros.to(torch.float32 if zeros.is_floating_point() else torch.uint8).contiguous()
             if zeros.dtype == torch.uint8 and bool((zeros == middle(bits)).all()):
                 zeros = None
         pack = pack_rows if codes.device.type == "cpu" else pack_planes
-        return cls(pack(codes, bits), scales.to(torch.float32).contiguous(), zeros, codes.shape[1], bits, perm,
-                   table)
+        return cls(pack(codes, bits), scales.to(torch.float32).contiguous(), zeros, codes.shape[1], bits, perm, table)
 
     @classmethod
     def from_vectors(cls, codes, scales, codebooks):
@@ -117,15 +132,22 @@ class PackedWeight:
         check_codebooks(codebooks, bits)
         integers = codes.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
         if not integers or codes.dim() != 3 or codes.shape[2] != len(codebooks) or not codes.numel():
-            raise ValueError(f"codes must be integers [N, K/{LENGTH}, {len(codebooks)}], got {codes.dtype} "
-                             f"{list(codes.shape)}")
+            raise ValueError(
+                f"codes must be integers [N, K/{LENGTH}, {len(codebooks)}], got {codes.dtype} {list(codes.shape)}"
+            )
         least, most = (int(m) for m in codes.aminmax())
         if least < 0 or most >> bits:
             raise ValueError(f"codes must be in 0..{(1 << bits) - 1}, the entries of a codebook; got {least} to {most}")
         if not scales.is_floating_point() or scales.numel() != len(codes):
             raise ValueError(f"scales must be floats [{len(codes)}], got {scales.dtype} {list(scales.shape)}")
-        return cls(pack_vectors(codes, bits), scales.to(torch.float32).reshape(1, -1).contiguous(), None,
-                   codes.shape[1] * LENGTH, bits, codebooks=codebooks)
+        return cls(
+            pack_vectors(codes, bits),
+            scales.to(torch.float32).reshape(1, -1).contiguous(),
+            None,
+            codes.shape[1] * LENGTH,
+            bits,
+            codebooks=codebooks,
+        )
 
     @classmethod
     def on_meta(cls, n, k, group, bits=4, zeros=None, rows=False, table=None, books=0, dtype=torch.float16):
@@ -187,8 +209,10 @@ def check_codebooks(codebooks, bits):
     shape = list(codebooks.shape)
     floats = codebooks.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if not floats or not 1 <= bits <= MOST_BITS or len(shape) != 3 or shape[1:] != [1 << bits, LENGTH] or not shape[0]:
-        raise ValueError(f"codebooks must be floats [C, 2^bits, {LENGTH}] with 1 to {MOST_BITS} bits, got "
-                         f"{codebooks.dtype} {shape} for {bits} bits")
+        raise ValueError(
+            f"codebooks must be floats [C, 2^bits, {LENGTH}] with 1 to {MOST_BITS} bits, got "
+            f"{codebooks.dtype} {shape} for {bits} bits"
+        )
     if not bool(torch.isfinite(codebooks).all()):
         raise ValueError("codebooks hold NaN or infinity: the checkpoint is damaged")
 
@@ -197,24 +221,29 @@ def check_codes(codes, n, k, bits, books=0):
     """ValueError unless `codes` are the rows or planes, or with codebooks the words, of an [n, k] matrix."""
     if books:
         if codes.dtype != torch.int16 or k % LENGTH or list(codes.shape) != vector_shape(n, k, books, bits):
-            raise ValueError(f"codes of {books} codebooks of {bits} bits for {n} x {k} weights must be int16 "
-                             f"{vector_shape(n, k, books, bits)} and {LENGTH} divide {k}, got {codes.dtype} "
-                             f"{list(codes.shape)}")
+            raise ValueError(
+                f"codes of {books} codebooks of {bits} bits for {n} x {k} weights must be int16 "
+                f"{vector_shape(n, k, books, bits)} and {LENGTH} divide {k}, got {codes.dtype} "
+                f"{list(codes.shape)}"
+            )
         if not in_range(codes, books, bits):
             raise ValueError(f"a code is beyond the {1 << bits} entries of a codebook: the checkpoint is damaged")
         return
     want = row_shape(n, k, bits) if codes.dtype == torch.uint8 else plane_shape(n, k, bits)
     if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != want:
-        raise ValueError(f"codes of {bits} bits for {n} x {k} weights must be uint8 {row_shape(n, k, bits)} or int16 "
-                         f"{plane_shape(n, k, bits)}, got {codes.dtype} {list(codes.shape)}")
+        raise ValueError(
+            f"codes of {bits} bits for {n} x {k} weights must be uint8 {row_shape(n, k, bits)} or int16 "
+            f"{plane_shape(n, k, bits)}, got {codes.dtype} {list(codes.shape)}"
+        )
 
 
 def check_perm(perm, k):
     """ValueError unless `perm` names every one of k columns once."""
     every = torch.arange(k, device=perm.device)
     if perm.dtype != torch.int64 or perm.shape != every.shape or not torch.equal(perm.sort().values, every):
-        raise ValueError(f"perm must be int64 [{k}] that holds 0..{k - 1} once each, got {perm.dtype} "
-                         f"{list(perm.shape)}")
+        raise ValueError(
+            f"perm must be int64 [{k}] that holds 0..{k - 1} once each, got {perm.dtype} {list(perm.shape)}"
+        )
 
 
 def unpack_codes(codes, k, bits=4):

@@ -5,6 +5,7 @@ captured on, and seeds, coefficients and rates lie in device memory too, so that
 step's bits are those of a step without a graph; the journal is written after the update instead of before, and loses
 nothing by it, since a killed run takes its scales from the journal.
 """
+
 import contextlib
 import copy
 import functools
@@ -16,9 +17,9 @@ import torch
 from ..kernels.noise import law_number
 from .step import project, update
 
-LIMIT = 8                    # graphs held at once
+LIMIT = 8  # graphs held at once
 PLAIN = str | int | float | bool | None | torch.dtype | torch.device
-PERIOD = 256                 # steps after which earlier uses count half
+PERIOD = 256  # steps after which earlier uses count half
 
 
 class Recorder:
@@ -49,15 +50,18 @@ class Recorder:
         graph, first = self.cuda.CUDAGraph(), None
         try:
             # torch.cuda.graph leaves its stream current when the capture fails; the outer `stream` does not
-            with (self.cuda.device(self.device), self.cuda.stream(self.cuda.current_stream(self.device)),
-                  self.cuda.graph(graph, pool=self.pool, stream=self.side)):
+            with (
+                self.cuda.device(self.device),
+                self.cuda.stream(self.cuda.current_stream(self.device)),
+                self.cuda.graph(graph, pool=self.pool, stream=self.side),
+            ):
                 try:
                     result = run()
                 except RuntimeError as error:
                     first = error
                     raise
         except RuntimeError as error:
-            with contextlib.suppress(RuntimeError):          # says once more that the capture failed
+            with contextlib.suppress(RuntimeError):  # says once more that the capture failed
                 self.cuda.synchronize(self.device)
             raise (first or error) from None
         return graph, result
@@ -87,8 +91,10 @@ class GraphStep:
         self.graph.replay()
         if torch.equal(plain, again) and not torch.equal(self._losses(self.result), plain):
             self.graph.reset()
-            raise RuntimeError("its losses in a graph are not those without: something in it asks whether it is being "
-                               "captured, or reads what was there then")
+            raise RuntimeError(
+                "its losses in a graph are not those without: something in it asks whether it is being "
+                "captured, or reads what was there then"
+            )
 
     def _step(self):
         """float64 [4 J]: losses, derivatives, applied."""
@@ -101,7 +107,7 @@ class GraphStep:
     @staticmethod
     def _losses(result):
         """The bits of a result's losses, on the host: NaN equals itself."""
-        return result[:len(result) // 2].cpu().view(torch.int64)
+        return result[: len(result) // 2].cpu().view(torch.int64)
 
     def run(self, batch):
         """Replay with this step's batch, seeds and rates; (losses, derivatives, applied) as lists."""
@@ -114,7 +120,7 @@ class GraphStep:
         self.graph.replay()
         result = self.result.tolist()
         count = len(result) // 4
-        return result[:2 * count], result[2 * count:3 * count], result[3 * count:]
+        return result[: 2 * count], result[2 * count : 3 * count], result[3 * count :]
 
 
 class Graphs:
@@ -128,7 +134,7 @@ class Graphs:
     def __init__(self, optimizer, recorder, limit=LIMIT):
         self.optimizer, self.recorder, self.limit = optimizer, recorder, limit
         self.captured, self.uses, self.steps = {}, {}, 0
-        self.arena_data = optimizer.arena.data       # what the graphs read: they end when the model moves
+        self.arena_data = optimizer.arena.data  # what the graphs read: they end when the model moves
         self.off = self.said = False
         self.closure = None
 
@@ -148,8 +154,10 @@ class Graphs:
             try:
                 self.captured[key] = GraphStep(self.optimizer, closure, batch, paired, self.recorder)
             except RuntimeError as error:
-                return self.give_up(f"{where(self.optimizer.module, error, 'the closure')} cannot be captured "
-                                    f"({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+                return self.give_up(
+                    f"{where(self.optimizer.module, error, 'the closure')} cannot be captured "
+                    f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+                )
         return self.captured[key].run(batch)
 
     def drop(self):
@@ -170,9 +178,12 @@ class Graphs:
         self.closure = closure
         if other and not self.said and not self.captured:
             self.said = True
-            warnings.warn("cuda_graph=True: this step has another closure than the one before, and a graph replays one "
-                          "closure: define it once and let it take each batch, step(closure, batch=batch), or read "
-                          "it from the same tensors", stacklevel=5)
+            warnings.warn(
+                "cuda_graph=True: this step has another closure than the one before, and a graph replays one "
+                "closure: define it once and let it take each batch, step(closure, batch=batch), or read "
+                "it from the same tensors",
+                stacklevel=5,
+            )
         return again
 
     def _count(self, key, uses):
@@ -206,8 +217,11 @@ def graphs_of(optimizer):
     recorder = recorder_of(arena_data.device)
     if recorder is None and optimizer.cuda_graph:
         optimizer.cuda_graph = False
-        warnings.warn(f"cuda_graph=True: the scales are on {arena_data.device.type!r}, a graph needs a CUDA device; "
-                      "the steps run without a graph", stacklevel=5)
+        warnings.warn(
+            f"cuda_graph=True: the scales are on {arena_data.device.type!r}, a graph needs a CUDA device; "
+            "the steps run without a graph",
+            stacklevel=5,
+        )
     return None if recorder is None else Graphs(optimizer, recorder)
 
 
@@ -241,6 +255,9 @@ def where(module, error, otherwise):
     """The innermost of a module's own modules in which an error was raised, name and type, for a message; otherwise:
     what is named where it was raised in none."""
     names = {id(m): f"{name or 'the model'} ({type(m).__name__})" for name, m in module.named_modules()}
-    inside = [names[id(frame.f_locals.get("self"))] for frame, _ in traceback.walk_tb(error.__traceback__)
-              if id(frame.f_locals.get("self")) in names]
+    inside = [
+        names[id(frame.f_locals.get("self"))]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if id(frame.f_locals.get("self")) in names
+    ]
     return inside[-1] if inside else otherwise

@@ -9,6 +9,7 @@ Little-endian. The header is written to a temporary file and renamed, so a journ
 exist. A step counts when all its records are whole: a short tail (a killed run, a full disk) is dropped; a whole record
 whose checksum is wrong means damage and is refused.
 """
+
 import contextlib
 import dataclasses
 import errno
@@ -25,8 +26,8 @@ PREAMBLE = struct.Struct("<7sBI")
 RECORD = struct.Struct("<IHHqfff")
 CHECKSUM = struct.Struct("<I")
 RECORD_BYTES = RECORD.size + CHECKSUM.size
-SKIPPED = 1                   # flag: a loss was not finite; nothing was applied
-SYNC_SECONDS = 2.0            # a power failure costs at most this much of a run; a killed process costs nothing
+SKIPPED = 1  # flag: a loss was not finite; nothing was applied
+SYNC_SECONDS = 2.0  # a power failure costs at most this much of a run; a killed process costs nothing
 
 
 class JournalError(ValueError):
@@ -46,8 +47,15 @@ class Record:
     skipped: bool = False
 
     def pack(self):
-        body = RECORD.pack(self.step, self.direction, SKIPPED if self.skipped else 0, self.seed, self.applied,
-                           self.loss_plus, self.loss_minus)
+        body = RECORD.pack(
+            self.step,
+            self.direction,
+            SKIPPED if self.skipped else 0,
+            self.seed,
+            self.applied,
+            self.loss_plus,
+            self.loss_minus,
+        )
         return body + CHECKSUM.pack(zlib.crc32(body))
 
 
@@ -63,8 +71,9 @@ class Journal:
         """Start a journal. JournalError if the file exists: it may hold hours of work."""
         path = Path(path)
         if path.exists():
-            raise JournalError(f"{path} exists already: resume it (--resume, or QZO(..., resume=True)), or name "
-                               "another file")
+            raise JournalError(
+                f"{path} exists already: resume it (--resume, or QZO(..., resume=True)), or name another file"
+            )
         _write_new(path, header)
         return cls(path, header, [], open(path, "ab", buffering=0))
 
@@ -81,7 +90,7 @@ class Journal:
             return cls(path, header, [], open(path, "ab", buffering=0))
         old, steps, end = found
         check_header(path, old, header)
-        file = open(path, "r+b", buffering=0)   # noqa: SIM115
+        file = open(path, "r+b", buffering=0)  # noqa: SIM115
         file.truncate(end)
         file.seek(end)
         return cls(path, old, steps, file)
@@ -94,7 +103,7 @@ class Journal:
             written = self._file.write(data)
         if written != len(data):
             self._file.truncate(start)
-            self._file.seek(start)               # else the next write would leave a hole
+            self._file.seek(start)  # else the next write would leave a hole
             raise OSError(errno.ENOSPC, "no space left for the next step of the journal", str(self.path))
         now = time.monotonic()
         if now - self._synced > SYNC_SECONDS:
@@ -119,16 +128,16 @@ def read(path):
     path = Path(path)
     data = path.read_bytes()
     first = PREAMBLE.size + CHECKSUM.size
-    if data[:7] != MAGIC[:len(data)]:
+    if data[:7] != MAGIC[: len(data)]:
         raise JournalError(f"{path} is not a qzo journal: it starts with {data[:7]!r}, not {MAGIC!r}")
     if len(data) < first:
         return None
     _, version, length = PREAMBLE.unpack_from(data)
-    if zlib.crc32(data[:PREAMBLE.size]) != CHECKSUM.unpack_from(data, PREAMBLE.size)[0]:
+    if zlib.crc32(data[: PREAMBLE.size]) != CHECKSUM.unpack_from(data, PREAMBLE.size)[0]:
         raise JournalError(f"{path} is damaged: the checksum of its first {PREAMBLE.size} bytes (offset 0) is wrong")
     if version != VERSION:
         raise JournalError(f"{path} has journal version {version}; this qzo reads version {VERSION}")
-    body = data[first:first + length + CHECKSUM.size]
+    body = data[first : first + length + CHECKSUM.size]
     if len(body) < length + CHECKSUM.size:
         return None
     if zlib.crc32(body[:length]) != CHECKSUM.unpack_from(body, length)[0]:
@@ -144,14 +153,18 @@ def _read_steps(path, data, start, directions):
     whole = (len(data) - start) // RECORD_BYTES
     for i in range(whole):
         at = start + i * RECORD_BYTES
-        body = data[at:at + RECORD.size]
+        body = data[at : at + RECORD.size]
         if zlib.crc32(body) != CHECKSUM.unpack_from(data, at + RECORD.size)[0]:
-            raise JournalError(f"{path} is damaged: the record at offset {at} (step {i // directions}, direction "
-                               f"{i % directions}) has a wrong checksum; cut the file there to keep the steps before")
+            raise JournalError(
+                f"{path} is damaged: the record at offset {at} (step {i // directions}, direction "
+                f"{i % directions}) has a wrong checksum; cut the file there to keep the steps before"
+            )
         step, direction, flags, seed, applied, plus, minus = RECORD.unpack(body)
         if (step, direction) != (i // directions, i % directions):
-            raise JournalError(f"{path}: the record at offset {at} is step {step}, direction {direction}; step "
-                               f"{i // directions}, direction {i % directions} was expected")
+            raise JournalError(
+                f"{path}: the record at offset {at} is step {step}, direction {direction}; step "
+                f"{i // directions}, direction {i % directions} was expected"
+            )
         if direction == 0:
             records = []
         records.append(Record(step, direction, seed, applied, plus, minus, bool(flags & SKIPPED)))
@@ -163,7 +176,7 @@ def _read_steps(path, data, start, directions):
 
 def check_header(path, old, new):
     """JournalError naming the first field in which a journal and this run differ ("versions" may)."""
-    new = json.loads(json.dumps(new))            # as the file holds it: tuples are lists
+    new = json.loads(json.dumps(new))  # as the file holds it: tuples are lists
     for key in new:
         if key == "versions" or old.get(key) == new[key]:
             continue
@@ -171,8 +184,11 @@ def check_header(path, old, new):
         if key == "recipe" and isinstance(before, dict):
             inner = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
             name, before, now = f"recipe.{inner}", before.get(inner), now.get(inner)
-        hint = ("it belongs to another model, or to one already tuned" if key in ("digest", "arena")
-                else "resume with the settings the run was started with")
+        hint = (
+            "it belongs to another model, or to one already tuned"
+            if key in ("digest", "arena")
+            else "resume with the settings the run was started with"
+        )
         raise JournalError(f"{path}: its {name} is {_short(before)}, this run's is {_short(now)}: {hint}")
 
 

@@ -1,4 +1,5 @@
 """The QZO optimizer: evaluations, losses by a closure, the step's arithmetic (step.py), the journal."""
+
 import contextlib
 import dataclasses
 import functools
@@ -17,7 +18,7 @@ from .journal import Journal, Record
 from .replay import journal_header
 from .step import LARGEST, apply_records, project
 
-FLOOR = 2.0**-24             # the smallest float16: a checkpoint can hold it
+FLOOR = 2.0**-24  # the smallest float16: a checkpoint can hold it
 ROUNDOFF = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24}
 
 
@@ -60,17 +61,39 @@ class QZO(torch.optim.Optimizer):
     Raises ValueError for values out of range, JournalError (a ValueError) for a journal that exists or does not fit.
     """
 
-    def __init__(self, module, lr, eps=1e-2, clip=5.0, noise="rademacher", relative=True, sharing="group",
-                 directions=1, seed=0, journal=None, *, resume=False, paired=True, floor=FLOOR, max_skipped=10,
-                 recipe=None, large_rows="fused", cuda_graph=None):
+    def __init__(
+        self,
+        module,
+        lr,
+        eps=1e-2,
+        clip=5.0,
+        noise="rademacher",
+        relative=True,
+        sharing="group",
+        directions=1,
+        seed=0,
+        journal=None,
+        *,
+        resume=False,
+        paired=True,
+        floor=FLOOR,
+        max_skipped=10,
+        recipe=None,
+        large_rows="fused",
+        cuda_graph=None,
+    ):
         _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
         _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
         _check(clip > 0, "clip", clip, "a number > 0 (math.inf: no clipping)")
         _check(isinstance(directions, int) and 1 <= directions < 1 << 16, "directions", directions, "an int >= 1")
         _check(isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64, "seed", seed, "a 64-bit int")
         _check(floor >= 0, "floor", floor, "a number >= 0")
-        _check(cuda_graph is None or isinstance(cuda_graph, bool), "cuda_graph", cuda_graph,
-               "None (where there is a CUDA device), True or False")
+        _check(
+            cuda_graph is None or isinstance(cuda_graph, bool),
+            "cuda_graph",
+            cuda_graph,
+            "None (where there is a CUDA device), True or False",
+        )
         law_number(noise)
         check_sharing(sharing, relative)
         check_sharing_of(module, sharing)
@@ -81,9 +104,21 @@ class QZO(torch.optim.Optimizer):
         self.cuda_graph, self.graphs = cuda_graph, None
         self.last = None
         self._skipped_in_a_row, self._told = 0, False
-        super().__init__([self.arena.data], dict(
-            lr=lr, eps=eps, clip=clip, noise=noise, relative=relative, sharing=sharing, directions=directions,
-            seed=seed, floor=floor, step=0))
+        super().__init__(
+            [self.arena.data],
+            dict(
+                lr=lr,
+                eps=eps,
+                clip=clip,
+                noise=noise,
+                relative=relative,
+                sharing=sharing,
+                directions=directions,
+                seed=seed,
+                floor=floor,
+                step=0,
+            ),
+        )
         _warn_if_rounded_away(module, self.arena, eps, relative)
         self.journal = None
         if journal is not None:
@@ -100,8 +135,10 @@ class QZO(torch.optim.Optimizer):
         RuntimeError when the layers have moved to another arena, where this optimizer would not reach them.
         """
         if any(layer.arena is not self.arena for layer in layers(self.module).values()):
-            raise RuntimeError("the layers have left this optimizer's arena (train_only, or a QZO of another module "
-                               "that shares them): make a new QZO")
+            raise RuntimeError(
+                "the layers have left this optimizer's arena (train_only, or a QZO of another module "
+                "that shares them): make a new QZO"
+            )
         group = self.param_groups[0]
         seeds = [step_seed(group["seed"], group["step"], j) for j in range(group["directions"]) for _ in range(2)]
         coefs = [sign * group["eps"] for _ in range(group["directions"]) for sign in (1, -1)]
@@ -123,8 +160,10 @@ class QZO(torch.optim.Optimizer):
         TypeError when the batch is no mapping.
         """
         if batch is not None and not isinstance(batch, Mapping):
-            raise TypeError(f"batch={type(batch).__name__}: a mapping of tensors is wanted, or none and a closure that "
-                            "knows its own")
+            raise TypeError(
+                f"batch={type(batch).__name__}: a mapping of tensors is wanted, or none and a closure that "
+                "knows its own"
+            )
         paired = self.paired if paired is None else paired
         if self.cuda_graph or (self.cuda_graph is None and batch is not None):
             result = self._as_graph(closure, batch, paired)
@@ -150,14 +189,17 @@ class QZO(torch.optim.Optimizer):
         count = group["directions"]
         skipped = not all(abs(x) <= LARGEST for x in losses)
         if skipped:
-            losses = [x if abs(x) <= LARGEST else math.inf * x for x in losses]      # the journal holds float32
+            losses = [x if abs(x) <= LARGEST else math.inf * x for x in losses]  # the journal holds float32
             applied = [0.0] * count
         elif not all(map(math.isfinite, applied)):
-            raise FloatingPointError(f"lr={group['lr']:g} times the derivatives {derivatives} leaves float32; "
-                                     "lower lr or clip")
+            raise FloatingPointError(
+                f"lr={group['lr']:g} times the derivatives {derivatives} leaves float32; lower lr or clip"
+            )
         seeds = [step_seed(group["seed"], group["step"], j) for j in range(count)]
-        records = [Record(group["step"], j, seeds[j], applied[j], losses[2 * j], losses[2 * j + 1], skipped)
-                   for j in range(count)]
+        records = [
+            Record(group["step"], j, seeds[j], applied[j], losses[2 * j], losses[2 * j + 1], skipped)
+            for j in range(count)
+        ]
         if self.journal is not None:
             self.journal.append(records)
         if not updated:
@@ -166,20 +208,26 @@ class QZO(torch.optim.Optimizer):
         self.last = StepResult(losses, derivatives, applied, skipped)
         self._count_skipped(skipped)
         if self._skipped_in_a_row >= self.max_skipped:
-            raise FloatingPointError(f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: "
-                                     f"{losses}); {self._advice()}")
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: {losses}); {self._advice()}"
+            )
         if skipped and not self._told:
             self._told = True
-            warnings.warn(f"step {group['step'] - 1} had a NaN or infinite loss and changes nothing; if that goes on: "
-                          f"{self._advice()}", stacklevel=3)
+            warnings.warn(
+                f"step {group['step'] - 1} had a NaN or infinite loss and changes nothing; if that goes on: "
+                f"{self._advice()}",
+                stacklevel=3,
+            )
         return sum(losses) / len(losses)
 
     def _advice(self):
         """What to do about losses that are not finite; many models of bfloat16 leave float16's range."""
         group, first = self.param_groups[0], ""
         if any(p.dtype == torch.float16 for p in self.module.parameters()):
-            first = (f"float16 activations end at {torch.finfo(torch.float16).max:g}: load the model in bfloat16 or "
-                     "float32 (--dtype bfloat16 or float32); else ")
+            first = (
+                f"float16 activations end at {torch.finfo(torch.float16).max:g}: load the model in bfloat16 or "
+                "float32 (--dtype bfloat16 or float32); else "
+            )
         return f"{first}lower lr ({group['lr']:g}) or eps ({group['eps']:g}), or check the data"
 
     @contextlib.contextmanager
@@ -197,20 +245,23 @@ class QZO(torch.optim.Optimizer):
                 got = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
                 raise ValueError(
                     f"the closure must return a tensor [{len(evaluations)}], the loss of each evaluation; got {got}. "
-                    "Stack the batch with qzo.pair and use qzo.losses, or step(closure, paired=False)")
+                    "Stack the batch with qzo.pair and use qzo.losses, or step(closure, paired=False)"
+                )
             return losses
         losses = []
         for e in range(len(evaluations)):
-            with self.perturbed(evaluations[e:e + 1]):
+            with self.perturbed(evaluations[e : e + 1]):
                 losses.append(torch.as_tensor(closure(), dtype=torch.float64))
             if losses[-1].numel() != 1:
-                raise ValueError(f"with paired=False the closure must return one number, the loss of the evaluation it "
-                                 f"runs under; got {list(losses[-1].shape)}")
+                raise ValueError(
+                    f"with paired=False the closure must return one number, the loss of the evaluation it "
+                    f"runs under; got {list(losses[-1].shape)}"
+                )
         return torch.stack([loss.view(()) for loss in losses])
 
     def _apply(self, records):
         """The update of one step from its records: what a replay does, too."""
-        self.param_groups[0]["params"] = [self.arena.data]        # the arena may have moved to another device
+        self.param_groups[0]["params"] = [self.arena.data]  # the arena may have moved to another device
         if not records[0].skipped:
             apply_records(self.arena, records, self.param_groups[0])
 
@@ -244,6 +295,8 @@ def _warn_if_rounded_away(module, arena, eps, relative):
         size = sum(float(s.abs().sum()) for s in read) / sum(s.numel() for s in read)
     wanted = 5 * ROUNDOFF[dtype] * size
     if eps < wanted / 2:
-        warnings.warn(f"eps={eps:g} is too small for {str(dtype).removeprefix('torch.')} activations: their rounding "
-                      f"is larger than the signal; use eps >= {wanted:.1g}, or float32/float16 activations",
-                      stacklevel=3)
+        warnings.warn(
+            f"eps={eps:g} is too small for {str(dtype).removeprefix('torch.')} activations: their rounding "
+            f"is larger than the signal; use eps >= {wanted:.1g}, or float32/float16 activations",
+            stacklevel=3,
+        )

@@ -1,4 +1,5 @@
 """What ties a journal to a model, and a journal's steps applied to the model it was written on."""
+
 import hashlib
 import platform
 
@@ -36,9 +37,13 @@ def replay(model, journal_path, until=None):
 def journal_header(module, group, recipe=None):
     """What a journal says before its first record."""
     law = {key: group[key] for key in ("noise", "relative", "sharing", "eps", "clip", "directions", "seed", "floor")}
-    return {**law, "law": law_version(group["noise"], group["sharing"]), "recipe": recipe or {},
-            **model_fields(module, arena_of(module, exact=True)),
-            "versions": {"qzo": __version__, "torch": torch.__version__, "python": platform.python_version()}}
+    return {
+        **law,
+        "law": law_version(group["noise"], group["sharing"]),
+        "recipe": recipe or {},
+        **model_fields(module, arena_of(module, exact=True)),
+        "versions": {"qzo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
 
 
 def model_fields(module, arena):
@@ -47,5 +52,7 @@ def model_fields(module, arena):
     for name, what, tensor in digest_parts(module):
         digest.update(f"{name}.{what} {list(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.contiguous().cpu().numpy().data)
-    return {"arena": {name: [slot.base4, slot.groups, slot.outputs] for name, slot in arena.slots.items()},
-            "digest": "sha256:" + digest.hexdigest()}
+    return {
+        "arena": {name: [slot.base4, slot.groups, slot.outputs] for name, slot in arena.slots.items()},
+        "digest": "sha256:" + digest.hexdigest(),
+    }

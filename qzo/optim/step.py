@@ -7,6 +7,7 @@ clipping), with J directions per step over one batch:
 
 and the scales move along every z(seed_j) by a_j (kernels/update.py).
 """
+
 import math
 
 import torch
@@ -32,8 +33,16 @@ def project(losses, rates, law):
 
 def update(arena, seeds, coefs, recipe):
     """Update the arena in place with (seed, coefficient) pairs; recipe names noise, relative, sharing and floor."""
-    ops.update_op(arena.data, seeds, coefs, 0, law_number(recipe["noise"]), recipe["relative"], recipe["floor"],
-                  arena.layers() if recipe["sharing"] == "row" else None)
+    ops.update_op(
+        arena.data,
+        seeds,
+        coefs,
+        0,
+        law_number(recipe["noise"]),
+        recipe["relative"],
+        recipe["floor"],
+        arena.layers() if recipe["sharing"] == "row" else None,
+    )
 
 
 def apply_records(arena, records, recipe):

@@ -1,4 +1,5 @@
 """What codes a layer may have, by the names that commands and benchmarks know them under."""
+
 import dataclasses
 
 from ..kernels.table import NF4
@@ -35,6 +36,11 @@ class Codes:
         return None if self.table is None else "table"
 
 
-CODES = {"int4": Codes(4, ""), "int2": Codes(2, " 2 bits"), "int8": Codes(8, " 8 bits"),
-         "nf4": Codes(4, " nf4", NF4, 64), "aqlm-1x16": Codes(16, " aqlm 1x16", group=-1, books=1),
-         "aqlm-2x8": Codes(8, " aqlm 2x8", group=-1, books=2)}
+CODES = {
+    "int4": Codes(4, ""),
+    "int2": Codes(2, " 2 bits"),
+    "int8": Codes(8, " 8 bits"),
+    "nf4": Codes(4, " nf4", NF4, 64),
+    "aqlm-1x16": Codes(16, " aqlm 1x16", group=-1, books=1),
+    "aqlm-2x8": Codes(8, " aqlm 2x8", group=-1, books=2),
+}

@@ -5,6 +5,7 @@ no bytes; each new storage adds its bytes, each one freed takes them off. What a
 not seen from there and is added by the formulas that stand beside the code: `scratch_bytes` in kernels/, and the
 attention's here.
 """
+
 import contextlib
 import ctypes
 import dataclasses
@@ -52,8 +53,11 @@ def rounded(nbytes, device):
 def weights_bytes(model, device):
     """{"codes", "scales", "zeros", "dense"}: what a model holds between steps, each storage once."""
     found = list(layers(model, trainable=None).values())
-    held = {"codes": [layer.codes for layer in found], "zeros": [layer.zeros for layer in found],
-            "scales": list({id(layer.arena): layer.arena.data for layer in found}.values())}
+    held = {
+        "codes": [layer.codes for layer in found],
+        "zeros": [layer.zeros for layer in found],
+        "scales": list({id(layer.arena): layer.arena.data for layer in found}.values()),
+    }
     own = {id(t) for tensors in held.values() for t in tensors}
     held["dense"] = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in own]
     sizes = {}
@@ -64,6 +68,7 @@ def weights_bytes(model, device):
 
 
 # ---------------------------------------------------------------------------------------------- meters
+
 
 class DeviceMeter:
     """What torch's CUDA allocator holds, memory_allocated and max_memory_allocated, less what it held at the start."""
@@ -92,7 +97,7 @@ class DeviceMeter:
 def map_large_blocks():
     """Make every block from 64 KB on a map of its own, which leaves the resident set when it is freed. To be called
     before large blocks come from the heap: what is free there is used first."""
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)               # M_MMAP_THRESHOLD
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
 
 
 class ResidentMeter:
@@ -201,20 +206,52 @@ class Ledger(TorchDispatchMode):
         self._known.discard(key)
         self.now -= size
 
-    def _qmm_scratch(self, x, codes, scales, zeros, bias, seeds, coefs, base4, group, law, relative, out_dtype,
-                     shared=False, pair=False, large_rows="fused", bits=4, table=None, exact=False, codebooks=None,
-                     book4=-1):
+    def _qmm_scratch(
+        self,
+        x,
+        codes,
+        scales,
+        zeros,
+        bias,
+        seeds,
+        coefs,
+        base4,
+        group,
+        law,
+        relative,
+        out_dtype,
+        shared=False,
+        pair=False,
+        large_rows="fused",
+        bits=4,
+        table=None,
+        exact=False,
+        codebooks=None,
+        book4=-1,
+    ):
         m, k = x.shape
         n = scales.shape[1]
-        cast = 0                                       # codebooks in the type of x, and as the CPU reads them
+        cast = 0  # codebooks in the type of x, and as the CPU reads them
         if codebooks is not None and (book4 >= 0 or codebooks.dtype != x.dtype):
             cast += codebooks.numel() * x.element_size()
         if self.device == "cpu":
             cast += codebooks.numel() * 4 if codebooks is not None and x.dtype != torch.float32 else 0
             cast += perturb.scratch_bytes(codebooks.numel() // 4) if book4 >= 0 and law else 0
             return cast + qmm_torch.scratch_bytes(
-                m, n, k, group, seeds.numel(), x.dtype, law, shared, scales.untyped_storage().nbytes(), self.threads,
-                table=table is not None, books=0 if codebooks is None else len(codebooks), bits=bits)
+                m,
+                n,
+                k,
+                group,
+                seeds.numel(),
+                x.dtype,
+                law,
+                shared,
+                scales.untyped_storage().nbytes(),
+                self.threads,
+                table=table is not None,
+                books=0 if codebooks is None else len(codebooks),
+                bits=bits,
+            )
         weight = Weight(codes, scales, k, group, zeros, bias, base4, bits, table, codebooks, book4)
         form = many_rows_form(large_rows, m // seeds.numel(), weight, x.dtype, exact)
         if form == "blas":
@@ -222,8 +259,17 @@ class Ledger(TorchDispatchMode):
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
         if form == "folded":
             return cast + copy
-        tile = tiles.pick(m // seeds.numel(), n, k, group, x.dtype, self.chip, weight.zero_type, bits,
-                          lookup_of(table, exact, codebooks))
+        tile = tiles.pick(
+            m // seeds.numel(),
+            n,
+            k,
+            group,
+            x.dtype,
+            self.chip,
+            weight.zero_type,
+            bits,
+            lookup_of(table, exact, codebooks),
+        )
         return cast + copy + plan.scratch_bytes(m, n, k, group, tile, weight.zero_type)
 
 
@@ -246,13 +292,17 @@ class _OneAttention(TorchFunctionMode):
     def _attend(self, query, key, value, attn_mask=None, *_, **__):
         batch, heads, tokens, _ = query.shape
         out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
-        mask = 0 if attn_mask is None or attn_mask.dtype != torch.bool else (
-            attn_mask.untyped_storage().nbytes() * query.element_size())
+        mask = (
+            0
+            if attn_mask is None or attn_mask.dtype != torch.bool
+            else (attn_mask.untyped_storage().nbytes() * query.element_size())
+        )
         self.ledger.brush(mask + 4 * batch * heads * tokens)
         return out
 
 
 # ---------------------------------------------------------------------------------------------- a step, cut in spans
+
 
 @dataclasses.dataclass(frozen=True)
 class Span:
@@ -292,7 +342,7 @@ class Spans:
     def watching(self):
         """Hooks in place; the rest of the step is cut on exit."""
         handles = []
-        within = set(self.body.modules())            # a body may be called again for what it gave: its layers are not
+        within = set(self.body.modules())  # a body may be called again for what it gave: its layers are not
         for name, module in self.model.named_modules():
             if isinstance(module, QZOLinear):
                 before = functools.partial(self._before, module in within)

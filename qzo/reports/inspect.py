@@ -3,6 +3,7 @@
 A reader's tensors are looked at one at a time and let go; memory is predicted on a model without bytes
 (memory.py). Only --signal loads the model: how much of L+ - L- survives the rounding of activations (signal.py).
 """
+
 import collections
 import math
 import warnings
@@ -29,14 +30,15 @@ from . import memory, models
 from .models import form_of
 from .signal import survival
 
-NORMAL = 2.0 ** -14                        # below it float16 has fewer than 11 bits
-LOST = 0.5                                 # error of the derivatives over their size, from where on a run is in vain
-EXAMPLES, LONGEST = 8, 256                 # of --data that --signal reads, and their tokens
+NORMAL = 2.0**-14  # below it float16 has fewer than 11 bits
+LOST = 0.5  # error of the derivatives over their size, from where on a run is in vain
+EXAMPLES, LONGEST = 8, 256  # of --data that --signal reads, and their tokens
 SENTENCES = (
     "The harbour was quiet when the first boats came in, and the gulls were already waiting on the wall.",
     "Water boils at a lower temperature on a mountain, because the air above it presses less.",
     "She read the letter twice, put it back into its envelope and asked for another cup of coffee.",
-    "The committee agreed to repair the bridge before winter, although the money had not been found yet.")
+    "The committee agreed to repair the bridge before winter, although the money had not been found yet.",
+)
 
 
 class ScaleSurvey:
@@ -70,12 +72,19 @@ class ScaleSurvey:
         if nonzero:
             at = int(torch.searchsorted(self.bins.cumsum(0), (nonzero - 1) // 2, right=True))
             median = float(torch.tensor(at << 13, dtype=torch.int32).view(torch.float32))
-        return {"count": self.count, "smallest": self.smallest if nonzero else None, "median": median,
-                "largest": self.largest if nonzero else None, "negative": self.negative, "zero": self.zero,
-                "below_float16_normal": self.small}
+        return {
+            "count": self.count,
+            "smallest": self.smallest if nonzero else None,
+            "median": median,
+            "largest": self.largest if nonzero else None,
+            "negative": self.negative,
+            "zero": self.zero,
+            "below_float16_normal": self.small,
+        }
 
 
 # ---------------------------------------------------------------------------------------------- what it holds
+
 
 def opened(path_or_id, trust_remote_code=False):
     """(name of the format, transformers config, entries as a reader yields them, or None for a float checkpoint, types
@@ -135,8 +144,14 @@ def report(options):
     kind, config, entries, types = opened(options.model, bool(options.trust_remote_code))
     dtype = torch.float16 if device == "cuda" else torch.float32
     model = build_empty(config, dtype, trust_remote_code=bool(options.trust_remote_code)).eval()
-    found = {"model": options.model, "format": kind, "quantized": entries is not None, "scales": None, "bytes": None,
-             "class": type(model).__name__}
+    found = {
+        "model": options.model,
+        "format": kind,
+        "quantized": entries is not None,
+        "scales": None,
+        "bytes": None,
+        "class": type(model).__name__,
+    }
     if entries is None:
         split_experts_(model)
         wanted, dense = would_be(model, options.bits, options.group_size, config)
@@ -151,25 +166,37 @@ def report(options):
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     strangers = sorted(set(wanted) - linears)
     if strangers:
-        raise ValueError(f"{options.model}: quantized weights for {strangers[0]}, which is no nn.Linear of "
-                         f"{type(model).__name__}; only nn.Linear can be replaced")
+        raise ValueError(
+            f"{options.model}: quantized weights for {strangers[0]}, which is no nn.Linear of "
+            f"{type(model).__name__}; only nn.Linear can be replaced"
+        )
     if not wanted:
         raise ValueError(f"{options.model} holds no quantized linear layer, so there is nothing to train")
     models.quantize_empty(model, wanted, cpu=device == "cpu")
     prefix = choose_layers(model, options.train_layers)
-    found |= {"layers": _kinds(model), "act_order": sum(form.ordered for form in wanted.values()),
-              "dense": {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in sorted(dense.items())},
-              "dense_linears": len(linears) - len(wanted),
-              "trains": {"layers": len(layers(model)), "scales": trained_count(model),
-                         "blocks": options.train_layers if prefix else None}}
-    found["step"] = {"device": device, "rows": options.batch_size, "tokens": options.seq_len,
-                     "directions": options.directions}
+    found |= {
+        "layers": _kinds(model),
+        "act_order": sum(form.ordered for form in wanted.values()),
+        "dense": {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in sorted(dense.items())},
+        "dense_linears": len(linears) - len(wanted),
+        "trains": {
+            "layers": len(layers(model)),
+            "scales": trained_count(model),
+            "blocks": options.train_layers if prefix else None,
+        },
+    }
+    found["step"] = {
+        "device": device,
+        "rows": options.batch_size,
+        "tokens": options.seq_len,
+        "directions": options.directions,
+    }
     found["memory"], found["memory_unknown"] = None, None
     run = memory.Run(options.batch_size, options.seq_len, directions=options.directions)
     try:
         predicted = memory.predict(model, run, device, memory.this_chip())
         found["memory"] = {part: predicted[part] for part in (*memory.PARTS, "total")}
-    except (ValueError, RuntimeError) as error:   # no language model, or one whose code needs values, not only shapes
+    except (ValueError, RuntimeError) as error:  # no language model, or one whose code needs values, not only shapes
         found["memory_unknown"] = str(error).splitlines()[0]
     found["signal"] = signal(options, wanted) if options.signal else None
     return found
@@ -187,21 +214,28 @@ def _kinds(model):
         kind["layers"] += 1
         kind["scales"] += layer.in_features // layer.group_size * layer.out_features
         kind["weights"] += layer.in_features * layer.out_features
-    named = [{**dict(zip(("bits", "group_size", "zeros", "table", "codebooks"), key, strict=True)), **kind}
-             for key, kind in alike.items()]
+    named = [
+        {**dict(zip(("bits", "group_size", "zeros", "table", "codebooks"), key, strict=True)), **kind}
+        for key, kind in alike.items()
+    ]
     return sorted(named, key=lambda kind: -kind["weights"])
 
 
 # ---------------------------------------------------------------------------------------------- how much survives
+
 
 def signal(options, wanted):
     """{"eps", "directions", activations: {"error", "cosine"}} of a batch of text, with a warning where the signal is
     lost. Loads the model, in float32; one of float weights is quantized as `wanted` has it."""
     records = read_data(options.data)["train"] if options.data else [{"text": text} for text in SENTENCES]
     tokenizer = load_tokenizer(options.model, bool(options.trust_remote_code))
-    model = from_pretrained(options.model, dtype=torch.float32, bits=options.bits,
-                            group_size=next(iter(wanted.values())).group_size,
-                            trust_remote_code=bool(options.trust_remote_code))
+    model = from_pretrained(
+        options.model,
+        dtype=torch.float32,
+        bits=options.bits,
+        group_size=next(iter(wanted.values())).group_size,
+        trust_remote_code=bool(options.trust_remote_code),
+    )
     choose_layers(model, options.train_layers)
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, "all that --signal reads of a line", has_encoder(model))
     check_tables(model, examples)
@@ -211,9 +245,12 @@ def signal(options, wanted):
     for name, found in survived.items():
         if not found["error"] < LOST:
             enough = _enough(options.eps, found["error"])
-            warnings.warn(f"with eps {options.eps:g} {name} activations eat the signal: the error of the derivatives "
-                          f"is {found['error']:.2f} of their size; raise --eps to {enough}, or train with --dtype "
-                          f"{'float16 or ' if name == 'bfloat16' else ''}float32", stacklevel=2)
+            warnings.warn(
+                f"with eps {options.eps:g} {name} activations eat the signal: the error of the derivatives "
+                f"is {found['error']:.2f} of their size; raise --eps to {enough}, or train with --dtype "
+                f"{'float16 or ' if name == 'bfloat16' else ''}float32",
+                stacklevel=2,
+            )
     return {"eps": options.eps, "directions": options.signal_directions, **survived}
 
 
@@ -224,45 +261,67 @@ def _enough(eps, error):
 
 # ---------------------------------------------------------------------------------------------- shown
 
+
 def table(found):
     """The report as text."""
     count = sum(kind["layers"] for kind in found["layers"])
-    lines = [f"{found['model']}: {found['format']}, {found['class']}"
-             + ("" if found["quantized"] else "; what would be quantized on the way in:"), ""]
+    lines = [
+        f"{found['model']}: {found['format']}, {found['class']}"
+        + ("" if found["quantized"] else "; what would be quantized on the way in:"),
+        "",
+    ]
     for kind in found["layers"]:
         size = "one group a row" if kind["group_size"] == "row" else f"groups of {kind['group_size']}"
-        form = (f"{kind['codebooks']} codebooks of {kind['bits']} bits, one scale a row" if kind["codebooks"] else
-                f"{kind['bits']} bits, {size}, "
-                + ("a table of values" if kind["table"] else f"zero points {kind['zeros']}"))
+        form = (
+            f"{kind['codebooks']} codebooks of {kind['bits']} bits, one scale a row"
+            if kind["codebooks"]
+            else f"{kind['bits']} bits, {size}, "
+            + ("a table of values" if kind["table"] else f"zero points {kind['zeros']}")
+        )
         lines.append(f"layers      {kind['layers']} of {form}: {kind['weights']:,} weights, {kind['scales']:,} scales")
     lines.append("act-order   " + (f"{found['act_order']} of {count} layers" if found["act_order"] else "no"))
     if found["scales"]:
         s = found["scales"]
-        lines += [f"scales      smallest {_number(s['smallest'])}, median {_number(s['median'])}, "
-                  f"largest {_number(s['largest'])} in magnitude",
-                  f"            {s['negative']:,} negative, {s['zero']:,} zero, {s['below_float16_normal']:,} below "
-                  f"float16's normal range (of {s['count']:,})"]
+        lines += [
+            f"scales      smallest {_number(s['smallest'])}, median {_number(s['median'])}, "
+            f"largest {_number(s['largest'])} in magnitude",
+            f"            {s['negative']:,} negative, {s['zero']:,} zero, {s['below_float16_normal']:,} below "
+            f"float16's normal range (of {s['count']:,})",
+        ]
     for name, of in found["dense"].items():
         lines.append(f"dense       {name}: {of['tensors']:,} frozen tensors, {_mb(of['bytes'])}")
     if found["dense_linears"]:
-        lines.append(f"            {found['dense_linears']} of {found['dense_linears'] + count} linear layers among "
-                     "them")
+        lines.append(
+            f"            {found['dense_linears']} of {found['dense_linears'] + count} linear layers among them"
+        )
     if found["bytes"]:
         lines.append("held        " + ", ".join(f"{part} {_mb(n)}" for part, n in found["bytes"].items()))
     blocks = f" of the top {found['trains']['blocks']} blocks" if found["trains"]["blocks"] else ""
-    lines.append(f"trains      {found['trains']['layers']} of {count} layers{blocks}: "
-                 f"{found['trains']['scales']:,} scales")
+    lines.append(
+        f"trains      {found['trains']['layers']} of {count} layers{blocks}: {found['trains']['scales']:,} scales"
+    )
     step = found["step"]
-    total = f"{_mb(found['memory']['total'])}; qzo memory tells more" if found["memory"] else (
-        f"cannot be predicted: {found['memory_unknown']}")
-    lines.append(f"a step      on {step['device']}, {step['rows']} x {step['tokens']} tokens, {2 * step['directions']} "
-                 f"evaluations at once: {total}")
+    total = (
+        f"{_mb(found['memory']['total'])}; qzo memory tells more"
+        if found["memory"]
+        else (f"cannot be predicted: {found['memory_unknown']}")
+    )
+    lines.append(
+        f"a step      on {step['device']}, {step['rows']} x {step['tokens']} tokens, {2 * step['directions']} "
+        f"evaluations at once: {total}"
+    )
     if found["signal"]:
-        lines += ["", f"eps {found['signal']['eps']:g}, {found['signal']['directions']} directions: what rounding the "
-                  "activations does to the derivatives",
-                  f"            {'error':>8}{'cosine':>8}"]
-        lines += [f"{name:12}{of['error']:8.3f}{of['cosine']:8.3f}" for name, of in found["signal"].items()
-                  if isinstance(of, dict)]
+        lines += [
+            "",
+            f"eps {found['signal']['eps']:g}, {found['signal']['directions']} directions: what rounding the "
+            "activations does to the derivatives",
+            f"            {'error':>8}{'cosine':>8}",
+        ]
+        lines += [
+            f"{name:12}{of['error']:8.3f}{of['cosine']:8.3f}"
+            for name, of in found["signal"].items()
+            if isinstance(of, dict)
+        ]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 Codes, scales, zero points and dense parameters are what a model holds between steps; activations, logits and workspace
 are what a step adds at its highest moment, so that the parts add up to the total. GB is 1e9 bytes.
 """
+
 import dataclasses
 import gc
 
@@ -35,8 +36,17 @@ from .footprint import (
 
 PARTS = ("codes", "scales", "zeros", "dense", "activations", "logits", "workspace")
 # capacity counted at 1e9 bytes per GB: the rest of a card's binary gigabytes is left to the driver and its context
-CARDS = {"8 GB (RTX 4060)": 8, "12 GB (RTX 3060)": 12, "16 GB (RTX 4080)": 16, "24 GB (RTX 3090, RTX 4090, L4)": 24,
-         "32 GB (RTX 5090)": 32, "40 GB (A100)": 40, "48 GB (L40S)": 48, "80 GB (A100, H100)": 80, "141 GB (H200)": 141}
+CARDS = {
+    "8 GB (RTX 4060)": 8,
+    "12 GB (RTX 3060)": 12,
+    "16 GB (RTX 4080)": 16,
+    "24 GB (RTX 3090, RTX 4090, L4)": 24,
+    "32 GB (RTX 5090)": 32,
+    "40 GB (A100)": 40,
+    "48 GB (L40S)": 48,
+    "80 GB (A100, H100)": 80,
+    "141 GB (H200)": 141,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------- predicted
+
 
 def predict(model, run, device, chip):
     """{part: bytes, "total", "phases"} of a model on the meta device, without a weight."""
@@ -85,14 +96,14 @@ def predict(model, run, device, chip):
 def _evaluations(run):
     seeds = [step_seed(0, 0, j) for j in range(run.directions) for _ in range(2)]
     stacked = Evaluations(seeds, [1e-2, -1e-2] * run.directions)
-    return [stacked[e:e + 1] for e in range(len(stacked))] if run.sequential else [stacked]
+    return [stacked[e : e + 1] for e in range(len(stacked))] if run.sequential else [stacked]
 
 
 def _composed(weights, resident, spans):
     """The report's numbers: what a step's highest moment consists of."""
     top = max(spans.found, key=lambda span: span.peak)
     parts = {**weights, **parts_of(top, resident)}
-    parts["workspace"] += resident - sum(weights.values())          # libraries' own, and the batch
+    parts["workspace"] += resident - sum(weights.values())  # libraries' own, and the batch
     highest = {}
     for span in spans.found:
         if span.phase not in highest or span.peak > highest[span.phase].peak:
@@ -102,6 +113,7 @@ def _composed(weights, resident, spans):
 
 
 # ---------------------------------------------------------------------------------------------- measured
+
 
 def measure(load, run, device, snapshot=None):
     """The same numbers read off a device in the second step of a run. load() -> model on `device`.
@@ -132,8 +144,7 @@ def _step(load, run, device, meter):
     """Two steps, the second cut in spans: (what the weights held, resident before the step, spans)."""
     model = load()
     batch = models.example_batch(model, run.rows, run.tokens, run.labels, device)
-    optimizer = QZO(model, lr=1e-6, directions=run.directions, paired=not run.sequential,
-                    large_rows=run.large_rows)
+    optimizer = QZO(model, lr=1e-6, directions=run.directions, paired=not run.sequential, large_rows=run.large_rows)
     spans = Spans(model, models.body_of(model), meter)
 
     def closure():
@@ -180,6 +191,7 @@ def _released(model, meter):
 
 # ---------------------------------------------------------------------------------------------- rivals
 
+
 def rivals(model, run, predicted):
     """name -> bytes that other ways to train the same model need, by their published formulas.
 
@@ -197,10 +209,13 @@ def rivals(model, run, predicted):
     logits = 4 * run.rows * tokens * vocabulary
     adapters = 16 * sum(k + n for k, n in linear.values())
     forward = (predicted["activations"] + predicted["logits"]) // run.evaluations
-    return {"MeZO, 16 bit": 2 * (weights + rest) + forward,
-            "QLoRA, NF4, rank 16": (round(weights * 4.127 / 8) + 2 * rest + 12 * adapters
-                                    + (2 * depth + 34) * layer + logits),
-            "AdamW, all parameters": 16 * (weights + rest) + 34 * depth * layer + logits}
+    return {
+        "MeZO, 16 bit": 2 * (weights + rest) + forward,
+        "QLoRA, NF4, rank 16": (
+            round(weights * 4.127 / 8) + 2 * rest + 12 * adapters + (2 * depth + 34) * layer + logits
+        ),
+        "AdamW, all parameters": 16 * (weights + rest) + 34 * depth * layer + logits,
+    }
 
 
 def fits(nbytes):
@@ -210,6 +225,7 @@ def fits(nbytes):
 
 # ---------------------------------------------------------------------------------------------- shown
 
+
 def table(report):
     """The report as text: predicted beside measured, then the phases, the rivals and the cards."""
     predicted, measured = report["predicted"], report["measured"]
@@ -218,8 +234,10 @@ def table(report):
         line = f"{part:12}{_gb(predicted[part]):>12}"
         lines.append(line + (f"{_gb(measured[part]):>12}" if measured else ""))
     if measured:
-        lines += [f"{'slack':24}{_gb(measured['slack']):>12}",
-                  f"measured is {measured['total'] / predicted['total']:.3f} of predicted"]
+        lines += [
+            f"{'slack':24}{_gb(measured['slack']):>12}",
+            f"measured is {measured['total'] / predicted['total']:.3f} of predicted",
+        ]
     lines += ["", "highest in each phase:"]
     for phase, at in predicted["phases"].items():
         where = f" in {at['layer']}" if at["layer"] else ""
@@ -260,6 +278,7 @@ def plot(report, path):
 
 # ---------------------------------------------------------------------------------------------- the report
 
+
 def make_report(options):
     """The dict that --json prints."""
     if bool(options.config) == bool(options.model):
@@ -285,16 +304,29 @@ def make_report(options):
     if options.train_codebooks:
         train_codebooks_(model)
         load = _training_codebooks(load)
-    run = Run(options.batch_size, options.seq_len or models.usual_tokens(model), options.labels, options.directions,
-              options.sequential, options.large_rows)
+    run = Run(
+        options.batch_size,
+        options.seq_len or models.usual_tokens(model),
+        options.labels,
+        options.directions,
+        options.sequential,
+        options.large_rows,
+    )
     predicted = predict(model, run, device, chip)
     measured = measure(load, run, device, snapshot=options.snapshot) if measuring else None
-    subject = (f"{options.config or options.model}: {run.rows} x {run.tokens} tokens, {2 * run.directions} evaluations "
-               f"{'one after another' if run.sequential else 'at once'}, {device}, {str(dtype).removeprefix('torch.')}"
-               + (f", {codes} codes" if options.config and codes != "int4" else "")
-               + (", random weights" if measuring and options.config else ""))
-    return {"predicted": predicted, "measured": measured, "rivals": rivals(model, run, predicted),
-            "fits": fits(max(predicted["total"], measured["total"] if measured else 0)), "subject": subject}
+    subject = (
+        f"{options.config or options.model}: {run.rows} x {run.tokens} tokens, {2 * run.directions} evaluations "
+        f"{'one after another' if run.sequential else 'at once'}, {device}, {str(dtype).removeprefix('torch.')}"
+        + (f", {codes} codes" if options.config and codes != "int4" else "")
+        + (", random weights" if measuring and options.config else "")
+    )
+    return {
+        "predicted": predicted,
+        "measured": measured,
+        "rivals": rivals(model, run, predicted),
+        "fits": fits(max(predicted["total"], measured["total"] if measured else 0)),
+        "subject": subject,
+    }
 
 
 def _training_codebooks(load):
@@ -302,6 +334,7 @@ def _training_codebooks(load):
         model = load()
         train_codebooks_(model)
         return model
+
     return loaded
 
 
@@ -311,11 +344,15 @@ def _codes(options):
         raise ValueError(f"--bits {options.bits} and --codes {options.codes}: give one of the two")
     codes = options.codes or f"int{options.bits or 4}"
     if CODES[codes].lookup and options.zeros != "none":
-        raise ValueError(f"--zeros {options.zeros}: {codes} codes stand for entries of a table or codebooks and have "
-                         "no zero points; leave --zeros out")
+        raise ValueError(
+            f"--zeros {options.zeros}: {codes} codes stand for entries of a table or codebooks and have "
+            "no zero points; leave --zeros out"
+        )
     if CODES[codes].books and (options.model or options.group_size):
-        raise ValueError(f"--codes {codes}: random weights of a --config can be such, one scale to a row (no "
-                         "--group-size); nothing quantizes a --model to vectors, and an AQLM one needs no --codes")
+        raise ValueError(
+            f"--codes {codes}: random weights of a --config can be such, one scale to a row (no "
+            "--group-size); nothing quantizes a --model to vectors, and an AQLM one needs no --codes"
+        )
     return codes
 
 
@@ -336,6 +373,7 @@ def random_model(config, group_size, zeros, device, dtype, codes="int4"):
         form = models.Form(group, models.ZEROS[zeros], kind.bits, kind.table, books=kind.books)
         wanted = dict.fromkeys(quantizable(model), form)
         return models.quantize_empty(model, wanted, cpu=device == "cpu")
+
     return lambda: models.fill_random(empty(), device), empty()
 
 

@@ -3,6 +3,7 @@
 Configs are those of Hugging Face: a transformers config.json, or that of a diffusers SD3 transformer. configs/ holds
 those of the models in the README.
 """
+
 import dataclasses
 import json
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..nn.weights import PackedWeight, check_group_size
 CONFIGS = Path(__file__).resolve().parent / "configs"
 ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
 DIFFUSION = "SD3Transformer2DModel"
-TEXT_TOKENS = 333             # of a Stable Diffusion 3 prompt: 77 of CLIP and 256 of T5
+TEXT_TOKENS = 333  # of a Stable Diffusion 3 prompt: 77 of CLIP and 256 of T5
 
 
 def shipped():
@@ -44,8 +45,10 @@ def read_config(name):
         part = path.name.removesuffix(".json").lower()
         found = [known for known in shipped() if part and part in known]
         if len(found) != 1:
-            raise ValueError(f"{name} is no file, and {'no' if not found else 'more than one'} config of that name "
-                             f"comes with qzo; there are {', '.join(shipped())}")
+            raise ValueError(
+                f"{name} is no file, and {'no' if not found else 'more than one'} config of that name "
+                f"comes with qzo; there are {', '.join(shipped())}"
+            )
         path = CONFIGS / f"{found[0]}.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -74,8 +77,12 @@ def dimensions(model, tokens):
     """(hidden size, blocks, vocabulary, tokens a row runs through the blocks)."""
     if is_diffusion(model):
         c = model.config
-        return (c.num_attention_heads * c.attention_head_dim, c.num_layers, 0,
-                tokens + (c.sample_size // c.patch_size)**2)
+        return (
+            c.num_attention_heads * c.attention_head_dim,
+            c.num_layers,
+            0,
+            tokens + (c.sample_size // c.patch_size) ** 2,
+        )
     c = model.config.get_text_config()
     return c.hidden_size, c.num_hidden_layers, c.vocab_size, tokens
 
@@ -93,7 +100,7 @@ def empty_model(config, dtype):
         with reading(f"the config of model_type {kind!r}", "it cannot be read"):
             known = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
         model = build_empty(known, dtype).eval()
-        split_experts_(model)                      # as from_pretrained does
+        split_experts_(model)  # as from_pretrained does
         return model
     try:
         import diffusers
@@ -121,8 +128,15 @@ def form_of(packed):
     """Form of a PackedWeight or QZOLinear."""
     zeros = None if packed.zeros is None else packed.zeros.dtype
     books = 0 if packed.codebooks is None else len(packed.codebooks)
-    return Form(packed.in_features if books else packed.group_size, zeros, packed.bits, packed.table,
-                packed.perm is not None, books, packed.codebooks.dtype if books else Form.book_dtype)
+    return Form(
+        packed.in_features if books else packed.group_size,
+        zeros,
+        packed.bits,
+        packed.table,
+        packed.perm is not None,
+        books,
+        packed.codebooks.dtype if books else Form.book_dtype,
+    )
 
 
 def quantize_empty(model, wanted, cpu=False):
@@ -134,8 +148,9 @@ def quantize_empty(model, wanted, cpu=False):
         linear = model.get_submodule(name)
         k, n = linear.in_features, linear.out_features
         group = check_group_size(form.group_size, k)
-        packed = PackedWeight.on_meta(n, k, group, form.bits, form.zeros, rows=cpu, table=form.table, books=form.books,
-                                      dtype=form.book_dtype)
+        packed = PackedWeight.on_meta(
+            n, k, group, form.bits, form.zeros, rows=cpu, table=form.table, books=form.books, dtype=form.book_dtype
+        )
         packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if form.ordered else None
         owner, _, child = name.rpartition(".")
         setattr(model.get_submodule(owner), child, QZOLinear.from_packed(packed, linear.bias))
@@ -154,8 +169,9 @@ def fill_random(model, device, seed=0):
     for layer in layers(model).values():
         k, n = layer.in_features, layer.out_features
         size = k**-0.5 / _spread(layer)
-        scales = torch.empty(k // layer.group_size, n, device=device).uniform_(0.9 * size, 1.1 * size,
-                                                                               generator=generator)
+        scales = torch.empty(k // layer.group_size, n, device=device).uniform_(
+            0.9 * size, 1.1 * size, generator=generator
+        )
         if layer.codebooks is not None:
             shape, books = (n, k // LENGTH, len(layer.codebooks)), layer.codebooks
             codes = torch.randint(0, 1 << layer.bits, shape, dtype=torch.int32, generator=generator, device=device)
@@ -203,21 +219,26 @@ def example_batch(model, rows, tokens, labels, device):
     if is_diffusion(model):
         c = model.config
         size = (rows, c.in_channels, c.sample_size, c.sample_size)
-        return {"hidden_states": torch.randn(size, generator=generator).to(device, model.dtype),
-                "encoder_hidden_states": torch.randn(rows, tokens, c.joint_attention_dim,
-                                                     generator=generator).to(device, model.dtype),
-                "pooled_projections": torch.randn(rows, c.pooled_projection_dim,
-                                                  generator=generator).to(device, model.dtype),
-                "timestep": torch.full((rows,), 500.0).to(device),
-                "target": torch.randn(size, generator=generator).to(device)}
+        return {
+            "hidden_states": torch.randn(size, generator=generator).to(device, model.dtype),
+            "encoder_hidden_states": torch.randn(rows, tokens, c.joint_attention_dim, generator=generator).to(
+                device, model.dtype
+            ),
+            "pooled_projections": torch.randn(rows, c.pooled_projection_dim, generator=generator).to(
+                device, model.dtype
+            ),
+            "timestep": torch.full((rows,), 500.0).to(device),
+            "target": torch.randn(size, generator=generator).to(device),
+        }
     if not 1 <= labels < tokens:
-        raise ValueError(f"{labels} labelled positions in rows of {tokens} tokens: between 1 and {tokens - 1} can be "
-                         "predicted")
+        raise ValueError(
+            f"{labels} labelled positions in rows of {tokens} tokens: between 1 and {tokens - 1} can be predicted"
+        )
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
     if rows > 1:
-        mask[0, tokens // 2:] = 0
+        mask[0, tokens // 2 :] = 0
     target = torch.full_like(ids, -100)
     target[:, -labels:] = ids[:, -labels:]
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": target.to(device)}

@@ -4,6 +4,7 @@ The perturbation never meets a rounded weight (design D4), but the activations b
 small eps moves a loss by less than that rounding may. Here the derivative of a batch along several directions is
 taken in float32 and once more with what enters and leaves every quantized layer rounded, everything else being equal.
 """
+
 import contextlib
 
 import torch
@@ -32,9 +33,12 @@ def _e4m3(x):
 
 
 # name -> (rounding of what enters a quantized layer, of what leaves it)
-ROUNDINGS = {"float16": (_float(torch.float16), _float(torch.float16)),
-             "bfloat16": (_float(torch.bfloat16), _float(torch.bfloat16)),
-             "int8": (_int8, _float(torch.float16)), "float8_e4m3": (_e4m3, _float(torch.float16))}
+ROUNDINGS = {
+    "float16": (_float(torch.float16), _float(torch.float16)),
+    "bfloat16": (_float(torch.bfloat16), _float(torch.bfloat16)),
+    "int8": (_int8, _float(torch.float16)),
+    "float8_e4m3": (_e4m3, _float(torch.float16)),
+}
 
 
 @contextlib.contextmanager
@@ -84,6 +88,8 @@ def survival(model, batch, eps=1e-2, seeds=range(16), noise="rademacher", activa
     for name in activations:
         with rounded(model, name):
             got = derivatives(model, batch, seeds, eps, noise)
-        result[name] = {"error": float((got - exact).norm() / exact.norm()),
-                        "cosine": float(torch.nn.functional.cosine_similarity(got, exact, dim=0))}
+        result[name] = {
+            "error": float((got - exact).norm() / exact.norm()),
+            "cosine": float(torch.nn.functional.cosine_similarity(got, exact, dim=0)),
+        }
     return result

@@ -1,5 +1,6 @@
 """A full disk, whoever reports it, and a path that cannot be used: it is named; and files
 written whole or not at all."""
+
 import contextlib
 import errno
 import os
@@ -13,7 +14,8 @@ _UNUSABLE = {
     errno.ENOTDIR: "a part of this path is a file, no folder; give another path",
     errno.EISDIR: "it is a folder, and a file is wanted",
     errno.ENAMETOOLONG: "a name in this path is too long; give a shorter one",
-    errno.ELOOP: "its links lead round in a circle; give another path"}
+    errno.ELOOP: "its links lead round in a circle; give another path",
+}
 WHAT = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
 
 

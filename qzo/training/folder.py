@@ -1,9 +1,10 @@
 """What a run leaves in its folder beside the journal and the model, and what it shows while it goes.
 
-    OUT/metrics.jsonl  one line a step
-    OUT/run.json       settings, results, versions
-    OUT/curve.png      the loss over the steps
+OUT/metrics.jsonl  one line a step
+OUT/run.json       settings, results, versions
+OUT/curve.png      the loss over the steps
 """
+
 import dataclasses
 import json
 import math
@@ -91,15 +92,20 @@ def draw_curve(path, lines, results):
     steps = [line["step"] for line in lines if line["loss"] is not None]
     values = [line["loss"] for line in lines if line["loss"] is not None]
     window = max(1, len(values) // 20)
-    means = [statistics.fmean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
+    means = [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, values, color="0.8", linewidth=0.8, label="batch")
     axes.plot(steps, means, color="C0", label=f"mean of {window} steps")
     for name, style in (("zero_shot", ":"), ("control", "--"), ("before", ":"), ("tuned", "-")):
         if results.get(name):
-            axes.axhline(results[name]["loss"], color="C1", linestyle=style, linewidth=1,
-                         label=f"held out, {name.replace('_', '-')}")
+            axes.axhline(
+                results[name]["loss"],
+                color="C1",
+                linestyle=style,
+                linewidth=1,
+                label=f"held out, {name.replace('_', '-')}",
+            )
     axes.set(xlabel="step", ylabel="loss")
     axes.legend(frameon=False)
     temporary = path.with_suffix(".tmp.png")

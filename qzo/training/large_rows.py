@@ -4,6 +4,7 @@ With many rows the tensor cores are the limit, and rounding each perturbed weigh
 (kernels/folded.py, kernels/dequantize.py). What that costs is measured before the first step: the derivatives of the
 run's own first batch along a few directions, exact and rounded, everything else being equal.
 """
+
 import torch
 
 from ..kernels.noise import step_seed
@@ -12,9 +13,9 @@ from ..nn import ops
 from ..nn.evaluations import Evaluations
 from ..nn.layers import evaluating
 
-MOST_LOST = 0.02             # of the RMS of L+ - L-
+MOST_LOST = 0.02  # of the RMS of L+ - L-
 DIRECTIONS = 8
-NAMES = {"auto": f"auto: folded from {FOLDED_FROM} rows, blas from {BLAS_WINS_FROM}"}    # what a journal says
+NAMES = {"auto": f"auto: folded from {FOLDED_FROM} rows, blas from {BLAS_WINS_FROM}"}  # what a journal says
 
 
 @torch.no_grad()
@@ -58,5 +59,8 @@ def said(value, part):
     if not part:
         return ""
     cost = f"rounding the perturbed weights to 16 bits changes {100 * part:.2g} % of L+ - L-"
-    return (f"many rows: {cost}, so they are (--large-rows fused: exact)" if value == "auto" else
-            f"many rows: {cost}, {100 * MOST_LOST:g} % at the most is allowed, so they stay exact (--large-rows auto)")
+    return (
+        f"many rows: {cost}, so they are (--large-rows fused: exact)"
+        if value == "auto"
+        else f"many rows: {cost}, {100 * MOST_LOST:g} % at the most is allowed, so they stay exact (--large-rows auto)"
+    )

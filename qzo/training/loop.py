@@ -1,9 +1,10 @@
 """The training loop behind `qzo train` and `qzo demo`: data and a model in, an output folder out.
 
-    OUT/journal.qzo    the fine-tune itself (journal.py)      OUT/curve.png   the loss over the steps
-    OUT/metrics.jsonl  one line a step                        OUT/run.json    settings, results, versions
-    OUT/model/         the tuned model in its source's format
+OUT/journal.qzo    the fine-tune itself (journal.py)      OUT/curve.png   the loss over the steps
+OUT/metrics.jsonl  one line a step                        OUT/run.json    settings, results, versions
+OUT/model/         the tuned model in its source's format
 """
+
 import hashlib
 import json
 import sys
@@ -22,7 +23,7 @@ from .folder import Metrics, Progress, finite
 from .prefix import FrozenPrefix
 from .task import Task
 
-BUCKETS = "buckets/1, as on a CUDA device"      # what a journal says of batches padded so (buckets.py)
+BUCKETS = "buckets/1, as on a CUDA device"  # what a journal says of batches padded so (buckets.py)
 
 
 class Interrupted(Exception):
@@ -61,10 +62,24 @@ def fit(task, settings, out, resume=False, show=None):
     task.settle()
     if settings.large_rows == "auto":
         settings.large_rows = _settle_large_rows(task, settings, out / "journal.qzo" if resume else None, show)
-    optimizer = QZO(task.model, settings.learning_rate, settings.eps, settings.clip, settings.noise, settings.relative,
-                    settings.sharing, settings.directions, settings.seed, journal=out / "journal.qzo", resume=resume,
-                    floor=settings.floor, recipe=recipe(task, settings), large_rows=settings.large_rows,
-                    paired=not settings.sequential, cuda_graph=settings.cuda_graph)
+    optimizer = QZO(
+        task.model,
+        settings.learning_rate,
+        settings.eps,
+        settings.clip,
+        settings.noise,
+        settings.relative,
+        settings.sharing,
+        settings.directions,
+        settings.seed,
+        journal=out / "journal.qzo",
+        resume=resume,
+        floor=settings.floor,
+        recipe=recipe(task, settings),
+        large_rows=settings.large_rows,
+        paired=not settings.sequential,
+        cuda_graph=settings.cuda_graph,
+    )
     start = optimizer.param_groups[0]["step"]
     at_once = 1 if settings.sequential else 2 * settings.directions
 
@@ -72,15 +87,24 @@ def fit(task, settings, out, resume=False, show=None):
         return task.compiled_losses(batch, at_once)
 
     try:
-        with (disk.naming(out), Metrics(out / "metrics.jsonl", start) as metrics,
-              Progress(settings.max_steps, start, show) as progress):
+        with (
+            disk.naming(out),
+            Metrics(out / "metrics.jsonl", start) as metrics,
+            Progress(settings.max_steps, start, show) as progress,
+        ):
             for step in range(start, settings.max_steps):
                 begun = time.perf_counter()
                 indices = task.indices(step, settings.batch_size, settings.seed)
                 rate = optimizer.param_groups[0]["lr"] = settings.rate(step)
                 loss = optimizer.step(losses, batch=task.batch(indices, at_once))
-                line = {"step": step, "loss": loss, "derivative": max(map(abs, optimizer.last.derivatives)), "lr": rate,
-                        "skipped": optimizer.last.skipped, "seconds": round(time.perf_counter() - begun, 4)}
+                line = {
+                    "step": step,
+                    "loss": loss,
+                    "derivative": max(map(abs, optimizer.last.derivatives)),
+                    "lr": rate,
+                    "skipped": optimizer.last.skipped,
+                    "seconds": round(time.perf_counter() - begun, 4),
+                }
                 metrics.write(json.dumps(finite(line)) + "\n")
                 metrics.flush()
                 progress.step(line)
@@ -92,14 +116,21 @@ def fit(task, settings, out, resume=False, show=None):
 
 
 def _settle_large_rows(task, settings, journal, show):
-    """"auto" or "fused" for a run that asks for "auto"; journal: of a run that goes on, or None."""
+    """ "auto" or "fused" for a run that asks for "auto"; journal: of a run that goes on, or None."""
     found = read(journal) if journal is not None else None
     recorded = None if found is None else found[0].get("recipe", {}).get("large_rows", "fused")
 
     def measure():
         batch = task.batch(task.indices(0, settings.batch_size, settings.seed), 2)
-        return many_rows.lost(task.model, lambda: task.compiled_losses(batch, 2), settings.eps, settings.noise,
-                              settings.relative, settings.sharing, settings.seed)
+        return many_rows.lost(
+            task.model,
+            lambda: task.compiled_losses(batch, 2),
+            settings.eps,
+            settings.noise,
+            settings.relative,
+            settings.sharing,
+            settings.seed,
+        )
 
     value, part = many_rows.settle(task.device, measure, recorded)
     if show is not False and many_rows.said(value, part):
@@ -110,8 +141,7 @@ def _settle_large_rows(task, settings, journal, show):
 def recipe(task, settings):
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
     digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
-    kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length",
-            "sequential", "packing")
+    kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length", "sequential", "packing")
     bits = {"padding": BUCKETS} if task.bucketed else {}
     bits["large_rows"] = many_rows.NAMES.get(settings.large_rows, settings.large_rows)
     if settings.compile:
@@ -143,6 +173,6 @@ def trained_count(model):
 
 
 def trained_text(model):
-    """"1,234 scales", or "1,234 scales and 5,678 numbers of codebooks"."""
+    """ "1,234 scales", or "1,234 scales and 5,678 numbers of codebooks"."""
     entries = sum(books.numel() for books in codebooks(model).values())
     return f"{trained_count(model):,} scales" + (f" and {entries:,} numbers of codebooks" if entries else "")

@@ -12,6 +12,7 @@ what it would see in a row of its own. Attention, though, is computed for all pa
 layers, kernels that take no such mask): `why_not` compares hidden states on real examples, and where it
 objects, rows stay as they are.
 """
+
 import dataclasses
 import itertools
 
@@ -23,8 +24,8 @@ from ..system.memory import is_out_of_memory
 from .data import IGNORED, Example, check_one_kind, pad, padded
 
 PACKINGS = ("off", "auto")
-PAIRS_PER_TOKEN = 1024       # pairs of attention that cost a token's way through the linears; 2200 measured
-LONGEST = 4096               # tokens of a joined row: its mask holds 64 MB of float32
+PAIRS_PER_TOKEN = 1024  # pairs of attention that cost a token's way through the linears; 2200 measured
+LONGEST = 4096  # tokens of a joined row: its mask holds 64 MB of float32
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
 
 
@@ -78,12 +79,18 @@ def _causal(ids, sources, targets):
 def joined(rows, slots=1):
     """One row of several, none of which sees another. slots: options in each, to number them through."""
     starts = [0, *itertools.accumulate(map(len, rows))]
-    parts = [dataclasses.replace(row, seen_until=tuple(s + start for s in row.seen_until),
-                                 sources=tuple(s + start for s in row.sources),
-                                 slots=tuple(s + slots * number for s in row.slots))
-             for number, (row, start) in enumerate(zip(rows, starts, strict=False))]
-    return Row(*(tuple(itertools.chain(*(getattr(part, field.name) for part in parts)))
-                 for field in dataclasses.fields(Row)))
+    parts = [
+        dataclasses.replace(
+            row,
+            seen_until=tuple(s + start for s in row.seen_until),
+            sources=tuple(s + start for s in row.sources),
+            slots=tuple(s + slots * number for s in row.slots),
+        )
+        for number, (row, start) in enumerate(zip(rows, starts, strict=False))
+    ]
+    return Row(
+        *(tuple(itertools.chain(*(getattr(part, field.name) for part in parts))) for field in dataclasses.fields(Row))
+    )
 
 
 def packed_batch(examples, pad_id, device=None, join=False, shape=None):
@@ -124,10 +131,17 @@ def rows_batch(rows, pad_id, device=None, shape=(None, None)):
     def padded_to(name, size, value):
         return pad([getattr(row, name) for row in rows], size, value, device)
 
-    batch = {"input_ids": padded_to("ids", width, pad_id), "position_ids": padded_to("positions", width, 0),
-             "seen_until": padded_to("seen_until", width, 0)}
-    return {**batch, "sources": padded_to("sources", count, 0), "targets": padded_to("targets", count, IGNORED),
-            "slots": padded_to("slots", count, 0)}
+    batch = {
+        "input_ids": padded_to("ids", width, pad_id),
+        "position_ids": padded_to("positions", width, 0),
+        "seen_until": padded_to("seen_until", width, 0),
+    }
+    return {
+        **batch,
+        "sources": padded_to("sources", count, 0),
+        "targets": padded_to("targets", count, IGNORED),
+        "slots": padded_to("slots", count, 0),
+    }
 
 
 def one_token_each(examples):
@@ -179,13 +193,13 @@ def why_not(model, examples, pad_id, device=None):
     with torch.no_grad():
         want = head_input(model, padded(plain, pad_id, device))
         try:
-            packed = pair(rows_batch([row], pad_id, device), 2)      # two evaluations, as in a step
+            packed = pair(rows_batch([row], pad_id, device), 2)  # two evaluations, as in a step
             got = head_input(model, model_inputs(model, packed, 2))[0]
         except REFUSALS as error:
             if is_out_of_memory(error):
                 raise
             return f"its forward refuses them ({' '.join(str(error).split())[:160]})"
-    apart = max(_apart(got[here], states[:len(here)]) for here, states in zip(places, want, strict=True))
+    apart = max(_apart(got[here], states[: len(here)]) for here, states in zip(places, want, strict=True))
     if apart <= max(8 * torch.finfo(want.dtype).eps, 1e-4):
         return None
     return f"its hidden states come out {apart:.1g} of their norm apart"

@@ -2,6 +2,7 @@
 
 Their output is kept per example (rows of float [tokens, hidden]); a forward then starts at the first trained block.
 """
+
 import collections
 import contextlib
 
@@ -29,13 +30,14 @@ class FrozenPrefix:
 
     def __init__(self, model, train_layers):
         if has_encoder(model):
-            raise ValueError(f"{type(model).__name__} has an encoder before its decoder: train it whole (without "
-                             "train_layers)")
+            raise ValueError(
+                f"{type(model).__name__} has an encoder before its decoder: train it whole (without train_layers)"
+            )
         name, blocks = decoder_blocks(model)
         if not 1 <= train_layers <= len(blocks):
             raise ValueError(f"train_layers={train_layers}: {type(model).__name__} has {len(blocks)} blocks")
         self.model = model
-        self.below = list(blocks[:len(blocks) - train_layers])
+        self.below = list(blocks[: len(blocks) - train_layers])
         self.first = blocks[len(blocks) - train_layers]
         self.trained_names = tuple(f"{name}.{i}." for i in range(len(self.below), len(blocks)))
 
@@ -65,7 +67,7 @@ class FrozenPrefix:
         """Inside, the model's forward starts from `states` [rows, T, hidden] at the first trained block."""
         for block in self.below:
             block.forward = _pass_on
-        if self.below:                                   # with no block below, the model makes these states itself
+        if self.below:  # with no block below, the model makes these states itself
             self.below[-1].forward = lambda *_, **__: states
         try:
             yield
@@ -81,8 +83,10 @@ class FrozenPrefix:
             with self.skipped(states):
                 split = head_input(self.model, inputs)
         if not torch.equal(whole, split):
-            raise ValueError(f"{type(self.model).__name__} does not run the same from its block {len(self.below)} on: "
-                             "train it whole (without train_layers)")
+            raise ValueError(
+                f"{type(self.model).__name__} does not run the same from its block {len(self.below)} on: "
+                "train it whole (without train_layers)"
+            )
 
 
 class PrefixCache:
@@ -100,7 +104,7 @@ class PrefixCache:
     def __init__(self, prefix, rows, inputs, max_bytes=4 << 30):
         self.prefix, self.rows, self.inputs, self.max_bytes = prefix, rows, inputs, max_bytes
         by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-        self.groups = [by_length[at:at + self.GROUP] for at in range(0, len(rows), self.GROUP)]
+        self.groups = [by_length[at : at + self.GROUP] for at in range(0, len(rows), self.GROUP)]
         self.group_of = {i: g for g, members in enumerate(self.groups) for i in members}
         self._held = collections.OrderedDict()
         self._bytes = 0
@@ -110,7 +114,7 @@ class PrefixCache:
         found = self._states(indices, lengths)
         out = found[0].new_zeros(len(found), width, found[0].shape[1])
         for row, states in zip(out, found, strict=True):
-            row[:len(states)] = states
+            row[: len(states)] = states
         return out
 
     def joined(self, indices, lengths, width=None):
@@ -127,7 +131,7 @@ class PrefixCache:
             return self._held[number]
         members = self.groups[number]
         states = self.prefix.states(self.inputs([self.rows[i] for i in members]))
-        self._held[number] = {i: s[:len(self.rows[i])].clone() for i, s in zip(members, states, strict=True)}
+        self._held[number] = {i: s[: len(self.rows[i])].clone() for i, s in zip(members, states, strict=True)}
         self._bytes += self._size(number)
         while self._bytes > self.max_bytes and len(self._held) > 1:
             oldest = next(iter(self._held))
@@ -149,5 +153,6 @@ def decoder_blocks(model):
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise ValueError(f"{type(model).__name__} holds its blocks in no list of {count} entries: train_layers cannot be "
-                     "used")
+    raise ValueError(
+        f"{type(model).__name__} holds its blocks in no list of {count} entries: train_layers cannot be used"
+    )

@@ -1,12 +1,22 @@
 """What decides a run's result, beside the model and the data."""
+
 import dataclasses
 
 from ..optim.optimizer import FLOOR
 
-PAPER = dict(learning_rate=1e-7, eps=1e-3, clip=100.0, noise="gaussian", relative=False, floor=0.0, directions=1,
-             batch_size=16, decay=1.0)
-LEARNING_RATE_PER_DIRECTION = 2e-2     # relative; one pair over a small batch diverges at twice this
-DECAY = 0.1                            # the learning rate falls linearly to this part of itself
+PAPER = dict(
+    learning_rate=1e-7,
+    eps=1e-3,
+    clip=100.0,
+    noise="gaussian",
+    relative=False,
+    floor=0.0,
+    directions=1,
+    batch_size=16,
+    decay=1.0,
+)
+LEARNING_RATE_PER_DIRECTION = 2e-2  # relative; one pair over a small batch diverges at twice this
+DECAY = 0.1  # the learning rate falls linearly to this part of itself
 
 
 @dataclasses.dataclass
@@ -47,7 +57,7 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r}: an int is wanted")
         for name in ("learning_rate", "eps", "clip", "floor", "decay"):
             try:
-                setattr(self, name, float(getattr(self, name)))      # YAML reads 1e-2 as a text
+                setattr(self, name, float(getattr(self, name)))  # YAML reads 1e-2 as a text
             except (TypeError, ValueError):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a number is wanted") from None
         for name in ("relative", "sequential", "train_codebooks", "compile"):

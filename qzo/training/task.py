@@ -1,4 +1,5 @@
 """A task: examples, the batches made of them, and what the model scores on them; with or without a frozen prefix."""
+
 import contextlib
 import functools
 import math
@@ -30,7 +31,7 @@ class Task:
     """
 
     def __init__(self, model, examples, pad_id, prefix=None, packing="off", bucketed=None, compiled=None):
-        check_one_kind(examples)       # now, not at the first step whose batch mixes them
+        check_one_kind(examples)  # now, not at the first step whose batch mixes them
         if packing not in PACKINGS:
             raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
         self.model, self.examples, self.pad_id = model, examples, pad_id
@@ -40,10 +41,10 @@ class Task:
             self.pad_id = 0
         self.device = next(model.parameters()).device
         self.bucketed = self.device.type == "cuda" if bucketed is None else bucketed
-        if has_encoder(model):                    # its rows have another decoder's
+        if has_encoder(model):  # its rows have another decoder's
             self.bucketed, self.packing = False, "off"
         self.compiled = compiled
-        own_loss.check(model, collate(examples[:1], self.pad_id, self.device))        # before a prefix skips its blocks
+        own_loss.check(model, collate(examples[:1], self.pad_id, self.device))  # before a prefix skips its blocks
 
     @functools.cached_property
     def buckets(self):
@@ -145,7 +146,7 @@ class Task:
     def _by_length(self, batch_size):
         """Batches of similar length: little padding."""
         order = sorted(range(len(self.examples)), key=lambda i: (len(self.examples[i].ids), i))
-        return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
+        return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
     def batch(self, indices, count):
         """The batch of these examples for `count` evaluations, stacked; with the prefix's output as `states`."""
@@ -230,18 +231,25 @@ def check_tables(model, examples):
         behind = example.options or ()
         highest = max(map(max, filter(None, (example.ids, example.labels, *behind))))
         if highest >= known:
-            raise ValueError(f"example {number} has the token {highest}, {type(model).__name__} knows {known}: the "
-                             "tokenizer is another model's")
+            raise ValueError(
+                f"example {number} has the token {highest}, {type(model).__name__} knows {known}: the "
+                "tokenizer is another model's"
+            )
         longest = max(longest, len(example.ids) + max(map(len, behind), default=0), len(example.labels or ()))
     places = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for name, module in model.named_modules():       # a table has a row or two more, or begins behind padding's
-        if (isinstance(module, torch.nn.Embedding) and ("pos" in name or name.endswith("wpe"))
-                and places <= module.num_embeddings <= places + 2):
+    for name, module in model.named_modules():  # a table has a row or two more, or begins behind padding's
+        if (
+            isinstance(module, torch.nn.Embedding)
+            and ("pos" in name or name.endswith("wpe"))
+            and places <= module.num_embeddings <= places + 2
+        ):
             free = 0 if module.padding_idx is None else module.padding_idx + 1
             most = min(places, module.num_embeddings - free)
             if longest > most:
-                raise ValueError(f"an example has {longest} tokens, {type(model).__name__} has places for {most}: give "
-                                 f"--max-length {most}")
+                raise ValueError(
+                    f"an example has {longest} tokens, {type(model).__name__} has places for {most}: give "
+                    f"--max-length {most}"
+                )
 
 
 def _several(examples):

@@ -1,4 +1,5 @@
 """The benchmark command: formulas, checks before timing, files, errors. Times themselves are not asserted."""
+
 import dataclasses
 import json
 import math
@@ -78,9 +79,13 @@ def test_vectors_agree_with_the_truth(provider, codes):
     assert error_of(built, problem) < built.allowed
 
 
-@pytest.mark.parametrize(("device", "wanted"), [
-    ("cpu", {("smollm2-135m", 16)}),
-    ("cuda", {("llama-2-7b", rows) for rows in (1, 16, 64, 512)} | {("sd3.5-large", 512)})])
+@pytest.mark.parametrize(
+    ("device", "wanted"),
+    [
+        ("cpu", {("smollm2-135m", 16)}),
+        ("cuda", {("llama-2-7b", rows) for rows in (1, 16, 64, 512)} | {("sd3.5-large", 512)}),
+    ],
+)
 def test_nf4_stands_beside_int4_in_the_same_groups(device, wanted):
     every = cases.every(device)
     found = [c for c in every if c.codes == "nf4"]
@@ -99,8 +104,14 @@ def test_names_are_those_of_the_results_files():
     assert {r["case"] for r in results.read(path)} <= {c.name for c in cases.every("cpu")}
     named = {codes: dataclasses.replace(CASE, codes=codes).name for codes in cases.CODES}
     plain = "linear smollm2-135m 192x64 rows 3 g64 float32 ih4"
-    suffixes = {"int4": "", "int2": " 2 bits", "int8": " 8 bits", "nf4": " nf4", "aqlm-1x16": " aqlm 1x16",
-                "aqlm-2x8": " aqlm 2x8"}
+    suffixes = {
+        "int4": "",
+        "int2": " 2 bits",
+        "int8": " 8 bits",
+        "nf4": " nf4",
+        "aqlm-1x16": " aqlm 1x16",
+        "aqlm-2x8": " aqlm 2x8",
+    }
     assert named == {codes: plain + suffix for codes, suffix in suffixes.items()}
     assert set(named) <= set(launches.CODES)
 
@@ -114,8 +125,10 @@ def test_every_field_of_a_row_and_every_provider(capsys):
             assert row["ms"] is None
             assert "is not installed" in row["note"] or "needs a CUDA device" in row["note"]
         else:
-            numbers = [row[name] for name in ("ms", "p20", "p80", "gbps", "tflops", "bandwidth_fraction",
-                                              "matmul_fraction", "ratio")]
+            numbers = [
+                row[name]
+                for name in ("ms", "p20", "p80", "gbps", "tflops", "bandwidth_fraction", "matmul_fraction", "ratio")
+            ]
             assert all(math.isfinite(x) and x > 0 for x in numbers)
             assert row["p20"] <= row["ms"] <= row["p80"]
             assert row["error"] < 1e-5
@@ -127,9 +140,16 @@ def test_every_field_of_a_row_and_every_provider(capsys):
     assert next(r["ratio"] for r in rows if r["provider"] == "qzo") == 1.0
 
 
-@pytest.mark.parametrize("case", [cases.Case("step", "smollm2-135m", 0, 0, 2, 64, "float32", blocks=1),
-                                  cases.Case("update", "", 0, 5000, 0), cases.Case("noise", "", 0, 100000, 0),
-                                  cases.Case("journal", "", 0, 0, 0)], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case("step", "smollm2-135m", 0, 0, 2, 64, "float32", blocks=1),
+        cases.Case("update", "", 0, 5000, 0),
+        cases.Case("noise", "", 0, 100000, 0),
+        cases.Case("journal", "", 0, 0, 0),
+    ],
+    ids=lambda c: c.kind,
+)
 def test_the_other_kinds(case):
     rows = [r for r in run.measure(case, "cpu", **FAST) if not r["note"]]
     assert "qzo" in {r["provider"] for r in rows}
@@ -169,19 +189,24 @@ def test_bitsandbytes_takes_both(codes, most):
 def test_a_provider_that_is_wrong_is_reported_and_not_timed(monkeypatch):
     def wrong(problem):
         good = run.LAYER_PROVIDERS[0].build(problem)
-        return Built(lambda: pytest.fail("a wrong provider was timed"), 1, lambda: good.output() * 1.01, good.want,
-                     good.allowed)
+        return Built(
+            lambda: pytest.fail("a wrong provider was timed"), 1, lambda: good.output() * 1.01, good.want, good.allowed
+        )
+
     monkeypatch.setattr(run, "PROVIDERS", (Provider("wrong", wrong), *run.LAYER_PROVIDERS[:1]))
     bad, good = run.measure(CASE, "cpu", **FAST)
     assert (bad["ms"], bad["ratio"]) == (None, None)
-    assert bad["note"] == ("wrong: what wrong gives for 6 rows is off by 0.01 of its size (root mean square, against "
-                           "float64; at most 1e-05 allowed); not timed")
+    assert bad["note"] == (
+        "wrong: what wrong gives for 6 rows is off by 0.01 of its size (root mean square, against "
+        "float64; at most 1e-05 allowed); not timed"
+    )
     assert good["ms"] > 0
 
 
 def test_a_peer_of_another_version_is_reported_and_ours_is_not_forgiven(monkeypatch):
     def broken(problem):
         raise TypeError("unexpected keyword")
+
     peer = Provider("peer", broken, package="torch")
     monkeypatch.setattr(run, "PROVIDERS", (peer,))
     assert run.measure(CASE, "cpu", **FAST)[0]["note"] == "failed: TypeError: unexpected keyword"
@@ -193,6 +218,7 @@ def test_a_peer_of_another_version_is_reported_and_ours_is_not_forgiven(monkeypa
 def test_out_of_memory_says_what_to_do(monkeypatch):
     def greedy(problem):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB. GPU 0 has 1 GiB")
+
     monkeypatch.setattr(run, "PROVIDERS", (Provider("greedy", greedy),))
     note = run.measure(CASE, "cpu", **FAST)[0]["note"]
     assert "106.30 GB more were asked for" in note
@@ -216,6 +242,7 @@ def test_the_official_loop_is_the_papers():
     def forward(some):
         seen.append(scales.clone())
         return [torch.zeros(some.stop - some.start, 1)]
+
     in_place_pair([scales], forward, 2, False, four_alike("cpu"))
     z = torch.zeros(4, 8)
     sweep([z], 1.0, torch.Generator().manual_seed(7))
@@ -226,6 +253,7 @@ def test_the_official_loop_is_the_papers():
 
 
 # ------------------------------------------------------------------------------------------------ files
+
 
 @pytest.fixture
 def measured(tmp_path):
@@ -270,22 +298,32 @@ def test_run_writes_lines_and_names_cases(tmp_path, capsys, monkeypatch):
     assert all("576x192 rows 16 " in name for name in listed)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["run", "--filter", "llama-9"], "no case of cpu has 'llama-9' in its name; there are"),
-    (["run", "--providers", "qzo,marlin2"], "no provider marlin2; there are qzo, qzo-row"),
-    (["run", "--filter", "576x192", "--rows", "3"], "--rows 3: the chosen cases have 1, 16, 256, 1024 rows"),
-    (["run", "--device", "cuda"], "--device cuda: there is no CUDA device here; use --device cpu"),
-    (["table", "nowhere.jsonl"], "nowhere.jsonl")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--filter", "llama-9"], "no case of cpu has 'llama-9' in its name; there are"),
+        (["run", "--providers", "qzo,marlin2"], "no provider marlin2; there are qzo, qzo-row"),
+        (["run", "--filter", "576x192", "--rows", "3"], "--rows 3: the chosen cases have 1, 16, 256, 1024 rows"),
+        (["run", "--device", "cuda"], "--device cuda: there is no CUDA device here; use --device cpu"),
+        (["table", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(capsys, arguments, said):
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    ('{"schema": 1', "line 1: not JSON"), ('{"schema": 9}', "line 1: schema 9, this qzo reads schemas 1 and 2"),
-    ("[1]", "schema none"), ('{"schema": 1, "case": "a"}', "line 1: the fields provider, rows"),
-    ("", "holds no results")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"schema": 1', "line 1: not JSON"),
+        ('{"schema": 9}', "line 1: schema 9, this qzo reads schemas 1 and 2"),
+        ("[1]", "schema none"),
+        ('{"schema": 1, "case": "a"}', "line 1: the fields provider, rows"),
+        ("", "holds no results"),
+    ],
+)
 def test_bad_files_are_named(tmp_path, capsys, content, said):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)

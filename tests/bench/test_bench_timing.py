@@ -1,4 +1,5 @@
 """What a time of the benchmark means: graphs and calls kept apart, weights that no cache holds, roofs, estimates."""
+
 import contextlib
 import itertools
 import json
@@ -32,6 +33,7 @@ def built(name, case, least_bytes=1):
 
 # ------------------------------------------------------------------------------------------------ graphs
 
+
 @pytest.fixture
 def capturing(monkeypatch):
     """torch.cuda's graphs as far as random numbers see them: what is drawn from has to be registered before, nothing is
@@ -56,7 +58,7 @@ def capturing(monkeypatch):
         try:
             yield
         except RuntimeError:
-            raise RuntimeError("operation failed due to a previous error during capture")   # noqa: B904  as torch does
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904  as torch does
         finally:
             active.clear()
 
@@ -65,6 +67,7 @@ def capturing(monkeypatch):
             if active and not any(generator is known for known in active[0].registered):
                 raise RuntimeError("Attempt to increase offset for a CUDA generator not in capture mode.")
             return draw(*arguments, generator=generator, **keywords)
+
         return drawn
 
     generator = torch.Generator
@@ -83,10 +86,19 @@ def capturing(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(("name", "case"), [
-    *((name, case) for case in (CASE, STEP) for name in ("qzo", "dense", "dequantize", "official", "official-fused",
-                                                          "mezo")), ("qzo", UPDATE), ("official", UPDATE)],
-    ids=lambda x: getattr(x, "kind", x))
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *(
+            (name, case)
+            for case in (CASE, STEP)
+            for name in ("qzo", "dense", "dequantize", "official", "official-fused", "mezo")
+        ),
+        ("qzo", UPDATE),
+        ("official", UPDATE),
+    ],
+    ids=lambda x: getattr(x, "kind", x),
+)
 def test_every_rival_can_be_captured(capturing, name, case):
     one = built(name, case)
     timing.capture(one.run, one.generators)()
@@ -124,6 +136,7 @@ def test_a_capture_that_breaks_says_why_and_leaves_the_generators_usable(capturi
         calls.append(1)
         if len(calls) > 1:
             raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+
     with pytest.raises(timing.NotCaptured, match=r"^operation not permitted when stream is capturing$"):
         timing.capture(reads_back, [generator])
     assert generator.now == "fresh"
@@ -131,6 +144,7 @@ def test_a_capture_that_breaks_says_why_and_leaves_the_generators_usable(capturi
 
 def test_a_ratio_is_between_times_of_one_mode(monkeypatch):
     """The official loop cannot be captured here: it is timed call by call, and so is qzo, once more."""
+
     def clock(run, device, mode, passes, generators=()):
         if mode == "graph" and generators:
             raise timing.NotCaptured("no luck")
@@ -141,8 +155,12 @@ def test_a_ratio_is_between_times_of_one_mode(monkeypatch):
     rows = run.measure(CASE, "cpu", ["qzo", "dense", "official"], **FAST)
     found = [(r["provider"], r["mode"], r["ms"], r["ratio"], r["note"]) for r in rows]
     why = "timed without a graph: none could be captured (no luck)"
-    assert found == [("qzo", "graph", 1.0, 1.0, ""), ("qzo", "eager", 8.0, 1.0, ""), ("dense", "graph", 1.0, 1.0, ""),
-                     ("official", "eager", 24.0, 3.0, why)]
+    assert found == [
+        ("qzo", "graph", 1.0, 1.0, ""),
+        ("qzo", "eager", 8.0, 1.0, ""),
+        ("dense", "graph", 1.0, 1.0, ""),
+        ("official", "eager", 24.0, 3.0, why),
+    ]
 
 
 def test_how_cases_are_timed():
@@ -159,8 +177,17 @@ def test_what_only_the_host_does_is_timed_on_the_host(monkeypatch):
     run._clocks({"qzo": built("qzo", cases.Case("journal", "", 0, 0, 0)), "other": Built(None)}, ("graph",), "cuda", {})
     assert asked == [("cpu", "eager"), ("cuda", "graph")]
     monkeypatch.undo()
-    monkeypatch.setattr(run, "PROVIDERS", (Provider("qzo", lambda problem: Built(
-        lambda part=EVERY: [None for _ in range(100)[part]], 100, host=True), kinds=("overhead",)),))
+    monkeypatch.setattr(
+        run,
+        "PROVIDERS",
+        (
+            Provider(
+                "qzo",
+                lambda problem: Built(lambda part=EVERY: [None for _ in range(100)[part]], 100, host=True),
+                kinds=("overhead",),
+            ),
+        ),
+    )
     [row] = run.measure(cases.Case("overhead", "", 0, 1, 0), "cpu", **FAST)
     assert row["ms"] > 0
     assert (row["mode"], row["gbps"], row["roof_ms"], row["note"]) == ("eager", None, None, "")
@@ -168,12 +195,14 @@ def test_what_only_the_host_does_is_timed_on_the_host(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ turns and roofs
 
+
 def test_a_turn_goes_on_with_the_weights_used_longest_ago(monkeypatch):
     now, parts = [0.0], []
 
     def once(part):
         parts.append((part.start, part.stop))
         now[0] += 0.012 * (part.stop - part.start)
+
     monkeypatch.setattr(timing.time, "process_time", lambda: now[0])
     clock = timing.clock(once, "cpu", passes=10)
     parts.clear()
@@ -193,7 +222,7 @@ def test_a_part_of_the_passes_is_that_much_work(name):
 
 
 def test_the_kernels_of_the_roof_read_and_copy_all():
-    x = torch.randint(-2**31, 2**31 - 1, (3 * bandwidth.BLOCK * bandwidth.TURNS,), dtype=torch.int32)
+    x = torch.randint(-(2**31), 2**31 - 1, (3 * bandwidth.BLOCK * bandwidth.TURNS,), dtype=torch.int32)
     y, sums = torch.empty_like(x), bandwidth.sums_of(x)
     bandwidth.copy(x, y)
     bandwidth.read(x, sums)
@@ -204,7 +233,7 @@ def test_the_kernels_of_the_roof_read_and_copy_all():
 
 
 def test_the_roof_is_measured(monkeypatch):
-    monkeypatch.setattr(timing, "cache_bytes", lambda device: (1 << 27) + 4000)         # no whole number of blocks
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: (1 << 27) + 4000)  # no whole number of blocks
     roof = ROOF("cpu", torch.float32)
     assert all(0 < value < math.inf for value in (roof.read, roof.copy, roof.dense))
 
@@ -227,21 +256,45 @@ def test_few_rows_are_held_against_reading_and_many_against_a_copy():
 
 # ------------------------------------------------------------------------------------------------ files
 
+
 def rows_of(device, *timed, schema=results.SCHEMA):
     """Rows of one case: (provider, mode, ms)."""
     versions = {"torch": "2.13"} | ({"cuda": "13.0"} if device == "H100" else {})
-    rows = [{**dict.fromkeys(results.FIELDS), "schema": schema, "kind": "step", "case": "step a", "note": "",
-             "device": device, "versions": versions, "date": "2026-11-28", "provider": provider, "mode": mode,
-             "ms": ms, "p20": ms, "p80": ms} for provider, mode, ms in timed]
+    rows = [
+        {
+            **dict.fromkeys(results.FIELDS),
+            "schema": schema,
+            "kind": "step",
+            "case": "step a",
+            "note": "",
+            "device": device,
+            "versions": versions,
+            "date": "2026-11-28",
+            "provider": provider,
+            "mode": mode,
+            "ms": ms,
+            "p20": ms,
+            "p80": ms,
+        }
+        for provider, mode, ms in timed
+    ]
     run.add_ratios(rows)
     return rows
 
 
 def test_the_readme_shows_both_kinds_of_step_and_no_ratio_across_them():
-    rows = rows_of("H100", ("qzo", "graph", 2.0), ("qzo", "eager", 8.0), ("dense", "graph", 3.0),
-                   ("dense", "eager", 4.0), ("official", "eager", 40.0))
-    assert readme.ratio_table(rows).splitlines()[2:4] == ["| step a, graph | 2 | 1.50x |  |",
-                                                          "| step a, eager | 8 | 0.50x | 5.00x |"]
+    rows = rows_of(
+        "H100",
+        ("qzo", "graph", 2.0),
+        ("qzo", "eager", 8.0),
+        ("dense", "graph", 3.0),
+        ("dense", "eager", 4.0),
+        ("official", "eager", 40.0),
+    )
+    assert readme.ratio_table(rows).splitlines()[2:4] == [
+        "| step a, graph | 2 | 1.50x |  |",
+        "| step a, eager | 8 | 0.50x | 5.00x |",
+    ]
     shown = results.table(rows)
     assert "| step a, graph | dense | 3 (3-3) |" in shown
     assert "| step a | official | 40 (40-40) |" in shown
@@ -253,8 +306,9 @@ def test_the_readme_shows_both_kinds_of_step_and_no_ratio_across_them():
 def test_files_of_the_first_schema_are_read_and_gpu_ratios_left_out(tmp_path, device, mode, ratio):
     path = tmp_path / "old.jsonl"
     rows = rows_of(device, ("qzo", "eager", 2.0), ("official", "eager", 4.0), schema=1)
-    path.write_text("".join(json.dumps({k: v for k, v in r.items() if k not in ("mode", "roof_ms")}) + "\n"
-                            for r in rows))
+    path.write_text(
+        "".join(json.dumps({k: v for k, v in r.items() if k not in ("mode", "roof_ms")}) + "\n" for r in rows)
+    )
     read = results.read(path)
     assert [(r["mode"], r["ratio"], r["ms"]) for r in read][1] == (mode, ratio, 4.0)
     assert "official" in results.table(read)
@@ -262,6 +316,7 @@ def test_files_of_the_first_schema_are_read_and_gpu_ratios_left_out(tmp_path, de
 
 
 # ------------------------------------------------------------------------------------------------ how long it takes
+
 
 def test_run_says_how_long_and_leaves_nothing_out_in_silence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
@@ -274,7 +329,7 @@ def test_run_says_how_long_and_leaves_nothing_out_in_silence(tmp_path, capsys, m
     assert len(rows) == len(cases.choose("cpu", "R"))
     timed = [r for r in rows if r["ms"]]
     assert [r["kind"] for r in timed] == ["journal"]
-    for note in {r["note"] for r in rows if not r["ms"]}:          # a busy machine may have used a second or two
+    for note in {r["note"] for r in rows if not r["ms"]}:  # a busy machine may have used a second or two
         assert re.fullmatch(r"left out: it takes about 2.0 h, and (60|5\d) s of --seconds 60 are left", note)
     assert said.count("left out") == len(rows) - 1
     assert f"{len(rows)} cases on cpu, about {2 * (len(rows) - 1)}.0 h, --seconds 60;" in said
@@ -284,8 +339,10 @@ def test_run_says_how_long_and_leaves_nothing_out_in_silence(tmp_path, capsys, m
 
 def test_a_cpu_without_a_filter_has_ten_minutes(capsys, monkeypatch):
     limits = []
-    monkeypatch.setattr("qzo.bench.__main__._measured", lambda chosen, device, names, limit: limits.append(limit) or [
-        run.left_out(chosen[0], device, "")])
+    monkeypatch.setattr(
+        "qzo.bench.__main__._measured",
+        lambda chosen, device, names, limit: limits.append(limit) or [run.left_out(chosen[0], device, "")],
+    )
     for more in ([], ["--seconds", "5"], ["--filter", "smollm2"]):
         assert main(["bench", "run", "--json", *more]) == 0
     assert limits == [600, 5.0, None]
@@ -297,7 +354,7 @@ def test_the_budget_learns_from_what_cases_took(monkeypatch):
     budget = estimate.Budget(100, 1.0)
     assert budget.refuses(60) is None
     now[0] = 40.0
-    budget.done(20)                              # twice what its formula says
+    budget.done(20)  # twice what its formula says
     assert budget.refuses(29) is None
     assert budget.refuses(31) == "left out: it takes about 62 s, and 60 s of --seconds 100 are left"
     assert estimate.Budget(None, 1.0).refuses(1e9) is None
@@ -315,5 +372,7 @@ def test_the_formula_grows_with_the_case():
 def test_a_peer_that_is_wrong_is_named_with_its_version():
     peer = Provider("bitsandbytes", None, package="pytest")
     note = run._wrong(peer, cases.Case("linear", "", 64, 64, 8192), 35.123, 0.2)
-    assert note == (f"wrong: what bitsandbytes (pytest {pytest.__version__}) gives for 16384 rows is off by 35.1 of "
-                    "its size (root mean square, against float64; at most 0.2 allowed); not timed")
+    assert note == (
+        f"wrong: what bitsandbytes (pytest {pytest.__version__}) gives for 16384 rows is off by 35.1 of "
+        "its size (root mean square, against float64; at most 0.2 allowed); not timed"
+    )

@@ -53,9 +53,7 @@ def test_every_kernel_is_compiled(compiled, arch):
         tiles.pick(rows, 4096, 4096, 128, sass.launches.torch.bfloat16, arch)
         for rows in (1, 16, 32, 64, 128, 512, 8192)
     }
-    assert {f"{tile.rows}x{tile.outputs}" for tile in wanted} <= {
-        tile for kernel, tile in names if kernel == "qmm"
-    }
+    assert {f"{tile.rows}x{tile.outputs}" for tile in wanted} <= {tile for kernel, tile in names if kernel == "qmm"}
 
 
 def test_instruction_budgets(compiled):
@@ -264,8 +262,10 @@ KEPT = {
 def test_a_table_too_dear(monkeypatch):
     assert steps_under(monkeypatch, KEPT | {((8, "nf4"), "rademacher"): 270}) == []
     over = steps_under(monkeypatch, KEPT | {((8, "nf4"), "rademacher"): 271})
-    assert over == [f"{arch} 8 rows nf4: 271 instructions a step, 1.8 times the 150 of int4 at the most"
-                    for arch in ("sm_80", "sm_90")]
+    assert over == [
+        f"{arch} 8 rows nf4: 271 instructions a step, 1.8 times the 150 of int4 at the most"
+        for arch in ("sm_80", "sm_90")
+    ]
 
 
 def test_vectors_too_dear(monkeypatch):

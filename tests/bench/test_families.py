@@ -1,4 +1,5 @@
 """A sample of the families that bench/families.py compares, each with another way from hidden states to its loss."""
+
 import json
 
 import pytest
@@ -7,12 +8,29 @@ from qzo.bench import families
 from tests.support.paths import ROOT
 
 RESULTS = ROOT / "bench/results/families-2026-11-30.jsonl"
-SAMPLE = [("causal", "llama"), ("causal", "granite"), ("causal", "cohere"), ("causal", "gemma2"),
-          ("causal", "falcon_h1"), ("causal", "hyperclovax"), ("causal", "recurrent_gemma"),
-          ("causal", "modernbert-decoder"), ("causal", "roberta"), ("causal", "mpt"), ("causal", "inkling_text"),
-          ("causal", "dory"), ("causal", "llama4_text"), ("causal", "xglm"), ("causal", "mamba"), ("causal", "mixtral"),
-          ("encoder-decoder", "t5"), ("encoder-decoder", "bart"), ("classifier", "llama"), ("classifier", "bert")]
-BUILT = {"causal": 0.9, "encoder-decoder": 0.8, "classifier": 0.8, "vision-language": 0.6}      # the rest wants images
+SAMPLE = [
+    ("causal", "llama"),
+    ("causal", "granite"),
+    ("causal", "cohere"),
+    ("causal", "gemma2"),
+    ("causal", "falcon_h1"),
+    ("causal", "hyperclovax"),
+    ("causal", "recurrent_gemma"),
+    ("causal", "modernbert-decoder"),
+    ("causal", "roberta"),
+    ("causal", "mpt"),
+    ("causal", "inkling_text"),
+    ("causal", "dory"),
+    ("causal", "llama4_text"),
+    ("causal", "xglm"),
+    ("causal", "mamba"),
+    ("causal", "mixtral"),
+    ("encoder-decoder", "t5"),
+    ("encoder-decoder", "bart"),
+    ("classifier", "llama"),
+    ("classifier", "bert"),
+]
+BUILT = {"causal": 0.9, "encoder-decoder": 0.8, "classifier": 0.8, "vision-language": 0.6}  # the rest wants images
 
 
 def compared(kind, family):
@@ -27,9 +45,11 @@ def test_the_loss_is_the_models_own(kind, family):
     found = compared(kind, family)
     assert found.outcome == "equal", found
     assert min(own for own, _ in found.losses.values()) != 0
-    wanted = {"causal": {"plain", "two evaluations", "one position at a time", "options", "options of several tokens"},
-              "encoder-decoder": {"plain", "two evaluations", "one position at a time"},
-              "classifier": {"plain", "two evaluations"}}[kind]
+    wanted = {
+        "causal": {"plain", "two evaluations", "one position at a time", "options", "options of several tokens"},
+        "encoder-decoder": {"plain", "two evaluations", "one position at a time"},
+        "classifier": {"plain", "two evaluations"},
+    }[kind]
     assert wanted <= set(found.losses)
 
 

@@ -1,4 +1,5 @@
 """bench/gpu_check.py without a GPU: it says so; its parts run on a CPU at small sizes, in the interpreter."""
+
 import concurrent.futures
 import contextlib
 import inspect
@@ -30,8 +31,14 @@ from tests.support.paths import ROOT
 @pytest.mark.parametrize("command", [["bench/gpu_check.py"], ["-m", "qzo.bench.gpu_check"]])
 def test_without_a_gpu_it_says_so_and_exits_2(command, tmp_path):
     environment = {"PATH": "", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *command, "--out", str(tmp_path / "out.jsonl")], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120, env=environment)
+    done = subprocess.run(
+        [sys.executable, *command, "--out", str(tmp_path / "out.jsonl")],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env=environment,
+    )
     assert done.returncode == 2
     assert "no CUDA or ROCm device" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -40,9 +47,20 @@ def test_without_a_gpu_it_says_so_and_exits_2(command, tmp_path):
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 64,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}))
+    path.write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "vocab_size": 64,
+            }
+        )
+    )
     return str(path)
 
 
@@ -81,7 +99,8 @@ def test_whole_steps_stand_beside_the_rivals(tmp_path, small, config):
     found = {(r["provider"], r["mode"], r["rows"]): r for r in check.rows}
     names = ("qzo", "dense, two forwards", "official", "mezo")
     assert set(found) == {(name, mode, rows) for name in names for mode in timing.MODES for rows in (1, 16)} | {
-        ("qlora", "eager", rows) for rows in (1, 16)}
+        ("qlora", "eager", rows) for rows in (1, 16)
+    }
     for (name, mode, _), row in found.items():
         if name == "qlora":
             assert row["ms"] or row["note"] == "not there: peft and bitsandbytes not installed"
@@ -102,14 +121,17 @@ def test_the_official_loop_and_mezo_are_steps_of_the_whole_model(config, monkeyp
     batch = gpu_steps.batch_of(ours, 2, 8, "cpu")
     with torch.no_grad():
         want, got = models.batch_losses(ours, batch, 1), models.batch_losses(theirs, batch, 1)
-    assert want.item() == pytest.approx(got.item(), rel=1e-3)           # float16 scales
-    for model, prepare, trained in ((theirs, gpu_steps._official, len(layers(ours))),
-                                    (dense, gpu_steps._mezo, len(list(dense.parameters())))):
+    assert want.item() == pytest.approx(got.item(), rel=1e-3)  # float16 scales
+    for model, prepare, trained in (
+        (theirs, gpu_steps._official, len(layers(ours))),
+        (dense, gpu_steps._mezo, len(list(dense.parameters()))),
+    ):
         swept, forwards = [], []
 
         def forward(*given, forwards=forwards):
             forwards.append(1)
             return torch.zeros(1)
+
         with monkeypatch.context() as patch:
             patch.setattr(providers, "sweep", lambda some, factor, generator, swept=swept: swept.append(len(some)))
             patch.setattr(models, "batch_losses", forward)
@@ -156,6 +178,7 @@ def test_what_no_time_is_left_for_is_said(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ compiled ahead
 
+
 def test_the_jobs_are_all_that_is_timed():
     found = gpu_warm.jobs("cuda", ["tests", "steps", "bench", "e2e", "tiles", "memory"])
     kinds = [job[0] for job in found]
@@ -198,6 +221,7 @@ def test_a_job_of_a_case_runs_what_is_timed(small, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ from end to end
 
+
 def in_this_process(arguments, seconds):
     """What gpu_e2e.qzo_command does, without starting Python."""
     said = io.StringIO()
@@ -214,7 +238,7 @@ def e2e(monkeypatch, tmp_path):
     """A Check, small runs, one folder."""
     monkeypatch.setattr(gpu_e2e, "qzo_command", in_this_process)
     monkeypatch.setattr(gpu_e2e, "STEPS", 12)
-    monkeypatch.setattr(gpu_e2e.os, "cpu_count", lambda: 1)              # one at a time: main prints into one stream
+    monkeypatch.setattr(gpu_e2e.os, "cpu_count", lambda: 1)  # one at a time: main prints into one stream
     check = gpu_check.Check(tmp_path / "out.jsonl", 600, device="cpu")
     check.share_ends = check.ends
     return check
@@ -227,8 +251,13 @@ def test_the_command_line_from_end_to_end(e2e, tmp_path):
     assert eager == "same journal, same model" or "unrecognized arguments: --no-cuda-graph" in eager
     killed = notes.pop("train, killed and resumed")
     assert re.fullmatch(r"killed after (\d|10|11) of 12 steps; same journal, same model", killed)
-    assert notes == {"train": "12 steps", "train again": "same journal, same model", "replay": "same model",
-                     "train --large-rows blas": "12 steps", "export": "logits differ by 0.0e+00"}
+    assert notes == {
+        "train": "12 steps",
+        "train again": "same journal, same model",
+        "replay": "same model",
+        "train --large-rows blas": "12 steps",
+        "export": "logits differ by 0.0e+00",
+    }
 
 
 def test_runs_that_differ_are_found(e2e, tmp_path):
@@ -247,7 +276,8 @@ def test_runs_that_differ_are_found(e2e, tmp_path):
         gpu_e2e.attempt(e2e, "broken", gpu_e2e._trained, run, tmp_path)
     assert [row["note"] for row in e2e.rows] == [
         "failed: Untrue: this qzo does not know an option: qzo: unrecognized arguments: --new; see",
-        "failed: Untrue: exit status 1: out of luck"]
+        "failed: Untrue: exit status 1: out of luck",
+    ]
 
 
 def test_a_folder_is_loaded_compared_saved_and_trained(e2e, monkeypatch):
@@ -287,6 +317,7 @@ def test_many_rows_and_a_compiled_model(e2e):
 
 # ------------------------------------------------------------------------------------------------ tiles
 
+
 def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch):
     wrong, refused, idle = Tile(16, 32, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1)
     neighbours, fill = gpu_parts.neighbours, ops._Fused.__call__
@@ -296,7 +327,7 @@ def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch)
         if tile == refused:
             raise RuntimeError("out of resources")
         y.fill_(torch.nan)
-        if tile == idle:                       # writes nothing: the last tile's product may not pass for its own
+        if tile == idle:  # writes nothing: the last tile's product may not pass for its own
             return
         fill(self, x, weight, perturbation, y)
         if tile == wrong:
@@ -307,9 +338,10 @@ def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch)
             begun = time.perf_counter()
             run(slice(None))
             return time.perf_counter() - begun
+
         return turn
 
-    monkeypatch.setattr(timing, "clock", clock)          # as on a GPU: all weights in each turn
+    monkeypatch.setattr(timing, "clock", clock)  # as on a GPU: all weights in each turn
     monkeypatch.setattr(ops._Fused, "__call__", faulty)
     monkeypatch.setattr(gpu_parts, "TILES", ("smollm2-135m 576x192 rows 1 g64 float32 rademacher",))
     monkeypatch.setattr(gpu_parts, "neighbours", lambda tile: [idle, wrong, refused, *neighbours(tile)[:1]])
@@ -349,7 +381,7 @@ def test_tiles_are_picked_and_launched_as_a_layer_does(codes, group, tmp_path, m
 def test_the_cases_that_are_named_are_there():
     names = [c.name for c in cases.every("cuda")]
     found = [next(name for name in names if text in name) for text in (*gpu_parts.CASES, *gpu_parts.TILES)]
-    pairs = {name.removesuffix(" nf4") for name in found[:len(gpu_parts.CASES)] if name.endswith(" nf4")}
+    pairs = {name.removesuffix(" nf4") for name in found[: len(gpu_parts.CASES)] if name.endswith(" nf4")}
     assert {name.split(" rows ")[1].split()[0] for name in pairs} == {"1", "16"}
     assert pairs < set(found)
     assert [name.rpartition("rademacher")[2] for name in found[-2:]] == [" nf4", " aqlm 2x8"]

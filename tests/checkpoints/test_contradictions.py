@@ -1,27 +1,28 @@
 """What a checkpoint's config says and what its tensors say: where the two differ, nothing is read wrongly in silence.
 
-    format               config says                tensors say                    outcome
-    GPTQ, auto-round     checkpoint_format, sym     all qzeros of another version  the words are read, one warning
-                         sym true                   qzeros of no version           refused
-                         bits, group_size           shapes of qweight, scales      refused
-                         desc_act false             g_idx in another order         g_idx is read, one warning
-                         desc_act true              no g_idx                       refused
-    AWQ                  zero_point false           qzeros other than 8            refused
-                         version gemm               gemv's shapes                  refused
-                         bits, group_size           shapes                         refused
-    compressed-tensors   symmetric                  weight_zero_point, others      refused
-                         not symmetric              no weight_zero_point           refused
-                         num_bits, group_size       shapes, weight_shape           refused
-                         actorder group             no weight_g_idx                refused
-                         no actorder                weight_g_idx in another order  it is read, one warning
-    bitsandbytes         quant_type of quant_state  quant_map of another table     refused
-                         blocksize                  absmax                         refused (test_bnb.py)
-    HQQ, AQLM            every field                shapes                         refused (test_hqq.py, test_aqlm.py)
-    all                  layers that stay dense     tensors of codes               the tensors are read, as by the tools
-                         one quantization_config    a weight stored twice, or as   refused
-                                                    integers without scales
-                         tie_word_embeddings        another lm_head                it is read, transformers warns
+format               config says                tensors say                    outcome
+GPTQ, auto-round     checkpoint_format, sym     all qzeros of another version  the words are read, one warning
+                     sym true                   qzeros of no version           refused
+                     bits, group_size           shapes of qweight, scales      refused
+                     desc_act false             g_idx in another order         g_idx is read, one warning
+                     desc_act true              no g_idx                       refused
+AWQ                  zero_point false           qzeros other than 8            refused
+                     version gemm               gemv's shapes                  refused
+                     bits, group_size           shapes                         refused
+compressed-tensors   symmetric                  weight_zero_point, others      refused
+                     not symmetric              no weight_zero_point           refused
+                     num_bits, group_size       shapes, weight_shape           refused
+                     actorder group             no weight_g_idx                refused
+                     no actorder                weight_g_idx in another order  it is read, one warning
+bitsandbytes         quant_type of quant_state  quant_map of another table     refused
+                     blocksize                  absmax                         refused (test_bnb.py)
+HQQ, AQLM            every field                shapes                         refused (test_hqq.py, test_aqlm.py)
+all                  layers that stay dense     tensors of codes               the tensors are read, as by the tools
+                     one quantization_config    a weight stored twice, or as   refused
+                                                integers without scales
+                     tie_word_embeddings        another lm_head                it is read, transformers warns
 """
+
 import functools
 import json
 import shutil
@@ -73,6 +74,7 @@ def stored_as(bits, value):
 
 # ------------------------------------------------------------------------------------- GPTQ's zero points
 
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("said", ["gptq", "gptq_v2", None])
 @pytest.mark.parametrize("stored", [1, 2])
@@ -102,19 +104,29 @@ def test_transformers_own_loading_reads_the_words_too(tmp_path):
     assert_same_bits(got[f"{LAYER}.qzeros"], load_file(folder / "model.safetensors")[f"{LAYER}.qzeros"])
 
 
-@pytest.mark.parametrize("config", [
-    {"sym": True, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
-    {"sym": True, "checkpoint_format": "gptq", "format": "gptq_v2"},
-    {"sym": False, "dynamic": {".*": {"sym": True}}}, {"sym": None}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"sym": True, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
+        {"sym": True, "checkpoint_format": "gptq", "format": "gptq_v2"},
+        {"sym": False, "dynamic": {".*": {"sym": True}}},
+        {"sym": None},
+    ],
+)
 def test_who_says_that_a_layer_is_symmetric(tmp_path, config):
     model, told = loaded(symmetric(tmp_path / "in", 4, 2, **config))
     assert all(layer.zeros is None for layer in quantized(model).values())
     assert len(told) == 1
 
 
-@pytest.mark.parametrize(("config", "change"), [
-    ({"sym": False}, None), ({"sym": True, "dynamic": {".*up": {"sym": False}}}, None),
-    ({"sym": None}, put("qzeros", torch.zeros_like))])
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        ({"sym": False}, None),
+        ({"sym": True, "dynamic": {".*up": {"sym": False}}}, None),
+        ({"sym": None}, put("qzeros", torch.zeros_like)),
+    ],
+)
 def test_asymmetric_zero_points_are_read_as_the_config_says(tmp_path, config, change):
     stored = 2 if config["sym"] is False else 1
     model, told = loaded(symmetric(tmp_path / "in", 4, stored, change=change or stored_as(4, 8), **config))
@@ -122,14 +134,30 @@ def test_asymmetric_zero_points_are_read_as_the_config_says(tmp_path, config, ch
     assert bool((quantized(model)[LAYER].zeros == (9 if change is None else 1)).all())
 
 
-@pytest.mark.parametrize(("config", "change", "message"), [
-    ({}, put("qzeros", lambda t: t.clone().index_fill_(1, torch.tensor([3]), 0x77777770)),
-     WHERE + "the config says sym true, .* stored as 7 .* or 8 .* these are numbers from 0 to 7; .* set sym to false"),
-    ({}, stored_as(4, 3), WHERE + "the config says sym true, .*these are all 3"),
-    ({}, stored_as(4, 8), WHERE + r"its zero points are stored as checkpoint_format 'gptq_v2' has them and those of "
-     r"model\.layers\.0\.mlp\.\w+_proj as 'gptq', so it cannot be told"),
-    ({"format": "gptq_v2", "checkpoint_format": "gptq", "sym": False}, None,
-     r"_proj\.qweight in .*checkpoint_format and format of the quantization_config read its zero points differently")])
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (
+            {},
+            put("qzeros", lambda t: t.clone().index_fill_(1, torch.tensor([3]), 0x77777770)),
+            WHERE
+            + "the config says sym true, .* stored as 7 .* or 8 .* these are numbers from 0 to 7; .* set sym to false",
+        ),
+        ({}, stored_as(4, 3), WHERE + "the config says sym true, .*these are all 3"),
+        (
+            {},
+            stored_as(4, 8),
+            WHERE + r"its zero points are stored as checkpoint_format 'gptq_v2' has them and those of "
+            r"model\.layers\.0\.mlp\.\w+_proj as 'gptq', so it cannot be told",
+        ),
+        (
+            {"format": "gptq_v2", "checkpoint_format": "gptq", "sym": False},
+            None,
+            r"_proj\.qweight in .*checkpoint_format and format of the quantization_config "
+            r"read its zero points differently",
+        ),
+    ],
+)
 def test_zero_points_that_mean_nothing(tmp_path, config, change, message):
     folder = symmetric(tmp_path / "in", 4, 1, change=change, **{"sym": True} | config)
     with pytest.raises(ValueError, match=message) as caught:
@@ -150,30 +178,66 @@ def test_an_order_of_columns_that_the_config_denies_is_read(tmp_path):
 
 # ------------------------------------------------------------------------------------- GPTQ's and AWQ's other fields
 
+
 def gemv(tensors):
     """LAYER in the shapes that version gemv has."""
     n, k = 160, 96
-    tensors |= {f"{LAYER}.qweight": torch.zeros(n, k // 8, dtype=torch.int32),
-                f"{LAYER}.qzeros": torch.zeros(n, 1, dtype=torch.int32), f"{LAYER}.scales": torch.ones(n, 8).half()}
+    tensors |= {
+        f"{LAYER}.qweight": torch.zeros(n, k // 8, dtype=torch.int32),
+        f"{LAYER}.qzeros": torch.zeros(n, 1, dtype=torch.int32),
+        f"{LAYER}.scales": torch.ones(n, 8).half(),
+    }
 
 
-@pytest.mark.parametrize(("write", "config", "change", "message"), [
-    (write_gptq, {"bits": 8}, None, r"are not 8 bits, which the config says, but 4$"),
-    (write_gptq, {"group_size": 96, "dynamic": {".*down": {"group_size": 32}}}, None,
-     r"scales must be floats \[1, 160\]"),
-    (write_gptq, {"dynamic": {".*up": {"desc_act": True}}}, None, rf"no {LAYER}\.g_idx beside it"),
-    (write_gptq, {"quant_method": "awq", "version": "gemm"}, None, "no multiple of group_size|scales must be floats"),
-    (write_awq, {"quant_method": "gptq"}, None, "not 4 bits, which the config says, but none that fit"),
-    (write_awq, {"zero_point": False}, None, "zero_point false, for which all of qzeros are 8, and these go from 0 to"),
-    (write_awq, {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "sym": True}, None,
-     "zero_point false, for which all of qzeros are 8"),
-    (write_awq, {"group_size": 96}, None, "scales must be floats|no multiple of group_size"),
-    (write_awq, {}, gemv, WHERE + r"scales must be floats \[5, 96\]"),
-    (write_gptq, {}, lambda t: t.update({f"{LAYER}.weight": torch.ones(160, 96).half()}),
-     rf"^{LAYER}\.weight in .*: {LAYER}\.weight is there already, from {LAYER}\.qweight in model\.safetensors"),
-    (write_gptq, {}, lambda t: [t.pop(f"{LAYER}.{part}") for part in ("qweight", "qzeros", "scales")] + [
-        t.update({f"{LAYER}.weight": torch.ones(160, 96, dtype=torch.int8)})],
-     rf"^{LAYER}\.weight in .*: int8 for {LAYER}\.weight, which holds floats")])
+@pytest.mark.parametrize(
+    ("write", "config", "change", "message"),
+    [
+        (write_gptq, {"bits": 8}, None, r"are not 8 bits, which the config says, but 4$"),
+        (
+            write_gptq,
+            {"group_size": 96, "dynamic": {".*down": {"group_size": 32}}},
+            None,
+            r"scales must be floats \[1, 160\]",
+        ),
+        (write_gptq, {"dynamic": {".*up": {"desc_act": True}}}, None, rf"no {LAYER}\.g_idx beside it"),
+        (
+            write_gptq,
+            {"quant_method": "awq", "version": "gemm"},
+            None,
+            "no multiple of group_size|scales must be floats",
+        ),
+        (write_awq, {"quant_method": "gptq"}, None, "not 4 bits, which the config says, but none that fit"),
+        (
+            write_awq,
+            {"zero_point": False},
+            None,
+            "zero_point false, for which all of qzeros are 8, and these go from 0 to",
+        ),
+        (
+            write_awq,
+            {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "sym": True},
+            None,
+            "zero_point false, for which all of qzeros are 8",
+        ),
+        (write_awq, {"group_size": 96}, None, "scales must be floats|no multiple of group_size"),
+        (write_awq, {}, gemv, WHERE + r"scales must be floats \[5, 96\]"),
+        (
+            write_gptq,
+            {},
+            lambda t: t.update({f"{LAYER}.weight": torch.ones(160, 96).half()}),
+            rf"^{LAYER}\.weight in .*: {LAYER}\.weight is there already, from {LAYER}\.qweight in model\.safetensors",
+        ),
+        (
+            write_gptq,
+            {},
+            lambda t: (
+                [t.pop(f"{LAYER}.{part}") for part in ("qweight", "qzeros", "scales")]
+                + [t.update({f"{LAYER}.weight": torch.ones(160, 96, dtype=torch.int8)})]
+            ),
+            rf"^{LAYER}\.weight in .*: int8 for {LAYER}\.weight, which holds floats",
+        ),
+    ],
+)
 def test_gptq_and_awq(tmp_path, write, config, change, message):
     folder = write(tmp_path / "in", change=change)
     say(folder, config)
@@ -182,9 +246,13 @@ def test_gptq_and_awq(tmp_path, write, config, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("write", "config"), [
-    (write_gptq, {"dynamic": {"-:.*up": {}}, "modules_in_block_to_quantize": [["self_attn.q_proj"]]}),
-    (write_awq, {"modules_to_not_convert": ["up_proj", "model"]})])
+@pytest.mark.parametrize(
+    ("write", "config"),
+    [
+        (write_gptq, {"dynamic": {"-:.*up": {}}, "modules_in_block_to_quantize": [["self_attn.q_proj"]]}),
+        (write_awq, {"modules_to_not_convert": ["up_proj", "model"]}),
+    ],
+)
 def test_layers_that_are_quantized_are_read_whatever_list_they_are_on(tmp_path, write, config):
     folder = write(tmp_path / "in")
     want = quantized(load(folder))
@@ -217,8 +285,13 @@ PACKED = "model.layers.0.mlp.up_proj.weight"
 
 def compressed(folder, symmetric=True, said=None, change=None, **arguments):
     """A folder of groups of 32; said: what of `symmetric` the config says; change(tensors)."""
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric if said is None else said, "strategy": "group",
-               "group_size": 32} | arguments
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": symmetric if said is None else said,
+        "strategy": "group",
+        "group_size": 32,
+    } | arguments
     write_compressed(folder, {"": (4, 32, symmetric)}, {"group_0": {"targets": ["Linear"], "weights": weights}})
     tensors = load_file(folder / "model.safetensors")
     if change is not None:
@@ -238,15 +311,22 @@ def ordered_everywhere(tensors):
     reordered(tensors)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"symmetric": False, "said": True}, r"config says symmetric, and weight_zero_point beside it has others than 8"),
-    ({"said": False}, "no weight_zero_point beside it"),
-    ({"num_bits": 8}, r"must be int32 \[96, 40\], got torch\.int32 \[96, 20\]"),
-    ({"group_size": 96}, r"not 96 rows of 160 weights in groups of 96"),
-    ({"strategy": "channel", "group_size": None}, r"not 96 rows of 160 weights in groups of 160"),
-    ({"actorder": "group"}, "no weight_g_idx beside it: the checkpoint is incomplete"),
-    ({"change": lambda t: t.update({f"{PACKED}_shape": torch.tensor([160, 95])})}, "not 160 rows of 95 weights"),
-    ({"change": lambda t: t.update({f"{PACKED}_shape": torch.tensor([96, 160])})}, r"must be int32 \[96, 20\]")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"symmetric": False, "said": True},
+            r"config says symmetric, and weight_zero_point beside it has others than 8",
+        ),
+        ({"said": False}, "no weight_zero_point beside it"),
+        ({"num_bits": 8}, r"must be int32 \[96, 40\], got torch\.int32 \[96, 20\]"),
+        ({"group_size": 96}, r"not 96 rows of 160 weights in groups of 96"),
+        ({"strategy": "channel", "group_size": None}, r"not 96 rows of 160 weights in groups of 160"),
+        ({"actorder": "group"}, "no weight_g_idx beside it: the checkpoint is incomplete"),
+        ({"change": lambda t: t.update({f"{PACKED}_shape": torch.tensor([160, 95])})}, "not 160 rows of 95 weights"),
+        ({"change": lambda t: t.update({f"{PACKED}_shape": torch.tensor([96, 160])})}, r"must be int32 \[96, 20\]"),
+    ],
+)
 def test_compressed_tensors(tmp_path, options, message):
     folder = compressed(tmp_path / "in", **options)
     with pytest.raises(ValueError, match=message) as caught:
@@ -256,6 +336,7 @@ def test_compressed_tensors(tmp_path, options, message):
 
 def test_zero_points_that_say_what_symmetric_says(tmp_path):
     """Some writers keep them; they are no contradiction."""
+
     def zeros(tensors):
         for name in [name for name in tensors if name.endswith("_packed")]:
             n, groups = tensors[name.replace("_packed", "_scale")].shape

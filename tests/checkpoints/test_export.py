@@ -1,4 +1,5 @@
 """`qzo.export` and `qzo export`: the same weights in another format, or a reason why not."""
+
 import json
 
 import pytest
@@ -8,14 +9,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qzo
 from qzo.checkpoints.formats import awq, gptq
-from qzo.cli.main import main
 from tests.support.checkpoints import TYPES, decode_compressed, quantized, scale_randomly, write_compressed, write_gguf
 from tests.support.close import assert_same_bits
 from tests.support.gptq_checkpoints import awq_layer, decode_folder, write_awq, write_gptq
 from tests.support.paths import FIXTURES
 
-SYM, V2, DESC, THREE = (FIXTURES / f"gptqmodel-gptq-{name}" for name in (
-    "sym-g128", "asym-g32-v2", "sym-g64-desc", "3bit-sym-g64"))
+SYM, V2, DESC, THREE = (
+    FIXTURES / f"gptqmodel-gptq-{name}" for name in ("sym-g128", "asym-g32-v2", "sym-g64-desc", "3bit-sym-g64")
+)
 AUTO_ROUND, AWQ = FIXTURES / "autoround-ar-sym-g128", FIXTURES / "autoround-awq-zp-g128"
 TIED, ROWS = FIXTURES / "ct-w4a16-sym-g64-bias-tied", FIXTURES / "ct-w4a16-sym-g128-gptq"
 LAYER = "model.layers.0.mlp.up_proj"
@@ -43,10 +44,25 @@ def decode(folder, form):
 
 # ------------------------------------------------------------------------------------- the same weights
 
-@pytest.mark.parametrize(("source", "form"), [
-    (SYM, "awq"), (SYM, "compressed-tensors"), (V2, "awq"), (V2, "compressed-tensors"), (THREE, "awq"),
-    (THREE, "compressed-tensors"), (AUTO_ROUND, "gptq"), (AUTO_ROUND, "awq"), (AWQ, "gptq"),
-    (AWQ, "compressed-tensors"), (TIED, "gptq"), (ROWS, "awq")], ids=lambda x: getattr(x, "name", x))
+
+@pytest.mark.parametrize(
+    ("source", "form"),
+    [
+        (SYM, "awq"),
+        (SYM, "compressed-tensors"),
+        (V2, "awq"),
+        (V2, "compressed-tensors"),
+        (THREE, "awq"),
+        (THREE, "compressed-tensors"),
+        (AUTO_ROUND, "gptq"),
+        (AUTO_ROUND, "awq"),
+        (AWQ, "gptq"),
+        (AWQ, "compressed-tensors"),
+        (TIED, "gptq"),
+        (ROWS, "awq"),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_folders(source, form, tmp_path):
     """Weights, dense tensors and logits are the source's, bit for bit, and another decoder says so too."""
     model, out = load(source), tmp_path / "out"
@@ -64,14 +80,16 @@ def test_folders(source, form, tmp_path):
     for name in dense:
         assert_same_bits(new[name], old[name])
     assert {name: value for name, value in config_of(out).items() if name != "quantization_config"} == {
-        name: value for name, value in config_of(source).items() if name != "quantization_config"}
+        name: value for name, value in config_of(source).items() if name != "quantization_config"
+    }
     assert not (out / "quantization_config.json").exists()
 
 
 def test_tokenizers_come_along_and_the_sources_own_configs_do_not(tmp_path):
     qzo.export(load(SYM), tmp_path / "out", "awq")
     kept = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "expected.safetensors"} & {
-        path.name for path in SYM.iterdir()} - {"expected.safetensors"}
+        path.name for path in SYM.iterdir()
+    } - {"expected.safetensors"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == kept | {"config.json", "model.safetensors"}
     for name in kept:
         assert (tmp_path / "out" / name).read_bytes() == (SYM / name).read_bytes()
@@ -106,9 +124,20 @@ def test_a_float_model(form, symmetric, tmp_path):
 
 def save_llama(folder, **config):
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{
-        "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 1, "num_attention_heads": 3,
-        "num_key_value_heads": 1, "vocab_size": 64, "tie_word_embeddings": False, **config})).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            **{
+                "hidden_size": 96,
+                "intermediate_size": 160,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 3,
+                "num_key_value_heads": 1,
+                "vocab_size": 64,
+                "tie_word_embeddings": False,
+                **config,
+            }
+        )
+    ).save_pretrained(folder)
 
 
 def test_tuned_scales_are_rounded_as_save_pretrained_rounds_them(tmp_path):
@@ -120,12 +149,14 @@ def test_tuned_scales_are_rounded_as_save_pretrained_rounds_them(tmp_path):
         for name, scales in qzo.scales(load(tmp_path / form)).items():
             assert_same_bits(scales, qzo.scales(load(tmp_path / "own"))[name])
     assert (tmp_path / "awq" / "model.safetensors").read_bytes() == (
-        tmp_path / "own" / "model.safetensors").read_bytes()
+        tmp_path / "own" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scales_keep_the_sources_dtype(dtype, tmp_path):
     """1e-7 is no float16, but a bfloat16 and a float32."""
+
     def change(tensors):
         for name in [n for n in tensors if n.endswith(".scales")]:
             tensors[name] = (tensors[name].float() * 1e-7).to(dtype)
@@ -139,12 +170,21 @@ def test_scales_keep_the_sources_dtype(dtype, tmp_path):
 
 # ------------------------------------------------------------------------------------- a GPTQ folder of our own
 
+
 def test_a_symmetric_gptq_folder(tmp_path):
     qzo.export(load(AUTO_ROUND), tmp_path / "out", "gptq")
     config = config_of(tmp_path / "out")["quantization_config"]
-    assert config == {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False,
-                      "quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32",
-                      "meta": {"quantizer": ["qzo"]}}
+    assert config == {
+        "bits": 4,
+        "group_size": 128,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": ["qzo"]},
+    }
     assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == config
     old, new = (load_file(folder / "model.safetensors") for folder in (AUTO_ROUND, tmp_path / "out"))
     for part in ("qweight", "qzeros", "scales"):
@@ -156,6 +196,7 @@ def test_a_symmetric_gptq_folder(tmp_path):
 @pytest.mark.parametrize("zero", [0, 1, 15])
 def test_an_asymmetric_gptq_folder(zero, tmp_path):
     """In version 1 a zero point of 0 means one thing to GPTQModel and another to everyone else: version 2."""
+
     def plain(codes, zeros, scales, bits):
         return awq_layer(codes, torch.full_like(zeros, zero), scales, bits)
 
@@ -175,8 +216,13 @@ def mixed(folder):
     groups = {}
     schemes = {"": (4, 32, False), "up_proj": (8, 32, False), "down_proj": (4, None, False)}
     for i, (leaf, (bits, size, symmetric)) in enumerate(schemes.items()):
-        weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group" if size else "channel",
-                   "group_size": size}
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "group" if size else "channel",
+            "group_size": size,
+        }
         groups[f"group_{i}"] = {"targets": [f"re:.*{leaf}"] if leaf else ["Linear"], "weights": weights}
     write_compressed(folder, schemes, groups)
     return folder
@@ -188,8 +234,10 @@ def test_bits_and_group_sizes_of_single_layers(tmp_path):
     config = config_of(tmp_path / "out")["quantization_config"]
     assert (config["bits"], config["group_size"]) == (4, 32)
     assert config["dynamic"] == {
-        rf"+:^model\.layers\.{i}\.mlp\.{leaf}_proj$": kind for i in range(2)
-        for leaf, kind in (("down", {"bits": 4, "group_size": -1}), ("up", {"bits": 8, "group_size": 32}))}
+        rf"+:^model\.layers\.{i}\.mlp\.{leaf}_proj$": kind
+        for i in range(2)
+        for leaf, kind in (("down", {"bits": 4, "group_size": -1}), ("up", {"bits": 8, "group_size": 32}))
+    }
     decoded = decode_folder(tmp_path / "out")
     for name, layer in quantized(load(tmp_path / "out")).items():
         want = quantized(model)[name].dequantize()
@@ -199,15 +247,21 @@ def test_bits_and_group_sizes_of_single_layers(tmp_path):
 
 def test_act_order_stays_in_gptq(tmp_path):
     """From old compressed-tensors files, which had it too."""
-    groups = {"group_0": {"targets": ["Linear"], "weights": {
-        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}}}
+    groups = {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+        }
+    }
     write_compressed(tmp_path / "in", {"": (4, 32, True)}, groups, order=("up_proj",))
     model = load(tmp_path / "in")
     assert quantized(model)[LAYER].perm is not None
     qzo.export(model, tmp_path / "out", "gptq")
     assert config_of(tmp_path / "out")["quantization_config"]["desc_act"] is True
-    g_idx, old = (load_file(tmp_path / folder / "model.safetensors")[f"{LAYER}.{part}"]
-                  for folder, part in (("out", "g_idx"), ("in", "weight_g_idx")))
+    g_idx, old = (
+        load_file(tmp_path / folder / "model.safetensors")[f"{LAYER}.{part}"]
+        for folder, part in (("out", "g_idx"), ("in", "weight_g_idx"))
+    )
     assert torch.equal(g_idx, old)
     decoded = decode_folder(tmp_path / "out")
     for name, layer in quantized(load(tmp_path / "out")).items():
@@ -218,6 +272,7 @@ def test_act_order_stays_in_gptq(tmp_path):
 
 def test_a_linear_that_is_not_quantized_is_named(tmp_path):
     """A reader that goes by the config and not by the tensors has to know."""
+
     def dense(tensors):
         for part in ("qweight", "qzeros", "scales"):
             tensors.pop(f"{LAYER}.{part}")
@@ -225,8 +280,7 @@ def test_a_linear_that_is_not_quantized_is_named(tmp_path):
 
     model = load(write_awq(tmp_path / "in", change=dense))
     qzo.export(model, tmp_path / "gptq", "gptq")
-    assert config_of(tmp_path / "gptq")["quantization_config"]["dynamic"] == {
-        r"-:^model\.layers\.0\.mlp\.up_proj$": {}}
+    assert config_of(tmp_path / "gptq")["quantization_config"]["dynamic"] == {r"-:^model\.layers\.0\.mlp\.up_proj$": {}}
     qzo.export(model, tmp_path / "ct", "compressed-tensors")
     assert config_of(tmp_path / "ct")["quantization_config"]["ignore"] == [LAYER, "lm_head"]
     for form in ("gptq", "ct"):
@@ -244,8 +298,11 @@ def test_a_quantized_head(tmp_path):
 
 def test_biases_of_zeros_that_the_model_lacks_stay_behind(tmp_path):
     def biases(tensors):
-        tensors |= {f"{n.removesuffix('.scales')}.bias": torch.zeros(t.shape[1]).half()
-                    for n, t in list(tensors.items()) if n.endswith(".scales")}
+        tensors |= {
+            f"{n.removesuffix('.scales')}.bias": torch.zeros(t.shape[1]).half()
+            for n, t in list(tensors.items())
+            if n.endswith(".scales")
+        }
 
     model = load(write_gptq(tmp_path / "in", change=biases))
     qzo.export(model, tmp_path / "out", "awq")
@@ -254,6 +311,7 @@ def test_biases_of_zeros_that_the_model_lacks_stay_behind(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- refused
+
 
 def refused(model, out, form, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -277,10 +335,18 @@ def test_what_a_format_cannot_hold(tmp_path):
     refused(torch.nn.Linear(2, 2), out, "gptq", r"was not loaded by qzo\.from_pretrained")
 
 
-@pytest.mark.parametrize(("form", "size", "message"), [
-    ("gptq", 100, "down_proj has in_features=100, and gptq packs 8 codes of 4 bits into a word; save it as compressed"),
-    ("awq", 100, "gate_proj has out_features=100, and awq packs 8 codes of 4 bits into a word"),
-    ("compressed-tensors", 100, None)])
+@pytest.mark.parametrize(
+    ("form", "size", "message"),
+    [
+        (
+            "gptq",
+            100,
+            "down_proj has in_features=100, and gptq packs 8 codes of 4 bits into a word; save it as compressed",
+        ),
+        ("awq", 100, "gate_proj has out_features=100, and awq packs 8 codes of 4 bits into a word"),
+        ("compressed-tensors", 100, None),
+    ],
+)
 def test_odd_sizes(form, size, message, tmp_path):
     save_llama(tmp_path / "float", intermediate_size=size)
     model = load(tmp_path / "float", group_size=-1)
@@ -313,44 +379,3 @@ def test_the_source_is_never_overwritten(tmp_path):
         with pytest.raises(ValueError, match="the source is never overwritten"):
             qzo.export(load(source), source, form)
     assert (source / "model.safetensors").read_bytes() == before
-
-
-# ------------------------------------------------------------------------------------- the command
-
-def test_the_command(tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["export", str(AWQ), "--to", "gptq", "--output-dir", str(out), "--json", "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"format": "gptq", "steps": 0, "output_dir": str(out)}
-    qzo.export(load(AWQ), tmp_path / "same", "gptq")
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
-        p.name: p.read_bytes() for p in (tmp_path / "same").iterdir()}
-
-
-def test_the_command_replays_a_journal_first(tmp_path, capsys):
-    model = load(AWQ)
-    optimizer = qzo.QZO(model, lr=1e-2, directions=2, journal=tmp_path / "journal.qzo")
-    for _ in range(3):
-        optimizer.step(lambda: qzo.losses(model, {"input_ids": IDS, "labels": IDS}, 4))
-    optimizer.close()
-    qzo.export(model, tmp_path / "tuned", "compressed-tensors")
-    assert main(["export", str(AWQ), "--to", "compressed-tensors", "--output-dir", str(tmp_path / "out"), "--journal",
-                 str(tmp_path / "journal.qzo"), "--device", "cpu"]) == 0
-    assert "the model after 3 steps is in" in capsys.readouterr().out
-    tuned, plain = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("tuned", "out"))
-    assert tuned == plain
-    assert main(["export", str(SYM), "--to", "awq", "--output-dir", str(tmp_path / "other"), "--journal",
-                 str(tmp_path / "journal.qzo"), "--device", "cpu"]) == 2
-    assert "another model" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists()
-
-
-def test_the_commands_errors_are_one_line(tmp_path, capsys):
-    for source, form, message in ((DESC, "awq", "act-order"), (tmp_path / "none", "exl2", "'exl2' is not supported"),
-                                  (tmp_path / "none", "awq", "no such file or folder")):
-        assert main(["export", str(source), "--to", form, "--output-dir", str(tmp_path / "out")]) == 2
-        [line] = capsys.readouterr().err.strip().splitlines()
-        assert message in line
-    with pytest.raises(SystemExit) as leave:
-        main(["export", "--help"])
-    assert leave.value.code == 0
-    assert "example: qzo export" in " ".join(capsys.readouterr().out.split())

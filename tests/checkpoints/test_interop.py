@@ -23,4 +23,4 @@ def test_compressed_tensors_gives_our_logits(name, tmp_path):
         want, got = saved(ids).logits, theirs(ids).logits
         source = qzo.from_pretrained(FIXTURES / name, device="cpu")(ids).logits
     assert relative_error(got, want) < 2e-5
-    assert relative_error(source, want) > 1e-2              # the scales that moved are the ones that were read
+    assert relative_error(source, want) > 1e-2  # the scales that moved are the ones that were read

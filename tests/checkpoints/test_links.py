@@ -1,4 +1,5 @@
 """Sources that are links, as in a Hub cache: the result has the names that were given, and the source stays."""
+
 import os
 import shutil
 
@@ -52,7 +53,7 @@ def test_a_gguf_keeps_the_name_that_was_given(by_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = qzo.from_pretrained("snapshots" if by_folder else "snapshots/model-q4.gguf", device="cpu")
     scale_randomly(model)
-    monkeypatch.chdir("/")                        # the source is found from elsewhere, too
+    monkeypatch.chdir("/")  # the source is found from elsewhere, too
     qzo.save_pretrained(model, tmp_path / "out")
     qzo.export(model, tmp_path / "exported", "gguf")
     for out in (tmp_path / "out", tmp_path / "exported"):
@@ -68,17 +69,43 @@ def test_a_gguf_keeps_the_name_that_was_given(by_folder, tmp_path, monkeypatch):
 
 def test_training_and_replay_keep_it_too(tmp_path):
     link = cached_file(tmp_path, "model-q4.gguf")
-    target = tmp_path / "named" / "m.gguf"        # with a tokenizer, which training needs
+    target = tmp_path / "named" / "m.gguf"  # with a tokenizer, which training needs
     target.parent.mkdir()
-    write_gguf(tmp_path / "blobs" / SHA, tokenizer={
-        "tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2", "token_list": [*"abcd", "ab"], "token_merges": ["a b"]})
-    target.symlink_to(link)                       # a link to a link
+    write_gguf(
+        tmp_path / "blobs" / SHA,
+        tokenizer={
+            "tokenizer_model": "gpt2",
+            "tokenizer_pre": "gpt-2",
+            "token_list": [*"abcd", "ab"],
+            "token_merges": ["a b"],
+        },
+    )
+    target.symlink_to(link)  # a link to a link
     (tmp_path / "t.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n' * 2)
-    assert main(["train", "--model", str(target), "--data", str(tmp_path / "t.jsonl"), "--output-dir",
-                 str(tmp_path / "out"), "--max-steps", "1", "--batch-size", "1", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(target),
+                "--data",
+                str(tmp_path / "t.jsonl"),
+                "--output-dir",
+                str(tmp_path / "out"),
+                "--max-steps",
+                "1",
+                "--batch-size",
+                "1",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert names_of(tmp_path / "out" / "model") == ["m.gguf"]
-    assert main(["replay", str(link), str(tmp_path / "out" / "journal.qzo"), "--output-dir",
-                 str(tmp_path / "again")]) == 0
+    assert (
+        main(["replay", str(link), str(tmp_path / "out" / "journal.qzo"), "--output-dir", str(tmp_path / "again")]) == 0
+    )
     assert names_of(tmp_path / "again") == ["model-q4.gguf"]
     tuned = (tmp_path / "out" / "model" / "m.gguf").read_bytes()
     assert tuned == (tmp_path / "again" / "model-q4.gguf").read_bytes()
@@ -93,11 +120,15 @@ def test_a_source_is_not_overwritten_through_a_link(out, tmp_path):
     (tmp_path / "snapshots" / "m.gguf").symlink_to("../real/m.gguf")
     (tmp_path / "other" / "m.gguf").symlink_to("../snapshots/m.gguf")
     (tmp_path / "folder").symlink_to("real")
-    model, before = qzo.from_pretrained(tmp_path / "snapshots" / "m.gguf", device="cpu"), os.stat(
-        tmp_path / "real" / "m.gguf")
+    model, before = (
+        qzo.from_pretrained(tmp_path / "snapshots" / "m.gguf", device="cpu"),
+        os.stat(tmp_path / "real" / "m.gguf"),
+    )
     scale_randomly(model)
-    for save in (lambda: qzo.save_pretrained(model, tmp_path / out),
-                 lambda: qzo.export(model, tmp_path / out / "m.gguf", "gguf")):
+    for save in (
+        lambda: qzo.save_pretrained(model, tmp_path / out),
+        lambda: qzo.export(model, tmp_path / out / "m.gguf", "gguf"),
+    ):
         with pytest.raises(ValueError, match=f"{out} is where this model was loaded from; the source is never"):
             save()
     assert os.stat(tmp_path / "real" / "m.gguf") == before

@@ -33,13 +33,22 @@ IDS = torch.arange(24).view(2, 12)
 
 TINY = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 # no K of the Llama is a multiple of 128
-LLAMA = LlamaConfig(**TINY | {"num_attention_heads": 3}, hidden_size=96, intermediate_size=160,
-                    num_key_value_heads=1, tie_word_embeddings=True)
+LLAMA = LlamaConfig(
+    **TINY | {"num_attention_heads": 3},
+    hidden_size=96,
+    intermediate_size=160,
+    num_key_value_heads=1,
+    tie_word_embeddings=True,
+)
 QWEN2 = Qwen2Config(**TINY, hidden_size=128, intermediate_size=256, num_key_value_heads=1)
 OPT = OPTConfig(**TINY, hidden_size=64, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64)
 BERT = BertConfig(**TINY, hidden_size=64, intermediate_size=128)
-MODELS = {"llama-tied": (LlamaForCausalLM, LLAMA, 14), "qwen2-bias": (Qwen2ForCausalLM, QWEN2, 14),
-          "opt-bias": (OPTForCausalLM, OPT, 12), "bert": (BertModel, BERT, 13)}
+MODELS = {
+    "llama-tied": (LlamaForCausalLM, LLAMA, 14),
+    "qwen2-bias": (Qwen2ForCausalLM, QWEN2, 14),
+    "opt-bias": (OPTForCausalLM, OPT, 12),
+    "bert": (BertModel, BERT, 13),
+}
 
 
 def load(path, **options):
@@ -61,13 +70,14 @@ def make(name, folder, dtype=torch.float32):
     cls, config, _ = MODELS[name]
     torch.manual_seed(0)
     model = cls(copy.deepcopy(config)).to(dtype)
-    for parameter in model.parameters():        # transformers starts biases at zero: one lost would not show
+    for parameter in model.parameters():  # transformers starts biases at zero: one lost would not show
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     return folder
 
 
 # ------------------------------------------------------------------------------------- float sources
+
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("name", MODELS)
@@ -80,8 +90,8 @@ def test_float_model_quantized_saved_and_loaded_again(tmp_path, name, symmetric)
     expected = copy.deepcopy(float_model)
     for layer_name, layer in quantized(model).items():
         expected.get_submodule(layer_name).weight.data = layer.dequantize()
-    assert relative_error(forward(model), forward(expected)) < 2e-5        # float32 sums in another order
-    assert relative_error(forward(model), forward(float_model)) < 0.35     # what 4 bits cost random weights
+    assert relative_error(forward(model), forward(expected)) < 2e-5  # float32 sums in another order
+    assert relative_error(forward(model), forward(float_model)) < 0.35  # what 4 bits cost random weights
     scale_randomly(model)
     qzo.save_pretrained(model, tmp_path / "out")
     again = load(tmp_path / "out")
@@ -154,7 +164,7 @@ def test_layers_never_exist_in_float(monkeypatch):
     monkeypatch.setattr(hf, "fill", record)
     model = load(CT)
     assert {name + ".weight" for name in quantized(model)} < empty
-    assert buffers["model.rotary_emb.inv_freq"][0] == 1          # computed, not merely allocated
+    assert buffers["model.rotary_emb.inv_freq"][0] == 1  # computed, not merely allocated
 
 
 def test_generation_settings_come_along(tmp_path):
@@ -166,6 +176,7 @@ def test_generation_settings_come_along(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- export
+
 
 def test_export_of_a_gguf(tmp_path):
     write_gguf(tmp_path / "m.gguf", TYPES.Q4_0, tied=False)
@@ -192,16 +203,22 @@ def test_refused_exports(tmp_path, llama):
     write_gguf(tmp_path / "m.gguf", TYPES.Q4_1)
     gguf_model, float_model = load(tmp_path / "m.gguf"), load(llama)
     for model, form, message in (
-            (gguf_model, "compressed-tensors", "has a float minimum"), (float_model, "gguf", "loaded from a "
-                                                                                             "GGUF file"),
-            (float_model, "exl2", "export to 'exl2' is not supported; supported are 'awq', 'bitsandbytes', "
-                                  "'compressed-tensors', 'gptq', 'gguf'")):
+        (gguf_model, "compressed-tensors", "has a float minimum"),
+        (float_model, "gguf", "loaded from a GGUF file"),
+        (
+            float_model,
+            "exl2",
+            "export to 'exl2' is not supported; supported are 'awq', 'bitsandbytes', "
+            "'compressed-tensors', 'gptq', 'gguf'",
+        ),
+    ):
         with pytest.raises(ValueError, match=message):
             qzo.export(model, tmp_path / "out", format=form)
     assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------- the way to disk
+
 
 def test_failed_write_leaves_everything_as_it_was(tmp_path, monkeypatch):
     out, model = tmp_path / "deep" / "out", load(CT)
@@ -269,11 +286,11 @@ def test_model_of_unknown_origin(tmp_path):
 
 # ------------------------------------------------------------------------------------- bad input
 
+
 @pytest.mark.parametrize("name", ["./nothing", "/no/such/model", "nothing.gguf", "nothing", "a/b/c"])
 def test_no_such_path(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"no such file or folder: {name}; give a checkpoint folder, "
-                                                "a .gguf"):
+    with pytest.raises(FileNotFoundError, match=f"no such file or folder: {name}; give a checkpoint folder, a .gguf"):
         qzo.from_pretrained(name)
 
 
@@ -293,8 +310,9 @@ def test_folders_without_one_checkpoint(tmp_path):
         load(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", r"config\.json is not JSON"),
-                                                  ('{"model_type": "llamb"}', "llamb")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", r"config\.json is not JSON"), ('{"model_type": "llamb"}', "llamb")]
+)
 def test_bad_config(tmp_path, content, message):
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(content)
@@ -317,6 +335,7 @@ def test_model_without_linears(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- tokenizers, imports
+
 
 def test_tokenizer_of_a_folder_and_of_a_gguf_without(tmp_path):
     from tokenizers import Tokenizer, models

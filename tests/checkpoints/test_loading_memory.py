@@ -1,4 +1,5 @@
 """A float checkpoint of more than 1 GB is quantized in the memory of its result, a layer and 200 MB."""
+
 import json
 import subprocess
 import sys
@@ -31,14 +32,20 @@ print(held, dense, resident("VmHWM:") - before)
 
 def write_float_model(folder):
     """A Llama's folder in float32, tensor by tensor; returns the bytes of its weights."""
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,),
-              "lm_head.weight": (VOCABULARY, HIDDEN)}
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+    }
     for layer in range(LAYERS):
         name = f"model.layers.{layer}."
         shapes |= {name + f"self_attn.{p}_proj.weight": (HIDDEN, HIDDEN) for p in "qkvo"}
         shapes |= {name + f"mlp.{p}_proj.weight": (WIDE, HIDDEN) for p in ("gate", "up")}
-        shapes |= {name + "mlp.down_proj.weight": (HIDDEN, WIDE), name + "input_layernorm.weight": (HIDDEN,),
-                   name + "post_attention_layernorm.weight": (HIDDEN,)}
+        shapes |= {
+            name + "mlp.down_proj.weight": (HIDDEN, WIDE),
+            name + "input_layernorm.weight": (HIDDEN,),
+            name + "post_attention_layernorm.weight": (HIDDEN,),
+        }
     header, at = {}, 0
     for name, shape in shapes.items():
         size = 4 * int(np.prod(shape))
@@ -49,10 +56,21 @@ def write_float_model(folder):
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape in shapes.values():
-            file.write(noise[:int(np.prod(shape))].tobytes())
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": WIDE,
-        "num_hidden_layers": LAYERS, "num_attention_heads": 16, "vocab_size": VOCABULARY, "dtype": "float32"}))
+            file.write(noise[: int(np.prod(shape))].tobytes())
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                "hidden_size": HIDDEN,
+                "intermediate_size": WIDE,
+                "num_hidden_layers": LAYERS,
+                "num_attention_heads": 16,
+                "vocab_size": VOCABULARY,
+                "dtype": "float32",
+            }
+        )
+    )
     return at
 
 

@@ -1,4 +1,5 @@
 """`qzo quantize` writes, a layer at a time, what loading and saving the whole model writes."""
+
 import json
 import weakref
 
@@ -39,13 +40,20 @@ def both(folder, tmp_path, capsys, *options, **loaded):
     return found, *(load_file(tmp_path / kind / "model.safetensors") for kind in ("streamed", "loaded"))
 
 
-@pytest.mark.parametrize(("options", "loaded"), [
-    (["--group-size", 32], {"group_size": 32}), (["--bits", 2, "--asymmetric"], {"bits": 2, "symmetric": False}),
-    (["--bits", 8, "--group-size", -1], {"bits": 8, "group_size": -1}),
-    (["--format", "gptq", "--asymmetric", "--group-size", 32],
-     {"form": "gptq", "symmetric": False, "group_size": 32}),
-    (["--table", "nf4"], {"form": "bitsandbytes", "table": "nf4"}),
-    (["--format", "gptq", "--bits", 8], {"form": "gptq", "bits": 8})])
+@pytest.mark.parametrize(
+    ("options", "loaded"),
+    [
+        (["--group-size", 32], {"group_size": 32}),
+        (["--bits", 2, "--asymmetric"], {"bits": 2, "symmetric": False}),
+        (["--bits", 8, "--group-size", -1], {"bits": 8, "group_size": -1}),
+        (
+            ["--format", "gptq", "--asymmetric", "--group-size", 32],
+            {"form": "gptq", "symmetric": False, "group_size": 32},
+        ),
+        (["--table", "nf4"], {"form": "bitsandbytes", "table": "nf4"}),
+        (["--format", "gptq", "--bits", 8], {"form": "gptq", "bits": 8}),
+    ],
+)
 def test_the_same_bytes_as_a_loaded_model(words, tmp_path, capsys, options, loaded):
     found, streamed, whole = both(words, tmp_path, capsys, *options, **{"group_size": 64} | loaded)
     assert found["layers"] == 14
@@ -69,6 +77,7 @@ def test_the_models_loss_is_close_to_the_float_one(words, tmp_path, capsys):
     """And the more bits the closer: through the file, from files in pieces, and with the error that is told."""
     ids = torch.randint(3, 30, (4, 12), generator=torch.Generator().manual_seed(1))
     from transformers import AutoModelForCausalLM
+
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(words)(ids).logits
         errors = []
@@ -79,8 +88,10 @@ def test_the_models_loss_is_close_to_the_float_one(words, tmp_path, capsys):
     assert errors[0][0] > 2 * errors[1][0] > 8 * errors[2][0]
     assert errors[2][0] < 0.05
     weights = {name.removesuffix(".weight"): w for name, w in load_file(words / "model.safetensors").items()}
-    squares = [[float((layer.dequantize() - weights[name]).square().sum()), float(weights[name].square().sum())]
-               for name, layer in layers(model).items()]
+    squares = [
+        [float((layer.dequantize() - weights[name]).square().sum()), float(weights[name].square().sum())]
+        for name, layer in layers(model).items()
+    ]
     wanted = (sum(s[0] for s in squares) / sum(s[1] for s in squares)) ** 0.5
     assert errors[2][1] == pytest.approx(wanted, rel=1e-4)
 
@@ -89,7 +100,7 @@ def test_tensors_are_read_one_at_a_time_and_once(words, tmp_path, monkeypatch):
     read, plain, alive = [], quantize_folder.safetensors_file.read, []
 
     def watched(*place):
-        assert sum(found() is not None for found in alive) <= 1       # what the writer has just written
+        assert sum(found() is not None for found in alive) <= 1  # what the writer has just written
         tensor = plain(*place)
         alive.append(weakref.ref(tensor))
         read.append(place)
@@ -100,7 +111,7 @@ def test_tensors_are_read_one_at_a_time_and_once(words, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize_folder.safetensors_file, "read", watched)
     monkeypatch.setattr(quantize_folder, "from_pretrained", None)
     quantize_folder.quantize_folder(words, tmp_path / "out")
-    assert not made[0]._made             # nothing that is written stays
+    assert not made[0]._made  # nothing that is written stays
     assert len(read) == len(set(read)) == len(load_file(words / "model.safetensors"))
 
 
@@ -117,7 +128,10 @@ def test_a_folder_in_several_files_and_what_travels_along(words, tmp_path, capsy
         (tmp_path / "split" / name).write_bytes((words / name).read_bytes())
     run(capsys, tmp_path / "split", "--output-dir", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json"]
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(written["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
     name = "model.layers.1.mlp.down_proj"
@@ -129,16 +143,28 @@ def test_a_folder_in_several_files_and_what_travels_along(words, tmp_path, capsy
 def test_names_that_are_not_the_models_are_left_to_transformers(tmp_path, capsys, pickled):
     """OPT's first checkpoints name no "model."; other files hold pickles, which only transformers reads."""
     torch.manual_seed(0)
-    model = OPTForCausalLM(OPTConfig(num_hidden_layers=1, num_attention_heads=2, vocab_size=64, hidden_size=64,
-                                     ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64))
+    model = OPTForCausalLM(
+        OPTConfig(
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=64,
+            hidden_size=64,
+            ffn_dim=128,
+            word_embed_proj_dim=64,
+            max_position_embeddings=64,
+        )
+    )
     model.save_pretrained(tmp_path / "opt")
     tensors = load_file(tmp_path / "opt" / "model.safetensors")
     if pickled:
         (tmp_path / "opt" / "model.safetensors").unlink()
         torch.save(tensors, tmp_path / "opt" / "pytorch_model.bin")
     else:
-        save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()},
-                  tmp_path / "opt" / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+            tmp_path / "opt" / "model.safetensors",
+            {"format": "pt"},
+        )
     found = run(capsys, tmp_path / "opt", "--output-dir", tmp_path / "out")
     assert (found["layers"], found["group_size"], found["error"]) == (6, 64, None)
     assert len(layers(qzo.from_pretrained(tmp_path / "out", device="cpu"))) == 6
@@ -152,10 +178,18 @@ def test_help_points_to_calibrated_quantizers(capsys):
         assert text in shown
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ("nowhere", "no such file"), ("{words} --bits 3", "bits=3"), ("{words} --group-size 128", "use 32, 64, -1"),
-    ("{words} --format awq --bits 8", "4"), ("{quantized}", "is quantized already"), ("{gpt2}", "no nn.Linear"),
-    ("{nan}", "model.layers.1.mlp.up_proj: the weight holds NaN or infinity")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("nowhere", "no such file"),
+        ("{words} --bits 3", "bits=3"),
+        ("{words} --group-size 128", "use 32, 64, -1"),
+        ("{words} --format awq --bits 8", "4"),
+        ("{quantized}", "is quantized already"),
+        ("{gpt2}", "no nn.Linear"),
+        ("{nan}", "model.layers.1.mlp.up_proj: the weight holds NaN or infinity"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(words, tmp_path, capsys, arguments, said):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
     quantize_folder.quantize_folder(words, tmp_path / "quantized")

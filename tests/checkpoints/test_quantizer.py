@@ -1,4 +1,5 @@
 """transformers' own from_pretrained and pipelines around QZOLinear."""
+
 import copy
 import json
 import subprocess
@@ -45,6 +46,7 @@ from tests.support.paths import FIXTURES, ROOT
 
 # ------------------------------------------------------------------------------------- float checkpoints
 
+
 @pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 8}, {"group_size": -1}])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_float_checkpoint_is_quantized_as_qzo_does(tmp_path, name, options):
@@ -62,8 +64,11 @@ def test_the_model_dtype_does_not_touch_the_codes(tmp_path, dtype, stored):
     """1e-6 is no float16 number with more than four bits: weights cast to it first would get other codes."""
     folder = make("llama", tmp_path, stored)
     tensors = load_file(folder / "model.safetensors")
-    save_file({name: t * 1e-6 if "_proj" in name else t for name, t in tensors.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {name: t * 1e-6 if "_proj" in name else t for name, t in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     model = quantize(folder, dtype=dtype)
     assert model.lm_head.weight.dtype == dtype
     same_layers(model, qzo.from_pretrained(folder, device="cpu", dtype=dtype, group_size=32))
@@ -98,8 +103,12 @@ def test_a_step_moves_scales_only(tmp_path):
 def test_skipped_layers_stay_dense(tmp_path):
     model = quantize(make("llama", tmp_path), skip=("lm_head", "k_proj", r"model\.layers\.1\.mlp"))
     dense = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    assert dense == {"lm_head", "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj",
-                     *(f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down"))}
+    assert dense == {
+        "lm_head",
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.1.self_attn.k_proj",
+        *(f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")),
+    }
 
 
 def test_what_a_plan_of_memory_is_told(tmp_path):
@@ -116,9 +125,15 @@ def test_what_a_plan_of_memory_is_told(tmp_path):
 
 def test_tensor_by_tensor(tmp_path):
     """What torch allocates above the result at its highest: less than two layers in float32, of six."""
-    config = LlamaConfig(hidden_size=512, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=4,
-                         vocab_size=64, max_position_embeddings=64)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)       # what is float32 lies in the mapped file
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=4096,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)  # what is float32 lies in the mapped file
     layer = 4 * (3 * 512 * 4096 + 4 * 512 * 512)
     kept = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -127,7 +142,7 @@ def test_tensor_by_tensor(tmp_path):
     while events:
         event = events.pop()
         events += event.children
-        if hasattr(event.extra_fields, "alloc_size"):                    # the allocator's own count: no mapped files
+        if hasattr(event.extra_fields, "alloc_size"):  # the allocator's own count: no mapped files
             held.append((event.start_time_ns, event.extra_fields.total_allocated))
     result = arena_of(kept[0]).data.nbytes + sum(module.codes.nbytes for module in layers(kept[0]).values())
     assert max(held)[1] - min(held)[1] >= result, "the model itself has to be among what is recorded"
@@ -135,6 +150,7 @@ def test_tensor_by_tensor(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- 4-bit folders
+
 
 @pytest.mark.parametrize("dtype", ["auto", torch.float32])
 @pytest.mark.parametrize("name", FOLDERS)
@@ -177,7 +193,7 @@ def test_layers_by_name_keep_the_names_of_the_file(tmp_path):
         model = AutoModel.from_pretrained(tmp_path / "in")
     assert (model.layers[0].mlp.up_proj.bits, model.layers[0].mlp.gate_proj.bits) == (8, 4)
     scale_randomly(model)
-    qzo.save_pretrained(model, tmp_path / "out")                         # the head that the model lacks stays
+    qzo.save_pretrained(model, tmp_path / "out")  # the head that the model lacks stays
     got, source = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "in")
     changed = {name for name, tensor in source.items() if not torch.equal(got[name], tensor)}
     assert changed == {f"model.{name}.scales" for name in layers(model)}
@@ -190,8 +206,9 @@ def test_a_pipeline():
     [made] = generate("a b", max_new_tokens=4, do_sample=False, return_full_text=False)
     ids = generate.tokenizer("a b", return_tensors="pt")
     want = qzo.from_pretrained(GPTQ, device="cpu", dtype=generate.model.dtype).generate(
-        **ids, max_new_tokens=4, do_sample=False)
-    new = want[0, ids["input_ids"].shape[1]:]
+        **ids, max_new_tokens=4, do_sample=False
+    )
+    new = want[0, ids["input_ids"].shape[1] :]
     assert len(made["generated_text"]) > 4
     assert made["generated_text"] == generate.tokenizer.decode(new, skip_special_tokens=True)
 
@@ -223,10 +240,15 @@ def test_a_quantized_folder_keeps_its_own_settings():
 
 # ------------------------------------------------------------------------------------- what is refused
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"bits": 5}, ValueError, "bits=5: codes have 2, 4, 8 bits here"),
-    ({"group_size": 96}, ValueError, "group_size=96: use one of 32, 64, 128, or -1 for the whole row"),
-    ({"skip": "lm_head"}, TypeError, r"skip='lm_head': a list of names is wanted")])
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"bits": 5}, ValueError, "bits=5: codes have 2, 4, 8 bits here"),
+        ({"group_size": 96}, ValueError, "group_size=96: use one of 32, 64, 128, or -1 for the whole row"),
+        ({"skip": "lm_head"}, TypeError, r"skip='lm_head': a list of names is wanted"),
+    ],
+)
 def test_settings_that_cannot_be(options, error, message):
     with pytest.raises(error, match=message):
         qzo.QZOConfig(**options)
@@ -260,14 +282,15 @@ def test_folders_that_cannot_be_read(tmp_path):
     config = config_of(tmp_path / "wide")
     (tmp_path / "wide" / "config.json").write_text(json.dumps(config | {"intermediate_size": 999}))
     for name, message in (
-            ("marlin", r"config\.json: GPTQ weights in checkpoint_format 'marlin'"),
-            ("cut", r"model\.layers\.0\.mlp\.up_proj\.qweight: no model\.layers\.0\.mlp\.up_proj\.scales beside it"),
-            ("codes", r"up_proj\.qweight: not beside qzeros and scales: the checkpoint is incomplete"),
-            ("nan", r"up_proj\.qweight: scales hold NaN or infinity"),
-            ("unknown", r"desc_act, sym: no settings of QZOConfig, which has bits, group_size, symmetric, skip"),
-            ("own", r"quant_method 'qzo' is no format of weights"),
-            ("pickle", r"pytorch_model\.bin: 4-bit weights are read from safetensors files only"),
-            ("wide", r"has shape \[\d+, \d+\], model\.layers\.0\.mlp\.\w+ of this model needs")):
+        ("marlin", r"config\.json: GPTQ weights in checkpoint_format 'marlin'"),
+        ("cut", r"model\.layers\.0\.mlp\.up_proj\.qweight: no model\.layers\.0\.mlp\.up_proj\.scales beside it"),
+        ("codes", r"up_proj\.qweight: not beside qzeros and scales: the checkpoint is incomplete"),
+        ("nan", r"up_proj\.qweight: scales hold NaN or infinity"),
+        ("unknown", r"desc_act, sym: no settings of QZOConfig, which has bits, group_size, symmetric, skip"),
+        ("own", r"quant_method 'qzo' is no format of weights"),
+        ("pickle", r"pytorch_model\.bin: 4-bit weights are read from safetensors files only"),
+        ("wide", r"has shape \[\d+, \d+\], model\.layers\.0\.mlp\.\w+ of this model needs"),
+    ):
         with pytest.raises(ValueError, match=message) as error:
             load(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -303,11 +326,15 @@ def test_experts_that_qzo_loaded_are_saved_by_the_names_of_the_files(mixtral, tm
 
 # ------------------------------------------------------------------------------------- the configuration
 
+
 def test_the_configuration_as_a_dictionary():
     config = qzo.QZOConfig(bits=8, group_size=64, symmetric=False, skip=["a"])
     again = qzo.QZOConfig.from_dict(config.to_dict())
-    assert again.to_dict() == config.to_dict() == {"quant_method": "qzo", "bits": 8, "group_size": 64,
-                                                   "symmetric": False, "skip": ["a"]}
+    assert (
+        again.to_dict()
+        == config.to_dict()
+        == {"quant_method": "qzo", "bits": 8, "group_size": 64, "symmetric": False, "skip": ["a"]}
+    )
     source = config_of(GPTQ)["quantization_config"]
     stored, rest = qzo.QZOConfig.from_dict(source, return_unused_kwargs=True, other=1)
     assert rest == {"other": 1}

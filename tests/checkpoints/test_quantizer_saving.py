@@ -1,4 +1,5 @@
 """transformers' save_pretrained around QZOLinear: the source's bytes, new scales, shards, names."""
+
 import copy
 import json
 import shutil
@@ -136,16 +137,20 @@ def test_a_changed_dense_tensor_is_saved_and_tied_ones_once(tmp_path):
 def test_names_of_a_model_that_qzo_loaded_are_the_files(tmp_path, monkeypatch):
     """transformers would give some architectures' tensors the names of older files."""
     model = qzo.from_pretrained(GPTQ, device="cpu")
-    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping",
-                        lambda *_, **__: [WeightRenaming("old_norm", "model.norm")])
+    monkeypatch.setattr(
+        conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: [WeightRenaming("old_norm", "model.norm")]
+    )
     model.save_pretrained(tmp_path)
     same(tensors_of(tmp_path), tensors_of(GPTQ))
 
 
 def test_biases_of_zeros_that_the_model_lacks_come_along(tmp_path):
     def add_biases(tensors):
-        tensors |= {name.replace("scales", "bias"): torch.zeros(t.shape[1], dtype=torch.float16)
-                    for name, t in tensors.items() if name.endswith("scales")}
+        tensors |= {
+            name.replace("scales", "bias"): torch.zeros(t.shape[1], dtype=torch.float16)
+            for name, t in tensors.items()
+            if name.endswith("scales")
+        }
 
     write_gptq(tmp_path / "in", change=add_biases)
     qzo.from_pretrained(tmp_path / "in", device="cpu").save_pretrained(tmp_path / "out")

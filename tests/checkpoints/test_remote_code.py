@@ -1,4 +1,5 @@
 """--trust-remote-code: config, model and tokenizer of a folder with code of its own, in every command that loads."""
+
 import json
 import sys
 
@@ -11,7 +12,7 @@ from qzo.cli.main import main
 from qzo.nn.layers import layers
 from tests.support import tiny
 
-TOKENIZER = '''
+TOKENIZER = """
 from transformers import PreTrainedTokenizer
 
 
@@ -36,8 +37,8 @@ class LettersTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, folder, filename_prefix=None):
         return ()
-'''
-MODEL = '''
+"""
+MODEL = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -47,7 +48,7 @@ class LettersConfig(LlamaConfig):
 
 class LettersForCausalLM(LlamaForCausalLM):
     config_class = LettersConfig
-'''
+"""
 
 
 @pytest.fixture(params=["tokenizer", "model"])
@@ -57,17 +58,35 @@ def folder(request, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = tmp_path / "m"
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=2, vocab_size=64)).save_pretrained(path)
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=64,
+        )
+    ).save_pretrained(path)
     (path / "letters_tokens.py").write_text(TOKENIZER)
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LettersTokenizer", "auto_map": {
-        "AutoTokenizer": ["letters_tokens.LettersTokenizer", None]}}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LettersTokenizer",
+                "auto_map": {"AutoTokenizer": ["letters_tokens.LettersTokenizer", None]},
+            }
+        )
+    )
     if request.param == "model":
         (path / "letters_model.py").write_text(MODEL)
         config = json.loads((path / "config.json").read_text()) | {
-            "model_type": "letters", "architectures": ["LettersForCausalLM"],
-            "auto_map": {"AutoConfig": "letters_model.LettersConfig",
-                         "AutoModelForCausalLM": "letters_model.LettersForCausalLM"}}
+            "model_type": "letters",
+            "architectures": ["LettersForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "letters_model.LettersConfig",
+                "AutoModelForCausalLM": "letters_model.LettersForCausalLM",
+            },
+        }
         (path / "config.json").write_text(json.dumps(config))
     return path
 
@@ -75,15 +94,28 @@ def folder(request, tmp_path, monkeypatch):
 def test_every_command_that_loads(folder, tmp_path, capsys):
     data = tiny.write_jsonl(tmp_path / "t.jsonl", [{"prompt": "ab", "completion": "c"}] * 2)
     trust = ["--device", "cpu", "--group-size", "64", "--trust-remote-code"]
-    train = ["train", "--model", str(folder), "--data", str(data), "--output-dir", str(tmp_path / "o"),
-             "--max-steps", "1", "--batch-size", "1"]
+    train = [
+        "train",
+        "--model",
+        str(folder),
+        "--data",
+        str(data),
+        "--output-dir",
+        str(tmp_path / "o"),
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "1",
+    ]
     assert main([*train, *trust]) == 0
     tuned, journal = tmp_path / "o/model", tmp_path / "o/journal.qzo"
     assert (tuned / "letters_tokens.py").read_text() == TOKENIZER
     assert main(["replay", str(folder), str(journal), "--output-dir", str(tmp_path / "r"), *trust]) == 0
     assert main(["export", str(tuned), "--to", "gptq", "--output-dir", str(tmp_path / "g"), *trust]) == 0
-    assert main(["inspect", str(tuned), "--signal", "--signal-directions", "1", "--device", "cpu",
-                 "--trust-remote-code"]) == 0
+    assert (
+        main(["inspect", str(tuned), "--signal", "--signal-directions", "1", "--device", "cpu", "--trust-remote-code"])
+        == 0
+    )
     assert main(["memory", "--model", str(folder), "--seq-len", "8", *trust]) == 0
     assert main(["quantize", str(folder), "--output-dir", str(tmp_path / "q"), "--trust-remote-code"]) == 0
     for path in (tuned, tmp_path / "r", tmp_path / "g", tmp_path / "q"):
@@ -94,8 +126,26 @@ def test_every_command_that_loads(folder, tmp_path, capsys):
 
 def test_without_the_flag_it_is_asked_for(folder, tmp_path, capsys):
     data = tiny.write_jsonl(tmp_path / "t.jsonl", [{"prompt": "ab", "completion": "c"}] * 2)
-    assert main(["train", "--model", str(folder), "--data", str(data), "--output-dir", str(tmp_path / "o"),
-                 "--max-steps", "1", "--device", "cpu", "--group-size", "64"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(folder),
+                "--data",
+                str(data),
+                "--output-dir",
+                str(tmp_path / "o"),
+                "--max-steps",
+                "1",
+                "--device",
+                "cpu",
+                "--group-size",
+                "64",
+            ]
+        )
+        == 2
+    )
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qzo train")]
     assert f"{folder} brings code of its own" in line
     assert "--trust-remote-code" in line
@@ -110,9 +160,13 @@ def test_the_class_that_auto_map_puts_it_under(folder, tmp_path):
     code = MODEL + "\n\nclass LettersForConditionalGeneration(LettersForCausalLM):\n    pass\n"
     (folder / "letters_model.py").write_text(code)
     config = json.loads((folder / "config.json").read_text()) | {
-        "model_type": "letters", "architectures": ["LettersForConditionalGeneration"],
-        "auto_map": {"AutoConfig": "letters_model.LettersConfig",
-                     "AutoModelForImageTextToText": "letters_model.LettersForConditionalGeneration"}}
+        "model_type": "letters",
+        "architectures": ["LettersForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "letters_model.LettersConfig",
+            "AutoModelForImageTextToText": "letters_model.LettersForConditionalGeneration",
+        },
+    }
     (folder / "config.json").write_text(json.dumps(config))
     model = qzo.from_pretrained(folder, device="cpu", group_size=64, trust_remote_code=True)
     qzo.save_pretrained(model, tmp_path / "q")
@@ -121,15 +175,37 @@ def test_the_class_that_auto_map_puts_it_under(folder, tmp_path):
         assert len(layers(found)) == 7
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("import nosuchpackage", "ImportError: This modeling file requires the following packages that were not found"),
-    ("raise RuntimeError('of its\\nown')", "RuntimeError: of its own"), ("no python", "SyntaxError")])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import nosuchpackage", "ImportError: This modeling file requires the following packages that were not found"),
+        ("raise RuntimeError('of its\\nown')", "RuntimeError: of its own"),
+        ("no python", "SyntaxError"),
+    ],
+)
 def test_code_that_fails_is_one_line(folder, capsys, line, message):
     name = "letters_model.py" if (folder / "letters_model.py").exists() else "letters_tokens.py"
     (folder / name).write_text(f"{(folder / name).read_text()}\n{line}\n")
     data = tiny.write_jsonl(folder.parent / "t.jsonl", [{"prompt": "ab", "completion": "c"}] * 2)
-    assert main(["train", "--model", str(folder), "--data", str(data), "--output-dir", str(folder.parent / "o"),
-                 "--device", "cpu", "--group-size", "64", "--trust-remote-code"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(folder),
+                "--data",
+                str(data),
+                "--output-dir",
+                str(folder.parent / "o"),
+                "--device",
+                "cpu",
+                "--group-size",
+                "64",
+                "--trust-remote-code",
+            ]
+        )
+        == 2
+    )
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"{folder}: its " in last
     assert message in last

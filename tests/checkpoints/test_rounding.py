@@ -1,4 +1,5 @@
 """What rounding the scales to the file's dtype costs: reported by save_pretrained, measured on the model itself."""
+
 import copy
 import shutil
 
@@ -27,11 +28,18 @@ def make_gguf(kind):
         folder.mkdir()
         write_gguf(folder / "m.gguf", kind)
         return folder
+
     return make
 
 
-SOURCES = {"compressed-tensors": make_compressed, "hqq": write_hqq, "float": save_checkpoint,
-           "gguf q4_0": make_gguf(TYPES.Q4_0), "gguf q4_1": make_gguf(TYPES.Q4_1), "gguf q8_0": make_gguf(TYPES.Q8_0)}
+SOURCES = {
+    "compressed-tensors": make_compressed,
+    "hqq": write_hqq,
+    "float": save_checkpoint,
+    "gguf q4_0": make_gguf(TYPES.Q4_0),
+    "gguf q4_1": make_gguf(TYPES.Q4_1),
+    "gguf q8_0": make_gguf(TYPES.Q8_0),
+}
 
 
 few = pytest.mark.parametrize("model", ["compressed-tensors", "gguf q4_1"], indirect=True)
@@ -51,7 +59,7 @@ def test_the_loss_after_is_that_of_the_saved_model(model, tmp_path):
     assert set(report) == {"loss_before", "loss_after"}
     assert report["loss_before"] == float(qzo.losses(model, BATCH, 1))
     assert report["loss_after"] == pytest.approx(float(qzo.losses(reloaded, BATCH, 1)), rel=1e-6)
-    assert 1e-7 < abs(report["loss_after"] - report["loss_before"]) < 2e-2      # a half moves by 2^-12 or so
+    assert 1e-7 < abs(report["loss_after"] - report["loss_before"]) < 2e-2  # a half moves by 2^-12 or so
     after = model.state_dict()
     assert list(after) == list(before)
     for name, tensor in after.items():

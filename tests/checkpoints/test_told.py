@@ -1,4 +1,5 @@
 """Where a folder says how its weights are quantized: in a part of its config, in a file of its tool's own, nowhere."""
+
 import json
 import shutil
 
@@ -68,22 +69,38 @@ def test_an_export_says_it_once(nested, tmp_path):
     assert_same_bits(logits(again), logits(want))
 
 
-@pytest.mark.parametrize(("content", "found"), [
-    ({"thinker_config": {"text_config": {"quantization_config": GPTQ}}}, GPTQ),
-    ({"quantization_config": GPTQ, "text_config": {"quantization_config": {"quant_method": "awq"}}}, GPTQ),
-    ({"text_config": {"quantization_config": GPTQ}, "vision_config": {"quantization_config": dict(GPTQ)}}, GPTQ),
-    ({"text_config": {"quantization_config": None}, "quantization_config": None}, None)])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"thinker_config": {"text_config": {"quantization_config": GPTQ}}}, GPTQ),
+        ({"quantization_config": GPTQ, "text_config": {"quantization_config": {"quant_method": "awq"}}}, GPTQ),
+        ({"text_config": {"quantization_config": GPTQ}, "vision_config": {"quantization_config": dict(GPTQ)}}, GPTQ),
+        ({"text_config": {"quantization_config": None}, "quantization_config": None}, None),
+    ],
+)
 def test_which_one_counts(tmp_path, content, found):
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert told.quantization_of(tmp_path) == found
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"a": {"quantization_config": GPTQ}, "b": {"quantization_config": GPTQ | {"bits": 8}}},
-     r"config\.json: the quantization_config in a and that in b differ"),
-    ({"quantization_config": {"bits": 4}}, r"config\.json: its quantization_config names no quant_method; add the one"),
-    ({"text_config": {"quantization_config": {"bits": 4}}}, "quantization_config in text_config names no quant_method"),
-    ({"quantization_config": 4}, "names no quant_method")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"a": {"quantization_config": GPTQ}, "b": {"quantization_config": GPTQ | {"bits": 8}}},
+            r"config\.json: the quantization_config in a and that in b differ",
+        ),
+        (
+            {"quantization_config": {"bits": 4}},
+            r"config\.json: its quantization_config names no quant_method; add the one",
+        ),
+        (
+            {"text_config": {"quantization_config": {"bits": 4}}},
+            "quantization_config in text_config names no quant_method",
+        ),
+        ({"quantization_config": 4}, "names no quant_method"),
+    ],
+)
 def test_what_cannot_count(tmp_path, content, message):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as caught:
@@ -115,13 +132,17 @@ def test_awqs_own_file(tmp_path, names):
 SAID = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
 
-@pytest.mark.parametrize(("place", "said"), [
-    ("config.json", SAID | {"quant_method": "AWQ", "version": "GEMM"}),
-    ("config.json", {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "zero_point": True}),
-    ("config.json", SAID | {"version": None, "w_bit": 4}),
-    ("quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True}),
-    ("quant_config.json", SAID | {"quant_method": None}),
-    ("quantize_config.json", SAID)])                        # AutoGPTQ's name, for weights in AWQ's layout
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("config.json", SAID | {"quant_method": "AWQ", "version": "GEMM"}),
+        ("config.json", {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "zero_point": True}),
+        ("config.json", SAID | {"version": None, "w_bit": 4}),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True}),
+        ("quant_config.json", SAID | {"quant_method": None}),
+        ("quantize_config.json", SAID),
+    ],
+)  # AutoGPTQ's name, for weights in AWQ's layout
 def test_awq_by_other_names(tmp_path, place, said):
     """Names are those of AutoAWQ or transformers; one that says no version is GEMM."""
     folder = write_awq(tmp_path / "in", zero_point=True)
@@ -153,13 +174,17 @@ def test_compressed_tensors_first_name_for_it(tmp_path):
     assert content["quantization_config"]["quant_method"] == "gptq"
 
 
-@pytest.mark.parametrize("name", ["gptqmodel-gptq-sym-g128", "ct-w4a16-sym-g128-gptq", "autoround-awq-zp-g128",
-                                  "bnb-nf4", "aqlm-2x8-g8"])
+@pytest.mark.parametrize(
+    "name", ["gptqmodel-gptq-sym-g128", "ct-w4a16-sym-g128-gptq", "autoround-awq-zp-g128", "bnb-nf4", "aqlm-2x8-g8"]
+)
 def test_nowhere(tmp_path, name):
     """The files are whole: to fetch them again would change nothing."""
     shutil.copytree(FIXTURES / name, tmp_path / "in", ignore=shutil.ignore_patterns("quant*_config.json"))
     change(tmp_path / "in", lambda content: content.pop("quantization_config"))
-    with pytest.raises(ValueError, match=r"holds the quantized tensor model\.layers\..* has no quantization_config "
-                       r"that tells how to read it; add the one that this model is published with") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"holds the quantized tensor model\.layers\..* has no quantization_config "
+        r"that tells how to read it; add the one that this model is published with",
+    ) as caught:
         load(tmp_path / "in")
     assert "fetch" not in str(caught.value)

@@ -1,4 +1,5 @@
 """Vision-language models: float folders quantized on the way in, older names of tensors, saving under them."""
+
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from tests.support.close import assert_same_bits
 from tests.support.vision_models import MODELS, build
 
 IDS = torch.arange(3, 15)[None]
-EIGHT_BITS = 0.03          # of the largest logit: rounding every weight to 8 bits; a wrong tensor gives more than 0.3
+EIGHT_BITS = 0.03  # of the largest logit: rounding every weight to 8 bits; a wrong tensor gives more than 0.3
 OLDER = ("Llava", "LlavaNext", "VideoLlava", "Qwen2VL", "PaliGemma", "Gemma3", "InternVL", "Mistral3", "Mllama")
 
 
@@ -120,8 +121,9 @@ def test_a_float_folder_by_older_names_is_streamed(tmp_path, monkeypatch):
 
 def test_a_linear_of_another_class_stays_as_it_is():
     """Llama 4's router is one that gives two tensors; nn.MultiheadAttention reads the weight of its own."""
-    module = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(64, 2, batch_first=True),
-                                  "plain": torch.nn.Linear(64, 64)})
+    module = torch.nn.ModuleDict(
+        {"attention": torch.nn.MultiheadAttention(64, 2, batch_first=True), "plain": torch.nn.Linear(64, 64)}
+    )
     x = torch.randn(1, 3, 64)
     want = module["attention"](x, x, x)[0]
     qzo.quantize_(module, group_size=32)

@@ -3,6 +3,7 @@
 Prints one line for each, "green" or the first thing that is wrong. torch and triton are imported once; each
 copy is then imported and checked in a process of its own, forked from there.
 """
+
 import multiprocessing
 import os
 import sys
@@ -26,23 +27,26 @@ def check(directory):
     from tests.kernels import test_update
     from tests.kernels.test_qmm import FOLDED, RATIO, SPLIT, TILE, Matmul
     from tests.support.close import assert_same_bits
+
     assert Path(qzo.__file__).is_relative_to(directory), f"imported {qzo.__file__}"
 
     common = dict(n=3, rows=2, seeds=(5, 9), coefs=(0.2, -0.1))
-    for matmul, tile in ((Matmul(k=160, group=32, law="ih4", zeros="uint8", bias=True, **common), TILE),
-                         (Matmul(k=320, group=64, zeros="float32", base4=2**32 - 2, **common), RATIO),
-                         (Matmul(k=96, group=32, zeros="float32", relative=False, **common), TILE),
-                         (Matmul(k=192, group=64, law=None, **common), TILE),
-                         (Matmul(k=256, group=64, n=3, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), TILE),
-                         (Matmul(k=256, group=64, n=20, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), FOLDED),
-                         (Matmul(k=384, group=64, law="ih4", n=20, rows=2, seeds=(5, 9), coefs=(0.2, -0.1)), FOLDED),
-                         (Matmul(k=128, shared=True, **common), TILE),
-                         (Matmul(k=256, group=64, bits=2, zeros="uint8", **common), TILE),
-                         (Matmul(k=256, group=128, bits=8, **common), TILE),
-                         (Matmul(k=128, group=64, table=NF4, **common), TILE),
-                         (Matmul(k=128, group=64, table=NF4, exact=True, **common), TILE),
-                         (Matmul(k=200, group=0, books=3, bits=8, **common), SPLIT),
-                         (Matmul(k=200, group=0, zeros="float32", **common), SPLIT)):
+    for matmul, tile in (
+        (Matmul(k=160, group=32, law="ih4", zeros="uint8", bias=True, **common), TILE),
+        (Matmul(k=320, group=64, zeros="float32", base4=2**32 - 2, **common), RATIO),
+        (Matmul(k=96, group=32, zeros="float32", relative=False, **common), TILE),
+        (Matmul(k=192, group=64, law=None, **common), TILE),
+        (Matmul(k=256, group=64, n=3, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), TILE),
+        (Matmul(k=256, group=64, n=20, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), FOLDED),
+        (Matmul(k=384, group=64, law="ih4", n=20, rows=2, seeds=(5, 9), coefs=(0.2, -0.1)), FOLDED),
+        (Matmul(k=128, shared=True, **common), TILE),
+        (Matmul(k=256, group=64, bits=2, zeros="uint8", **common), TILE),
+        (Matmul(k=256, group=128, bits=8, **common), TILE),
+        (Matmul(k=128, group=64, table=NF4, **common), TILE),
+        (Matmul(k=128, group=64, table=NF4, exact=True, **common), TILE),
+        (Matmul(k=200, group=0, books=3, bits=8, **common), SPLIT),
+        (Matmul(k=200, group=0, zeros="float32", **common), SPLIT),
+    ):
         for y in (matmul.kernel(tile), matmul.reference(pack_rows), matmul.reference(pack_planes)):
             matmul.assert_true(y)
     assert torch.equal(unpack_rows(pack_rows(matmul.codes), matmul.k), matmul.codes)
@@ -78,6 +82,6 @@ def in_a_child(directory):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)      # torch.empty gives NaN
+    torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
     for each in sys.argv[1:]:
         print(in_a_child(each), flush=True)

@@ -2,6 +2,7 @@
 
 What it proves is that the oracle, the data and the tolerances of the other tests can tell right from wrong.
 """
+
 import dataclasses
 import shutil
 import subprocess
@@ -25,12 +26,10 @@ class Fault:
 
 
 FAULTS = {
-    "kernel: sign of the relative coefficient": Fault(
-        "scales.py", "tl.fma(k, coef, 1.0)", "tl.fma(k, -coef, 1.0)"),
+    "kernel: sign of the relative coefficient": Fault("scales.py", "tl.fma(k, coef, 1.0)", "tl.fma(k, -coef, 1.0)"),
     "kernel: sign of the absolute coefficient": Fault("scales.py", "tl.fma(k, coef, s)", "tl.fma(k, -coef, s)"),
     "kernel: everyone has the first seed": Fault("qmm.py", "tl.load(seeds_ptr + e)", "tl.load(seeds_ptr)"),
-    "kernel: everyone has the first coefficient": Fault(
-        "qmm.py", "tl.load(coefs_ptr + e)", "tl.load(coefs_ptr)"),
+    "kernel: everyone has the first coefficient": Fault("qmm.py", "tl.load(coefs_ptr + e)", "tl.load(coefs_ptr)"),
     "kernel: a pair has one coefficient": Fault("qmm.py", "coefs_ptr + e + EACH - 1", "coefs_ptr + e"),
     "kernel: a pair's rows change places": Fault("qmm.py", "tl.where(minus, R, 0)", "tl.where(minus, 0, R)"),
     "kernel: a pair's second half": Fault("scales.py", "tl.join(p, perturb(s, k, coef1, RELATIVE))", "tl.join(p, p)"),
@@ -38,8 +37,7 @@ FAULTS = {
     "kernel: a pair's order": Fault("scales.py", "(4, 2, 16, 2)), (1, 0, 2, 3)", "(2, 4, 16, 2)), (0, 1, 2, 3)"),
     "kernel: order of lanes": Fault("scales.py", "(4, 2, 16)), (1, 0, 2)", "(2, 4, 16)), (0, 1, 2)"),
     "kernel: outputs of lanes": Fault("scales.py", "return i // (LANES // BN)", "return i % BN"),
-    "kernel: factor of a row": Fault(
-        "qmm.py", "_choose(minus, factor(k0, coef),", "_choose(minus, factor(k0, -coef),"),
+    "kernel: factor of a row": Fault("qmm.py", "_choose(minus, factor(k0, coef),", "_choose(minus, factor(k0, -coef),"),
     "reference: factor of a row": Fault("qmm_torch.py", "here[0, :, 0]", "here[0, :, 1]"),
     "update: noise of a row": Fault("update.py", "first + i % outputs", "first + i"),
     "update reference: noise of a row": Fault("update.py", "quads)[:, 0]", "quads)[:, 1]"),
@@ -52,12 +50,11 @@ FAULTS = {
     "kernel: second of four bits": Fault("noise.py", "w1 >> 1 & 0x40000000", "w1 >> 2 & 0x40000000"),
     "kernel: second value of a tile": Fault("noise.py", "_raw_integer(h0 << i, LAW)", "_raw_integer(h0, LAW)"),
     "kernel: next quad of noise": Fault(
-        "qmm.py", "seed, base4 + quad.to(tl.int64) * N", "seed, base4 + quad.to(tl.int64)"),
+        "qmm.py", "seed, base4 + quad.to(tl.int64) * N", "seed, base4 + quad.to(tl.int64)"
+    ),
     "kernel: integer zero point": Fault("qmm.py", ".to(tl.int32) - MIDDLE)", ".to(tl.int32) - MIDDLE + 1)"),
-    "kernel: zero points of the next group": Fault(
-        "qmm.py", "t * PER_TILE + 3, G - 1", "t * PER_TILE + 2, G - 1"),
-    "kernel: float zero point": Fault(
-        "qmm.py", "MIDDLE - tl.load(zeros_ptr + n)", "7.0 - tl.load(zeros_ptr + n)"),
+    "kernel: zero points of the next group": Fault("qmm.py", "t * PER_TILE + 3, G - 1", "t * PER_TILE + 2, G - 1"),
+    "kernel: float zero point": Fault("qmm.py", "MIDDLE - tl.load(zeros_ptr + n)", "7.0 - tl.load(zeros_ptr + n)"),
     "kernel: padding groups": Fault("qmm.py", "tl.where(group < G,", "tl.where(group < G + 9,"),
     "kernel: float zero point in every split": Fault("qmm.py", "if first == 0:", "if first >= 0:"),
     "kernel: ratio upside down": Fault("qmm.py", "prev * inverse, BN", "inverse / prev, BN"),
@@ -65,16 +62,22 @@ FAULTS = {
     "kernel: a split twice": Fault("qmm.py", "at + split * size", "at + split % 1 * size"),
     "kernel: no program is the last": Fault("qmm.py", "== SPLITS - 1:", "== SPLITS:"),
     "kernel: bias": Fault("qmm.py", "bias_ptr + n).to", "bias_ptr + n * 0).to"),
-    "kernel: nibble order": Fault("codes.py", "_plain(q, 0, 4, DT), _plain(q, 4, 4, DT)",
-                                  "_plain(q, 4, 4, DT), _plain(q, 0, 4, DT)"),
-    "kernel: order of 2-bit codes": Fault("codes.py", "(_plain(q, 0, 2, DT), _plain(q, 8, 2, DT), _plain(q, 2, 2, DT)",
-                                          "(_plain(q, 0, 2, DT), _plain(q, 2, 2, DT), _plain(q, 8, 2, DT)"),
-    "kernel: order of bytes": Fault("codes.py", "_plain(q, 0, 8, DT), _plain(q, 8, 8, DT)",
-                                    "_plain(q, 8, 8, DT), _plain(q, 0, 8, DT)"),
+    "kernel: nibble order": Fault(
+        "codes.py", "_plain(q, 0, 4, DT), _plain(q, 4, 4, DT)", "_plain(q, 4, 4, DT), _plain(q, 0, 4, DT)"
+    ),
+    "kernel: order of 2-bit codes": Fault(
+        "codes.py",
+        "(_plain(q, 0, 2, DT), _plain(q, 8, 2, DT), _plain(q, 2, 2, DT)",
+        "(_plain(q, 0, 2, DT), _plain(q, 2, 2, DT), _plain(q, 8, 2, DT)",
+    ),
+    "kernel: order of bytes": Fault(
+        "codes.py", "_plain(q, 0, 8, DT), _plain(q, 8, 8, DT)", "_plain(q, 8, 8, DT), _plain(q, 0, 8, DT)"
+    ),
     "kernel: second words of 8 bits": Fault("codes.py", "tl.load(cp + 32)", "tl.load(cp + 31)"),
     "kernel: third code of a table's word": Fault("table.py", "(q >> 8) & 15", "(q >> 4) & 15"),
-    "reference: order of a byte's entries": Fault("table.py", "[entries[every & 15], entries[every >> 4]]",
-                                             "[entries[every >> 4], entries[every & 15]]"),
+    "reference: order of a byte's entries": Fault(
+        "table.py", "[entries[every & 15], entries[every >> 4]]", "[entries[every >> 4], entries[every & 15]]"
+    ),
     "kernel: words of a tile": Fault("qmm.py", "cp += N * WORDS", "cp += N * 32"),
     "kernel: what an exact table leaves": Fault("lookup.py", "entries_ptr + 16 * turn", "entries_ptr + 0 * turn"),
     "reference: what an exact table leaves": Fault("table.py", "device).sum(0)", "device)[0]"),
@@ -84,16 +87,16 @@ FAULTS = {
     "kernel: second codebook": Fault("vectors.py", "((q >> 8) + (1 << BITS)) * 8", "(q >> 8) * 8"),
     "kernel: codebooks of the second word": Fault("vectors.py", "(2 * w if BITS <= 8", "(w if BITS <= 8"),
     "words: order of codes": Fault("vectors.py", "[wide & 0xFF, wide >> 8], 3", "[wide >> 8, wide & 0xFF], 3"),
-    "planes: order of codes": Fault("codes.py", "(words >> bits * j + 8 * s)",
-                                    "(words >> 16 - bits - bits * j - 8 * s)"),
+    "planes: order of codes": Fault(
+        "codes.py", "(words >> bits * j + 8 * s)", "(words >> 16 - bits - bits * j - 8 * s)"
+    ),
     "rows: order of codes": Fault("codes.py", "[(body >> bits * j)", "[(body >> 8 - bits - bits * j)"),
     "noise: words in another order": Fault(
-        "noise.py", "_raw_integer(w0, LAW), _raw_integer(w1,", "_raw_integer(w1, LAW), _raw_integer(w0,"),
-    "noise: words of the reference in another order": Fault(
-        "noise.py", "enumerate(words)", "enumerate(words[::-1])"),
+        "noise.py", "_raw_integer(w0, LAW), _raw_integer(w1,", "_raw_integer(w1, LAW), _raw_integer(w0,"
+    ),
+    "noise: words of the reference in another order": Fault("noise.py", "enumerate(words)", "enumerate(words[::-1])"),
     "noise: a round less, in all alike": Fault("noise.py", "ROUNDS = 7 ", "ROUNDS = 6 "),
-    "noise: second counter word": Fault(
-        "noise.py", "(quad >> 32).to(tl.uint32)", "(quad >> 33).to(tl.uint32)"),
+    "noise: second counter word": Fault("noise.py", "(quad >> 32).to(tl.uint32)", "(quad >> 33).to(tl.uint32)"),
     "noise: sign bit": Fault("noise.py", "w & 0x80000000", "w & 0"),
     "noise: a byte of ih4": Fault("noise.py", "((w >> 8) & 0x00FF00FF)\n", "((w >> 8) & 0x00FF007F)\n"),
     "reference: sign of the coefficient": Fault("qmm_torch.py", "k * coef", "k * -coef"),
@@ -102,8 +105,9 @@ FAULTS = {
     "reference: zero points": Fault("qmm_torch.py", "unpacked -= ", "unpacked += "),
     "reference: base of the layer": Fault("qmm_torch.py", "wanted = base4 + ", "wanted = 0 * base4 + "),
     "update: sign of the floor": Fault("update.py", "tl.where(negative, -size, size)", "size"),
-    "update: no floor": Fault("update.py", "tl.maximum(tl.where(negative, -new, new), floor)",
-                              "tl.where(negative, -new, new)"),
+    "update: no floor": Fault(
+        "update.py", "tl.maximum(tl.where(negative, -new, new), floor)", "tl.where(negative, -new, new)"
+    ),
     "update: a zero scale moves": Fault("update.py", "(s == 0.0) |", "(s == 9.0) |"),
     "update: words joined in another order": Fault("update.py", "tl.join(k0, k2)", "tl.join(k2, k0)"),
     "update: quads of the base": Fault("update.py", "base4 + i, LAW", "i, LAW"),
@@ -131,8 +135,9 @@ def verdicts(tmp_path_factory):
     names = [None, *FAULTS]
     copies = [copy_with(FAULTS.get(name), root / str(i)) for i, name in enumerate(names)]
     script = Path(__file__).with_name("quick_check.py")
-    done = subprocess.run([sys.executable, str(script), *map(str, copies)], capture_output=True, text=True,
-                          timeout=300, check=True)
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, copies)], capture_output=True, text=True, timeout=300, check=True
+    )
     return dict(zip(names, done.stdout.splitlines(), strict=True))
 
 

@@ -1,4 +1,5 @@
 """The README's tables are those of the results files."""
+
 import json
 
 import pytest
@@ -19,8 +20,10 @@ def test_a_table_follows_its_file(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps(report) + "\n")
     text = "before\n<!-- table of m.jsonl -->\nold\n<!-- end -->\nafter\n"
     made = readme.with_tables(text, tmp_path)
-    assert made == ("before\n<!-- table of m.jsonl -->\n| step | qzo, predicted | measured | X |\n|---|---|---|---|\n"
-                    "| a model | 5.00 GB | 0.980x of it | 10.0 GB |\n<!-- end -->\nafter\n")
+    assert made == (
+        "before\n<!-- table of m.jsonl -->\n| step | qzo, predicted | measured | X |\n|---|---|---|---|\n"
+        "| a model | 5.00 GB | 0.980x of it | 10.0 GB |\n<!-- end -->\nafter\n"
+    )
     assert readme.with_tables(made, tmp_path) == made
     with pytest.raises(FileNotFoundError):
         readme.with_tables(text.replace("m.jsonl", "none.jsonl"), tmp_path)

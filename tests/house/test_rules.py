@@ -1,4 +1,5 @@
 """House rules: who may import whom, how long files and functions may be, what a wheel holds, that the README runs."""
+
 import ast
 import graphlib
 import re
@@ -12,10 +13,13 @@ import qzo
 from tests.support.paths import ROOT
 
 FLOORS = ("version", "kernels", "system", "nn", "loss", "optim", "checkpoints", "training", "reports", "bench", "cli")
-PRODUCT = sorted(path for path in [*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.glob("qzo/**/*.py")]
-                 if path.relative_to(ROOT).parts[:2] not in (("qzo", "kernels"), ("qzo", "bench")))
+PRODUCT = sorted(
+    path
+    for path in [*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.glob("qzo/**/*.py")]
+    if path.relative_to(ROOT).parts[:2] not in (("qzo", "kernels"), ("qzo", "bench"))
+)
 OPTIONAL = {"diffusers", "gemlite", "torchao", "bitsandbytes", "gptqmodel", "hqq", "compressed_tensors"}
-POSTPONED = {"gpu_check", "gpu_parts", "gpu_warm"}     # of bench: they start before torch may see the device
+POSTPONED = {"gpu_check", "gpu_parts", "gpu_warm"}  # of bench: they start before torch may see the device
 
 
 def name_of(path):
@@ -30,12 +34,16 @@ MODULES = {name_of(path)[0]: path for path in PRODUCT}
 
 def imports(tree, module="qzo", package=False):
     """(full name of what is imported, whether inside a function) of each import; of our own, the module that has it."""
-    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-              for node in ast.walk(function)}
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
     home = module.split(".") if package else module.split(".")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            base = home[:len(home) - node.level + 1] if node.level else []
+            base = home[: len(home) - node.level + 1] if node.level else []
             base = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
                 yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base, id(node) in inside
@@ -51,7 +59,7 @@ def problems(trees):
     """What is wrong with the imports of {module: (tree, whether a package's own file)}: lines of text."""
     arrows = {}
     for module, (tree, package) in trees.items():
-        if module in ("qzo", "qzo.__main__"):                # the public names, each from its home
+        if module in ("qzo", "qzo.__main__"):  # the public names, each from its home
             continue
         mine, found = floor_of(module), set()
         for name, lazy in imports(tree, module, package):
@@ -89,12 +97,16 @@ def test_imports_flow_down_and_never_in_a_circle():
     assert list(problems(parsed())) == []
 
 
-@pytest.mark.parametrize(("module", "line", "told"), [
-    ("qzo.nn.arena", "from ..optim import journal", "built on it"),
-    ("qzo.optim.journal", "from . import optimizer", "circle"),
-    ("qzo.loss.head", "def f():\n    from ..nn import arena", "inside a function"),
-    ("qzo.reports.memory", "from ..bench import cases", "benchmark"),
-    ("qzo.kernels.noise", "import numpy", "torch and triton only")])
+@pytest.mark.parametrize(
+    ("module", "line", "told"),
+    [
+        ("qzo.nn.arena", "from ..optim import journal", "built on it"),
+        ("qzo.optim.journal", "from . import optimizer", "circle"),
+        ("qzo.loss.head", "def f():\n    from ..nn import arena", "inside a function"),
+        ("qzo.reports.memory", "from ..bench import cases", "benchmark"),
+        ("qzo.kernels.noise", "import numpy", "torch and triton only"),
+    ],
+)
 def test_a_planted_import_is_seen(module, line, told):
     trees = parsed()
     trees[module] = ast.parse(MODULES[module].read_text() + "\n" + line), False
@@ -117,9 +129,19 @@ def test_files_stay_short_and_clean(path):
 
 # (file, function) over 60 lines or 8 parameters: what the public surface fixes, and the operator's flat schema
 FIXED = {("optim/optimizer.py", "__init__")}
-LEFT = {("qmm_torch.py", "scratch_bytes"), ("qmm_torch.py", "qmm_torch"), ("tiles.py", "pick"), ("ops.py", "_"),
-        ("tiles.py", "pick_folded"), ("plan.py", "__init__"), ("plan.py", "constants"), ("ops.py", "_weight"),
-        ("ops.py", "qmm_op"), ("weights.py", "on_meta"), ("footprint.py", "_qmm_scratch")}
+LEFT = {
+    ("qmm_torch.py", "scratch_bytes"),
+    ("qmm_torch.py", "qmm_torch"),
+    ("tiles.py", "pick"),
+    ("ops.py", "_"),
+    ("tiles.py", "pick_folded"),
+    ("plan.py", "__init__"),
+    ("plan.py", "constants"),
+    ("ops.py", "_weight"),
+    ("ops.py", "qmm_op"),
+    ("weights.py", "on_meta"),
+    ("footprint.py", "_qmm_scratch"),
+}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
@@ -142,8 +164,23 @@ def test_two_folders_have_no_init():
 
 
 def test_public_names():
-    named = {"Evaluations", "QZO", "QZOLinear", "backend", "evaluating", "export", "from_pretrained", "losses", "noise",
-             "pair", "quantize_", "replay", "save_pretrained", "scale_index", "scales"}
+    named = {
+        "Evaluations",
+        "QZO",
+        "QZOLinear",
+        "backend",
+        "evaluating",
+        "export",
+        "from_pretrained",
+        "losses",
+        "noise",
+        "pair",
+        "quantize_",
+        "replay",
+        "save_pretrained",
+        "scale_index",
+        "scales",
+    }
     assert named <= set(qzo.__all__)
     for name in qzo.__all__:
         assert getattr(qzo, name).__doc__, f"qzo.{name} has no docstring"
@@ -167,8 +204,12 @@ def python(code, cwd, *path):
 
 
 def test_importing_touches_no_device_and_no_transformers(tmp_path):
-    done = python("import qzo\nassert 'torch' not in sys.modules\nimport torch\nqzo.QZOLinear, qzo.QZO, qzo.quantize_\n"
-                  "assert not torch.cuda.is_initialized()\nassert 'transformers' not in sys.modules", tmp_path, ROOT)
+    done = python(
+        "import qzo\nassert 'torch' not in sys.modules\nimport torch\nqzo.QZOLinear, qzo.QZO, qzo.quantize_\n"
+        "assert not torch.cuda.is_initialized()\nassert 'transformers' not in sys.modules",
+        tmp_path,
+        ROOT,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -195,8 +236,10 @@ def test_the_wheel_is_the_tree_under_one_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         points = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))
-    tree = {str(path.relative_to(ROOT)) for path in [*PRODUCT, ROOT / "qzo/py.typed",
-                                                         *ROOT.glob("qzo/reports/configs/*.json")]}
+    tree = {
+        str(path.relative_to(ROOT))
+        for path in [*PRODUCT, ROOT / "qzo/py.typed", *ROOT.glob("qzo/reports/configs/*.json")]
+    }
     want = {name if name.startswith("qzo/") else f"qzo/{name}" for name in tree}
     assert files == want
     assert "qzo = qzo.cli.main:main" in points
@@ -209,9 +252,11 @@ def test_the_wheel_works_and_leaves_hugging_faces_kernels_alone(wheel, tmp_path)
     stub = tmp_path / "stub" / "kernels"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text("here = True\n")
-    check = (f"sys.path.append({str(stub.parent)!r})\nimport kernels\nassert kernels.here\n"
-             "import qzo.kernels.qmm, qzo.bench.codegen.sass\nfrom transformers import LlamaForCausalLM\n"
-             "print(qzo.__file__)")
+    check = (
+        f"sys.path.append({str(stub.parent)!r})\nimport kernels\nassert kernels.here\n"
+        "import qzo.kernels.qmm, qzo.bench.codegen.sass\nfrom transformers import LlamaForCausalLM\n"
+        "print(qzo.__file__)"
+    )
     for path in (tmp_path / "site", ROOT):
         done = python(check, tmp_path, path)
         assert done.returncode == 0, done.stderr

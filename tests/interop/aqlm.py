@@ -6,6 +6,7 @@ Seen to pass with aqlm 1.1.7 (its cpu extra), transformers 5.24.0, accelerate 1.
 Each folder is read by both; qzo's model is trained one step, its codebooks too in half of the cases, and
 saved, and the library reads that. Its weights are what its _dequantize_weight makes of the tensors it loaded.
 """
+
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -24,10 +25,9 @@ from tests.support.checkpoints import quantized, relative_error
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 OWN = ["aqlm-1x12-g8", "aqlm-2x8-g8"]
-MADE = {"one codebook of 16 bits": (1, 16), "one of 8 bits": (1, 8), "three of 8 bits": (3, 8),
-        "two of 6 bits": (2, 6)}
-WEIGHTS, LOGITS = 4e-7, 2e-5                  # float32 sums of a few entries in any order; float32 products
-ROUNDED = 2 * 2.0**-11                        # scales and codebooks, each once, to a file's float16
+MADE = {"one codebook of 16 bits": (1, 16), "one of 8 bits": (1, 8), "three of 8 bits": (3, 8), "two of 6 bits": (2, 6)}
+WEIGHTS, LOGITS = 4e-7, 2e-5  # float32 sums of a few entries in any order; float32 products
+ROUNDED = 2 * 2.0**-11  # scales and codebooks, each once, to a file's float16
 IDS = torch.arange(1, 25).view(2, 12)
 
 
@@ -42,9 +42,13 @@ def in_float32(folder):
 
 def weights_of(model):
     """name -> float32 [N, K]. Before a forward: the first turns codes of 256 entries around."""
-    return {name: _dequantize_weight(unpack_int_data(layer.codes.data, layer.nbits_per_codebook),
-                                     layer.codebooks.data, layer.scales.data)
-            for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    return {
+        name: _dequantize_weight(
+            unpack_int_data(layer.codes.data, layer.nbits_per_codebook), layer.codebooks.data, layer.scales.data
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear)
+    }
 
 
 def worst(found, ours):
@@ -98,7 +102,7 @@ def check(source, out, codebooks):
 def main():
     print(f"aqlm {version('aqlm')}, torch {torch.__version__}")
     warnings.simplefilter("ignore")
-    numba.set_num_threads(1)                         # the threads of its kernel add to one sum at once
+    numba.set_num_threads(1)  # the threads of its kernel add to one sum at once
     failures = 0
     for name in OWN:
         error = expected(FIXTURES / name)

@@ -7,6 +7,7 @@ Each folder is read by both; qzo's model is trained one step and saved, and the 
 weight is equal if what the library's dequantize_4bit gives, in the dtype that the layer's quant_state names,
 is that of qzo's model rounded once to that dtype.
 """
+
 import tempfile
 import warnings
 from pathlib import Path
@@ -21,35 +22,53 @@ from tests.support import tiny
 from tests.support.checkpoints import quantized, relative_error
 
 FIXTURE = Path(__file__).parent.parent / "fixtures/bnb-nf4"
-MADE = {                                  # name: (table, double quantization, storage, dtype of the floats)
+MADE = {  # name: (table, double quantization, storage, dtype of the floats)
     "nf4": ("nf4", False, torch.uint8, torch.float32),
     "fp4": ("fp4", False, torch.uint8, torch.float32),
     "nf4, double": ("nf4", True, torch.uint8, torch.bfloat16),
     "fp4, double": ("fp4", True, torch.uint8, torch.float16),
-    "nf4, bfloat16 storage": ("nf4", False, torch.bfloat16, torch.bfloat16)}
-QUANTIZED = {                             # name: (table, group size[, width]) for qzo quantize
-    "nf4": ("nf4", 64), "fp4": ("fp4", 64), "nf4, groups of 32": ("nf4", 32),
-    "nf4, groups of 128": ("nf4", 128), "nf4, whole rows": ("nf4", -1),
-    "nf4, whole rows of 192": ("nf4", -1, 192)}
-LOGITS = 2e-5                                 # both compute in float32
+    "nf4, bfloat16 storage": ("nf4", False, torch.bfloat16, torch.bfloat16),
+}
+QUANTIZED = {  # name: (table, group size[, width]) for qzo quantize
+    "nf4": ("nf4", 64),
+    "fp4": ("fp4", 64),
+    "nf4, groups of 32": ("nf4", 32),
+    "nf4, groups of 128": ("nf4", 128),
+    "nf4, whole rows": ("nf4", -1),
+    "nf4, whole rows of 192": ("nf4", -1, 192),
+}
+LOGITS = 2e-5  # both compute in float32
 IDS = torch.arange(24).view(2, 12)
 
 
 def made(folder, kind, double, storage, dtype):
     """A folder that the library quantizes and transformers saves."""
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
-                                bnb_4bit_quant_storage=storage)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, bnb_4bit_quant_storage=storage
+    )
     tiny.save_checkpoint(folder / "float", hidden=128)
-    AutoModelForCausalLM.from_pretrained(folder / "float", dtype=dtype,
-                                         quantization_config=config).save_pretrained(folder / "made")
+    AutoModelForCausalLM.from_pretrained(folder / "float", dtype=dtype, quantization_config=config).save_pretrained(
+        folder / "made"
+    )
     return folder / "made"
 
 
 def by_the_command(folder, table, size, hidden=128):
     """A folder that `qzo quantize` writes."""
     tiny.save_checkpoint(folder / "float", hidden)
-    status = command(["quantize", str(folder / "float"), "--output-dir", str(folder / "quantized"),
-                      "--table", table, "--group-size", str(size), "--json"])
+    status = command(
+        [
+            "quantize",
+            str(folder / "float"),
+            "--output-dir",
+            str(folder / "quantized"),
+            "--table",
+            table,
+            "--group-size",
+            str(size),
+            "--json",
+        ]
+    )
     if status:
         raise SystemExit(f"qzo quantize --table {table} --group-size {size} ended with {status}")
     return folder / "quantized"
@@ -64,7 +83,7 @@ def in_float32(folder):
     for parameter in model.parameters():
         if not isinstance(parameter, bitsandbytes.nn.Params4bit):
             parameter.data = parameter.data.float()
-    return model.train()                      # in eval mode a CPU with AVX512-BF16 computes in bfloat16
+    return model.train()  # in eval mode a CPU with AVX512-BF16 computes in bfloat16
 
 
 def check(folder, ours):
@@ -102,8 +121,10 @@ def main():
             saved = check(out, model)
             failures += any(error > LOGITS or equal < count for error, equal, count in (read, saved))
             failures += moved < saved[2]
-            print(f"{name:40} as it is: logits {read[0]:.1e}, {read[1]} of {read[2]} weights equal; saved: "
-                  f"{moved} layers moved, logits {saved[0]:.1e}, {saved[1]} of {saved[2]} weights equal")
+            print(
+                f"{name:40} as it is: logits {read[0]:.1e}, {read[1]} of {read[2]} weights equal; saved: "
+                f"{moved} layers moved, logits {saved[0]:.1e}, {saved[1]} of {saved[2]} weights equal"
+            )
     return failures
 
 

@@ -3,6 +3,7 @@
 By hand, where the library is installed:  python -m tests.interop.compressed_tensors
 For each case: the bytes that the library packs, and the weights or logits that it unpacks, against qzo's own.
 """
+
 import json
 import tempfile
 from pathlib import Path
@@ -23,8 +24,9 @@ CASES = [(bits, size, symmetric) for bits in (2, 4, 8) for size in (32, -1) for 
 
 def loaded_by_the_library(folder):
     """name -> weight as transformers gets it from the library, unpacked."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                 quantization_config=CompressedTensorsConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
     return {name.removesuffix(".weight"): tensor for name, tensor in model.state_dict().items()}
 
 
@@ -60,7 +62,7 @@ def mixed(root):
 def their_bytes(bits, symmetric):
     """Whether the library packs a matrix into the bytes that the tests' own packer gives, and qzo reads them."""
     generator = torch.Generator().manual_seed(bits)
-    codes, zeros = (torch.randint(2 ** bits, shape, generator=generator) for shape in ((48, 96), (48, 3)))
+    codes, zeros = (torch.randint(2**bits, shape, generator=generator) for shape in ((48, 96), (48, 3)))
     scale = torch.rand(48, 3, generator=generator) + 0.5
     centre = torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros
     weight = (codes - centre.repeat_interleave(32, 1)) * scale.repeat_interleave(32, 1)

@@ -2,6 +2,7 @@
 
 By hand, where the library is installed:  python -m tests.interop.hqq
 """
+
 import tempfile
 import zipfile
 from pathlib import Path
@@ -11,15 +12,20 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
 from qzo.checkpoints.formats import hqq
 
-CASES = [(bits, size, dtype, as_float) for bits in (8, 4, 3, 2) for size in (32, 64)
-         for dtype in (torch.float32, torch.float16) for as_float in (False, True)]
+CASES = [
+    (bits, size, dtype, as_float)
+    for bits in (8, 4, 3, 2)
+    for size in (32, 64)
+    for dtype in (torch.float32, torch.float16)
+    for as_float in (False, True)
+]
 
 
 def layer(bits, size, dtype, as_float):
     torch.manual_seed(bits)
     config = BaseQuantizeConfig(nbits=bits, group_size=size, axis=1, view_as_float=as_float)
     made = HQQLinear(torch.nn.Linear(128, 96), config, compute_dtype=dtype, device="cpu")
-    made.encoded_state_dict = False               # as save_quantized sets it
+    made.encoded_state_dict = False  # as save_quantized sets it
     return made
 
 

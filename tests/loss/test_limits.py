@@ -1,4 +1,5 @@
 """Tokens and places that a model has no row for are found before a step, in one line; on a GPU they end the process."""
+
 import pytest
 import torch
 import transformers
@@ -8,16 +9,46 @@ from qzo.training.data import Example
 from qzo.training.task import Task
 from tests.support import tiny
 
-BERT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64,
-        "max_position_embeddings": 10, "is_decoder": True}
+BERT = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 10,
+    "is_decoder": True,
+}
 GPT = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 10}
-BART = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
-        "decoder_attention_heads": 2, "decoder_ffn_dim": 64, "vocab_size": 64, "max_position_embeddings": 10}
-PLACES = {      # name -> what a model takes: one of 10 places and rows for them; OPT's and BART's tables have two more
-    "OPTForCausalLM": (10, {"hidden_size": 64, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-                            "vocab_size": 64, "word_embed_proj_dim": 64, "max_position_embeddings": 10}),
-    "RobertaForCausalLM": (8, BERT), "BertLMHeadModel": (10, BERT), "GPT2LMHeadModel": (10, GPT),
-    "OpenAIGPTLMHeadModel": (10, GPT), "BartForConditionalGeneration": (10, BART)}
+BART = {
+    "d_model": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 64,
+    "max_position_embeddings": 10,
+}
+PLACES = {  # name -> what a model takes: one of 10 places and rows for them; OPT's and BART's tables have two more
+    "OPTForCausalLM": (
+        10,
+        {
+            "hidden_size": 64,
+            "ffn_dim": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 64,
+            "word_embed_proj_dim": 64,
+            "max_position_embeddings": 10,
+        },
+    ),
+    "RobertaForCausalLM": (8, BERT),
+    "BertLMHeadModel": (10, BERT),
+    "GPT2LMHeadModel": (10, GPT),
+    "OpenAIGPTLMHeadModel": (10, GPT),
+    "BartForConditionalGeneration": (10, BART),
+}
 
 
 def make(name, **config):
@@ -27,8 +58,16 @@ def make(name, **config):
 
 
 def llama(**changes):
-    return make("LlamaForCausalLM", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                num_key_value_heads=1, vocab_size=32, **changes)
+    return make(
+        "LlamaForCausalLM",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
+        **changes,
+    )
 
 
 def text(count):
@@ -49,9 +88,15 @@ def test_an_example_longer_than_the_model_has_places(name):
             Task(model, [Example((3,) * 8, options=((4,), (5, 6, 7)), label=0)], 0)
 
 
-@pytest.mark.parametrize("example", [
-    Example((3, 32), labels=(3, 32)), Example((3,), options=((4,), (32,)), label=0),
-    Example((3, 4), options=((4, 5), (6, 40, 7)), label=0), Example((3, 4), labels=(-100, 32))])
+@pytest.mark.parametrize(
+    "example",
+    [
+        Example((3, 32), labels=(3, 32)),
+        Example((3,), options=((4,), (32,)), label=0),
+        Example((3, 4), options=((4, 5), (6, 40, 7)), label=0),
+        Example((3, 4), labels=(-100, 32)),
+    ],
+)
 def test_a_token_that_the_model_does_not_know(example):
     kind = text(3) if example.options is None else Example((3,), options=example.options[:1] * 2, label=0)
     with pytest.raises(ValueError, match=r"example 2 has the token (32|40), LlamaForCausalLM knows 32: the"):
@@ -80,6 +125,26 @@ def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
     data = tiny.write_jsonl(tmp_path / "train.jsonl", [{"prompt": "red", "completion": "warm"}] * 2)
-    assert main(["train", "--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / "out"),
-                 "--max-steps", "1", "--batch-size", "2", "--group-size", "32", "--device", "cpu"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(base),
+                "--data",
+                str(data),
+                "--output-dir",
+                str(tmp_path / "out"),
+                "--max-steps",
+                "1",
+                "--batch-size",
+                "2",
+                "--group-size",
+                "32",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 2
+    )
     assert "LlamaForCausalLM knows 8: the tokenizer is another model's" in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,5 @@
 """Losses of stacked batches against the model's own full logits."""
+
 import pytest
 import torch
 from torch.nn import functional
@@ -46,7 +47,7 @@ def test_each_evaluation_has_its_own_loss(model):
         got = qzo.losses(model, batch, 3)
     for e, coef in enumerate((0.3, -0.3)):
         with qzo.evaluating(model, qzo.Evaluations([1], [coef])):
-            assert torch.allclose(qzo.losses(model, batch, 1), got[e:e + 1], rtol=1e-5)
+            assert torch.allclose(qzo.losses(model, batch, 1), got[e : e + 1], rtol=1e-5)
     assert torch.allclose(qzo.losses(model, batch, 1), got[2:], rtol=1e-5)
     assert len(set(got.tolist())) == 3
 
@@ -72,7 +73,7 @@ def test_options_of_several_tokens(model):
 
 def test_the_head_sees_labelled_rows_only(model):
     batch, seen = batch_of(), []
-    qzo.losses(model, batch, 2)                      # the model's first batch is compared with its own logits
+    qzo.losses(model, batch, 2)  # the model's first batch is compared with its own logits
     handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out[..., 0].numel()))
     try:
         qzo.losses(model, batch, 2)

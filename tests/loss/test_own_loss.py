@@ -1,4 +1,5 @@
 """What a model's loss is compared with before it is trained, and what is done where it differs."""
+
 import warnings
 
 import pytest
@@ -13,8 +14,16 @@ from qzo.nn.layers import arena_of, layers
 from qzo.training.data import Example
 from qzo.training.task import Task
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "vocab_size": 64, "pad_token_id": 0, "initializer_range": 0.2}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
 IDS = torch.arange(3, 15)[None].repeat(2, 1)
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
 
@@ -46,8 +55,9 @@ class Smoothed(transformers.LlamaForCausalLM):
     def forward(self, *args, labels=None, **kwargs):
         output = super().forward(*args, **kwargs)
         if labels is not None:
-            output["loss"] = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
-                                                      label_smoothing=0.1)
+            output["loss"] = functional.cross_entropy(
+                output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1
+            )
         return output
 
 
@@ -71,8 +81,11 @@ def test_the_slower_way_is_taken_with_one_warning(cls):
 
 
 def test_a_model_with_another_objective_is_refused():
-    with pytest.raises(ValueError, match=r"Smoothed: its own loss of a batch is .*, the next-token cross entropy of "
-                       r"its own logits .*: it has another objective .* give QZO.step a closure of its own loss"):
+    with pytest.raises(
+        ValueError,
+        match=r"Smoothed: its own loss of a batch is .*, the next-token cross entropy of "
+        r"its own logits .*: it has another objective .* give QZO.step a closure of its own loss",
+    ):
         qzo.losses(make(Smoothed), BATCH, 1)
 
 
@@ -106,8 +119,9 @@ def test_a_regression_is_no_classification():
 def test_a_router_whose_loss_the_config_asks_for():
     """Mixtral adds the router's loss to its own; neither the step nor the comparison has it."""
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True,
-                                        router_aux_loss_coef=1.0)
+    config = transformers.MixtralConfig(
+        **SIZES, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True, router_aux_loss_coef=1.0
+    )
     model = transformers.MixtralForCausalLM(config).eval()
     with torch.no_grad():
         plain, with_router = (model(**BATCH, output_router_logits=on).loss for on in (False, True))
@@ -146,11 +160,11 @@ def test_the_body_runs_once_and_the_head_a_bounded_number_at_a_time(monkeypatch)
     qzo.losses(model, BATCH, 1)
     model.model.layers[0].register_forward_hook(lambda *_: bodies.append(1))
     model.lm_head.register_forward_hook(lambda _, args, out: heads.append(out[..., 0].numel()))
-    monkeypatch.setattr(head, "LOGIT_BYTES", 8 * 4 * 64)          # eight positions
+    monkeypatch.setattr(head, "LOGIT_BYTES", 8 * 4 * 64)  # eight positions
     got = qzo.losses(model, BATCH, 2)
     assert torch.allclose(got, own(model).expand(2), rtol=1e-5)
-    assert bodies == [1, 1]                                       # one of them is `own`
-    assert heads[:-1] == [8] * 5 + [4]                            # 2 x 22 positions
+    assert bodies == [1, 1]  # one of them is `own`
+    assert heads[:-1] == [8] * 5 + [4]  # 2 x 22 positions
 
 
 def test_a_quantized_head_has_each_evaluations_scales(monkeypatch):
@@ -170,14 +184,20 @@ def test_a_quantized_head_has_each_evaluations_scales(monkeypatch):
     assert len({round(float(x), 3) for x in together}) == 3
 
 
-@pytest.mark.parametrize(("text", "changes"), [
-    (transformers.CohereConfig, {"logit_scale": 0.25}), (transformers.GraniteConfig, {"logits_scaling": 4.0}),
-    (transformers.Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 16, "query_pre_attn_scalar": 16})])
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        (transformers.CohereConfig, {"logit_scale": 0.25}),
+        (transformers.GraniteConfig, {"logits_scaling": 4.0}),
+        (transformers.Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 16, "query_pre_attn_scalar": 16}),
+    ],
+)
 def test_vision_language_models_do_what_their_own_forward_does(text, changes):
     """Llava's forward ends at its head: it has no scale and no soft cap of the text model's own class."""
     torch.manual_seed(0)
-    sight = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, image_size=28,
-                                          num_attention_heads=2, patch_size=14)
+    sight = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, image_size=28, num_attention_heads=2, patch_size=14
+    )
     config = transformers.LlavaConfig(text_config=text(**SIZES | changes), vision_config=sight, image_token_index=60)
     model = transformers.LlavaForConditionalGeneration(config).eval()
     assert torch.allclose(qzo.losses(model, BATCH, 2), own(model).expand(2), rtol=1e-5)
@@ -203,4 +223,4 @@ def test_losses_that_are_not_finite_are_no_other_logits(value):
         optimizer.step(lambda: qzo.losses(model, batch, 2))
     weight.data = good
     assert optimizer.step(lambda: qzo.losses(model, batch, 2)) < 10
-    assert own_loss._seen[model]          # compared as soon as there is something to compare
+    assert own_loss._seen[model]  # compared as soon as there is something to compare

@@ -3,6 +3,7 @@
 Two recorders: the profiler sees every call of torch's CPU allocator, also those inside operators, and gives
 bytes; a dispatch mode sees the result of every operator, and gives shapes.
 """
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -15,7 +16,7 @@ from qzo.nn import ops
 from tests.support.aqlm_checkpoints import a_layer
 from tests.support.matmuls import Matmul
 
-LARGE_K, LARGE_N = 1024, 2560          # the CPU's chunks of 1 MB stay below one byte for each of its weights
+LARGE_K, LARGE_N = 1024, 2560  # the CPU's chunks of 1 MB stay below one byte for each of its weights
 
 
 def allocations(function):
@@ -40,8 +41,11 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs))
-                 if isinstance(t, torch.Tensor)}
+        given = {
+            t.untyped_storage().data_ptr()
+            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for t in torch.utils._pytree.tree_leaves(result):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
                 self.seen.append(tuple(t.shape))
@@ -68,7 +72,7 @@ def test_no_step_allocates_a_weight(backend, k, n):
     """Not even one byte for each of its numbers."""
     model, x, evaluations = layer_and_batch(k, n)
     with qzo.backend(backend):
-        step(model, x, evaluations)                             # codes may change their layout once
+        step(model, x, evaluations)  # codes may change their layout once
         sizes = allocations(lambda: step(model, x, evaluations))
     assert len(x) * n * 4 in sizes, "the layer's own output has to be among what is recorded"
     assert max(sizes) < k * n
@@ -90,8 +94,9 @@ def test_no_step_allocates_a_weight_of_vectors(backend, k, n, train):
     assert max(sizes) < k * n
 
 
-@pytest.mark.parametrize(("function", "scales"), [(update.update_torch, 200), (update.update_torch, 1 << 19),
-                                                  (update.launch, 8192)])
+@pytest.mark.parametrize(
+    ("function", "scales"), [(update.update_torch, 200), (update.update_torch, 1 << 19), (update.launch, 8192)]
+)
 def test_an_update_allocates_less_than_the_arena(function, scales):
     arena = torch.ones(scales)
     seeds, coefs = torch.tensor([1, 2]), torch.tensor([0.1, 0.2])
@@ -115,6 +120,7 @@ def test_no_operator_of_the_cpu_backend_returns_a_whole_weight(zeros, group, k, 
 
 # ----------------------------------------------------------------------------------- the recorders see things
 
+
 def test_a_planted_dequantization_is_recorded(monkeypatch):
     model, x, evaluations = layer_and_batch()
     step(model, x, evaluations)
@@ -134,6 +140,9 @@ def test_the_noise_of_a_whole_arena_is_recorded(monkeypatch):
     arena = torch.ones(1 << 19)
     monkeypatch.setattr(update, "BLOCK_QUADS", 1 << 30)
     monkeypatch.setattr(update, "min", lambda *sizes: sizes[0], raising=False)
-    sizes = allocations(lambda: update.update_torch(arena, torch.tensor([1]), torch.tensor([0.1]), base4=0,
-                                                    law=noise.IH4, relative=True, floor=0.0))
+    sizes = allocations(
+        lambda: update.update_torch(
+            arena, torch.tensor([1]), torch.tensor([0.1]), base4=0, law=noise.IH4, relative=True, floor=0.0
+        )
+    )
     assert max(sizes) >= arena.nbytes

@@ -1,4 +1,5 @@
 """Layers with codebooks, and codebooks that train: noise, derivative, saving, replay and the command line."""
+
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from tests.support.aqlm_checkpoints import BATCH, FIXTURES, LAYER, a_layer, byte
 from tests.support.close import assert_same_bits
 
 # ------------------------------------------------------------------------------------------------- the layer
+
 
 def slope(layer, raw_codebooks=None):
     """d W / d coef, float64 [N, K], of relative Rademacher noise of seed 3 on what trains."""
@@ -115,11 +117,12 @@ def test_stacked_evaluations_have_the_bits_of_single_ones_where_codebooks_train(
         with qzo.evaluating(layer, qzo.Evaluations(seeds, coefs, "ih4")):
             stacked = layer(x.repeat(3, 1))
         for e in range(3):
-            with qzo.evaluating(layer, qzo.Evaluations(seeds[e:e + 1], coefs[e:e + 1], "ih4")):
-                assert_same_bits(stacked[2 * e:2 * e + 2], layer(x))
+            with qzo.evaluating(layer, qzo.Evaluations(seeds[e : e + 1], coefs[e : e + 1], "ih4")):
+                assert_same_bits(stacked[2 * e : 2 * e + 2], layer(x))
 
 
 # ---------------------------------------------------------------------------------------- codebooks that train
+
 
 def test_codebooks_train_are_saved_and_replayed(tmp_path):
     path, _ = folder_of(tmp_path / "source")
@@ -129,6 +132,7 @@ def test_codebooks_train_are_saved_and_replayed(tmp_path):
         assert qzo.codebooks(model) == {}
         qzo.train_codebooks_(model)
         return model
+
     model, first = begin(), begin()
     base = qzo.codebooks(model)
     assert len(base) == 14
@@ -140,7 +144,7 @@ def test_codebooks_train_are_saved_and_replayed(tmp_path):
     for name, books in qzo.codebooks(first).items():
         assert_same_bits(books, tuned[name])
     other = begin()
-    other.model.layers[0].mlp.down_proj.arena.data.view(-1)[-1].mul_(1.5)         # an entry of the last layer's
+    other.model.layers[0].mlp.down_proj.arena.data.view(-1)[-1].mul_(1.5)  # an entry of the last layer's
     with pytest.raises(ValueError, match="digest"):
         qzo.replay(other, tmp_path / "journal.qzo")
     report = qzo.save_pretrained(model, tmp_path / "out", BATCH)
@@ -269,14 +273,37 @@ def test_what_cannot_train(tmp_path):
 
 # ------------------------------------------------------------------------------------------- the command line
 
+
 @pytest.mark.parametrize("layers", ["2", "1"])
 def test_train_and_replay_codebooks(tmp_path, capsys, layers):
     path, _ = folder_of(tmp_path / "source")
     data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.RECORDS)
     out = tmp_path / "out"
-    assert main(["train", "--model", str(path), "--data", str(data), "--output-dir", str(out), "--device", "cpu",
-                 "--max-steps", "3", "--batch-size", "4", "--directions", "1", "--train-layers", layers,
-                 "--train-codebooks"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(path),
+                "--data",
+                str(data),
+                "--output-dir",
+                str(out),
+                "--device",
+                "cpu",
+                "--max-steps",
+                "3",
+                "--batch-size",
+                "4",
+                "--directions",
+                "1",
+                "--train-layers",
+                layers,
+                "--train-codebooks",
+            ]
+        )
+        == 0
+    )
     count = 7 * int(layers)
     assert f"and {count * 2 * 256 * 8:,} numbers of codebooks train" in capsys.readouterr().err
     assert {name.rpartition(".")[2] for name in changed(path, out / "model")} == {"codebooks", "scales"}
@@ -288,8 +315,25 @@ def test_train_and_replay_codebooks(tmp_path, capsys, layers):
 def test_row_sharing_is_refused_before_anything_is_written(tmp_path, capsys):
     path, _ = folder_of(tmp_path / "source")
     data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.RECORDS)
-    assert main(["train", "--model", str(path), "--data", str(data), "--output-dir", str(tmp_path / "out"), "--device",
-                 "cpu", "--train-codebooks", "--sharing", "row"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(path),
+                "--data",
+                str(data),
+                "--output-dir",
+                str(tmp_path / "out"),
+                "--device",
+                "cpu",
+                "--train-codebooks",
+                "--sharing",
+                "row",
+            ]
+        )
+        == 2
+    )
     assert "sharing='row' has one z" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*"))
 
@@ -298,6 +342,23 @@ def test_codebooks_that_are_not_there_are_one_clear_line(tmp_path, capsys):
     tiny.save_checkpoint(tmp_path / "float")
     data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.RECORDS)
     out = tmp_path / "out"
-    assert main(["train", "--model", str(tmp_path / "float"), "--data", str(data), "--output-dir", str(out),
-                 "--group-size", "32", "--device", "cpu", "--train-codebooks"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                str(tmp_path / "float"),
+                "--data",
+                str(data),
+                "--output-dir",
+                str(out),
+                "--group-size",
+                "32",
+                "--device",
+                "cpu",
+                "--train-codebooks",
+            ]
+        )
+        == 2
+    )
     assert "that trains has codebooks" in capsys.readouterr().err

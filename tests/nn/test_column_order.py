@@ -1,4 +1,5 @@
 """Codes whose columns are sorted by group (GPTQ's act-order): one gather of the input, everything else as it was."""
+
 import copy
 import io
 
@@ -114,8 +115,16 @@ def test_the_journals_digest_covers_the_order():
     assert [what for _, what, _ in digest_parts(nn.Sequential(ordered()[0]))] == ["codes", "scales", "zeros", "perm"]
 
 
-@pytest.mark.parametrize("perm", [torch.zeros(K, dtype=torch.int64), torch.arange(K - 1), torch.arange(K).int(),
-                                  torch.arange(K) + 1, torch.arange(K) - 1])
+@pytest.mark.parametrize(
+    "perm",
+    [
+        torch.zeros(K, dtype=torch.int64),
+        torch.arange(K - 1),
+        torch.arange(K).int(),
+        torch.arange(K) + 1,
+        torch.arange(K) - 1,
+    ],
+)
 def test_what_is_no_order_is_refused(perm):
     codes, scales, zeros, _ = parts()
     with pytest.raises(ValueError, match=r"perm must be int64 \[128\] that holds 0\.\.127 once each, got"):

@@ -1,4 +1,5 @@
 """Mixtures of experts: split stacks compute what transformers' do, run under evaluations, train, and come back."""
+
 import copy
 import warnings
 
@@ -22,13 +23,23 @@ from qzo.nn.layers import arena_of, evaluating, layers
 from qzo.nn.linear import QZOLinear
 from qzo.reports import memory, models
 
-TINY = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "hidden_size": 64,
-        "intermediate_size": 96, "initializer_range": 0.2, "num_experts_per_tok": 2}
+TINY = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "initializer_range": 0.2,
+    "num_experts_per_tok": 2,
+}
 SMALL = {"num_experts": 4, "moe_intermediate_size": 32}
-MODELS = {"mixtral": (MixtralForCausalLM, MixtralConfig(**TINY, num_local_experts=4)),
-          "qwen2": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**TINY, **SMALL, shared_expert_intermediate_size=64)),
-          "qwen3": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**TINY, **SMALL, head_dim=32))}
-LINEARS = {"mixtral": 4 + 4 * 3, "qwen2": 4 + 4 * 3 + 4, "qwen3": 4 + 4 * 3}      # of a block
+MODELS = {
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**TINY, num_local_experts=4)),
+    "qwen2": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**TINY, **SMALL, shared_expert_intermediate_size=64)),
+    "qwen3": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**TINY, **SMALL, head_dim=32)),
+}
+LINEARS = {"mixtral": 4 + 4 * 3, "qwen2": 4 + 4 * 3 + 4, "qwen3": 4 + 4 * 3}  # of a block
 IDS = torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(1))
 BATCH = {"input_ids": IDS, "labels": IDS}
 
@@ -91,7 +102,7 @@ def test_an_evaluation_among_others_has_the_bits_it_has_alone(folder):
     assert not torch.equal(*routed[-1].chunk(4)[:2])
     alone = []
     for e in range(4):
-        with evaluating(model, evaluations[e:e + 1]):
+        with evaluating(model, evaluations[e : e + 1]):
             alone.append(qzo.losses(model, BATCH, 1))
     assert torch.equal(together, torch.cat(alone))
     assert torch.equal(together[2:3], qzo.losses(model, BATCH, 1))
@@ -114,9 +125,9 @@ def test_paired_and_sequential_steps_end_in_the_same_scales(folder):
         optimizer = qzo.QZO(model, lr=1e-2, directions=2, seed=5, paired=paired)
         for _ in range(2):
             if paired:
-                optimizer.step(lambda: qzo.losses(model, BATCH, 4))          # noqa: B023
+                optimizer.step(lambda: qzo.losses(model, BATCH, 4))  # noqa: B023
             else:
-                optimizer.step(lambda: qzo.losses(model, BATCH, 1)[0])       # noqa: B023
+                optimizer.step(lambda: qzo.losses(model, BATCH, 1)[0])  # noqa: B023
         ends.append(qzo.scales(model))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
@@ -156,8 +167,14 @@ def test_a_new_mixtral_file_has_the_published_names(tmp_path):
     assert "model.layers.1.block_sparse_moe.experts.3.w2" in written
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.block_sparse_moe.experts.1.w3.weight",
-                                  "model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.self_attn.w1.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.block_sparse_moe.experts.1.w3.weight",
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.0.self_attn.w1.weight",
+    ],
+)
 def test_names_there_and_back(name):
     assert experts.file_name(experts.model_name(name), "mixtral") == name
     assert experts.file_name("model.layers.0.mlp.up_proj", "llama") == "model.layers.0.mlp.up_proj"
@@ -189,7 +206,7 @@ def test_stacks_of_another_form_stay_dense_with_one_warning():
         together = qzo.losses(model, BATCH, 2)
     alone = []
     for e in range(2):
-        with evaluating(model, evaluations[e:e + 1]):
+        with evaluating(model, evaluations[e : e + 1]):
             alone.append(qzo.losses(model, BATCH, 1))
     assert torch.allclose(together, torch.cat(alone), rtol=1e-6)
     assert together[0] != together[1]
@@ -204,15 +221,17 @@ def test_rows_that_do_not_divide_are_refused(folder):
         module(torch.zeros(5, 64), index, weights)
 
 
-def test_memory_is_foretold_with_split_experts(folder):
+def test_memory_is_predicted_with_split_experts(folder):
     """Codes and scales are those of the loaded model; routing is not known, so rows are spread evenly."""
     loaded = load(folder)
     _, empty = memory.random_model(str(folder), 32, "none", "cpu", torch.float32)
     found = memory.predict(empty, memory.Run(rows=2, tokens=16), "cpu", "sm_90")
-    sizes = {"codes": sum(layer.codes.nbytes for layer in layers(loaded).values()),
-             "scales": arena_of(loaded).data.nbytes}
+    sizes = {
+        "codes": sum(layer.codes.nbytes for layer in layers(loaded).values()),
+        "scales": arena_of(loaded).data.nbytes,
+    }
     for part, held in sizes.items():
-        assert held <= found[part] <= held + 64 * len(layers(loaded)) + 4096       # what an allocator rounds to
+        assert held <= found[part] <= held + 64 * len(layers(loaded)) + 4096  # what an allocator rounds to
     wanted = {name: models.form_of(layer) for name, layer in layers(loaded).items()}
     again = models.build_empty(loaded.config, torch.float32)
     experts.split_experts_(again)

@@ -13,6 +13,7 @@ from tests.support.small_layers import Block, assert_same, bits, block, linear
 
 # -------------------------------------------------------------------------------------------------- quantize_
 
+
 def test_quantize_skips_names_and_returns_the_module():
     model = Block()
     assert qzo.quantize_(model, group_size=32) is model
@@ -46,6 +47,7 @@ def test_a_linear_under_two_names_stays_one_layer():
 
 
 # -------------------------------------------------------------------------------------------------- the arena
+
 
 def test_scale_index_is_where_a_scale_lies_in_the_arena():
     model = block()
@@ -95,7 +97,7 @@ def test_train_only():
     assert list(qzo.scales(model)) == ["up"]
     assert arena_of(model).data.numel() == 4 * 160
     x = torch.randn(2, 160)
-    plain = torch.cat([model.down(row) for row in x.split(1)])       # the rows of one evaluation at a time
+    plain = torch.cat([model.down(row) for row in x.split(1)])  # the rows of one evaluation at a time
     with qzo.evaluating(model, qzo.Evaluations([1, 2], [0.5, -0.5])):
         assert_same_bits(model.down(x), plain)
         assert (model.up(x[:, :64])[0] - model.up(x[:, :64].flip(0))[1]).abs().max() > 0.01
@@ -106,6 +108,7 @@ def test_train_only():
 
 
 # --------------------------------------------------------------------------------------------------- contexts
+
 
 def test_evaluating_perturbs_nests_and_restores():
     model, x = block(), torch.randn(4, 64)
@@ -123,8 +126,10 @@ def test_evaluating_perturbs_nests_and_restores():
 def test_evaluating_restores_after_an_error():
     model, x = block(), torch.randn(3, 64)
     plain = model(x)
-    with pytest.raises(ValueError, match="3 rows do not divide into 2 evaluations"), \
-            qzo.evaluating(model, qzo.Evaluations([1, 1], [0.1, -0.1])):
+    with (
+        pytest.raises(ValueError, match="3 rows do not divide into 2 evaluations"),
+        qzo.evaluating(model, qzo.Evaluations([1, 1], [0.1, -0.1])),
+    ):
         model(x)
     assert_same_bits(model(x), plain)
 
@@ -132,8 +137,10 @@ def test_evaluating_restores_after_an_error():
 def test_rows_that_the_evaluations_do_not_divide_with_three_dimensions():
     """5 sequences of 2 tokens: the 10 rows would divide, the batch does not."""
     model = block()
-    with pytest.raises(ValueError, match="5 rows do not divide into 2 evaluations"), \
-            qzo.evaluating(model, qzo.Evaluations([1, 1], [0.1, -0.1])):
+    with (
+        pytest.raises(ValueError, match="5 rows do not divide into 2 evaluations"),
+        qzo.evaluating(model, qzo.Evaluations([1, 1], [0.1, -0.1])),
+    ):
         model(torch.randn(5, 2, 64))
 
 
@@ -142,11 +149,17 @@ def test_evaluating_takes_evaluations():
         pass
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (([1], [0.1, 0.2]), "as many seeds as coefs"), (([], []), "at least one"),
-    (([1], [float("nan")]), "finite"), (([1], [0.1], "uniform"), "not a noise law"),
-    (([1], [0.1], "ih4", True, "column"), "sharing='column'"),
-    (([1], [0.1], "ih4", False, "row"), "sharing='row' scales a whole output row, so it is relative")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1], [0.1, 0.2]), "as many seeds as coefs"),
+        (([], []), "at least one"),
+        (([1], [float("nan")]), "finite"),
+        (([1], [0.1], "uniform"), "not a noise law"),
+        (([1], [0.1], "ih4", True, "column"), "sharing='column'"),
+        (([1], [0.1], "ih4", False, "row"), "sharing='row' scales a whole output row, so it is relative"),
+    ],
+)
 def test_bad_evaluations(arguments, message):
     with pytest.raises(ValueError, match=message):
         qzo.Evaluations(*arguments)
@@ -156,7 +169,7 @@ def test_pairs_are_known_and_travel_with_the_evaluations():
     assert qzo.Evaluations([1, 1, 2**64 - 1, -1], [0.1] * 4).pairs
     assert not qzo.Evaluations([1, 1, 2], [0.1] * 3).pairs
     assert not qzo.Evaluations([1, 2, 2, 1], [0.1] * 4).pairs
-    moved = qzo.Evaluations([1, 1], [0.1, -0.1], "ih4").to("meta")         # where nothing can be compared
+    moved = qzo.Evaluations([1, 1], [0.1, -0.1], "ih4").to("meta")  # where nothing can be compared
     assert moved.pairs
     assert (moved.seeds.device.type, moved.coefs.device.type, moved.kernel_coefs.device.type) == ("meta",) * 3
 

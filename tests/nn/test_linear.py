@@ -1,4 +1,5 @@
 """QZOLinear as a drop-in for nn.Linear: forward, quantizing, moving and saving."""
+
 import copy
 import io
 import pickle
@@ -14,6 +15,7 @@ from tests.support.close import ULP, assert_close, assert_same_bits
 from tests.support.small_layers import assert_same, asymmetric, bits, block, linear
 
 # ---------------------------------------------------------------------------------------------------- drop-in
+
 
 @pytest.mark.parametrize("shape", [(128,), (1, 128), (5, 128), (2, 3, 128), (2, 0, 128)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -39,14 +41,20 @@ def test_it_holds_no_gradients_and_says_what_it_is():
     layer = QZOLinear(128, 8, group_size=32)
     assert not any(p.requires_grad for p in layer.parameters())
     assert not layer(torch.randn(2, 128)).requires_grad
-    assert repr(layer) == ("QZOLinear(in_features=128, out_features=8, bias=True, bits=4, group_size=32, "
-                           "symmetric, trained)")
+    assert repr(layer) == (
+        "QZOLinear(in_features=128, out_features=8, bias=True, bits=4, group_size=32, symmetric, trained)"
+    )
     assert "uint8 zeros" in repr(asymmetric())
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(bits=3), "bits=3"), (dict(group_size=48), "group_size=48"),
-    (dict(group_size=128), r"group_size=128 does not divide in_features=96; use 32, -1")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(bits=3), "bits=3"),
+        (dict(group_size=48), "group_size=48"),
+        (dict(group_size=128), r"group_size=128 does not divide in_features=96; use 32, -1"),
+    ],
+)
 def test_bad_options_are_one_clear_line(options, message):
     with pytest.raises(ValueError, match=message):
         QZOLinear(96, 8, **options)
@@ -62,6 +70,7 @@ def test_input_of_another_width_or_dtype():
 
 
 # ---------------------------------------------------------------------------------------------- the quantizer
+
 
 def plain_rounding(weight, group, symmetric):
     """Round to nearest without refitting the scale: the error that from_linear has to beat."""
@@ -107,9 +116,13 @@ def test_a_zero_group_and_values_that_are_not_finite():
 
 # ------------------------------------------------------------------------------------------ moving and saving
 
-CHANGES = {"to": lambda m: m.to(torch.bfloat16), "half": nn.Module.half,
-           "double_and_back": lambda m: m.double().float(), "copy": copy.deepcopy,
-           "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+CHANGES = {
+    "to": lambda m: m.to(torch.bfloat16),
+    "half": nn.Module.half,
+    "double_and_back": lambda m: m.double().float(),
+    "copy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -139,8 +152,9 @@ def test_float_zero_points_stay_float32():
     assert_same_bits(layer.half().zeros, before)
 
 
-@pytest.mark.parametrize("make", [asymmetric, lambda: asymmetric(float_zeros=True),
-                                  lambda: QZOLinear(96, 8, group_size=-1)])
+@pytest.mark.parametrize(
+    "make", [asymmetric, lambda: asymmetric(float_zeros=True), lambda: QZOLinear(96, 8, group_size=-1)]
+)
 def test_state_dict_round_trip(make):
     layer = make()
     buffer = io.BytesIO()

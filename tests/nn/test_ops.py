@@ -1,4 +1,5 @@
 """The torch.library operators: registration, fakes and checks."""
+
 import dataclasses
 
 import pytest
@@ -14,9 +15,20 @@ from tests.support.small_layers import asymmetric
 
 
 def qmm_arguments(layer, out_dtype=torch.float32):
-    return (torch.randn(4, layer.in_features), layer.codes, layer.arena.quads(layer.arena_name), layer.zeros,
-            layer.bias.detach(), torch.tensor([1, 2]), torch.tensor([0.1, 0.0]), 0, layer.group_size,
-            noise.RADEMACHER, True, out_dtype)
+    return (
+        torch.randn(4, layer.in_features),
+        layer.codes,
+        layer.arena.quads(layer.arena_name),
+        layer.zeros,
+        layer.bias.detach(),
+        torch.tensor([1, 2]),
+        torch.tensor([0.1, 0.0]),
+        0,
+        layer.group_size,
+        noise.RADEMACHER,
+        True,
+        out_dtype,
+    )
 
 
 @pytest.mark.parametrize("float_zeros", [True, False])
@@ -41,10 +53,12 @@ def test_fake_tensors_pass_through_a_layer_and_meet_the_same_checks():
 
 def test_operators_refuse_what_does_not_fit():
     x, codes, scales, zeros, bias, seeds, coefs, *rest = qmm_arguments(asymmetric())
-    for wrong, message in (((x, codes, scales[:, :5], zeros, bias, seeds, coefs), "scales must be float32"),
-                           ((x, codes, scales, zeros[:2], bias, seeds, coefs), "zeros must be"),
-                           ((x, codes, scales, zeros, bias[:5], seeds, coefs), "bias must have shape"),
-                           ((x, codes, scales, zeros, bias, seeds, coefs[:1]), "2 seeds and 1 coefficients")):
+    for wrong, message in (
+        ((x, codes, scales[:, :5], zeros, bias, seeds, coefs), "scales must be float32"),
+        ((x, codes, scales, zeros[:2], bias, seeds, coefs), "zeros must be"),
+        ((x, codes, scales, zeros, bias[:5], seeds, coefs), "bias must have shape"),
+        ((x, codes, scales, zeros, bias, seeds, coefs[:1]), "2 seeds and 1 coefficients"),
+    ):
         with pytest.raises(ValueError, match=message):
             torch.ops.qzo.qmm(*wrong, *rest)
     with pytest.raises(ValueError, match="whole quads"):
@@ -56,8 +70,20 @@ def test_operators_refuse_what_does_not_fit():
 def vector_arguments():
     layer = a_layer()
     x, seeds, coefs = torch.randn(4, 128), torch.tensor([1, 2]), torch.tensor([0.1, 0.0])
-    plain = (x, layer.codes, layer.arena.quads(""), None, None, seeds, coefs, 0, 128, noise.RADEMACHER, True,
-             torch.float32)
+    plain = (
+        x,
+        layer.codes,
+        layer.arena.quads(""),
+        None,
+        None,
+        seeds,
+        coefs,
+        0,
+        128,
+        noise.RADEMACHER,
+        True,
+        torch.float32,
+    )
     return plain, dict(bits=8, codebooks=layer.codebooks)
 
 
@@ -70,9 +96,11 @@ def test_opcheck_vectors():
 def test_operators_refuse_codebooks_that_do_not_fit():
     plain, form = vector_arguments()
     books = form["codebooks"]
-    for wrong, message in ((books[:, :200], r"codebooks must be \[C, 256, 8\] for codes of 8 bits.* got \[2, 200, 8\]"),
-                           (books[None], r"for codes of 8 bits, got \[1, 2, 256, 8\]"),
-                           (torch.cat([books, books]), "does not fit 8-bit codes")):
+    for wrong, message in (
+        (books[:, :200], r"codebooks must be \[C, 256, 8\] for codes of 8 bits.* got \[2, 200, 8\]"),
+        (books[None], r"for codes of 8 bits, got \[1, 2, 256, 8\]"),
+        (torch.cat([books, books]), "does not fit 8-bit codes"),
+    ):
         with pytest.raises(ValueError, match=message):
             torch.ops.qzo.qmm(*plain, **form | {"codebooks": wrong})
     zeros = torch.zeros(1, 24)
@@ -137,6 +165,5 @@ def test_a_tile_is_never_ignored():
         layer(x)
     for wrong in ({"rows": 24}, {"outputs": 8}, {"warps": 0}, {"splits": 3}, {"stages": 0}):
         name = next(iter(wrong))
-        with pytest.raises(ValueError, match=f"{name} must be"), \
-                qzo.backend(tile=dataclasses.replace(tile, **wrong)):
+        with pytest.raises(ValueError, match=f"{name} must be"), qzo.backend(tile=dataclasses.replace(tile, **wrong)):
             pass

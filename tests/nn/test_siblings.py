@@ -1,5 +1,6 @@
 """Layers of a module that are given the same x find each other, whatever callers do (test_shared_launches: how they
 are multiplied)."""
+
 import contextlib
 import copy
 import dataclasses
@@ -140,6 +141,7 @@ def test_five_layers_share_two_launches(launches):
     class Five(nn.ModuleList):
         def forward(self, x):
             return [layer(x) for layer in self]
+
     model = qzo.quantize_(Five(nn.Linear(64, n) for n in (16, 8, 24, 40, 9)), group_size=32)
     (x,) = xs()
     want = model(x)
@@ -175,7 +177,8 @@ ASKS = {
     "q twice": lambda m: lambda x: (m.q(x), (m.q(x), m.k(x))[1], m.v(x)),
     "x changed in place": lambda m: lambda x: (m.q(x), m.k(x.add_(1)), m.v(x)),
     "changed and changed back": lambda m: lambda x: (m.q(x), m.k(x.mul_(2)), m.v(x.div_(2))),
-    "o first": lambda m: lambda x: (m.o(torch.cat([m.q(x), m.k(x), m.v(x)], -1))[..., :48], m.k(x), m.v(x))}
+    "o first": lambda m: lambda x: (m.o(torch.cat([m.q(x), m.k(x), m.v(x)], -1))[..., :48], m.k(x), m.v(x)),
+}
 
 
 @pytest.mark.parametrize("ask", ASKS)
@@ -209,12 +212,17 @@ CHANGES = {
     "columns": lambda m: setattr(m.k, "perm", torch.arange(63, -1, -1)),
     "a state dict": lambda m: m.load_state_dict(m.state_dict() | {"k.codes": m.k.state_dict()["codes"].flip(1)}),
     "a dtype": lambda m: setattr(m.k, "out_dtype", torch.float32),
-    "who trains": lambda m: setattr(m.k, "trainable", False)}
+    "who trains": lambda m: setattr(m.k, "trainable", False),
+}
 
 
-@pytest.mark.parametrize(("change", "between"), [
-    *((change, False) for change in CHANGES),
-    *((change, True) for change in CHANGES if change != "a bias in other memory")])         # which nothing tells
+@pytest.mark.parametrize(
+    ("change", "between"),
+    [
+        *((change, False) for change in CHANGES),
+        *((change, True) for change in CHANGES if change != "a bias in other memory"),
+    ],
+)  # which nothing tells
 def test_what_changes_is_multiplied_as_it_is(change, between):
     """Between two forwards, or between two layers of one."""
     (x,) = xs()
@@ -242,7 +250,7 @@ def test_what_another_perturbation_or_choice_asks_for_is_not_what_was_kept(betwe
     with qzo.evaluating(model, first):
         model.all(x)
         model.q(x)
-    if between == "coefficients":           # in place
+    if between == "coefficients":  # in place
         first.kernel_coefs.mul_(0.5)
     if between == "seeds":
         first.seeds.add_(1)
@@ -269,6 +277,7 @@ def test_inference_tensors_and_traced_calls_share_nothing(launches):
 
 # ------------------------------------------------------------------------------------------- copies and memory
 
+
 def test_copies_learn_for_themselves(launches):
     model = taught()
     stored = io.BytesIO()
@@ -279,7 +288,7 @@ def test_copies_learn_for_themselves(launches):
     assert other.q._siblings is other.k._siblings is other.v._siblings is not model.q._siblings
     assert not other.q._siblings._after
     want = alone(model, *xs())
-    other.ask = other.all           # a copied method is the original's
+    other.ask = other.all  # a copied method is the original's
     for expected in ([1, 1, 1, 1], [3, 1]):
         launches.clear()
         assert_same_bits(other(*xs()), want)
@@ -291,8 +300,7 @@ def test_nothing_is_kept_alive():
     gc.collect()
     gc.disable()
     try:
-        held = [weakref.ref(x), weakref.ref(model.q(x)), weakref.ref(model.k(x)),
-                weakref.ref(model.v(x))]
+        held = [weakref.ref(x), weakref.ref(model.q(x)), weakref.ref(model.k(x)), weakref.ref(model.v(x))]
         assert [y() for y in held[1:]] == [None] * 3, "handed over once"
         del x
         assert held[0]() is None

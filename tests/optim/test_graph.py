@@ -2,6 +2,7 @@
 
 Where there is no GPU, tests/graphs.py stands in for the graphs.
 """
+
 import math
 import warnings
 
@@ -39,18 +40,21 @@ def run(journal, rows, poison=None, model=None, closure=None, **options):
 
 # ---------------------------------------------------------------------------------------------- bits and shapes
 
+
 @pytest.mark.parametrize("sharing", ["group", "row"])
 @pytest.mark.parametrize("paired", [True, False])
 def test_graphs_of_changing_shapes_have_the_bits_of_plain_steps(tmp_path, recorders, sharing, paired):
     """Another rate each step, a loss that is not finite, three shapes that come in turn."""
+
     def closures(model):
         return losses_of(model, 4) if paired else lambda batch: model(batch["x"][:1]).float().square().mean()
 
     ends = []
     for name in (False, None):
         model = two_layers()
-        ends.append(run(tmp_path / str(name), ROWS, 4, model, closures(model), sharing=sharing, paired=paired,
-                        cuda_graph=name))
+        ends.append(
+            run(tmp_path / str(name), ROWS, 4, model, closures(model), sharing=sharing, paired=paired, cuda_graph=name)
+        )
     (_, scales, records), (optimizer, captured, bits) = ends
     assert torch.equal(captured, scales)
     assert bits == records
@@ -75,7 +79,7 @@ def test_a_graph_keeps_its_own_tensors(tmp_path, recorders):
     for batch in given:
         optimizer.step(spy, batch=batch)
     assert all(torch.equal(batch["x"], x) for batch, x in zip(given, kept, strict=True))
-    assert len(seen) == 2                   # the first step's, and the graph's
+    assert len(seen) == 2  # the first step's, and the graph's
 
 
 def test_few_graphs_are_held_and_the_least_used_goes(recorders, monkeypatch):
@@ -89,13 +93,13 @@ def test_few_graphs_are_held_and_the_least_used_goes(recorders, monkeypatch):
 
     after(1)
     optimizer.graphs.limit = 2
-    assert after(1, 1, 2, 2, 2, 2) == [1, 2]         # three uses and four
-    assert after(3, 3, 3, 3, 3) == [1, 2]            # five uses are not twice as many
+    assert after(1, 1, 2, 2, 2, 2) == [1, 2]  # three uses and four
+    assert after(3, 3, 3, 3, 3) == [1, 2]  # five uses are not twice as many
     assert after(3) == [2, 3]
     [recorder] = recorders
     assert [graph.dead for graph in recorder.graphs] == [True, False, False]
-    assert after(*[1, 2, 3] * 4) == [2, 3]           # no endless captures
-    monkeypatch.setattr(graph, "PERIOD", 4)          # what was used long ago counts less and less
+    assert after(*[1, 2, 3] * 4) == [2, 3]  # no endless captures
+    monkeypatch.setattr(graph, "PERIOD", 4)  # what was used long ago counts less and less
     assert 1 in after(*[1] * 20)
     assert len(recorder.graphs) == 4
 
@@ -148,7 +152,7 @@ def test_a_model_that_moved_gets_new_graphs(recorders):
     losses = losses_of(model, 4)
     for step, batch in enumerate(batches([1] * 6)):
         if step == 3:
-            optimizer.arena.data = optimizer.arena.data.clone()      # what a journey to another device leaves
+            optimizer.arena.data = optimizer.arena.data.clone()  # what a journey to another device leaves
         before = optimizer.arena.data.clone()
         optimizer.step(losses, batch=batch)
         assert not torch.equal(optimizer.arena.data, before)
@@ -158,6 +162,7 @@ def test_a_model_that_moved_gets_new_graphs(recorders):
 
 
 # ---------------------------------------------------------------------------------------------- what is not captured
+
 
 def test_without_a_gpu_nothing_is_said_unless_a_graph_was_asked_for(tmp_path):
     with warnings.catch_warnings():
@@ -263,13 +268,26 @@ def test_a_wrong_closure_is_an_error_as_without_a_graph(recorders):
 
 def test_experts_run_plainly_and_are_named(recorders):
     """Routing looks on the host which expert has which rows."""
-    config = MixtralConfig(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=64,
-                           hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)
+    config = MixtralConfig(
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
     torch.manual_seed(0)
     model = qzo.quantize_(MixtralForCausalLM(config).eval(), group_size=32)
     optimizer = qzo.QZO(model, lr=0.1)
-    batch = {"input_ids": torch.tensor([[3, 4, 5]]), "sources": torch.tensor([[0, 1]]),
-             "targets": torch.tensor([[4, 5]]), "slots": torch.tensor([[0, 0]]), "static": True}
+    batch = {
+        "input_ids": torch.tensor([[3, 4, 5]]),
+        "sources": torch.tensor([[0, 1]]),
+        "targets": torch.tensor([[4, 5]]),
+        "slots": torch.tensor([[0, 0]]),
+        "static": True,
+    }
 
     def losses(batch):
         return qzo.losses(model, batch, 2)
@@ -280,6 +298,7 @@ def test_experts_run_plainly_and_are_named(recorders):
 
 # ---------------------------------------------------------------------------------------------- without a batch
 
+
 def test_a_closure_is_captured_when_it_is_asked_for_and_comes_again(recorders):
     ends = []
     for choice in (None, True):
@@ -287,7 +306,7 @@ def test_a_closure_is_captured_when_it_is_asked_for_and_comes_again(recorders):
         closure_steps(model, torch.empty(4, 96), choice, 4)
         ends.append(arena_of(model).data)
     assert torch.equal(*ends)
-    [recorder] = recorders                       # None: what a closure reads is not known, nothing is captured
+    [recorder] = recorders  # None: what a closure reads is not known, nothing is captured
     assert [graph.replays for graph in recorder.graphs] == [4]
 
 
@@ -306,6 +325,7 @@ def test_closures_that_never_come_again_are_said_once(recorders):
 
 
 # ---------------------------------------------------------------------------------------------- the calls of torch.cuda
+
 
 def test_graphs_share_a_pool_and_a_stream():
     cuda = graphs.Cuda()

@@ -1,4 +1,5 @@
 """The journal: cut anywhere it goes on, damaged anywhere it says so."""
+
 import os
 
 import pytest
@@ -9,8 +10,10 @@ HEADER = {"directions": 2, "digest": "sha256:0", "eps": 0.01, "versions": {"qzo"
 
 
 def step(number, skipped=False):
-    return [Record(number, j, seed=-(1 << 60) + number, applied=0.5 * j, loss_plus=1.25, loss_minus=2.5,
-                   skipped=skipped) for j in range(2)]
+    return [
+        Record(number, j, seed=-(1 << 60) + number, applied=0.5 * j, loss_plus=1.25, loss_minus=2.5, skipped=skipped)
+        for j in range(2)
+    ]
 
 
 @pytest.fixture
@@ -70,8 +73,10 @@ def test_an_existing_journal_is_refused(path):
         Journal.create(path, HEADER)
 
 
-@pytest.mark.parametrize(("field", "value", "hint"), [
-    ("digest", "sha256:1", "another model"), ("eps", 0.02, "settings the run was started with")])
+@pytest.mark.parametrize(
+    ("field", "value", "hint"),
+    [("digest", "sha256:1", "another model"), ("eps", 0.02, "settings the run was started with")],
+)
 def test_another_header_is_refused_by_field(path, field, value, hint):
     with pytest.raises(JournalError, match=f"its {field} is .*{hint}"):
         Journal.resume(path, {**HEADER, field: value})

@@ -1,4 +1,5 @@
 """A step of QZO: losses in, scales out; the same bits through Triton, torch and the oracle, and again by replay."""
+
 import copy
 import itertools
 import math
@@ -37,8 +38,9 @@ def test_three_steps_through_triton_have_the_bits_of_torch(noise, relative, shar
     arenas = []
     for backend in ("triton", "torch"):
         model = two_layers()
-        optimizer = qzo.QZO(model, lr=3e-2 if relative else 1e-4, noise=noise, relative=relative, sharing=sharing,
-                            directions=2, seed=7)
+        optimizer = qzo.QZO(
+            model, lr=3e-2 if relative else 1e-4, noise=noise, relative=relative, sharing=sharing, directions=2, seed=7
+        )
         turns = iter(LOSSES)
 
         def closure(model=model, turns=turns):
@@ -100,7 +102,7 @@ def test_it_learns_and_paired_equals_unpaired():
         losses = [optimizer.step(closure, paired=form) for _ in range(15)]
         assert losses[-1] < losses[0]
         ends.append(arena_of(model).data)
-    assert torch.allclose(ends[0], ends[1], rtol=1e-3)      # the mean of a batch is added up in another order
+    assert torch.allclose(ends[0], ends[1], rtol=1e-3)  # the mean of a batch is added up in another order
 
 
 @pytest.mark.parametrize("bad", [lambda: torch.tensor(1.0), lambda: torch.ones(3), lambda: 1.0])
@@ -216,9 +218,17 @@ def test_it_is_a_torch_optimizer():
     assert (other.param_groups[0]["lr"], other.param_groups[0]["step"]) == (0.05, 1)
 
 
-@pytest.mark.parametrize(("wrong", "text"), [
-    ({"lr": -1}, "lr=-1"), ({"eps": 0}, "eps=0"), ({"clip": 0}, "clip=0"), ({"directions": 0}, "directions=0"),
-    ({"noise": "white"}, "'white' is not a noise law"), ({"seed": 1 << 65}, "64-bit")])
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"lr": -1}, "lr=-1"),
+        ({"eps": 0}, "eps=0"),
+        ({"clip": 0}, "clip=0"),
+        ({"directions": 0}, "directions=0"),
+        ({"noise": "white"}, "'white' is not a noise law"),
+        ({"seed": 1 << 65}, "64-bit"),
+    ],
+)
 def test_bad_settings(wrong, text):
     with pytest.raises(ValueError, match=text):
         qzo.QZO(two_layers(), **{"lr": 0.1, **wrong})
@@ -236,6 +246,7 @@ def test_an_eps_that_rounding_drowns_is_warned_of():
 
 
 # ---------------------------------------------------------------------------------------------- a step on a device
+
 
 @pytest.mark.parametrize("law", ["rademacher", "ih4"])
 @pytest.mark.parametrize("clip", [5.0, 0.3, math.inf])
@@ -256,8 +267,12 @@ def test_a_loss_that_float32_cannot_hold_is_applied_as_nan_and_moves_nothing(bad
         arena = arena_of(two_layers())
         before = arena.data.clone()
         with qzo.backend(name):
-            update(arena, torch.tensor([1, 2]), applied,
-                   {"noise": "rademacher", "relative": True, "floor": 1.0, "sharing": sharing})
+            update(
+                arena,
+                torch.tensor([1, 2]),
+                applied,
+                {"noise": "rademacher", "relative": True, "floor": 1.0, "sharing": sharing},
+            )
         assert torch.equal(arena.data, before)
 
 

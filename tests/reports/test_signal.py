@@ -1,4 +1,5 @@
 """What rounded activations leave of the signal: the roundings themselves, their hooks, the order of their errors."""
+
 import math
 
 import pytest
@@ -11,8 +12,13 @@ from qzo.nn.layers import arena_of, layers
 from qzo.reports import signal
 from tests.support import tiny
 
-VALUES = torch.tensor([[1.0, 1 + 2.0**-8, 1 + 2.0**-11, -3.0001220703125, 1e-7, 7e4],
-                       [127.0, 0.4999, 0.5001, -126.6, 63.4, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+VALUES = torch.tensor(
+    [
+        [1.0, 1 + 2.0**-8, 1 + 2.0**-11, -3.0001220703125, 1e-7, 7e4],
+        [127.0, 0.4999, 0.5001, -126.6, 63.4, 1.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def test_integers_are_scaled_by_the_largest_of_a_row():
     enters, leaves = signal.ROUNDINGS["int8"]
     assert torch.equal(enters(VALUES)[1], torch.tensor([127.0, 0, 1, -127, 63, 1]))
     assert torch.equal(enters(VALUES / 8)[1] * 8, enters(VALUES)[1])
-    assert enters(VALUES)[0].tolist() == pytest.approx([0, 0, 0, 0, 0, 7e4])     # a step is 551
+    assert enters(VALUES)[0].tolist() == pytest.approx([0, 0, 0, 0, 0, 7e4])  # a step is 551
     assert torch.equal(enters(VALUES)[2], VALUES[2])
     assert torch.equal(leaves(VALUES), VALUES.half().float())
 
@@ -95,14 +101,15 @@ def test_derivatives_are_those_of_moved_scales(model, batch):
         arena.data.copy_(scales)
     wanted = torch.tensor([moved[0] - moved[1], moved[2] - moved[3]], dtype=torch.float64) / (2 * eps)
     assert got.dtype == torch.float64
-    assert torch.allclose(got, wanted, atol=1e-4)      # losses of 4 are rounded to 2e-7, and divided by 2e-2
+    assert torch.allclose(got, wanted, atol=1e-4)  # losses of 4 are rounded to 2e-7, and divided by 2e-2
     assert abs(got[0] - got[1]) > 0.01
 
 
 def test_without_rounding_all_of_it_survives(model, batch, monkeypatch):
     monkeypatch.setitem(signal.ROUNDINGS, "float32", (lambda x: x.float(), lambda y: y.float()))
     assert signal.survival(model, batch, seeds=range(3), activations=("float32",)) == {
-        "float32": {"error": 0.0, "cosine": pytest.approx(1.0)}}
+        "float32": {"error": 0.0, "cosine": pytest.approx(1.0)}
+    }
 
 
 def test_coarser_roundings_and_smaller_eps_leave_less(model, batch):

@@ -1,4 +1,5 @@
 """Folders and layers in AQLM's form, made here, and what its tests do with them."""
+
 import json
 
 import torch
@@ -26,8 +27,11 @@ def vector_tensors(weight, books, bits, generator):
     codes = torch.randint(0, 1 << bits, (n, k // 8, books), generator=generator)
     signed = torch.where(codes >= 1 << bits - 1, codes - (1 << bits), codes)
     codebooks = torch.randn(books, 1 << bits, 1, 8, generator=generator) / books**0.5
-    return {"codes": signed.to(torch.int8 if bits <= 8 else torch.int16), "codebooks": codebooks.half(),
-            "scales": (weight.std(1) * (0.5 + torch.rand(n, generator=generator))).half().view(n, 1, 1, 1)}
+    return {
+        "codes": signed.to(torch.int8 if bits <= 8 else torch.int16),
+        "codebooks": codebooks.half(),
+        "scales": (weight.std(1) * (0.5 + torch.rand(n, generator=generator))).half().view(n, 1, 1, 1),
+    }
 
 
 def folder_of(path, books=2, bits=8):
@@ -45,9 +49,14 @@ def folder_of(path, books=2, bits=8):
 
 def settle(path, **changes):
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1,
-                                     "num_codebooks": 2, "nbits_per_codebook": 8,
-                                     "linear_weights_not_to_quantize": ["lm_head"]} | changes
+    config["quantization_config"] = {
+        "quant_method": "aqlm",
+        "in_group_size": 8,
+        "out_group_size": 1,
+        "num_codebooks": 2,
+        "nbits_per_codebook": 8,
+        "linear_weights_not_to_quantize": ["lm_head"],
+    } | changes
     (path / "config.json").write_text(json.dumps(config))
 
 
@@ -72,6 +81,7 @@ def changed(before, after):
 def a_layer(books=2, bits=8, n=24, k=128):
     random = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 1 << bits, (n, k // 8, books), generator=random)
-    packed = qzo.PackedWeight.from_vectors(codes, torch.rand(n, generator=random) - 0.5,
-                                           torch.randn(books, 1 << bits, 8, generator=random))
+    packed = qzo.PackedWeight.from_vectors(
+        codes, torch.rand(n, generator=random) - 0.5, torch.randn(books, 1 << bits, 8, generator=random)
+    )
     return qzo.QZOLinear.from_packed(packed)

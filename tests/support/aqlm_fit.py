@@ -4,15 +4,16 @@
 
 Without the paper's calibration: the error of the weights is lowered, not that of what the layers give.
 """
+
 import json
 
 import torch
 from safetensors.torch import save_file
 
-GROUP = 8                    # weights along K that one code of each codebook stands for
-SAMPLE = 1 << 14             # vectors that k-means sees: 64 for each of 256 entries
-ITERATIONS = 8               # of k-means; the rounds after it see all vectors
-CHUNK = 1 << 12              # vectors whose distances are held at once: 4 MB for 256 entries
+GROUP = 8  # weights along K that one code of each codebook stands for
+SAMPLE = 1 << 14  # vectors that k-means sees: 64 for each of 256 entries
+ITERATIONS = 8  # of k-means; the rounds after it see all vectors
+CHUNK = 1 << 12  # vectors whose distances are held at once: 4 MB for 256 entries
 
 
 def fit(weight, books=2, bits=8, rounds=3, seed=0):
@@ -27,8 +28,9 @@ def fit(weight, books=2, bits=8, rounds=3, seed=0):
     n, k = weight.shape
     entries = 1 << bits
     if k % GROUP or n * k // GROUP < entries:
-        raise ValueError(f"a weight [{n}, {k}] has no {entries} or more vectors of {GROUP}; give larger rows or fewer "
-                         "bits")
+        raise ValueError(
+            f"a weight [{n}, {k}] has no {entries} or more vectors of {GROUP}; give larger rows or fewer bits"
+        )
     generator = torch.Generator().manual_seed(seed)
     scales = weight.float().square().mean(1).sqrt()
     rest = (weight.float() / torch.where(scales == 0, 1.0, scales)[:, None]).reshape(-1, GROUP)
@@ -66,21 +68,31 @@ def write_folder(folder, config, tensors, chosen, *, books=2, bits=8, rounds=3, 
         codebooks, scales = codebooks.to(dtype), scales.to(dtype)
         held[name] = decode(codes, codebooks, scales)
         signed = torch.where(codes < 1 << (bits - 1), codes, codes - (1 << bits))
-        made |= {f"{name}.codes": signed.to(torch.int8 if bits <= 8 else torch.int16),
-                 f"{name}.codebooks": codebooks[:, :, None], f"{name}.scales": scales[:, None, None, None]}
+        made |= {
+            f"{name}.codes": signed.to(torch.int8 if bits <= 8 else torch.int16),
+            f"{name}.codebooks": codebooks[:, :, None],
+            f"{name}.scales": scales[:, None, None, None],
+        }
     dense = [name.removesuffix(".weight") for name in made if name.endswith("_proj.weight")]
-    quantization = {"quant_method": "aqlm", "in_group_size": GROUP, "out_group_size": 1, "num_codebooks": books,
-                    "nbits_per_codebook": bits, "linear_weights_not_to_quantize": ["lm_head", *dense]}
+    quantization = {
+        "quant_method": "aqlm",
+        "in_group_size": GROUP,
+        "out_group_size": 1,
+        "num_codebooks": books,
+        "nbits_per_codebook": bits,
+        "linear_weights_not_to_quantize": ["lm_head", *dense],
+    }
     folder.mkdir(exist_ok=True)
     save_file({name: t.contiguous() for name, t in made.items()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config | {
-        "dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization})
+    )
     return held
 
 
 def _k_means(vectors, entries, generator):
     """Entries [entries, 8]; an entry that nobody chooses stays where it is."""
-    sample = vectors[torch.randperm(len(vectors), generator=generator)[:max(SAMPLE, entries)]]
+    sample = vectors[torch.randperm(len(vectors), generator=generator)[: max(SAMPLE, entries)]]
     book = sample[:entries].clone()
     for _ in range(ITERATIONS):
         book = _means(sample, _nearest(sample, book), book)

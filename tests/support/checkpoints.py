@@ -1,4 +1,5 @@
 """Small checkpoints made on the spot, and decoders of them that share nothing with the package."""
+
 import json
 
 import gguf
@@ -9,15 +10,34 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 HEADS, KV_HEADS, HIDDEN, FFN, LAYERS, VOCAB = 3, 1, 96, 160, 2, 64
 HEAD_DIM = HIDDEN // HEADS
-SHAPES = {"attn_q": (HIDDEN, HIDDEN), "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
-          "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN), "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (FFN, HIDDEN),
-          "ffn_up": (FFN, HIDDEN), "ffn_down": (HIDDEN, FFN)}
-HF_NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-            "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-            "ffn_down": "mlp.down_proj"}
+SHAPES = {
+    "attn_q": (HIDDEN, HIDDEN),
+    "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_output": (HIDDEN, HIDDEN),
+    "ffn_gate": (FFN, HIDDEN),
+    "ffn_up": (FFN, HIDDEN),
+    "ffn_down": (HIDDEN, FFN),
+}
+HF_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 TYPES = gguf.GGMLQuantizationType
-HALVES = {TYPES.Q4_1: (0, 2), TYPES.Q5_1: (0, 2), TYPES.Q4_K: (0, 2), TYPES.Q5_K: (0, 2),
-          TYPES.Q2_K: (80, 82), TYPES.Q3_K: (108,), TYPES.Q6_K: (208,)}    # float16 fields, if not (0,)
+HALVES = {
+    TYPES.Q4_1: (0, 2),
+    TYPES.Q5_1: (0, 2),
+    TYPES.Q4_K: (0, 2),
+    TYPES.Q5_K: (0, 2),
+    TYPES.Q2_K: (80, 82),
+    TYPES.Q3_K: (108,),
+    TYPES.Q6_K: (208,),
+}  # float16 fields, if not (0,)
 
 
 def blocks(shape, kind, rng):
@@ -42,9 +62,15 @@ def write_gguf(path, kind=TYPES.Q4_0, *, tied=True, change=None, metadata=(), se
     """
     rng, metadata = np.random.default_rng(seed), dict(metadata)
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
-    keys = {"context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": FFN,
-            "block_count": layers, "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS,
-            "rope.dimension_count": HEAD_DIM}
+    keys = {
+        "context_length": 128,
+        "embedding_length": HIDDEN,
+        "feed_forward_length": FFN,
+        "block_count": layers,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "rope.dimension_count": HEAD_DIM,
+    }
     for key, value in (keys | metadata).items():
         if isinstance(value, str):
             writer.add_string("llama." + key, value)
@@ -54,8 +80,10 @@ def write_gguf(path, kind=TYPES.Q4_0, *, tied=True, change=None, metadata=(), se
     writer.add_float32("llama.rope.freq_base", 5000.0)
     for name, value in dict(tokenizer).items():
         getattr(writer, f"add_{name}")(value)
-    tensors = {"token_embd.weight": (rng.normal(size=(VOCAB, HIDDEN)).astype(np.float16), None),
-               "output_norm.weight": (rng.uniform(0.5, 1.5, HIDDEN).astype(np.float32), None)}
+    tensors = {
+        "token_embd.weight": (rng.normal(size=(VOCAB, HIDDEN)).astype(np.float16), None),
+        "output_norm.weight": (rng.uniform(0.5, 1.5, HIDDEN).astype(np.float32), None),
+    }
     if not tied:
         tensors["output.weight"] = (rng.normal(size=(VOCAB, HIDDEN)).astype(np.float32), None)
     for layer in range(layers):
@@ -76,8 +104,10 @@ def decode_gguf(path):
     """{Hugging Face name of a Linear: float32 [N, K]} by the gguf package's own dequantization; a plain loop
     puts the rows of q and k in order."""
     reader = gguf.GGUFReader(path)
-    heads = {"attn_q": reader.fields["llama.attention.head_count"].contents(),
-             "attn_k": reader.fields["llama.attention.head_count_kv"].contents()}
+    heads = {
+        "attn_q": reader.fields["llama.attention.head_count"].contents(),
+        "attn_k": reader.fields["llama.attention.head_count_kv"].contents(),
+    }
     found = {}
     for tensor in reader.tensors:
         parts = tensor.name.split(".")
@@ -98,8 +128,9 @@ def pack_stream(codes, bits):
     """int32 [rows, ceil(count * bits / 32)] of integer codes [rows, count]: each row one number, lowest code first."""
     words = -(-codes.shape[1] * bits // 32)
     rows = [sum(int(code) << bits * i for i, code in enumerate(row)) for row in codes]
-    return torch.stack([torch.frombuffer(bytearray(row.to_bytes(4 * words, "little")), dtype=torch.int32)
-                        for row in rows])
+    return torch.stack(
+        [torch.frombuffer(bytearray(row.to_bytes(4 * words, "little")), dtype=torch.int32) for row in rows]
+    )
 
 
 def unpack_stream(words, bits, count):
@@ -135,28 +166,42 @@ def write_compressed(folder, schemes, groups, *, seed=0, order=()):
     groups: the config_groups of its config; order: leaf names that get a weight_g_idx of shuffled groups
     """
     generator = torch.Generator().manual_seed(seed)
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, vocab_size=VOCAB,
-                         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        vocab_size=VOCAB,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        architectures=["LlamaForCausalLM"],
+    )
     tensors = LlamaForCausalLM(config).half().state_dict()
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         leaf, (n, k) = name.split(".")[-2], tensors.pop(name).shape
         bits, size, symmetric = schemes.get(leaf, schemes[""])
         count = k // (size or k)
-        codes = torch.randint(2 ** bits, (n, k), generator=generator)
+        codes = torch.randint(2**bits, (n, k), generator=generator)
         sign = torch.randint(2, (n, count), generator=generator) * 2 - 1
-        scales = (torch.rand(n, count, generator=generator) + 0.5) * sign / (8 * 2 ** bits)
-        tensors |= {f"{name}_packed": pack_stream(codes, bits), f"{name}_scale": scales.half(),
-                    f"{name}_shape": torch.tensor([n, k])}
+        scales = (torch.rand(n, count, generator=generator) + 0.5) * sign / (8 * 2**bits)
+        tensors |= {
+            f"{name}_packed": pack_stream(codes, bits),
+            f"{name}_scale": scales.half(),
+            f"{name}_shape": torch.tensor([n, k]),
+        }
         if not symmetric:
-            zeros = torch.randint(2 ** bits, (n, count), generator=generator)
+            zeros = torch.randint(2**bits, (n, count), generator=generator)
             tensors[f"{name}_zero_point"] = pack_stream(zeros.T, bits).T.contiguous()
         if leaf in order:
             shuffled = torch.randperm(k, generator=generator) // (k // count)
             tensors[f"{name}_g_idx"] = shuffled.int()
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups,
-                    "ignore": ["lm_head"]}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+    }
     content = config.to_dict() | {"dtype": "float16", "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(content))
 

@@ -1,7 +1,8 @@
 """Error measures: largest and RMS error in units that the caller derives; the worst entry is printed."""
+
 import torch
 
-ULP = 2.0**-24               # half a unit in the last place of float32, relative
+ULP = 2.0**-24  # half a unit in the last place of float32, relative
 
 
 def errors(got, want, unit):
@@ -24,8 +25,10 @@ def assert_close(got, want, unit, largest, rms=None):
     error = torch.where(finite, (got.double() - want.double()).abs() / unit, 0.0)
     at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     worst, mean = errors(got[finite], want[finite], unit[finite]) if finite.any() else (0.0, 0.0)
-    message = (f"worst entry {at}: got {got[at].item():.9g}, wanted {want[at].item():.9g}; error in units: "
-               f"largest {worst:.3g} (allowed {largest:.3g}), RMS {mean:.3g} (allowed {rms})")
+    message = (
+        f"worst entry {at}: got {got[at].item():.9g}, wanted {want[at].item():.9g}; error in units: "
+        f"largest {worst:.3g} (allowed {largest:.3g}), RMS {mean:.3g} (allowed {rms})"
+    )
     assert worst <= largest, message
     assert rms is None or mean <= rms, message
 
@@ -46,5 +49,7 @@ def assert_same_bits(got, want):
     differ = (got.contiguous().view(integer) != want.contiguous().view(integer)).nonzero()
     if len(differ):
         at = tuple(differ[0].tolist())
-        raise AssertionError(f"{len(differ)} of {got.numel()} entries differ, first at {at}: "
-                             f"got {got[at].item()!r}, wanted {want[at].item()!r}")
+        raise AssertionError(
+            f"{len(differ)} of {got.numel()} entries differ, first at {at}: "
+            f"got {got[at].item()!r}, wanted {want[at].item()!r}"
+        )

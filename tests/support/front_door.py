@@ -1,4 +1,5 @@
 """Models through transformers' own from_pretrained, and what is compared of them."""
+
 import copy
 import json
 
@@ -17,12 +18,22 @@ from qzo.checkpoints.formats import GATHERED
 from qzo.nn.layers import layers
 from tests.support.paths import FIXTURES
 
-FOLDERS = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists() and json.loads(
-    (path / "config.json").read_text()).get("quantization_config", {}).get("quant_method") in GATHERED)
+FOLDERS = sorted(
+    path.name
+    for path in FIXTURES.iterdir()
+    if (path / "config.json").exists()
+    and json.loads((path / "config.json").read_text()).get("quantization_config", {}).get("quant_method") in GATHERED
+)
 GPTQ = FIXTURES / "gptqmodel-gptq-sym-g128"
 IDS = torch.arange(24).view(2, 12)
-TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "vocab_size": 64}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**TINY, tie_word_embeddings=False)),
     "llama-tied": (LlamaForCausalLM, LlamaConfig(**TINY, tie_word_embeddings=True)),

@@ -4,6 +4,7 @@ The cases come from seeded generators and from hypothesis without a database, so
 address-space limit while a file is read turns any absurd allocation, torch's too, into a MemoryError, which no test
 expects.
 """
+
 import contextlib
 import resource
 import struct
@@ -15,12 +16,23 @@ from safetensors.torch import save
 
 from tests.support.paths import FIXTURES as FIXTURES
 
-HEADROOM = 256 << 20         # bytes of address space beyond what the process has: far below any absurd size
-EXAMPLES = settings(max_examples=1500, deadline=None, derandomize=True, database=None,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+HEADROOM = 256 << 20  # bytes of address space beyond what the process has: far below any absurd size
+EXAMPLES = settings(
+    max_examples=1500,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 NASTY = [0, 1, -1, 2, 3, 7, 8, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
-SAFETENSORS = save({"a": torch.arange(6, dtype=torch.float16).view(2, 3), "b": torch.ones(4, dtype=torch.int32),
-                    "c": torch.zeros(0, 5)}, metadata={"format": "pt"})
+SAFETENSORS = save(
+    {
+        "a": torch.arange(6, dtype=torch.float16).view(2, 3),
+        "b": torch.ones(4, dtype=torch.int32),
+        "c": torch.zeros(0, 5),
+    },
+    metadata={"format": "pt"},
+)
 
 
 @contextlib.contextmanager
@@ -59,15 +71,15 @@ def mutated(data, rng, head):
         elif kind == 1:
             data[at] = rng.randrange(256)
         elif kind == 2:
-            data[at:at + 8] = struct.pack("<Q", rng.choice(NASTY) % 2**64)
+            data[at : at + 8] = struct.pack("<Q", rng.choice(NASTY) % 2**64)
         elif kind == 3:
-            data[at:at + 4] = struct.pack("<I", rng.choice(NASTY) % 2**32)
+            data[at : at + 4] = struct.pack("<I", rng.choice(NASTY) % 2**32)
         elif kind == 4:
-            del data[at:at + rng.choice([1, 8, 100])]
+            del data[at : at + rng.choice([1, 8, 100])]
         elif kind == 5:
             data[at:at] = rng.randbytes(rng.choice([1, 8, 100]))
         else:
-            del data[at:at + (1 if rng.random() < 0.7 else len(data))]
+            del data[at : at + (1 if rng.random() < 0.7 else len(data))]
         if not data:
             return bytes(data)
     return bytes(data)

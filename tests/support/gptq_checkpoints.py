@@ -1,4 +1,5 @@
 """GPTQ and AWQ folders made on the spot, and decoders of them that share nothing with the package."""
+
 import json
 import re
 
@@ -12,19 +13,20 @@ from tests.support.checkpoints import FFN, HEADS, HIDDEN, KV_HEADS, VOCAB, pack_
 LAYER = "model.layers.0.mlp.up_proj"
 IDS = torch.arange(24).view(2, 12)
 WHERE = r"^model\.layers\.0\.mlp\.up_proj\.qweight in model\.safetensors: "
-AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)       # of a word's eight, from the lowest bits up
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's eight, from the lowest bits up
 
 
 def whole_words_less_one(words, bits):
     """GPTQModel's version 1: every field less one by a single subtraction, which borrows from the neighbour."""
     ones = sum(1 << i for i in range(0, 32, bits))
-    return torch.tensor([[((int(word) - ones + 2**31) % 2**32) - 2**31 for word in row] for row in words],
-                        dtype=torch.int32)
+    return torch.tensor(
+        [[((int(word) - ones + 2**31) % 2**32) - 2**31 for word in row] for row in words], dtype=torch.int32
+    )
 
 
 def gptq_layer(codes, zeros, scales, bits, version=1, whole_words=False, order=None):
     """The tensors of a layer: integer codes [N, K] and zeros [G, N], scales [G, N]; order: groups of the inputs."""
-    stored = zeros if version == 2 or (whole_words and bits != 3) else (zeros - 1) % 2 ** bits
+    stored = zeros if version == 2 or (whole_words and bits != 3) else (zeros - 1) % 2**bits
     packed = pack_stream(stored, bits)
     if version == 1 and whole_words and bits != 3:
         packed = whole_words_less_one(packed, bits)
@@ -56,8 +58,17 @@ def decode_folder(folder):
 
 
 def decode_gptq(name, part, quantization):
-    bits = next((change.get("bits") for pattern, change in quantization.get("dynamic", {}).items()
-                 if re.match(pattern.removeprefix("+:").removeprefix("-:"), name)), None) or quantization["bits"]
+    bits = (
+        next(
+            (
+                change.get("bits")
+                for pattern, change in quantization.get("dynamic", {}).items()
+                if re.match(pattern.removeprefix("+:").removeprefix("-:"), name)
+            ),
+            None,
+        )
+        or quantization["bits"]
+    )
     (groups, n), k = part["scales"].shape, part["qweight"].shape[0] * 32 // bits
     codes = unpack_stream(part["qweight"].T, bits, k)
     words = part["qzeros"].long()
@@ -67,7 +78,7 @@ def decode_gptq(name, part, quantization):
         ones = sum(1 << i for i in range(0, 32, bits))
         zeros = unpack_stream(((words + ones + 2**31) % 2**32 - 2**31).int(), bits, n)
     else:
-        zeros = (unpack_stream(part["qzeros"], bits, n) + 1) % 2 ** bits
+        zeros = (unpack_stream(part["qzeros"], bits, n) + 1) % 2**bits
     group = part.get("g_idx", torch.arange(k) // (k // groups)).long()
     return ((codes.T - zeros[group]) * part["scales"].float()[group]).T
 
@@ -83,8 +94,21 @@ def decode_awq(name, part, quantization):
     return ((columns(part["qweight"]) - columns(part["qzeros"])[group]) * part["scales"].float()[group]).T
 
 
-def write_gptq(folder, bits=4, size=32, *, zeros="any", change=None, seed=0, head=False, by_layer=None, order=False,
-               layer=gptq_layer, layers=1, **config):
+def write_gptq(
+    folder,
+    bits=4,
+    size=32,
+    *,
+    zeros="any",
+    change=None,
+    seed=0,
+    head=False,
+    by_layer=None,
+    order=False,
+    layer=gptq_layer,
+    layers=1,
+    **config,
+):
     """A Llama folder of layers with random codes and scales of both signs.
 
     zeros: "any" number, or "middle"; by_layer: {leaf name: (bits, group size)}; head: quantize lm_head too
@@ -92,28 +116,36 @@ def write_gptq(folder, bits=4, size=32, *, zeros="any", change=None, seed=0, hea
     config: of the quantization_config
     """
     generator = torch.Generator().manual_seed(seed)
-    llama = LlamaConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, vocab_size=VOCAB,
-                        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, architectures=["LlamaForCausalLM"],
-                        tie_word_embeddings=False)
+    llama = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=layers,
+        vocab_size=VOCAB,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        architectures=["LlamaForCausalLM"],
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(seed)
     tensors = LlamaForCausalLM(llama).half().state_dict()
     for name in [n for n in tensors if n.endswith("_proj.weight") or (head and n == "lm_head.weight")]:
         owner, (n, k) = name.removesuffix(".weight"), tensors.pop(name).shape
         b, g = (by_layer or {}).get(owner.split(".")[-1], (bits, size))
         groups = k // (k if g == -1 else g)
-        values = torch.randint(2 ** b, (n, k), generator=generator)
-        zero = torch.randint(2 ** b, (groups, n), generator=generator)
+        values = torch.randint(2**b, (n, k), generator=generator)
+        zero = torch.randint(2**b, (groups, n), generator=generator)
         zero[:, ::7] = 0
         zero = torch.full_like(zero, 2 ** (b - 1)) if zeros == "middle" else zero
         sign = torch.randint(2, (groups, n), generator=generator) * 2 - 1
-        scales = ((torch.rand(groups, n, generator=generator) + 0.5) * sign / (4 * 2 ** b)).half()
+        scales = ((torch.rand(groups, n, generator=generator) + 0.5) * sign / (4 * 2**b)).half()
         extra = {"order": torch.randperm(k, generator=generator) // (k // groups)} if order else {}
         tensors |= {f"{owner}.{part}": t for part, t in layer(values, zero, scales, b, **extra).items()}
     if change is not None:
         change(tensors)
     folder.mkdir(exist_ok=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
     quantization = {"quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": order, "sym": False} | config
     content = llama.to_dict() | {"dtype": "float16", "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(content))
@@ -140,6 +172,7 @@ def load(path):
 
 # --------------------------------------------------------------------------------------- changes that spoil one
 
+
 def drop(part):
     return lambda tensors: tensors.pop(f"{LAYER}.{part}")
 
@@ -157,8 +190,10 @@ def say(folder, changes):
 
 def first(value):
     """A change of the first entry."""
+
     def change(tensor):
         tensor = tensor.clone()
         tensor.view(-1)[0] = value
         return tensor
+
     return change

@@ -3,6 +3,7 @@
 It keeps what the real ones demand: host reads raise while something is captured, a replay fills the tensors of the
 capture, the tensors of the other graphs in the pool are lost by it, and a graph that was reset cannot be replayed.
 """
+
 import contextlib
 import sys
 
@@ -13,8 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qzo
 from qzo.optim import graph
 
-HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::is_nonzero",
-              "aten::repeat_interleave.Tensor")
+HOST_READS = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::is_nonzero",
+    "aten::repeat_interleave.Tensor",
+)
 REFUSED = "operation not permitted when stream is capturing"
 
 
@@ -171,8 +178,10 @@ def two_layers(seed=0):
 
 def losses_of(model, count):
     """A closure of a batch."""
+
     def losses(batch):
         return model(batch["x"]).float().square().mean(1).view(count, -1).mean(1)
+
     return losses
 
 
@@ -198,6 +207,7 @@ class Reads(nn.Module):
 
 def closure_steps(model, x, cuda_graph, count):
     """The optimizer after steps of one closure that finds each batch in x, [4, 96]."""
+
     def closure():
         return model(x).float().square().mean(1)
 

@@ -1,4 +1,5 @@
 """One perturbed matmul as a record: its random data, what runs it and the oracle's answer."""
+
 import dataclasses
 import functools
 import zlib
@@ -27,16 +28,16 @@ class Matmul:
     coefs: tuple = (0.1, -0.1, 0.03)
     law: str | None = "rademacher"
     relative: bool = True
-    zeros: str | None = None           # None, "uint8" or "float32"
+    zeros: str | None = None  # None, "uint8" or "float32"
     bias: bool = False
     dtype: torch.dtype = torch.float16
     base4: int = 1000
     shared: bool = False
-    pair: bool = False                 # let the kernel read the codes once for two evaluations
+    pair: bool = False  # let the kernel read the codes once for two evaluations
     bits: int = 4
-    table: tuple | None = None         # what 4-bit codes stand for
-    exact: bool = False                # the table unrounded
-    books: int = 0                     # codebooks, whose entries codes of `bits` choose; group is 0 then
+    table: tuple | None = None  # what 4-bit codes stand for
+    exact: bool = False  # the table unrounded
+    books: int = 0  # codebooks, whose entries codes of `bits` choose; group is 0 then
 
     @property
     def width(self):
@@ -95,7 +96,7 @@ class Matmul:
     def quads(self):
         """The scales as the arena holds them, [ceil(G/4), N, 4], the last quads filled with zeros."""
         padded = torch.zeros(-(-self.groups // 4) * 4, self.n)
-        padded[:self.groups] = self.scales
+        padded[: self.groups] = self.scales
         return torch.stack([padded[i::4] for i in range(4)], 2).contiguous()
 
     # -------------------------------------------------------------------------------- the two implementations
@@ -106,13 +107,23 @@ class Matmul:
 
     def operands(self, device="cpu", form=pack_planes):
         """(Weight, Perturbation): what plan.launch and qmm_torch take beside x and y."""
-        tensors = [None if t is None else t.to(device) for t in (
-            self.packed(form), self.quads, self.zero_points, self.bias_values, self.codebooks)]
+        tensors = [
+            None if t is None else t.to(device)
+            for t in (self.packed(form), self.quads, self.zero_points, self.bias_values, self.codebooks)
+        ]
         codes, scales, zeros, bias, codebooks = tensors
         law = noise.NONE if self.law is None else noise.LAWS[self.law]
-        return (Weight(codes, scales, self.k, self.width, zeros, bias, self.base4, self.bits, self.table, codebooks),
-                Perturbation(torch.tensor(self.seeds, device=device), self.raw_coefs.to(device), law, self.relative,
-                             self.shared, self.pair))
+        return (
+            Weight(codes, scales, self.k, self.width, zeros, bias, self.base4, self.bits, self.table, codebooks),
+            Perturbation(
+                torch.tensor(self.seeds, device=device),
+                self.raw_coefs.to(device),
+                law,
+                self.relative,
+                self.shared,
+                self.pair,
+            ),
+        )
 
     def kernel(self, tile=TILE, out_dtype=torch.float32, device="cpu", asm=False):
         """plan.launch: in the interpreter, or on a GPU."""
@@ -158,15 +169,16 @@ class Matmul:
         at = oracle.index(self.base4, self.groups, self.n)
         if self.law is None:
             return [torch.zeros(self.groups, self.n, dtype=torch.float64) for _ in self.seeds]
-        if self.shared:                # the noise of a row's first scale is that of all
+        if self.shared:  # the noise of a row's first scale is that of all
             return [oracle.raw_at(self.law, seed, at[:1]).expand(self.groups, -1) for seed in self.seeds]
         return [oracle.raw_at(self.law, seed, at) for seed in self.seeds]
 
     def _each(self, function):
         """function(rows of x in float64, raw noise, coefficient) of every evaluation, stacked."""
         blocks = self.x.double().split(self.rows) if self.rows else [self.x.double()] * len(self.seeds)
-        return torch.cat([function(x, k, c) for x, k, c in
-                          zip(blocks, self.raw_noise, self.raw_coefs.tolist(), strict=True)])
+        return torch.cat(
+            [function(x, k, c) for x, k, c in zip(blocks, self.raw_noise, self.raw_coefs.tolist(), strict=True)]
+        )
 
     def want(self):
         """y in float64."""
@@ -174,6 +186,7 @@ class Matmul:
 
         def y(x, k, c):
             return x @ self.weight(oracle.perturbed(self.scales, k, c, self.relative), self.zero_points).T + bias
+
         return self._each(y)
 
     def passes(self, p):
@@ -181,8 +194,10 @@ class Matmul:
         to its accumulator in turn, and only together the weight."""
         if self.books:
             each = 2 if self.bits <= 8 else 1
-            return [oracle.vector_weight(self.codes[:, :, i:i + each], p, self.codebooks[i:i + each], self.bits)
-                    for i in range(0, self.books, each)]
+            return [
+                oracle.vector_weight(self.codes[:, :, i : i + each], p, self.codebooks[i : i + each], self.bits)
+                for i in range(0, self.books, each)
+            ]
         tables = [None] if self.table is None else self.parts
         return [oracle.weight(self.codes, p, None, self.bits, table) for table in tables]
 

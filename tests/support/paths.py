@@ -1,4 +1,5 @@
 """Where the tests find things."""
+
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -1,4 +1,5 @@
 """A few small layers and models of QZOLinear, and what is the same of two."""
+
 import torch
 from torch import nn
 

@@ -7,6 +7,7 @@ places below it; the sum of what is left is exact, and cut off toward zero again
     Xie, Wang, Yang, Yang: MMA-Sim, arXiv 2511.10909 (Hopper, Blackwell 25 places; Ampere, Ada 24 and blocks of 8)
     Khattak, Mikaitis: Accurate Models of NVIDIA Tensor Cores, arXiv 2512.07004 (the same for the H100 and the A100)
 """
+
 import dataclasses
 
 import torch
@@ -22,8 +23,14 @@ class Core:
     bits: int
 
 
-CORES = {"sm_80": Core(8, 24), "sm_86": Core(8, 24), "sm_89": Core(8, 24),
-         "sm_90": Core(16, 25), "sm_100": Core(16, 25), "sm_120": Core(16, 25)}
+CORES = {
+    "sm_80": Core(8, 24),
+    "sm_86": Core(8, 24),
+    "sm_89": Core(8, 24),
+    "sm_90": Core(16, 25),
+    "sm_100": Core(16, 25),
+    "sm_120": Core(16, 25),
+}
 
 
 def truncations(matmul, tile, arch):
@@ -67,10 +74,10 @@ def dot(acc, w, x, core):
     """acc [N, M] + w [N, k] . x [M, k]^T in blocks, or, without a core, in order of k, each sum rounded to nearest."""
     if core is None:
         for i in range(w.shape[1]):
-            acc = _nearest(acc + w[:, i:i + 1] * x[:, i])
+            acc = _nearest(acc + w[:, i : i + 1] * x[:, i])
         return acc
     for at in range(0, w.shape[1], core.block):
-        acc = add_block(acc, w[:, at:at + core.block], x[:, at:at + core.block], core)
+        acc = add_block(acc, w[:, at : at + core.block], x[:, at : at + core.block], core)
     return acc
 
 

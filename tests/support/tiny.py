@@ -1,12 +1,43 @@
 """A tiny random Llama with a tokenizer of words, saved as a float checkpoint, and a task for it."""
+
 import json
 
 import torch
 
-WORDS = ["red", "green", "blue", "stone", "leaf", "sky", "fire", "water", "Topic", "Headline", ":", "up", "down",
-         "left", "right", "warm", "cold", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-RECORDS = [{"prompt": f"Headline : {a} {b}", "options": ["warm", "cold"], "label": int(a in ("blue", "sky", "water"))}
-           for a in ("red", "fire", "blue", "sky", "water", "leaf") for b in ("one", "two", "three", "four")]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "stone",
+    "leaf",
+    "sky",
+    "fire",
+    "water",
+    "Topic",
+    "Headline",
+    ":",
+    "up",
+    "down",
+    "left",
+    "right",
+    "warm",
+    "cold",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+]
+RECORDS = [
+    {"prompt": f"Headline : {a} {b}", "options": ["warm", "cold"], "label": int(a in ("blue", "sky", "water"))}
+    for a in ("red", "fire", "blue", "sky", "water", "leaf")
+    for b in ("one", "two", "three", "four")
+]
 
 
 def save_checkpoint(folder, hidden=64):
@@ -17,12 +48,22 @@ def save_checkpoint(folder, hidden=64):
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-                            ).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, vocab_size=len(vocabulary), max_position_embeddings=64,
-                         initializer_range=0.2, eos_token_id=1, pad_token_id=0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=len(vocabulary),
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -2,6 +2,7 @@
 
 Each has the template CHAT. Their alphabets hold every character of PIECES, so none of it is unknown.
 """
+
 import functools
 import json
 
@@ -18,15 +19,59 @@ from tokenizers import (
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 # What texts are made of: words, spaces and line ends, digits, marks, composed and decomposed letters, other scripts
-PIECES = ["yes", "no", "Topic", "hello", "lo", "un", "wanted", "a", "B", " ", "  ", "\n", "\n\n", " \n", "\t", "7",
-          "2024", " 31", ":", ": ", ".", "?!", "-", "'s", "é", "e\u0301", "ß", "ﬁ", "日本", "語", "Ж", "مر",
-          "\U0001f600", "\U0001f469\u200d\U0001f680", "\u00a0", " yes", " no", " hello", "</a>"]
+PIECES = [
+    "yes",
+    "no",
+    "Topic",
+    "hello",
+    "lo",
+    "un",
+    "wanted",
+    "a",
+    "B",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    " \n",
+    "\t",
+    "7",
+    "2024",
+    " 31",
+    ":",
+    ": ",
+    ".",
+    "?!",
+    "-",
+    "'s",
+    "é",
+    "e\u0301",
+    "ß",
+    "ﬁ",
+    "日本",
+    "語",
+    "Ж",
+    "مر",
+    "\U0001f600",
+    "\U0001f469\u200d\U0001f680",
+    "\u00a0",
+    " yes",
+    " no",
+    " hello",
+    "</a>",
+]
 SPECIAL = ["<unk>", "<s>", "</s>"]
-CHAT = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant:{% endif %}")
-LINES = ["".join(PIECES[i % len(PIECES)] + PIECES[i * 7 % len(PIECES)] + PIECES[(i * i + 3) % len(PIECES)] + " "
-                 for i in range(start, start + 12)) for start in range(0, 120, 3)] + [
-    "Topic: yes\nTopic: no\nhello, the unwanted user said: no", "assistant: yes user: no system: hello"] * 4
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+LINES = [
+    "".join(
+        PIECES[i % len(PIECES)] + PIECES[i * 7 % len(PIECES)] + PIECES[(i * i + 3) % len(PIECES)] + " "
+        for i in range(start, start + 12)
+    )
+    for start in range(0, 120, 3)
+] + ["Topic: yes\nTopic: no\nhello, the unwanted user said: no", "assistant: yes user: no system: hello"] * 4
 
 
 def _train(model, trainer, normalizer=None, pre=None, decoder=None, special=SPECIAL, size=420, **options):
@@ -37,8 +82,9 @@ def _train(model, trainer, normalizer=None, pre=None, decoder=None, special=SPEC
         tokenizer.pre_tokenizer = pre
     if decoder is not None:
         tokenizer.decoder = decoder
-    tokenizer.train_from_iterator(LINES, trainer(vocab_size=size, special_tokens=special, show_progress=False,
-                                                 **options))
+    tokenizer.train_from_iterator(
+        LINES, trainer(vocab_size=size, special_tokens=special, show_progress=False, **options)
+    )
     return tokenizer
 
 
@@ -58,10 +104,17 @@ def _bytes(add_prefix_space, trim_offsets, front=(), normalizer=None, split=None
     """Byte-level BPE, as GPT-2's; with `split` as tiktoken's; with digits apart as others'."""
     level = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=split is None)
     pre = level if split is None else pre_tokenizers.Sequence([split, level])
-    tokenizer = _train(models.BPE(), trainers.BpeTrainer, normalizer, pre, decoders.ByteLevel(),
-                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    return _finish(tokenizer, front, before=processors.ByteLevel(trim_offsets=trim_offsets), bos_token="<s>",
-                   eos_token="</s>")
+    tokenizer = _train(
+        models.BPE(),
+        trainers.BpeTrainer,
+        normalizer,
+        pre,
+        decoders.ByteLevel(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    return _finish(
+        tokenizer, front, before=processors.ByteLevel(trim_offsets=trim_offsets), bos_token="<s>", eos_token="</s>"
+    )
 
 
 def _sentencepiece(normalizer=None, pre=None, front=("<s>",), back=(), model=None, **options):
@@ -78,8 +131,9 @@ def _llama():
     merges = [tuple(pair) for pair in learned["merges"] if {*pair, "".join(pair)} <= set(vocab)]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = marks
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.add_special_tokens(SPECIAL)
     return _finish(tokenizer, ["<s>"])
 
@@ -138,10 +192,29 @@ class Slow(PreTrainedTokenizer):
 
 
 def _slow():
-    words = [*SPECIAL, *dict.fromkeys("".join([*PIECES, *LINES, "\u2581"])), "yes", "\u2581yes", "no", "\u2581no",
-             "\u2581hel", "hello", "\u2581\u2581", ":\u2581", "wanted", "\n\n", "202", "31"]
-    return Slow({word: i for i, word in enumerate(dict.fromkeys(words))}, bos_token="<s>", eos_token="</s>",
-                unk_token="<unk>", chat_template=CHAT)
+    words = [
+        *SPECIAL,
+        *dict.fromkeys("".join([*PIECES, *LINES, "\u2581"])),
+        "yes",
+        "\u2581yes",
+        "no",
+        "\u2581no",
+        "\u2581hel",
+        "hello",
+        "\u2581\u2581",
+        ":\u2581",
+        "wanted",
+        "\n\n",
+        "202",
+        "31",
+    ]
+    return Slow(
+        {word: i for i, word in enumerate(dict.fromkeys(words))},
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT,
+    )
 
 
 _UNIGRAM = (models.Unigram(), trainers.UnigramTrainer)
@@ -150,16 +223,23 @@ MAKES = {
     "bytes-untrimmed": lambda: _bytes(False, False, ["<s>"]),
     "bytes-prefix": lambda: _bytes(True, False),
     "bytes-prefix-trimmed": lambda: _bytes(True, True, ["<s>"]),
-    "bytes-digits-nfc": lambda: _bytes(False, True, normalizer=normalizers.NFC(),
-                                       split=pre_tokenizers.Digits(individual_digits=True)),
+    "bytes-digits-nfc": lambda: _bytes(
+        False, True, normalizer=normalizers.NFC(), split=pre_tokenizers.Digits(individual_digits=True)
+    ),
     "tiktoken": _tiktoken,
     "llama": _llama,
     "metaspace-first": lambda: _sentencepiece(pre=pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
     "metaspace-always": lambda: _sentencepiece(pre=pre_tokenizers.Metaspace(prepend_scheme="always")),
     "metaspace-never": lambda: _sentencepiece(pre=pre_tokenizers.Metaspace(prepend_scheme="never")),
     "adds-eos": lambda: _sentencepiece(pre=pre_tokenizers.Metaspace(prepend_scheme="first"), back=["</s>"]),
-    "unigram": lambda: _sentencepiece(normalizers.NFKC(), pre_tokenizers.Metaspace(split=False), front=(),
-                                      back=["</s>"], model=_UNIGRAM, unk_token="<unk>"),
+    "unigram": lambda: _sentencepiece(
+        normalizers.NFKC(),
+        pre_tokenizers.Metaspace(split=False),
+        front=(),
+        back=["</s>"],
+        model=_UNIGRAM,
+        unk_token="<unk>",
+    ),
     "wordpiece": _wordpiece,
     "slow": _slow,
 }

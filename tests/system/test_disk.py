@@ -1,4 +1,5 @@
 """A full disk: the path and what is true of the command are told. /dev/full stands for it where a file is written."""
+
 import errno
 import json
 import os
@@ -44,24 +45,51 @@ def last_line(capsys):
 
 def train(base, out, *more):
     data = tiny.write_jsonl(base.parent / "t.jsonl", tiny.RECORDS)
-    return ["train", "--model", str(base), "--data", str(data), "--output-dir", str(out), "--max-steps", "3",
-            "--batch-size", "2", *DEVICE, *more]
+    return [
+        "train",
+        "--model",
+        str(base),
+        "--data",
+        str(data),
+        "--output-dir",
+        str(out),
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "2",
+        *DEVICE,
+        *more,
+    ]
 
 
-@pytest.mark.parametrize(("error", "code"), [
-    (OSError(errno.ENOSPC, "x"), errno.ENOSPC), (OSError(errno.EDQUOT, "x"), errno.EDQUOT),
-    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), errno.ENOSPC),
-    (RuntimeError("Disk quota exceeded (os error 122)"), errno.EDQUOT),
-    (OSError(errno.EIO, "x"), None), (ValueError("28"), None), (OSError("x"), None)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "x"), errno.ENOSPC),
+        (OSError(errno.EDQUOT, "x"), errno.EDQUOT),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (RuntimeError("Disk quota exceeded (os error 122)"), errno.EDQUOT),
+        (OSError(errno.EIO, "x"), None),
+        (ValueError("28"), None),
+        (OSError("x"), None),
+    ],
+)
 def test_who_says_that_a_disk_is_full(error, code):
     assert disk.full(error) == code
 
 
-@pytest.mark.parametrize(("error", "path"), [
-    (OSError(errno.ENOSPC, "x"), "/out"), (OSError(errno.ENOSPC, "x", "/out/.qzo-1/a"), "/out"),
-    (OSError(errno.EDQUOT, "x", "/source/a", None, "/out/a"), "/out"),
-    (OSError(errno.ENOSPC, "x", "/cache/a"), "/cache/a"), (OSError(errno.EIO, "x"), "/out"),
-    (OSError(errno.EIO, "x", "/a"), "/a"), (SafetensorError("(os error 28)"), "/out")])
+@pytest.mark.parametrize(
+    ("error", "path"),
+    [
+        (OSError(errno.ENOSPC, "x"), "/out"),
+        (OSError(errno.ENOSPC, "x", "/out/.qzo-1/a"), "/out"),
+        (OSError(errno.EDQUOT, "x", "/source/a", None, "/out/a"), "/out"),
+        (OSError(errno.ENOSPC, "x", "/cache/a"), "/cache/a"),
+        (OSError(errno.EIO, "x"), "/out"),
+        (OSError(errno.EIO, "x", "/a"), "/a"),
+        (SafetensorError("(os error 28)"), "/out"),
+    ],
+)
 def test_which_path_it_is(error, path):
     with pytest.raises(OSError, match=path) as caught, disk.naming("/out"):
         raise error
@@ -81,8 +109,10 @@ def test_a_folder_that_cannot_be_written(base, tmp_path, full_weights, capsys, c
     out = tmp_path / "new/q"
     options = ["--to", "gptq", *DEVICE] if command == "export" else ["--group-size", "32"]
     assert main([command, str(base), "--output-dir", str(out), *options]) == 1
-    assert last_line(capsys) == (f"qzo {command}: no space left on the disk ({out}); nothing was changed there: free "
-                                 "space, or name an --output-dir elsewhere, and run it again")
+    assert last_line(capsys) == (
+        f"qzo {command}: no space left on the disk ({out}); nothing was changed there: free "
+        "space, or name an --output-dir elsewhere, and run it again"
+    )
     assert len(full_weights) == 1
     assert not (tmp_path / "new").exists()
 
@@ -119,14 +149,16 @@ def test_training_before_its_first_step(base, tmp_path, capsys, monkeypatch, beg
     assert "no step is saved yet: free space" in line
     assert ("--resume" in line) == (out / "journal.qzo").exists() == begun
     monkeypatch.undo()
-    assert main(train(base, out, *["--resume"] * begun)) == 0            # what the line says is true
+    assert main(train(base, out, *["--resume"] * begun)) == 0  # what the line says is true
 
 
 def test_training_after_its_steps(base, tmp_path, full_weights, capsys, monkeypatch):
     out = tmp_path / "o"
     assert main(train(base, out)) == 1
-    assert last_line(capsys) == (f"qzo train: no space left on the disk ({out / 'model'}); 3 steps are saved: free "
-                                 f"space, then the same command with --output-dir {out} --resume")
+    assert last_line(capsys) == (
+        f"qzo train: no space left on the disk ({out / 'model'}); 3 steps are saved: free "
+        f"space, then the same command with --output-dir {out} --resume"
+    )
     assert main(["replay", str(base), str(out / "journal.qzo"), "--output-dir", str(tmp_path / "r"), *DEVICE]) == 1
     assert "--resume" not in last_line(capsys)
     monkeypatch.undo()
@@ -148,14 +180,26 @@ def test_a_step_that_the_journal_cannot_hold(base, tmp_path, capsys, monkeypatch
 def test_a_configuration_file_names_the_folder(base, tmp_path, capsys, full_weights):
     data = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.RECORDS)
     config = tmp_path / "c.json"
-    config.write_text(json.dumps({"model": str(base), "data": str(data), "output_dir": str(tmp_path / "o"),
-                                  "max_steps": 1, "batch_size": 2, "group_size": 32, "device": "cpu"}))
+    config.write_text(
+        json.dumps(
+            {
+                "model": str(base),
+                "data": str(data),
+                "output_dir": str(tmp_path / "o"),
+                "max_steps": 1,
+                "batch_size": 2,
+                "group_size": 32,
+                "device": "cpu",
+            }
+        )
+    )
     assert main(["train", "--config", str(config)]) == 1
     assert f"1 step is saved: free space, then the same command with --output-dir {tmp_path / 'o'}" in last_line(capsys)
 
 
 def test_a_download_that_does_not_fit(tmp_path, capsys, monkeypatch):
     """It is no missing name, and not the output's disk."""
+
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -165,17 +209,25 @@ def test_a_download_that_does_not_fit(tmp_path, capsys, monkeypatch):
     assert line.startswith(f"qzo quantize: no space left on the disk ({huggingface_hub.constants.HF_HUB_CACHE}); ")
 
 
-@pytest.mark.parametrize(("code", "reason"), [
-    (errno.EROFS, "its file system is read-only; give another path"),
-    (errno.EACCES, "permission denied; give another path, or change whose it is")])
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.EROFS, "its file system is read-only; give another path"),
+        (errno.EACCES, "permission denied; give another path, or change whose it is"),
+    ],
+)
 @pytest.mark.parametrize("command", ["train", "replay", "export", "quantize"])
 def test_a_folder_that_is_closed(base, tmp_path, capsys, monkeypatch, command, code, reason):
     """Read-only: the path, and status 2. Nothing else is written."""
     journal, closed = tmp_path / "o/journal.qzo", tmp_path / "closed"
     if command == "replay":
         assert main(train(base, tmp_path / "o")) == 0
-    commands = {"train": train(base, closed / "new"), "replay": ["replay", str(base), str(journal), *DEVICE],
-                "export": ["export", str(base), "--to", "gptq", *DEVICE], "quantize": ["quantize", str(base)]}
+    commands = {
+        "train": train(base, closed / "new"),
+        "replay": ["replay", str(base), str(journal), *DEVICE],
+        "export": ["export", str(base), "--to", "gptq", *DEVICE],
+        "quantize": ["quantize", str(base)],
+    }
     make = Path.mkdir
 
     def refuse(path, *given, **options):
@@ -193,9 +245,12 @@ def test_a_folder_that_is_closed(base, tmp_path, capsys, monkeypatch, command, c
 def test_a_path_that_is_no_folder(base, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for out, reason in {"file": "it is there already and is no folder", "file/o": "a part of this path is a file",
-                        "loop": "it is there already and is no folder", "x" * 300: "a name in this path is too long"
-                        }.items():
+    for out, reason in {
+        "file": "it is there already and is no folder",
+        "file/o": "a part of this path is a file",
+        "loop": "it is there already and is no folder",
+        "x" * 300: "a name in this path is too long",
+    }.items():
         assert main(train(base, tmp_path / out)) == 2
         assert last_line(capsys).startswith(f"qzo train: {tmp_path / out}: {reason}")
     assert main(["replay", str(base), str(tmp_path), "--output-dir", str(tmp_path / "r")]) == 2

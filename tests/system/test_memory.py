@@ -1,12 +1,15 @@
 """Out of memory is one line: asked, free, what lowers it."""
+
 import pytest
 import torch
 
 from qzo.cli.main import main
 from qzo.system import memory
 
-CUDA = ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 10.31 GiB "
-        "is free. Including non-PyTorch memory, this process has 129.49 GiB memory in use.")
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 10.31 GiB "
+    "is free. Including non-PyTorch memory, this process has 129.49 GiB memory in use."
+)
 
 
 def test_what_a_gpu_says():
@@ -29,8 +32,10 @@ def test_other_errors_are_not_taken_for_it():
     assert memory.explain(RuntimeError("something\n else"), "x").startswith("out of memory: something else, ")
 
 
-@pytest.mark.parametrize("command", [["train", "--model", "m", "--data", "README.md", "--output-dir", "o"],
-                                     ["memory", "--config", "smollm2"]])
+@pytest.mark.parametrize(
+    "command",
+    [["train", "--model", "m", "--data", "README.md", "--output-dir", "o"], ["memory", "--config", "smollm2"]],
+)
 def test_a_command_ends_in_one_line_and_status_1(command, monkeypatch, capsys):
     def full(*_, **__):
         raise torch.OutOfMemoryError(CUDA)

@@ -1,4 +1,5 @@
 """Batches in a few shapes: the widths that pad least, and losses that padding leaves as they are."""
+
 import itertools
 import random
 
@@ -31,8 +32,9 @@ def test_the_widths_pad_least():
     for _ in range(200):
         lengths, count = [8 * dice.randint(1, 24) for _ in range(dice.randint(1, 10))], dice.randint(1, 4)
         there = sorted(set(lengths))
-        least = min(padding(lengths, [*some, there[-1]]) for k in range(count)
-                    for some in itertools.combinations(there[:-1], k))
+        least = min(
+            padding(lengths, [*some, there[-1]]) for k in range(count) for some in itertools.combinations(there[:-1], k)
+        )
         widths = best_widths(lengths, count)
         assert len(widths) <= count
         assert list(widths) == sorted(widths)
@@ -51,8 +53,9 @@ def test_a_batch_is_wider_than_its_longest_row_but_not_than_the_model_takes():
         assert len(set(shapes.values())) == 8
 
 
-@pytest.mark.parametrize(("lengths", "most"), [
-    ([n for n in range(30, 1001)], 0.12), ([round(32 * 1.001**n) for n in range(3467)], 0.19)])
+@pytest.mark.parametrize(
+    ("lengths", "most"), [([n for n in range(30, 1001)], 0.12), ([round(32 * 1.001**n) for n in range(3467)], 0.19)]
+)
 def test_what_padding_costs_is_what_the_module_says(lengths, most):
     buckets = Buckets([(n, 0) for n in lengths])
     assert sum(buckets.shape(n)[0] - n for n in lengths) / sum(lengths) == pytest.approx(most, abs=0.01)
@@ -75,7 +78,8 @@ KINDS = {
     "completion": [Example(tuple(range(3, 9 + n)), labels=(-100,) * 4 + tuple(range(7, 9 + n))) for n in range(6)],
     "one": [Example(tuple(range(3, 5 + n)), options=((7,), (9,), (11,)), label=n % 3) for n in range(6)],
     "several": [Example(tuple(range(3, 7 + n)), options=((7, 8), (9,), (11, 12, 4)), label=n % 3) for n in range(6)],
-    "shared": [Example(tuple(range(3, 19 + n)), options=((7, 8), (9,), (11, 12, 4)), label=n % 3) for n in range(6)]}
+    "shared": [Example(tuple(range(3, 19 + n)), options=((7, 8), (9,), (11, 12, 4)), label=n % 3) for n in range(6)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +133,14 @@ def test_a_static_batch_reads_what_labels_say(model):
     assert torch.allclose(got, qzo.losses(model, batch, 2), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("labels", "targets", "said"), [
-    ([[3, 4, 5]], 1, "targets=1: the batch has rows of 2 labels, in 2 places"), ([[3, 4, 5]], 3, "targets=3"),
-    ([[3, -100, -100]], None, "no position of the batch carries a label")])
+@pytest.mark.parametrize(
+    ("labels", "targets", "said"),
+    [
+        ([[3, 4, 5]], 1, "targets=1: the batch has rows of 2 labels, in 2 places"),
+        ([[3, 4, 5]], 3, "targets=3"),
+        ([[3, -100, -100]], None, "no position of the batch carries a label"),
+    ],
+)
 def test_static_batches_that_cannot_be(labels, targets, said):
     with pytest.raises(ValueError, match=said):
         static_batch({"labels": torch.tensor(labels)}, targets)

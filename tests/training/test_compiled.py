@@ -3,6 +3,7 @@
 The compiler's back end is a counter that runs what dynamo traced, so the bits are those of the plain model; another
 test goes the whole way through inductor.
 """
+
 import copy
 import warnings
 
@@ -66,10 +67,15 @@ def test_new_seeds_batches_and_scales_compile_nothing(loaded, top):
         assert plain[0] != plain[1]
         optimizer.step(lambda: torch.tensor([1.0, 0.0]))
     assert counter.compiled == first
-    short = Task(model, [data.Example(e.ids[:2], options=e.options, label=e.label) for e in loaded[1]], 0, prefix,
-                 compiled=task.compiled)
+    short = Task(
+        model,
+        [data.Example(e.ids[:2], options=e.options, label=e.label) for e in loaded[1]],
+        0,
+        prefix,
+        compiled=task.compiled,
+    )
     assert torch.equal(*both(short, 0))
-    assert counter.compiled > first              # another shape has code of its own
+    assert counter.compiled > first  # another shape has code of its own
 
 
 def test_nothing_is_left_behind(loaded):
@@ -78,7 +84,7 @@ def test_nothing_is_left_behind(loaded):
     with compiled.body():
         assert "forward" in vars(model.base_model)
     assert not any("forward" in vars(module) for module in model.modules())
-    own = model.base_model.forward = model.base_model.forward        # as accelerate's hooks set it
+    own = model.base_model.forward = model.base_model.forward  # as accelerate's hooks set it
     with compiled.body():
         assert model.base_model.forward is not own
     assert model.base_model.forward is own
@@ -116,8 +122,11 @@ def test_errors_of_the_model_are_its_own(loaded):
     model = copy.deepcopy(loaded[0])
     task = Task(model, loaded[1], 0, bucketed=True, compiled=Compiled(model, Counter()))
     batch = task.batch([0, 1, 2], 1)
-    with (qzo.evaluating(model, qzo.Evaluations([1, 1], [0.1, -0.1])), warnings.catch_warnings(action="error"),
-          pytest.raises(ValueError, match="3 rows do not divide into 2 evaluations")):
+    with (
+        qzo.evaluating(model, qzo.Evaluations([1, 1], [0.1, -0.1])),
+        warnings.catch_warnings(action="error"),
+        pytest.raises(ValueError, match="3 rows do not divide into 2 evaluations"),
+    ):
         task.compiled_losses(batch, 1)
 
 
@@ -127,8 +136,14 @@ def test_a_journal_says_that_a_run_was_compiled(loaded, tmp_path):
     for name in ("a", "b", "plain"):
         model = copy.deepcopy(loaded[0])
         settings = Settings(max_steps=2, batch_size=2, directions=1, compile=name != "plain")
-        task = Task(model, loaded[1], 0, train.choose_layers(model, 1), bucketed=True,
-                    compiled=Compiled(model) if settings.compile else None)
+        task = Task(
+            model,
+            loaded[1],
+            0,
+            train.choose_layers(model, 1),
+            bucketed=True,
+            compiled=Compiled(model) if settings.compile else None,
+        )
         train.fit(task, settings, tmp_path / name, show=False)
         ends.append(read_journal(tmp_path / name / "journal.qzo"))
     (header, steps, _), (_, again, _), (other, plain, _) = ends
@@ -139,8 +154,16 @@ def test_a_journal_says_that_a_run_was_compiled(loaded, tmp_path):
 
 
 def test_experts_are_not_compiled_for_each_number_of_rows():
-    config = MixtralConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=64,
-                           hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)
+    config = MixtralConfig(
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
     torch.manual_seed(0)
     model, counter = qzo.quantize_(MixtralForCausalLM(config).eval(), group_size=32), Counter()
     compiled, numbers = Compiled(model, counter), set()

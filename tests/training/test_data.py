@@ -1,20 +1,21 @@
 """From lines to examples: special tokens stand where the text begins and ends, and a line that cannot be learned is
 named before anything trains."""
-import json
+
 import warnings
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qzo.cli.main import main
 from qzo.training.data import IGNORED, Example, read_jsonl, tokenize
 from tests.support import tiny, zoo
 
 WORDS = ["<unk>", "<s>", "</s>", "<g>", "a", "b", "c", "yes", "no", "please", "assistant", "user", ":"]
 ID = {word: i for i, word in enumerate(WORDS)}
-CHAT = ("{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}")
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
 
 
 def words(around="<s> $A </s>", template=CHAT, eos="</s>"):
@@ -23,9 +24,11 @@ def words(around="<s> $A </s>", template=CHAT, eos="</s>"):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<s>", "</s>", "<g>"])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=around, special_tokens=[(token, ID[token]) for token in around.split() if token != "$A"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, unk_token="<unk>",
-                                   chat_template=template)
+        single=around, special_tokens=[(token, ID[token]) for token in around.split() if token != "$A"]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, unk_token="<unk>", chat_template=template
+    )
 
 
 def ids(text):
@@ -38,9 +41,18 @@ def learned(prompt, completion):
 
 # ------------------------------------------------------------------------------------------------ special tokens
 
-@pytest.mark.parametrize(("around", "front", "end"), [
-    ("$A", "", ""), ("<s> $A", "<s>", ""), ("$A </s>", "", "</s>"), ("<s> $A </s>", "<s>", "</s>"),
-    ("<g> <s> $A </s>", "<g> <s>", "</s>"), ("<g> <s> $A", "<g> <s>", "")])
+
+@pytest.mark.parametrize(
+    ("around", "front", "end"),
+    [
+        ("$A", "", ""),
+        ("<s> $A", "<s>", ""),
+        ("$A </s>", "", "</s>"),
+        ("<s> $A </s>", "<s>", "</s>"),
+        ("<g> <s> $A </s>", "<g> <s>", "</s>"),
+        ("<g> <s> $A", "<g> <s>", ""),
+    ],
+)
 def test_special_tokens_stand_once_around_the_whole(around, front, end):
     tokenizer = words(around)
 
@@ -59,8 +71,11 @@ def test_special_tokens_stand_once_around_the_whole(around, front, end):
     for text in (prompt, "a b"):
         choice = one(prompt=text, options=[" yes", " no please"], label=1)
         assert choice == Example(ids(prompt), options=(ids("yes"), ids("no please")), label=1)
-        assert one(text=f"{text} </s>" if end else text) == one(text=text) == Example(
-            ids(f"{prompt} {end}"), labels=ids(f"{prompt} {end}"))
+        assert (
+            one(text=f"{text} </s>" if end else text)
+            == one(text=text)
+            == Example(ids(f"{prompt} {end}"), labels=ids(f"{prompt} {end}"))
+        )
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "yes"}]
     assert one(messages=turns) == learned("user : a b assistant :", "yes")
 
@@ -76,16 +91,26 @@ def test_the_first_line_may_be_special_tokens_alone():
     assert [e.ids for e in tokenize(records, words("<s> $A"))] == [ids("<s> <s>"), ids("<s> </s> a"), ids("<s> a b")]
 
 
-@pytest.mark.parametrize(("around", "record", "want"), [
-    ("<s> $A </s>", {"prompt": "a b c a b c", "completion": " yes"}, learned("<s> b c", "yes </s>")),
-    ("<g> <s> $A", {"prompt": "a b c a b c", "completion": " yes"}, learned("<g> <s> c", "yes </s>")),
-    ("$A", {"prompt": "a b c a b c", "completion": " yes"}, learned("a b c", "yes </s>")),
-    ("$A", {"prompt": "<s> a b c a b c", "completion": " yes"}, learned("<s> b c", "yes </s>")),
-    ("<s> $A </s>", {"text": "a b c a b c"}, Example(ids("<s> a b c a"), labels=ids("<s> a b c a"))),
-    ("<s> $A", {"prompt": "a b c a b c", "options": [" yes", " no please"], "label": " no please"},
-     Example(ids("<s> b c"), options=(ids("yes"), ids("no please")), label=1)),
-    ("<s> $A", {"messages": [{"role": "user", "content": "a b c a b"}, {"role": "assistant", "content": "yes"}]},
-     learned("<s> b assistant :", "yes"))])
+@pytest.mark.parametrize(
+    ("around", "record", "want"),
+    [
+        ("<s> $A </s>", {"prompt": "a b c a b c", "completion": " yes"}, learned("<s> b c", "yes </s>")),
+        ("<g> <s> $A", {"prompt": "a b c a b c", "completion": " yes"}, learned("<g> <s> c", "yes </s>")),
+        ("$A", {"prompt": "a b c a b c", "completion": " yes"}, learned("a b c", "yes </s>")),
+        ("$A", {"prompt": "<s> a b c a b c", "completion": " yes"}, learned("<s> b c", "yes </s>")),
+        ("<s> $A </s>", {"text": "a b c a b c"}, Example(ids("<s> a b c a"), labels=ids("<s> a b c a"))),
+        (
+            "<s> $A",
+            {"prompt": "a b c a b c", "options": [" yes", " no please"], "label": " no please"},
+            Example(ids("<s> b c"), options=(ids("yes"), ids("no please")), label=1),
+        ),
+        (
+            "<s> $A",
+            {"messages": [{"role": "user", "content": "a b c a b"}, {"role": "assistant", "content": "yes"}]},
+            learned("<s> b assistant :", "yes"),
+        ),
+    ],
+)
 def test_a_prompt_loses_its_beginning_but_no_special_token(around, record, want):
     tokenizer = words(around, "<s> " + CHAT)
     [whole] = tokenize([record], tokenizer)
@@ -101,18 +126,29 @@ def test_tools_are_for_the_chat_template():
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}]
     tokenizer = words(template=template)
     assert tokenize([{"messages": turns, "tools": [{"name": "b"}, {"name": "c"}]}], tokenizer) == [
-        learned("b c user : a assistant :", "yes")]
-    assert tokenize([{"messages": turns, "tools": None}], tokenizer) == tokenize([{"messages": turns}], tokenizer) == [
-        learned("user : a assistant :", "yes")]
+        learned("b c user : a assistant :", "yes")
+    ]
+    assert (
+        tokenize([{"messages": turns, "tools": None}], tokenizer)
+        == tokenize([{"messages": turns}], tokenizer)
+        == [learned("user : a assistant :", "yes")]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the boundary
 
+
 def test_a_token_across_the_cut_is_learned_and_said_once(tmp_path):
     tokenizer = zoo.make("tiktoken")
-    path = tiny.write_jsonl(tmp_path / "d.jsonl", [
-        {"prompt": "Topic:", "completion": " yes"}, {"prompt": "Topic: ", "completion": "yes"},
-        {"prompt": "no hel", "completion": "lo"}, {"prompt": "Topic: \n", "completion": "no"}])
+    path = tiny.write_jsonl(
+        tmp_path / "d.jsonl",
+        [
+            {"prompt": "Topic:", "completion": " yes"},
+            {"prompt": "Topic: ", "completion": "yes"},
+            {"prompt": "no hel", "completion": "lo"},
+            {"prompt": "Topic: \n", "completion": "no"},
+        ],
+    )
     with pytest.warns(UserWarning, match="a token holds the prompt's end and what follows it") as seen:
         clean, space, word, split = tokenize(read_jsonl(path), tokenizer)
     [said] = [str(w.message) for w in seen]
@@ -147,12 +183,20 @@ class SlowWords(zoo.Slow):
         return text.split()
 
 
-@pytest.mark.parametrize("make", [lambda: words("$A", eos=None), lambda: SlowWords(ID, unk_token="<unk>")],
-                         ids=["fast", "slow"])
-@pytest.mark.parametrize(("prompt", "completion", "want"), [
-    ("a b", "yes", learned("a b", "yes")), ("a zzz", "yes please", learned("a <unk>", "yes please")),
-    ("a zzz", " yes", learned("a <unk>", "yes")), ("a b", "zzz", learned("a b", "<unk>")),
-    ("a zzz", "yes", learned("a <unk>", "yes")), ("a zzz", "zzz yes", learned("a", "<unk> yes"))])
+@pytest.mark.parametrize(
+    "make", [lambda: words("$A", eos=None), lambda: SlowWords(ID, unk_token="<unk>")], ids=["fast", "slow"]
+)
+@pytest.mark.parametrize(
+    ("prompt", "completion", "want"),
+    [
+        ("a b", "yes", learned("a b", "yes")),
+        ("a zzz", "yes please", learned("a <unk>", "yes please")),
+        ("a zzz", " yes", learned("a <unk>", "yes")),
+        ("a b", "zzz", learned("a b", "<unk>")),
+        ("a zzz", "yes", learned("a <unk>", "yes")),
+        ("a zzz", "zzz yes", learned("a", "<unk> yes")),
+    ],
+)
 def test_an_unknown_token_across_the_cut_hides_no_known_word(make, prompt, completion, want):
     """Prompt and completion, where the word that both make is unknown: encoded by themselves, unless both are."""
     with warnings.catch_warnings(record=True) as seen:
@@ -167,7 +211,7 @@ def test_options_behind_an_unknown_word_are_encoded_alike():
 
 
 def test_an_unknown_token_that_one_option_goes_on_with_stands_in_all_of_them():
-    """"zzzzzz" and "zzz" are the same unknown token; only the first holds text of its option."""
+    """ "zzzzzz" and "zzz" are the same unknown token; only the first holds text of its option."""
     with pytest.warns(UserWarning, match="in 1 of 1 lines a token holds"):
         [example] = tokenize([{"prompt": "a zzz", "options": [" no", "zzz yes"], "label": 0}], words("$A"))
     assert example == Example(ids("a"), options=(ids("<unk> no"), ids("<unk> yes")), label=0)
@@ -176,144 +220,10 @@ def test_an_unknown_token_that_one_option_goes_on_with_stands_in_all_of_them():
 def test_a_line_is_read_as_its_first_form_whatever_else_it_has():
     tokenizer = words("$A")
     extra = {"text": 3, "id": 4, "options": None}
-    records = [{"prompt": "a", "completion": " yes"}, {"messages": [{"role": "user", "content": "a"},
-                                                                    {"role": "assistant", "content": "yes"}]}]
+    records = [
+        {"prompt": "a", "completion": " yes"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}]},
+    ]
     assert tokenize([record | extra for record in records], tokenizer) == tokenize(records, tokenizer)
     with pytest.raises(ValueError, match="example 1: has the keys"):
         tokenize([{"question": "a"}], tokenizer)
-
-
-# ------------------------------------------------------------------------------------------------ lines that are named
-
-def named(tmp_path, record, tokenizer, **options):
-    """What is said of a record on the fourth line of a file, the third of its examples."""
-    path = tmp_path / "d.jsonl"
-    path.write_text('{"text": "a b"}\n\n{"text": "a b"}\n' + json.dumps(record) + "\n")
-    with pytest.raises(ValueError) as error:
-        tokenize(read_jsonl(path), tokenizer, **options)
-    start = f"{path}, line 4: "
-    assert str(error.value).startswith(start)
-    return str(error.value).removeprefix(start)
-
-
-HALF = "a \ud800 b"
-
-
-@pytest.mark.parametrize("record", [
-    {"text": HALF}, {"prompt": HALF, "completion": "a"}, {"prompt": "a", "completion": HALF},
-    {"prompt": HALF, "options": ["a", "b"], "label": 0}, {"prompt": "a", "options": ["a", HALF], "label": 0},
-    {"prompt": "a", "options": ["a", HALF], "label": HALF},
-    {"messages": [{"role": "user", "content": HALF}, {"role": "assistant", "content": "a"}]},
-    {"messages": [{"role": HALF, "content": "a"}, {"role": "assistant", "content": "a"}]},
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": HALF}]}])
-def test_half_a_surrogate_pair(tmp_path, record):
-    said = named(tmp_path, record, words())
-    assert r"half of a surrogate pair, '\ud800' in '" in said
-    assert said.isascii()
-
-
-LONG = "a b " * 4
-
-
-@pytest.mark.parametrize(("record", "said"), [
-    ({"text": ""}, "the text '' has no tokens"), ({"text": " \n"}, r"the text ' \n' has no tokens"),
-    ({"text": "a"}, "the text is one token: nothing to predict"),
-    ({"prompt": "a", "completion": ""}, "the completion '' has no tokens; one that ends at once is the EOS"),
-    ({"prompt": "a", "completion": "  "}, "the completion '  ' has no tokens"),
-    ({"prompt": "", "completion": "a"}, "the prompt and its completion are one token together: nothing to predict"),
-    ({"prompt": "", "options": ["a", "b"], "label": 0}, "no token of the prompt stands before its options"),
-    ({"prompt": "a", "options": [" b", " "], "label": 0}, "the option ' ' has no tokens"),
-    ({"prompt": "a", "options": [" b", " c", "  b "], "label": 0}, "the options ' b' and '  b ' are the same tokens"),
-    ({"prompt": "a", "options": [" z", " c", " y"], "label": 0}, "the options ' z' and ' y' are the same tokens"),
-    ({"prompt": "a", "completion": f" {LONG}"}, "a completion has 9 tokens: it does not fit behind its prompt in "
-                                                "max_length=6 (--max-length)"),
-    ({"prompt": "", "completion": LONG}, "a completion has 9 tokens: it does not fit"),
-    ({"prompt": "a", "options": [" b", f" {LONG}"], "label": 0}, "an option has 8 tokens: it does not fit"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": LONG}]},
-     "a completion has 8 tokens: it does not fit")])
-def test_a_line_that_cannot_be_learned(tmp_path, record, said):
-    assert named(tmp_path, record, words("$A"), max_length=6).startswith(said)
-
-
-def test_a_cut_that_leaves_nothing_to_predict():
-    with pytest.raises(ValueError, match="example 1: max_length=1 leaves one token of the text"):
-        tokenize([{"text": "a b"}], words("$A"), max_length=1)
-
-
-CHATS = {
-    "raises": ("{{ raise_exception('no system turn here') }}", "TemplateError: no system turn here"),
-    "syntax": ("{% for m in messages %}{{ m['role'] }", "TemplateSyntaxError: "),
-    "undefined": ("{{ messages[7]['role'].name.first }}", "UndefinedError: "),
-    "type": ("{{ messages[0]['content'] + 1 }}", "TypeError: "),
-    "arithmetic": ("{{ 1 // 0 }}", "ZeroDivisionError: "),
-    "last alone": ("{% if messages[-1]['role'] == 'user' %}{{ raise_exception('user last') }}{% endif %}" + CHAT,
-                   "TemplateError: user last"),
-}
-TURNS = {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"},
-                      {"role": "assistant", "content": "yes"}]}
-
-
-@pytest.mark.parametrize("name", CHATS)
-def test_a_chat_template_that_fails(tmp_path, name):
-    template, why = CHATS[name]
-    said = named(tmp_path, TURNS, words("$A", template))
-    assert said.startswith("the chat template refuses messages of the roles system, user")
-    assert why in said
-
-
-def test_chats_that_no_template_can_give(tmp_path):
-    assert named(tmp_path, TURNS, words("$A", None)) == (
-        "the tokenizer has no chat template: give lines of prompt and completion")
-    assert named(tmp_path, TURNS, words("$A", "{{ messages | length }}")).startswith(
-        "the chat template does not continue its own generation prompt")
-    assert named(tmp_path, TURNS, words("$A", "a")).startswith("the chat template gives the last message, 'yes', no")
-
-
-@pytest.mark.parametrize(("record", "said"), [
-    ({**TURNS, "tools": '[{"name": "b"}]'}, "'tools' must be a list of objects, got str"),
-    ({**TURNS, "tools": ["b"]}, "'tools' must be a list of objects, got list"),
-    ({"prompt": "a", "completion": " b", "label": False}, "'label' is false, and every completion is learned: leave")])
-def test_keys_that_would_be_passed_over(tmp_path, record, said):
-    assert named(tmp_path, record, words()).startswith(said)
-
-
-@pytest.mark.parametrize("line", ["[" * 100000 + "]" * 100000, '{"text": "a b", "id": ' + "1" * 5000 + "}"])
-def test_json_that_is_too_much(tmp_path, line):
-    path = tmp_path / "d.jsonl"
-    path.write_text(f'{{"text": "a b"}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"d.jsonl, line 2: not JSON \("):
-        read_jsonl(path)
-
-
-def test_special_tokens_that_cannot_be_told(tmp_path):
-    class Odd(zoo.Slow):
-        def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
-            return token_ids_0[::-1]
-
-    tokenizer = Odd({"<unk>": 0, "\u2581": 1, "a": 2, "b": 3}, unk_token="<unk>")
-    with pytest.raises(ValueError, match="example 1: the tokenizer splits 'a b' otherwise when it adds"):
-        tokenize([{"text": "a b"}], tokenizer)
-
-
-@pytest.mark.parametrize(("record", "what"), [(TURNS, "the chat template refuses messages"),
-                                              ({"text": HALF}, "a text has half of a surrogate pair")])
-def test_the_command_line_says_it_in_one_line_and_writes_nothing(tmp_path, capsys, record, what):
-    base = tiny.save_checkpoint(tmp_path / "base")
-    words("$A", CHATS["raises"][0]).save_pretrained(base)
-    data = tmp_path / "data"
-    data.mkdir()
-    tiny.write_jsonl(data / "train.jsonl", [{"text": "a b"}] * 4)
-    tiny.write_jsonl(data / "valid.jsonl", [{"text": "a b"}, record])
-    out = tmp_path / "out"
-    assert main(["train", "--model", str(base), "--data", str(data), "--output-dir", str(out), "--group-size", "32",
-                 "--device", "cpu", "--max-steps", "1", "--batch-size", "2"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"qzo train: {data / 'valid.jsonl'}, line 2: {what}")
-    assert not out.exists()
-
-
-def test_a_normalizer_that_joins_both_sides_is_a_token_across_the_cut():
-    tokenizer = words("$A", eos=None)
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ab", " c")
-    with pytest.warns(UserWarning, match="in 1 of 1 lines a token holds"):
-        assert tokenize([{"prompt": "b a", "completion": "b yes"}], tokenizer) == [learned("b", "c yes")]

@@ -1,5 +1,6 @@
 """The tokens of a line are those of its whole text, and the labels lie on the completion: for tokenizers of every make,
 over generated texts."""
+
 import functools
 import random
 import unicodedata
@@ -87,7 +88,7 @@ def test_prompt_and_completion_are_the_tokens_of_the_whole_text(name):
         assert list(example.ids) == whole + close
         count = len(example.ids) - example.labels.count(IGNORED)
         assert example.labels == (IGNORED,) * (len(example.ids) - count) + example.ids[-count:]
-        own = example.ids[-count:len(example.ids) - len(close)]
+        own = example.ids[-count : len(example.ids) - len(close)]
         assert covers(tokenizer, own, completion), (prompt, completion, tokenizer.convert_ids_to_tokens(own))
         over = len(said(tokenizer, own)) > len(spelled(tokenizer, completion))
         assert len(warned) == over
@@ -122,8 +123,8 @@ def test_texts_and_messages_are_as_the_tokenizer_gives_them(name):
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion + "a"}]
         [example], _ = quietly([{"messages": messages}], tokenizer)
         assert list(example.ids) == tokenizer.apply_chat_template(messages)["input_ids"]
-        own = example.ids[example.labels.count(IGNORED):]
-        assert example.labels[-len(own):] == own
+        own = example.ids[example.labels.count(IGNORED) :]
+        assert example.labels[-len(own) :] == own
         assert covers(tokenizer, own, f" {completion}a\n")
         assert not warned
 
@@ -139,10 +140,10 @@ def test_a_prompt_cut_from_the_left_keeps_what_stands_in_front(name):
         count = whole.labels.count(IGNORED)
         limit = len(whole.ids) - 4
         [cut], warned = quietly([record], tokenizer, max_length=limit)
-        assert list(cut.ids) == front + list(whole.ids[len(front) + 4:])
+        assert list(cut.ids) == front + list(whole.ids[len(front) + 4 :])
         assert cut.labels == (IGNORED,) * (count - 4) + whole.labels[count:]
         longest = len(options.ids) + max(map(len, options.options))
         [cut], more = quietly([choice], tokenizer, max_length=longest - 4)
-        assert list(cut.ids) == front + list(options.ids[len(front) + 4:])
+        assert list(cut.ids) == front + list(options.ids[len(front) + 4 :])
         assert cut.options == options.options
         assert sum("1 of 1 lines have more than" in text for text in warned + more) == 2

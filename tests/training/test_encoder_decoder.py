@@ -1,4 +1,5 @@
 """Encoder-decoder models: loaded, trained and saved like others; losses are transformers' own."""
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -19,14 +20,35 @@ from tests.support import tiny
 from tests.support.close import assert_same_bits
 
 MODELS = {
-    "t5": lambda: T5ForConditionalGeneration(T5Config(
-        vocab_size=64, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2, decoder_start_token_id=0)),
-    "flan": lambda: T5ForConditionalGeneration(T5Config(
-        vocab_size=64, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False, decoder_start_token_id=0)),
-    "bart": lambda: BartForConditionalGeneration(BartConfig(
-        vocab_size=64, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=128, decoder_ffn_dim=128, max_position_embeddings=64)),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    ),
+    "flan": lambda: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=64,
+            d_model=64,
+            d_kv=32,
+            d_ff=128,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+        )
+    ),
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=64,
+            d_model=64,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=128,
+            decoder_ffn_dim=128,
+            max_position_embeddings=64,
+        )
+    ),
 }
 LABELS = torch.tensor([[5, 6, 7, 1, -100], [9, 8, 1, -100, -100]])
 BATCH = {"input_ids": torch.arange(2, 14).view(2, 6), "labels": LABELS}
@@ -72,17 +94,27 @@ def test_a_weight_tells_shape_and_dtype_and_nothing_else():
     assert isinstance(layer.weight, torch.Tensor)
     assert "no values" in repr(layer.weight)
     assert qzo.QZOLinear(64, 8, group_size=32, dtype=torch.float16).weight.dtype == torch.float16
-    for compute in (lambda w: torch.ones(1, 64) @ w.T, lambda w: torch.nn.functional.linear(torch.ones(1, 64), w),
-                    lambda w: w * 2, lambda w: w.to(torch.float16), lambda w: w[0], lambda w: w.tolist()):
+    for compute in (
+        lambda w: torch.ones(1, 64) @ w.T,
+        lambda w: torch.nn.functional.linear(torch.ones(1, 64), w),
+        lambda w: w * 2,
+        lambda w: w.to(torch.float16),
+        lambda w: w[0],
+        lambda w: w.tolist(),
+    ):
         with pytest.raises(RuntimeError, match="QZOLinear"):
             compute(layer.weight)
     assert "weight" not in layer.state_dict()
     assert_same_bits(layer.dequantize(), layer.packed().dequantize())
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"option_ids": torch.tensor([[3, 4], [3, 4]]), "label": torch.tensor([0, 1])}, "has an encoder: options"),
-    ({"targets": LABELS}, "packed rows are for decoder-only models")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"option_ids": torch.tensor([[3, 4], [3, 4]]), "label": torch.tensor([0, 1])}, "has an encoder: options"),
+        ({"targets": LABELS}, "packed rows are for decoder-only models"),
+    ],
+)
 def test_what_only_decoders_can_is_refused(model, change, message):
     with pytest.raises(ValueError, match=message):
         qzo.losses(model, BATCH | change, 1)
@@ -90,14 +122,16 @@ def test_what_only_decoders_can_is_refused(model, change, message):
 
 # ---------------------------------------------------------------------------------------------- lines of text
 
+
 def save_t5(folder):
     """A small T5 and a tokenizer of words that ends every text with </s>."""
     words = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *tiny.WORDS])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-                            ).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     MODELS["flan"]().save_pretrained(folder)
     return words
@@ -114,8 +148,7 @@ def test_the_encoder_reads_the_prompt_and_the_decoder_the_completion(tmp_path):
     task = Task(model, examples, 0, packing="auto")
     batch = task.batch([0, 1], 1)
     assert batch["input_ids"].tolist() == [[words["red"], words["green"], 1], [words["blue"], 1, 0]]
-    assert batch["labels"].tolist() == [[words["warm"], words["cold"], words["one"], 1],
-                                        [words["cold"], 1, -100, -100]]
+    assert batch["labels"].tolist() == [[words["warm"], words["cold"], words["one"], 1], [words["cold"], 1, -100, -100]]
     own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
     torch.testing.assert_close(task.losses(batch, 1), own[None], rtol=1e-5, atol=1e-6)
     with pytest.warns(UserWarning, match="1 of 2 lines have more than 2 tokens .* a prompt has lost its end"):
@@ -123,11 +156,15 @@ def test_the_encoder_reads_the_prompt_and_the_decoder_the_completion(tmp_path):
     assert cut[1].ids == (words["red"], 1)
 
 
-@pytest.mark.parametrize(("record", "message"), [
-    ({"text": "red"}, "learns from lines of prompt and completion; this one has text"),
-    ({"prompt": "red", "options": ["warm", "cold"], "label": 0}, "learns from lines of prompt and completion"),
-    ({"prompt": "red", "completion": "one two three four"}, "the completion has 5 tokens, max_length=4"),
-    ({"prompt": "", "completion": "one"}, "the text '' has no tokens")])
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "red"}, "learns from lines of prompt and completion; this one has text"),
+        ({"prompt": "red", "options": ["warm", "cold"], "label": 0}, "learns from lines of prompt and completion"),
+        ({"prompt": "red", "completion": "one two three four"}, "the completion has 5 tokens, max_length=4"),
+        ({"prompt": "", "completion": "one"}, "the text '' has no tokens"),
+    ],
+)
 def test_lines_that_an_encoder_decoder_model_cannot_learn(tmp_path, record, message):
     save_t5(tmp_path)
     with pytest.raises(ValueError, match=f"example 1: .*{message}"):
@@ -141,14 +178,22 @@ def around(single, **special):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<s>", "</s>", "en"])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[(word, vocab[word]) for word in single.split() if word != "$A"])
+        single=single, special_tokens=[(word, vocab[word]) for word in single.split() if word != "$A"]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special or {"eos_token": "</s>"})
 
 
-@pytest.mark.parametrize(("single", "source", "target"), [
-    ("$A </s>", "a b c </s>", "d </s>"), ("<s> $A </s>", "<s> a b c </s>", "<s> d </s>"),
-    ("en $A </s>", "en a b c </s>", "en d </s>"), ("$A </s> en", "a b c </s> en", "d </s> en"),
-    ("<s> $A", "<s> a b c", "<s> d </s>"), ("$A", "a b c", "d </s>")])
+@pytest.mark.parametrize(
+    ("single", "source", "target"),
+    [
+        ("$A </s>", "a b c </s>", "d </s>"),
+        ("<s> $A </s>", "<s> a b c </s>", "<s> d </s>"),
+        ("en $A </s>", "en a b c </s>", "en d </s>"),
+        ("$A </s> en", "a b c </s> en", "d </s> en"),
+        ("<s> $A", "<s> a b c", "<s> d </s>"),
+        ("$A", "a b c", "d </s>"),
+    ],
+)
 def test_special_tokens_stand_once_around_each_text(single, source, target):
     tokenizer = around(single)
     end = target.partition("d")[2].replace(" en", "")
@@ -169,8 +214,15 @@ def test_no_room_for_a_prompt():
 
 def test_a_target_has_its_own_language_behind_its_end():
     """mBART's decoder begins with the token that ends its labels."""
-    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581a", -1.0), ("\u2581b", -1.0),
-              ("<mask>", 0.0)]
+    pieces = [
+        ("<s>", 0.0),
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("\u2581a", -1.0),
+        ("\u2581b", -1.0),
+        ("<mask>", 0.0),
+    ]
     tokenizer = MBartTokenizer(vocab=pieces, src_lang="en_XX", tgt_lang="de_DE")
     [example] = tokenize([{"prompt": "a", "completion": "b"}], tokenizer, encoder=True)
     assert tokenizer.convert_ids_to_tokens(example.ids) == ["\u2581a", "</s>", "en_XX"]
@@ -179,10 +231,27 @@ def test_a_target_has_its_own_language_behind_its_end():
 
 def test_it_trains_from_the_command_line(tmp_path, capsys):
     save_t5(tmp_path / "m")
-    data = tiny.write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"{a} {b}", "completion": b}
-                                                       for a in tiny.WORDS[:4] for b in ("warm", "cold")])
-    arguments = ["train", "--model", str(tmp_path / "m"), "--data", str(data), "--output-dir", str(tmp_path / "out"),
-                 "--max-steps", "3", "--batch-size", "4", "--group-size", "32", "--device", "cpu"]
+    data = tiny.write_jsonl(
+        tmp_path / "train.jsonl",
+        [{"prompt": f"{a} {b}", "completion": b} for a in tiny.WORDS[:4] for b in ("warm", "cold")],
+    )
+    arguments = [
+        "train",
+        "--model",
+        str(tmp_path / "m"),
+        "--data",
+        str(data),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--group-size",
+        "32",
+        "--device",
+        "cpu",
+    ]
     assert main(arguments) == 0
     assert (tmp_path / "out/model/model.safetensors").is_file()
     capsys.readouterr()

@@ -1,4 +1,5 @@
 """Training runs as graphs, and everything of graphs that takes a GPU: the journals are those of plain runs."""
+
 import contextlib
 import copy
 import math
@@ -30,7 +31,7 @@ def loaded(tmp_path_factory):
 
 
 WORDS = " ".join(tiny.WORDS[:8])
-TEXTS = [{"prompt": WORDS[:5 + 3 * i], "completion": " ".join(["up", "down", "left"][:1 + i % 3])} for i in range(12)]
+TEXTS = [{"prompt": WORDS[: 5 + 3 * i], "completion": " ".join(["up", "down", "left"][: 1 + i % 3])} for i in range(12)]
 
 
 def fit(loaded, out, records=TEXTS, resume=False, bucketed=True, **changes):
@@ -44,8 +45,11 @@ def fit(loaded, out, records=TEXTS, resume=False, bucketed=True, **changes):
     return (out / "journal.qzo").read_bytes(), arena_of(model).data
 
 
-@pytest.mark.parametrize("changes", [{}, {"train_layers": 1}, {"sequential": True}, {"packing": "auto"},
-                                     {"records": tiny.RECORDS, "train_layers": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"train_layers": 1}, {"sequential": True}, {"packing": "auto"}, {"records": tiny.RECORDS, "train_layers": 1}],
+    ids=str,
+)
 def test_a_run_in_graphs_writes_the_journal_of_a_plain_one(loaded, tmp_path, recorders, changes):
     plain = fit(loaded, tmp_path / "plain", cuda_graph=False, **changes)
     assert recorders == []
@@ -65,7 +69,7 @@ def test_a_run_in_graphs_that_was_cut_goes_on_in_the_same_bits(loaded, tmp_path,
     for name, choice in (("b", None), ("c", False)):
         fit(loaded, tmp_path / name)
         path = tmp_path / name / "journal.qzo"
-        path.write_bytes(whole[:-4 * 64 - 7])                     # four steps and a torn record short
+        path.write_bytes(whole[: -4 * 64 - 7])  # four steps and a torn record short
         again = fit(loaded, tmp_path / name, resume=True, cuda_graph=choice)
         assert again[0] == whole
         assert torch.equal(again[1], scales)
@@ -85,6 +89,7 @@ def _journal(loaded, out, bucketed):
 
 
 # ---------------------------------------------------------------------------------------------- on a GPU
+
 
 def on_gpu():
     return two_layers().cuda().half()
@@ -126,19 +131,24 @@ def test_a_run_on_a_gpu_that_was_cut_goes_on_in_the_same_bits(tmp_path):
     _, scales, whole = gpu_run(tmp_path / "whole", ROWS, None)
     for choice in (None, False):
         path = tmp_path / f"{choice}"
-        path.write_bytes(whole[:-4 * 64 - 7])
+        path.write_bytes(whole[: -4 * 64 - 7])
         _, again, bits = gpu_run(path, ROWS, choice, resume=True)
         assert bits == whole
         assert torch.equal(again, scales)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"train_layers": 1}, {"sequential": True}, {"packing": "auto"},
-                                     {"records": tiny.RECORDS, "train_layers": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"train_layers": 1}, {"sequential": True}, {"packing": "auto"}, {"records": tiny.RECORDS, "train_layers": 1}],
+    ids=str,
+)
 def test_a_run_on_a_gpu_writes_the_journal_of_a_plain_one(loaded, tmp_path, changes):
     model = copy.deepcopy(loaded[0]).cuda().half()
-    ends = [fit((model, loaded[1]), tmp_path / f"{choice}", bucketed=True, cuda_graph=choice, **changes)
-            for choice in (False, None)]
+    ends = [
+        fit((model, loaded[1]), tmp_path / f"{choice}", bucketed=True, cuda_graph=choice, **changes)
+        for choice in (False, None)
+    ]
     assert ends[0][0] == ends[1][0]
     assert torch.equal(ends[0][1], ends[1][1])
     assert b"as on a CUDA device" in ends[0][0]

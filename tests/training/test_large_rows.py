@@ -1,4 +1,5 @@
 """large_rows="folded" and "auto": where each form runs, what rounding loses, and how a run decides."""
+
 import functools
 
 import pytest
@@ -20,13 +21,25 @@ def weight(**form):
     return Matmul(**{"k": 256, "group": 64, **form}).operands()[0]
 
 
-@pytest.mark.parametrize(("asked", "rows", "dtype", "form", "wanted"), [
-    ("fused", 8192, HALF, {}, "fused"), ("folded", 127, HALF, {}, "fused"), ("folded", 128, HALF, {}, "folded"),
-    ("folded", 8192, torch.bfloat16, {}, "folded"), ("folded", 512, HALF, {"zeros": "float32"}, "fused"),
-    ("folded", 512, HALF, {"group": 0}, "fused"), ("blas", 511, HALF, {}, "fused"), ("blas", 512, HALF, {}, "blas"),
-    ("auto", 127, HALF, {}, "fused"), ("auto", 128, HALF, {}, "folded"), ("auto", 2047, HALF, {}, "folded"),
-    ("auto", 2048, HALF, {}, "blas"), ("auto", 8192, torch.bfloat16, {}, "fused"),
-    ("auto", 8192, torch.float32, {}, "fused")])
+@pytest.mark.parametrize(
+    ("asked", "rows", "dtype", "form", "wanted"),
+    [
+        ("fused", 8192, HALF, {}, "fused"),
+        ("folded", 127, HALF, {}, "fused"),
+        ("folded", 128, HALF, {}, "folded"),
+        ("folded", 8192, torch.bfloat16, {}, "folded"),
+        ("folded", 512, HALF, {"zeros": "float32"}, "fused"),
+        ("folded", 512, HALF, {"group": 0}, "fused"),
+        ("blas", 511, HALF, {}, "fused"),
+        ("blas", 512, HALF, {}, "blas"),
+        ("auto", 127, HALF, {}, "fused"),
+        ("auto", 128, HALF, {}, "folded"),
+        ("auto", 2047, HALF, {}, "folded"),
+        ("auto", 2048, HALF, {}, "blas"),
+        ("auto", 8192, torch.bfloat16, {}, "fused"),
+        ("auto", 8192, torch.float32, {}, "fused"),
+    ],
+)
 def test_the_form_follows_from_rows_type_and_layer(asked, rows, dtype, form, wanted):
     assert ops.many_rows_form(asked, rows, weight(**form), dtype) == wanted
 
@@ -84,8 +97,11 @@ def test_a_run_decides_once():
     with qzo.backend("triton"):
         for part, wanted in ((0.004, "auto"), (0.02, "fused"), (0.5, "fused"), (0.0, "fused")):
             assert many_rows.settle(cpu, lambda part=part: part) == (wanted, part)
-        for recorded, wanted in ((many_rows.NAMES["auto"], "auto"), ("fused", "fused"),
-                                 ("auto: folded from 64 rows, blas from 512", "fused")):
+        for recorded, wanted in (
+            (many_rows.NAMES["auto"], "auto"),
+            ("fused", "fused"),
+            ("auto: folded from 64 rows, blas from 512", "fused"),
+        ):
             assert many_rows.settle(cpu, never, recorded) == (wanted, None)
 
 

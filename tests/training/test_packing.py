@@ -1,4 +1,5 @@
 """Packed rows against plain ones: the same losses for every evaluation, or a model refused by name."""
+
 import json
 import random
 import warnings
@@ -19,14 +20,24 @@ from qzo.training.task import Task
 from tests.support import tiny
 
 VOCABULARY = 61
-SMALL = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 ROTARY = dict(**SMALL, intermediate_size=96, num_key_value_heads=1, initializer_range=0.3)
 FAMILIES = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**ROTARY)),
     "qwen": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**ROTARY, head_dim=32)),
-    "opt": lambda: transformers.OPTForCausalLM(transformers.OPTConfig(
-        **SMALL, ffn_dim=96, word_embed_proj_dim=64, init_std=0.3, dropout=0.0))}
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=64, init_std=0.3, dropout=0.0)
+    ),
+}
 
 
 def made(build, attention="sdpa"):
@@ -55,7 +66,7 @@ def examples_of(kind, count=5, longest=14):
 
     lengths = [2, longest, *(rng.randrange(3, longest) for _ in range(count - 2))]
     if kind == "labels":
-        return [Example(i, labels=(-100,) * (len(i) // 2) + i[len(i) // 2:]) for i in map(ids, lengths)]
+        return [Example(i, labels=(-100,) * (len(i) // 2) + i[len(i) // 2 :]) for i in map(ids, lengths)]
     options = (1, 1, 1) if kind == "one" else (3, 1, 2)
     return [Example(ids(n), options=tuple(map(ids, options)), label=rng.randrange(3)) for n in lengths]
 
@@ -74,13 +85,18 @@ def tokens_run(model, run):
 
 # --------------------------------------------------------------------------------------------------- the form
 
+
 def test_who_sees_whom_by_a_plain_loop(llama):
     """Token i sees token j, in a row of two examples, when j stands before it in its example, in no option but
     i's."""
     first, second = (Example((5,) * n, options=((6, 6), (7,), (8, 8, 8)), label=0) for n in (3, 2))
     batch = packing.packed_batch([first, second], 0, join=True)
-    owner = [(example, option) for example, prompt in ((0, 3), (1, 2))
-             for option, n in ((None, prompt), (0, 2), (1, 1), (2, 3)) for _ in range(n)]
+    owner = [
+        (example, option)
+        for example, prompt in ((0, 3), (1, 2))
+        for option, n in ((None, prompt), (0, 2), (1, 1), (2, 3))
+        for _ in range(n)
+    ]
     mask = model_inputs(llama, batch)["attention_mask"]
     assert mask.shape == (1, 1, 17, 17)
     for i, (example, option) in enumerate(owner):
@@ -104,9 +120,9 @@ def test_padding_sees_itself_only(llama):
 
 # -------------------------------------------------------------------------------------------- the same losses
 
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("kind", "join"), [("labels", True), ("one", True), ("several", False),
-                                            ("several", True)])
+@pytest.mark.parametrize(("kind", "join"), [("labels", True), ("one", True), ("several", False), ("several", True)])
 def test_every_evaluation_has_the_loss_of_plain_rows(model, kind, join, attention):
     examples = examples_of(kind)
     model.set_attn_implementation(attention)
@@ -144,6 +160,7 @@ def test_the_prompt_runs_once_and_padding_not_at_all(llama):
 
 
 # ------------------------------------------------------------------------------------------------------ tasks
+
 
 @pytest.mark.parametrize("kind", ["labels", "one", "several"])
 @pytest.mark.parametrize("train_layers", [None, 1])
@@ -193,17 +210,27 @@ def test_what_needs_no_packing_is_not_tried(llama):
 
 # ----------------------------------------------------------------------------------------- models that cannot
 
+
 def sliding(window):
     config = transformers.MistralConfig(**ROTARY, sliding_window=window)
     return lambda: transformers.MistralForCausalLM(config)
 
 
 REFUSED = {
-    "alibi": (lambda: transformers.BloomForCausalLM(transformers.BloomConfig(
-        vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=2, initializer_range=0.3)), "refuses them"),
-    "recurrent": (lambda: transformers.MambaForCausalLM(transformers.MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8)), "refuses them"),
-    "sliding window": (sliding(6), "hidden states come out .* apart")}
+    "alibi": (
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=2, initializer_range=0.3)
+        ),
+        "refuses them",
+    ),
+    "recurrent": (
+        lambda: transformers.MambaForCausalLM(
+            transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8)
+        ),
+        "refuses them",
+    ),
+    "sliding window": (sliding(6), "hidden states come out .* apart"),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -218,7 +245,7 @@ def test_a_model_that_computes_something_else_keeps_plain_rows(name):
     plain = collate(sorted(examples, key=lambda e: len(e.ids)), 0)
     assert torch.equal(scores.sort(0)[0], option_scores(model, plain).sort(0)[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")               # it was said
+        warnings.simplefilter("error")  # it was said
         here.closure([0, 1], 2)()
 
 
@@ -237,11 +264,12 @@ def test_kernels_that_take_no_mask_are_not_tried(llama):
 
 # -------------------------------------------------------------------------------------------------- the price
 
+
 def test_it_is_done_where_it_pays():
-    assert not packing.joining_pays([50] * 8)                      # nothing to save
-    assert not packing.joining_pays([49] + [50] * 7)               # less than attention costs
+    assert not packing.joining_pays([50] * 8)  # nothing to save
+    assert not packing.joining_pays([49] + [50] * 7)  # less than attention costs
     assert packing.joining_pays([10] * 7 + [50])
-    assert not packing.joining_pays([1000] * 4 + [4000])           # the mask would be too large
+    assert not packing.joining_pays([1000] * 4 + [4000])  # the mask would be too large
     prompt, word = (3,) * 40, (4,) * 3
     assert packing.sharing_pays([Example(prompt, options=(word,) * 4, label=0)])
     assert packing.sharing_pays([Example(prompt[:1], options=(word, word[:2]), label=0)])
@@ -250,8 +278,14 @@ def test_it_is_done_where_it_pays():
 
 def test_rows_that_are_cheaper_than_sharing_stay_rows(llama):
     rng = random.Random(0)
-    examples = [Example((5,), label=0, options=tuple(tuple(rng.randrange(3, VOCABULARY) for _ in range(n))
-                                                     for n in (40, 40, 1) * 10)) for _ in range(2)]
+    examples = [
+        Example(
+            (5,),
+            label=0,
+            options=tuple(tuple(rng.randrange(3, VOCABULARY) for _ in range(n)) for n in (40, 40, 1) * 10),
+        )
+        for _ in range(2)
+    ]
     prefix = choose_layers(llama, 1)
     here = Task(llama, examples, 0, prefix, "auto")
     assert here.settle() == (False, False)
@@ -261,6 +295,7 @@ def test_rows_that_are_cheaper_than_sharing_stay_rows(llama):
 
 # -------------------------------------------------------------------------------------------------- qzo train
 
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny.save_checkpoint(tmp_path_factory.mktemp("base"))
@@ -268,12 +303,35 @@ def base(tmp_path_factory):
 
 def trained(base, tmp_path, name, *more, records=None):
     """The losses of a run's steps."""
-    records = records or [{"prompt": "red " * (1 + i % 9) + record["prompt"],
-                           "completion": "warm cold up"[:4 + i % 9]} for i, record in enumerate(tiny.RECORDS)]
+    records = records or [
+        {"prompt": "red " * (1 + i % 9) + record["prompt"], "completion": "warm cold up"[: 4 + i % 9]}
+        for i, record in enumerate(tiny.RECORDS)
+    ]
     data = tiny.write_jsonl(tmp_path / "train.jsonl", records)
-    status = main(["train", "--model", str(base), "--data", str(data), "--output-dir", str(tmp_path / name),
-                   "--group-size", "32", "--device", "cpu", "--max-steps", "6", "--batch-size", "6",
-                   "--directions", "2", "--learning-rate", "0.02", *more])
+    status = main(
+        [
+            "train",
+            "--model",
+            str(base),
+            "--data",
+            str(data),
+            "--output-dir",
+            str(tmp_path / name),
+            "--group-size",
+            "32",
+            "--device",
+            "cpu",
+            "--max-steps",
+            "6",
+            "--batch-size",
+            "6",
+            "--directions",
+            "2",
+            "--learning-rate",
+            "0.02",
+            *more,
+        ]
+    )
     assert status == 0
     return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
@@ -303,7 +361,7 @@ def test_packing_is_in_the_journal_and_resumes_in_the_same_bits(base, tmp_path, 
     path = tmp_path / "out" / "journal.qzo"
     whole = path.read_bytes()
     assert read_journal(path)[0]["recipe"]["packing"] == "auto"
-    path.write_bytes(whole[:-3 * 64 - 7])
+    path.write_bytes(whole[: -3 * 64 - 7])
     with pytest.raises(AssertionError):
         trained(base, tmp_path, "out", "--resume")
     assert "packing" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """Training runs from end to end on a tiny model: the command line, killed runs, the frozen prefix, bad input."""
+
 import copy
 import itertools
 import json
@@ -44,8 +45,26 @@ def corpus(tmp_path):
 
 
 def arguments(base, corpus, out, *more):
-    return ["train", "--model", str(base), "--data", str(corpus), "--output-dir", str(out), "--group-size", "32",
-            "--device", "cpu", "--max-steps", "12", "--batch-size", "4", "--directions", "2", *more]
+    return [
+        "train",
+        "--model",
+        str(base),
+        "--data",
+        str(corpus),
+        "--output-dir",
+        str(out),
+        "--group-size",
+        "32",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "12",
+        "--batch-size",
+        "4",
+        "--directions",
+        "2",
+        *more,
+    ]
 
 
 def files(folder):
@@ -53,6 +72,7 @@ def files(folder):
 
 
 # ------------------------------------------------------------------------------------------------ the command line
+
 
 def test_sequential_evaluations_learn_the_same(base, corpus, tmp_path, capsys):
     losses = {}
@@ -106,7 +126,7 @@ def test_the_same_seed_gives_the_same_bits_and_resume_goes_on(base, corpus, tmp_
     assert journal("b") == whole
     assert journal("c", "--seed", "1") != whole
     path = tmp_path / "b" / "journal.qzo"
-    path.write_bytes(whole[:-5 * 64 - 7])                     # five steps and a torn record short
+    path.write_bytes(whole[: -5 * 64 - 7])  # five steps and a torn record short
     assert journal("b", "--resume") == whole
     metrics = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in metrics] == list(range(12))
@@ -115,20 +135,34 @@ def test_the_same_seed_gives_the_same_bits_and_resume_goes_on(base, corpus, tmp_
 
 def test_yaml_and_the_paper_recipe(base, corpus, tmp_path):
     config = tmp_path / "run.yaml"
-    config.write_text(f"model: {base}\ndata: {corpus}\noutput-dir: {tmp_path / 'y'}\ngroup_size: 32\nmax-steps: 99\n"
-                      "recipe: paper\ndevice: cpu\n")
+    config.write_text(
+        f"model: {base}\ndata: {corpus}\noutput-dir: {tmp_path / 'y'}\ngroup_size: 32\nmax-steps: 99\n"
+        "recipe: paper\ndevice: cpu\n"
+    )
     assert main(["train", "--config", str(config), "--max-steps", "2", "--batch-size", "4"]) == 0
     header = read_journal(tmp_path / "y" / "journal.qzo")[0]
     assert (header["noise"], header["relative"], header["eps"], header["clip"], header["floor"]) == (
-        "gaussian", False, 1e-3, 100.0, 0.0)
+        "gaussian",
+        False,
+        1e-3,
+        100.0,
+        0.0,
+    )
     assert header["recipe"]["learning_rate"] == 1e-7
     assert header["recipe"]["max_steps"] == 2
 
 
-@pytest.mark.parametrize(("given", "line", "want"), [
-    ([], "", (None, False)), (["--cuda-graph"], "", (True, False)), (["--no-cuda-graph"], "", (False, False)),
-    (["--compile"], "", (None, True)), ([], "cuda-graph: false\ncompile: true\n", (False, True)),
-    (["--cuda-graph"], "cuda_graph: false\n", (True, False))])
+@pytest.mark.parametrize(
+    ("given", "line", "want"),
+    [
+        ([], "", (None, False)),
+        (["--cuda-graph"], "", (True, False)),
+        (["--no-cuda-graph"], "", (False, False)),
+        (["--compile"], "", (None, True)),
+        ([], "cuda-graph: false\ncompile: true\n", (False, True)),
+        (["--cuda-graph"], "cuda_graph: false\n", (True, False)),
+    ],
+)
 def test_graph_and_compile_options(base, corpus, tmp_path, given, line, want):
     config = tmp_path / "run.yaml"
     config.write_text(line)
@@ -160,30 +194,37 @@ def one_line(capsys):
     return text[-1]
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (["--model", "no/such/model.gguf"], "no such file"),
-    (["--data", "nowhere.jsonl"], "no data at nowhere.jsonl"),
-    (["--group-size", "128"], "group_size=128 does not divide in_features=64"),
-    (["--batch-size", "400"], "batch_size=400, but there are 24"),
-    (["--max-steps", "0"], "max_steps=0"),
-    (["--eps", "-1"], "eps=-1.0"),
-    (["--train-layers", "9"], "has 2 blocks"),
-    (["--config", "missing.yaml"], "missing.yaml"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--model", "no/such/model.gguf"], "no such file"),
+        (["--data", "nowhere.jsonl"], "no data at nowhere.jsonl"),
+        (["--group-size", "128"], "group_size=128 does not divide in_features=64"),
+        (["--batch-size", "400"], "batch_size=400, but there are 24"),
+        (["--max-steps", "0"], "max_steps=0"),
+        (["--eps", "-1"], "eps=-1.0"),
+        (["--train-layers", "9"], "has 2 blocks"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(base, corpus, tmp_path, capsys, change, said):
     assert main(arguments(base, corpus, tmp_path / "out", *change)) == 2
     assert said in one_line(capsys)
     assert not (tmp_path / "out" / "journal.qzo").exists()
 
 
-@pytest.mark.parametrize(("line", "said"), [
-    ("{not json", "line 2: not JSON"), ("[1]", "line 2: a JSON object is wanted"),
-    ('{"question": "x"}', r"line 2: has the keys ['question']"),
-    ('{"prompt": "x", "options": ["a", "b"], "label": "c"}', "line 2: label 'c' is not among the options"),
-    ('{"prompt": "x", "options": ["a", "b"], "label": 2}', "line 2: label 2 is not among the options"),
-    ('{"prompt": "x", "completion": 3}', "line 2: 'completion' must be a string"),
-    ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: 'messages' must end with the assistant's"),
-])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{not json", "line 2: not JSON"),
+        ("[1]", "line 2: a JSON object is wanted"),
+        ('{"question": "x"}', r"line 2: has the keys ['question']"),
+        ('{"prompt": "x", "options": ["a", "b"], "label": "c"}', "line 2: label 'c' is not among the options"),
+        ('{"prompt": "x", "options": ["a", "b"], "label": 2}', "line 2: label 2 is not among the options"),
+        ('{"prompt": "x", "completion": 3}', "line 2: 'completion' must be a string"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: 'messages' must end with the assistant's"),
+    ],
+)
 def test_a_bad_line_is_named(base, tmp_path, capsys, line, said):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "red green"}\n' + line + "\n")
@@ -201,7 +242,7 @@ def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monkeypatch):
-    real, calls = Task.batch, []        # the batches of steps: those of a measure have one evaluation
+    real, calls = Task.batch, []  # the batches of steps: those of a measure have one evaluation
 
     def batch(self, indices, count):
         if len(calls) == 3:
@@ -227,6 +268,7 @@ def test_every_command_has_help_with_an_example(capsys):
 
 
 # ------------------------------------------------------------------------------------------------ killed runs
+
 
 def test_killed_twenty_times_it_ends_in_the_same_bits(loaded, tmp_path):
     """SIGKILL at random lengths of the journal; forks of this process, so that a run costs its steps and no imports."""
@@ -254,7 +296,7 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(loaded, tmp_path):
     for turn in range(20):
         out = tmp_path / str(turn)
         process, path = run(out, False), out / "journal.qzo"
-        reached = len(journal) - records * moments.uniform(0.1, 1.1)     # also before the header, and in a record
+        reached = len(journal) - records * moments.uniform(0.1, 1.1)  # also before the header, and in a record
         while not path.exists() or path.stat().st_size < reached:
             time.sleep(1e-4)
         time.sleep(1e-3 * moments.random())
@@ -268,6 +310,7 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(loaded, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ frozen prefix
+
 
 def test_the_frozen_prefix_gives_the_bits_of_the_whole(loaded):
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
@@ -295,7 +338,7 @@ def test_the_frozen_prefix_gives_the_bits_of_the_whole(loaded):
 def test_a_model_that_cannot_be_split_is_refused(loaded):
     model = copy.deepcopy(loaded[0])
     prefix = FrozenPrefix(model, 1)
-    shared = []                                 # the block below hands the trained one more than hidden states
+    shared = []  # the block below hands the trained one more than hidden states
     prefix.below[0].mlp.register_forward_hook(lambda *_: shared.append(1.0))
 
     def use(module, args, out):
@@ -310,6 +353,7 @@ def test_a_model_that_cannot_be_split_is_refused(loaded):
 
 
 # ------------------------------------------------------------------------------------------------ data and measures
+
 
 def test_every_pass_sees_each_example_once():
     lengths, strata = [5 + i % 7 for i in range(48)], [i % 3 for i in range(48)]

@@ -18,6 +18,7 @@ One whose layers transformers gathers, tensor by tensor, has
     packer(quantization, where)             make(layer, {part: tensor}) -> PackedWeight
     changed_scales(folder, find)            yields (layer, scales as the file holds them, file, place)
 """
+
 from . import aqlm, auto_round, awq, bnb, compressed_tensors, gptq, hqq
 
 FOLDERS = {form.METHOD: form for form in (aqlm, auto_round, awq, bnb, compressed_tensors, gptq, hqq)}
@@ -28,6 +29,8 @@ TARGETS = {form.METHOD: form for form in (awq, bnb, compressed_tensors, gptq)}
 def of_method(method, where):
     """The module of a quant_method. ValueError naming what it is and what can be read."""
     if not isinstance(method, str) or method not in FOLDERS:
-        raise ValueError(f"{where}: quant_method {method!r:.60} cannot be read; supported are "
-                         f"{', '.join(sorted(FOLDERS))}, GGUF files, and float checkpoints")
+        raise ValueError(
+            f"{where}: quant_method {method!r:.60} cannot be read; supported are "
+            f"{', '.join(sorted(FOLDERS))}, GGUF files, and float checkpoints"
+        )
     return FOLDERS[method]

@@ -7,6 +7,7 @@
 with config.json's quantization_config {nbits_per_codebook, num_codebooks, in_group_size 8, out_group_size 1}. Scales
 train; codebooks too where asked for (qzo.train_codebooks_), and are written back then.
 """
+
 import torch
 
 from ...kernels.vectors import LENGTH, MOST_BITS
@@ -25,8 +26,10 @@ def check_config(quantization, where):
     """ValueError naming what of a quantization_config cannot be read."""
     for field, wanted in _FIELDS.items():
         if type(quantization.get(field)) is not int or quantization[field] != wanted:
-            raise ValueError(f"{where}: {field} is {quantization.get(field)!r:.40}; AQLM vectors of {LENGTH} inputs of "
-                             f"one output can be read ({field}: {wanted})")
+            raise ValueError(
+                f"{where}: {field} is {quantization.get(field)!r:.40}; AQLM vectors of {LENGTH} inputs of "
+                f"one output can be read ({field}: {wanted})"
+            )
     for field, most in {"nbits_per_codebook": MOST_BITS, "num_codebooks": 64}.items():
         value = quantization.get(field)
         if type(value) is not int or not 1 <= value <= most:
@@ -48,11 +51,14 @@ def _packed(parts, quantization):
     books, bits = quantization["num_codebooks"], quantization["nbits_per_codebook"]
     wanted = torch.int8 if bits <= 8 else torch.int16
     if codes.dtype != wanted or codes.dim() != 3 or codes.shape[2] != books or not codes.numel():
-        raise ValueError(f"codes of {books} codebooks of {bits} bits must be {wanted} [N, K/{LENGTH}, {books}], got "
-                         f"{codes.dtype} {list(codes.shape)}")
+        raise ValueError(
+            f"codes of {books} codebooks of {bits} bits must be {wanted} [N, K/{LENGTH}, {books}], got "
+            f"{codes.dtype} {list(codes.shape)}"
+        )
     if not codebooks.is_floating_point() or list(codebooks.shape) != [books, 1 << bits, 1, LENGTH]:
-        raise ValueError(f"codebooks must be floats {[books, 1 << bits, 1, LENGTH]}, got {codebooks.dtype} "
-                         f"{list(codebooks.shape)}")
+        raise ValueError(
+            f"codebooks must be floats {[books, 1 << bits, 1, LENGTH]}, got {codebooks.dtype} {list(codebooks.shape)}"
+        )
     if not scales.is_floating_point() or list(scales.shape) != [len(codes), 1, 1, 1]:
         raise ValueError(f"scales must be floats {[len(codes), 1, 1, 1]}, got {scales.dtype} {list(scales.shape)}")
     codes = codes.to(torch.int32)
@@ -61,6 +67,7 @@ def _packed(parts, quantization):
 
 
 # ---------------------------------------------------------------------------------------------- writing
+
 
 def _changes(folder, find):
     """Yield (name of scales or codebooks, what they are now in the file's dtype and shape, file, place)."""

@@ -2,6 +2,7 @@
 
 Half of the scales of a symmetric one are negative.
 """
+
 import re
 
 from . import awq, gptq
@@ -14,18 +15,21 @@ from .gptq import save as save
 METHOD = "auto-round"
 SCALES = gptq.SCALES
 _FORMS = {"auto_round:auto_gptq": gptq, "auto_round:auto_awq": awq}
-_PATTERN = set("*+?^$()[]{}|\\")     # a name of extra_config with one of these is a pattern, found anywhere
+_PATTERN = set("*+?^$()[]{}|\\")  # a name of extra_config with one of these is a pattern, found anywhere
 
 
 def check_config(quantization, where):
     """(module, quantization_config as that module reads it). ValueError naming what cannot be read."""
     packing, kind = str(quantization.get("packing_format")), quantization.get("data_type", "int")
     if packing not in _FORMS or kind != "int":
-        raise ValueError(f"{where}: auto-round weights of data_type {kind!r:.40} in packing_format "
-                         f"{packing!r:.60}; supported are int in {' and '.join(_FORMS)}")
+        raise ValueError(
+            f"{where}: auto-round weights of data_type {kind!r:.40} in packing_format "
+            f"{packing!r:.60}; supported are int in {' and '.join(_FORMS)}"
+        )
     if quantization.get("act_bits") not in (None, 16, 32):
-        raise ValueError(f"{where}: activations are quantized too (act_bits {quantization['act_bits']!r:.40}); "
-                         "only weights can be")
+        raise ValueError(
+            f"{where}: activations are quantized too (act_bits {quantization['act_bits']!r:.40}); only weights can be"
+        )
     form = _FORMS[packing]
     plain = {name: quantization.get(name) for name in ("bits", "group_size", "sym")}
     extra = _dynamic(quantization.get("extra_config") or {}, where)

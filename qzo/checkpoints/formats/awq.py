@@ -6,6 +6,7 @@
 The quantizer folds activation scales into norms and into the Linears before: a dense tensor of the file is not
 that of the model it was made from.
 """
+
 import torch
 
 from ...nn.weights import PackedWeight
@@ -22,9 +23,9 @@ from .words import pack, unpack
 METHOD = "awq"
 SCALES = "scales"
 PARTS = ("qweight", "qzeros", "scales")
-_NAMES = (("bits", "w_bit"), ("group_size", "q_group_size"))      # transformers' and AutoAWQ's
-_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)         # where column j of a word's eight lies
-_COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)         # the column that lies there
+_NAMES = (("bits", "w_bit"), ("group_size", "q_group_size"))  # transformers' and AutoAWQ's
+_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)  # where column j of a word's eight lies
+_COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that lies there
 
 
 def check_config(quantization, where):
@@ -46,8 +47,9 @@ def _one_of(quantization, names, where):
     found = {name: quantization[name] for name in names if quantization.get(name) is not None}
     if any(value != next(iter(found.values())) for value in found.values()):
         said = " and ".join(f"{name} {value!r:.40}" for name, value in found.items())
-        raise ValueError(f"{where}: the quantization_config says {said}, which are two names of one setting; remove "
-                         "the wrong one")
+        raise ValueError(
+            f"{where}: the quantization_config says {said}, which are two names of one setting; remove the wrong one"
+        )
     return next(iter(found.values()), None)
 
 
@@ -73,9 +75,11 @@ def _packed(layer, parts, size, zero_point):
         raise ValueError(f"qzeros must be int32 {[k // size, n // 8]}, got {list(zero_words.shape)}")
     weight = PackedWeight.from_codes(_columns(words).T, scales, _columns(zero_words))
     if weight.zeros is not None and not zero_point:
-        raise ValueError("the config says zero_point false, for which all of qzeros are 8, and these go from "
-                         f"{int(weight.zeros.min())} to {int(weight.zeros.max())}; if they are what is meant, set "
-                         "zero_point to true in the quantization_config")
+        raise ValueError(
+            "the config says zero_point false, for which all of qzeros are 8, and these go from "
+            f"{int(weight.zeros.min())} to {int(weight.zeros.max())}; if they are what is meant, set "
+            "zero_point to true in the quantization_config"
+        )
     return weight
 
 
@@ -87,6 +91,7 @@ def _columns(words):
 
 # ---------------------------------------------------------------------------------------------- writing
 
+
 def quantization_config(packed, ignore):
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
 
@@ -97,18 +102,24 @@ def quantization_config(packed, ignore):
     for name, weight in packed.items():
         check_integers(name, weight, METHOD)
         if weight.bits != 4:
-            raise ValueError(f"{name} has {weight.bits} bits, and awq holds 4; save it as gptq or "
-                             "compressed-tensors")
+            raise ValueError(f"{name} has {weight.bits} bits, and awq holds 4; save it as gptq or compressed-tensors")
         if name.endswith("lm_head"):
-            raise ValueError(f"{name} is quantized, and awq keeps it dense; save it as gptq or "
-                             "compressed-tensors")
+            raise ValueError(f"{name} is quantized, and awq keeps it dense; save it as gptq or compressed-tensors")
         check_order(name, weight, METHOD)
         check_whole_words(name, weight, METHOD, inputs=False)
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"the layers have group sizes {sorted(set(sizes.values()))} (-1: the whole row), and "
-                         "awq holds one for all; save it as gptq or compressed-tensors")
-    return {"quant_method": METHOD, "bits": 4, "group_size": next(iter(sizes.values())), "zero_point": True,
-            "version": "gemm", "modules_to_not_convert": ignore}
+        raise ValueError(
+            f"the layers have group sizes {sorted(set(sizes.values()))} (-1: the whole row), and "
+            "awq holds one for all; save it as gptq or compressed-tensors"
+        )
+    return {
+        "quant_method": METHOD,
+        "bits": 4,
+        "group_size": next(iter(sizes.values())),
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ignore,
+    }
 
 
 def entries(name, weight, quantization, dtype):

@@ -8,6 +8,7 @@ Double quantization: absmax is uint8, and nested_quant_map[absmax] * nested_absm
 nested_offset is meant. A step of such an absmax moves a scale by about 2 %, so trained scales do not fit there: a
 folder whose scales moved is written with float32 absmax, and its config says so.
 """
+
 import json
 import warnings
 
@@ -25,18 +26,21 @@ METHOD = "bitsandbytes"
 SCALES = "weight.absmax"
 _STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in NAMED)
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
-_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)    # bitsandbytes refuses others
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes refuses others
 _PARTS = (SCALES, "weight", "weight.quant_map", *_STATES, *_NESTED)
 
 
 def check_config(quantization, where):
     """ValueError naming what of a quantization_config cannot be read."""
     if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
-        raise ValueError(f"{where}: bitsandbytes in 8 bit (LLM.int8) quantizes activations too; supported is "
-                         "load_in_4bit, nf4 or fp4")
+        raise ValueError(
+            f"{where}: bitsandbytes in 8 bit (LLM.int8) quantizes activations too; supported is "
+            "load_in_4bit, nf4 or fp4"
+        )
     if not (quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")):
-        raise ValueError(f"{where}: a bitsandbytes quantization_config without load_in_4bit; supported is "
-                         "load_in_4bit, nf4 or fp4")
+        raise ValueError(
+            f"{where}: a bitsandbytes quantization_config without load_in_4bit; supported is load_in_4bit, nf4 or fp4"
+        )
 
 
 def weights(folder, quantization, dtype):
@@ -52,15 +56,20 @@ def _packed(layer, parts, dtype):
     size, absmax, table = state["blocksize"], _absmax(parts, state), _table(parts, state)
     stored = parts["weight"].reshape(-1).contiguous().view(torch.uint8)
     if stored.numel() * 2 != n * k + n * k % 2 or absmax.numel() != -(-n * k // size):
-        raise ValueError(f"{stored.numel()} bytes of codes and {absmax.numel()} of absmax do not fit {n} x {k} weights "
-                         f"in blocks of {size}")
-    codes = torch.stack([stored >> 4, stored & 15], 1).flatten()[:n * k].view(n, k)
+        raise ValueError(
+            f"{stored.numel()} bytes of codes and {absmax.numel()} of absmax do not fit {n} x {k} weights "
+            f"in blocks of {size}"
+        )
+    codes = torch.stack([stored >> 4, stored & 15], 1).flatten()[: n * k].view(n, k)
     if not bool(torch.isfinite(absmax).all()):
         raise ValueError("absmax holds NaN or infinity: the checkpoint is damaged")
     if k % size or (size not in GROUPS and size != k):
-        warnings.warn(f"{layer}: blocks of {size} weights are not groups of {GROUPS} or whole rows of {k}; the layer "
-                      "stays dense and frozen", stacklevel=2)
-        scales = absmax.repeat_interleave(size)[:n * k].view(n, k)
+        warnings.warn(
+            f"{layer}: blocks of {size} weights are not groups of {GROUPS} or whole rows of {k}; the layer "
+            "stays dense and frozen",
+            stacklevel=2,
+        )
+        scales = absmax.repeat_interleave(size)[: n * k].view(n, k)
         return (torch.tensor(table)[codes.to(torch.int64)] * scales).to(dtype)
     return PackedWeight.from_codes(codes, absmax.view(n, k // size).T, table=table)
 
@@ -90,17 +99,25 @@ def _absmax(parts, state):
         return absmax.to(torch.float32)
     missing = [part for part in _NESTED if part not in parts]
     if absmax.dtype != torch.uint8 or missing:
-        raise ValueError(f"absmax is {absmax.dtype}" + (f" and no {' and no '.join(missing)} is beside it" if missing
-                                                         else "; float32, or uint8 with nested_absmax is wanted"))
+        raise ValueError(
+            f"absmax is {absmax.dtype}"
+            + (
+                f" and no {' and no '.join(missing)} is beside it"
+                if missing
+                else "; float32, or uint8 with nested_absmax is wanted"
+            )
+        )
     nested = parts["weight.nested_absmax"].flatten().to(torch.float32)
     size, offset = state.get("nested_blocksize", 256), state.get("nested_offset")
     if type(offset) not in (float, int):
         raise ValueError(f"nested_offset is {offset!r:.40} in its quant_state; a number is wanted, fetch it again")
     entries = parts["weight.nested_quant_map"].flatten().to(torch.float32)
     if entries.numel() != 256 or nested.numel() != -(-absmax.numel() // size):
-        raise ValueError(f"nested_quant_map of {entries.numel()} and nested_absmax of {nested.numel()} entries do not "
-                         f"fit {absmax.numel()} blocks in blocks of {size}")
-    return entries[absmax.to(torch.int64)] * nested.repeat_interleave(size)[:absmax.numel()] + offset
+        raise ValueError(
+            f"nested_quant_map of {entries.numel()} and nested_absmax of {nested.numel()} entries do not "
+            f"fit {absmax.numel()} blocks in blocks of {size}"
+        )
+    return entries[absmax.to(torch.int64)] * nested.repeat_interleave(size)[: absmax.numel()] + offset
 
 
 def _table(parts, state):
@@ -109,14 +126,17 @@ def _table(parts, state):
     table = parts["weight.quant_map"].flatten().to(torch.float32)
     names = {part.rpartition("__")[2] for part in _STATES if part in parts} | {state.get("quant_type")} - {None}
     for name in sorted(map(str, names)):
-        known = torch.tensor(NAMED.get(name, ()))           # bfloat16 rounds an entry by up to 2^-9 of it
+        known = torch.tensor(NAMED.get(name, ()))  # bfloat16 rounds an entry by up to 2^-9 of it
         if known.shape == table.shape and bool(((known - table).abs() > 1e-3 + 4e-3 * known.abs()).any()):
-            raise ValueError(f"its quant_map is not the table of {name}, which its quant_state names: one of them is "
-                             "of another checkpoint, fetch it again")
+            raise ValueError(
+                f"its quant_map is not the table of {name}, which its quant_state names: one of them is "
+                "of another checkpoint, fetch it again"
+            )
     return tuple(table.tolist())
 
 
 # ---------------------------------------------------------------------------------------------- writing
+
 
 def _changes(folder, find):
     """Yield (layer, new float32 absmax [blocks], file, place, whether double-quantized and moved) of trained layers."""
@@ -184,8 +204,12 @@ def _write_plain(folder, staging, absmax):
 def _plain_entry(name, file, place, found, absmax):
     layer, _, part = name.partition(".weight.")
     if part == "absmax":
-        return (name, torch.float32, (torch.Size(place[1]).numel(),),
-                lambda: absmax[layer] if layer in absmax else _read_absmax(found, layer))
+        return (
+            name,
+            torch.float32,
+            (torch.Size(place[1]).numel(),),
+            lambda: absmax[layer] if layer in absmax else _read_absmax(found, layer),
+        )
     if part.startswith("quant_state"):
         state = json.loads(bytes(safetensors_file.read(file, place).flatten().tolist()))
         kept = {key: value for key, value in state.items() if not key.startswith("nested_")}
@@ -204,13 +228,22 @@ def quantization_config(packed, ignore):
     kinds = {known.get(weight.table) for weight in packed.values()}
     if len(kinds) > 1 or None in kinds or not all(_block(weight) for weight in packed.values()):
         sizes = sorted({weight.group_size for weight in packed.values()})
-        raise ValueError("bitsandbytes holds layers that all have the table nf4 or all fp4, in groups that "
-                         f"blocks of {_BLOCKS[0]} to {_BLOCKS[-1]} weights fill; these have "
-                         f"{' and '.join(sorted(kind or 'other codes' for kind in kinds))} in groups of "
-                         f"{', '.join(map(str, sizes))}")
-    return {"quant_method": METHOD, "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kinds.pop(),
-            "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "float16", "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": ignore}
+        raise ValueError(
+            "bitsandbytes holds layers that all have the table nf4 or all fp4, in groups that "
+            f"blocks of {_BLOCKS[0]} to {_BLOCKS[-1]} weights fill; these have "
+            f"{' and '.join(sorted(kind or 'other codes' for kind in kinds))} in groups of "
+            f"{', '.join(map(str, sizes))}"
+        )
+    return {
+        "quant_method": METHOD,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": kinds.pop(),
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "float16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ignore,
+    }
 
 
 def _block(weight):
@@ -226,12 +259,15 @@ def entries(name, weight, quantization, dtype):
     """The tensors of a layer for a new file, as safetensors_file.write takes them; absmax in float32."""
     n, k, block = weight.out_features, weight.in_features, _block(weight)
     kind = quantization["bnb_4bit_quant_type"]
-    state = {"quant_type": kind, "blocksize": block, "dtype": str(dtype).removeprefix("torch."),
-             "shape": [n, k]}
+    state = {"quant_type": kind, "blocksize": block, "dtype": str(dtype).removeprefix("torch."), "shape": [n, k]}
     made = [
         ("weight", torch.uint8, (n * k // 2, 1), lambda: _nibbles(weight)),
-        (SCALES, torch.float32, (n * k // block,),
-         lambda: weight.scales.T.cpu().reshape(-1).repeat_interleave(weight.group_size // block)),
+        (
+            SCALES,
+            torch.float32,
+            (n * k // block,),
+            lambda: weight.scales.T.cpu().reshape(-1).repeat_interleave(weight.group_size // block),
+        ),
         ("weight.quant_map", torch.float32, (16,), lambda: torch.tensor(weight.table)),
         (f"weight.quant_state.bitsandbytes__{kind}", *_as_bytes(state)),
     ]

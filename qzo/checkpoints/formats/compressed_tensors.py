@@ -11,6 +11,7 @@ A layer is quantized where these tensors exist, whatever `ignore` says; bits, st
 of the config group whose target names it exactly, else by a pattern ("re:..."), else by its class ("Linear").
 A layer that the config calls symmetric may have zero points if they say the same; a g_idx is read whatever it says.
 """
+
 import re
 import warnings
 
@@ -36,14 +37,13 @@ def check_config(quantization, where):
     """target -> {bits, group_size, symmetric, ordered} of a quantization_config. ValueError for what cannot be read."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise ValueError(f"{where}: the quantization_config has no config_groups; the checkpoint is "
-                         "incomplete")
+        raise ValueError(f"{where}: the quantization_config has no config_groups; the checkpoint is incomplete")
     found = {}
     for name, group in groups.items():
         group = group if isinstance(group, dict) else {}
         weights = _check_group(group, group.get("format") or quantization.get("format"), f"{where}: {name}")
         for target in group["targets"]:
-            found[target] = weights                # the last of two groups counts, as in the library
+            found[target] = weights  # the last of two groups counts, as in the library
     for name in ("kv_cache_scheme", "transform_config"):
         if quantization.get(name):
             raise ValueError(f"{where}: quantization_config has a {name}, which is not supported")
@@ -64,9 +64,11 @@ def _check_group(group, layout, where):
     held = type(bits) is int and bits in _BITS
     if layout != "pack-quantized" or not held or kind != "int" or strategy not in ("group", "channel"):
         found = {"num_bits": bits, "type": kind, "strategy": strategy}
-        raise ValueError(f"{where}: compressed-tensors format {layout!r:.60} with {found!r:.200}; supported "
-                         f"is 'pack-quantized' with num_bits {', '.join(map(str, _BITS))}, type int, strategy "
-                         "group or channel")
+        raise ValueError(
+            f"{where}: compressed-tensors format {layout!r:.60} with {found!r:.200}; supported "
+            f"is 'pack-quantized' with num_bits {', '.join(map(str, _BITS))}, type int, strategy "
+            "group or channel"
+        )
     if strategy == "group" and (type(size) is not int or size < 1):
         raise ValueError(f"{where}: group_size is {size!r:.40}; strategy group needs a whole number above 0")
     for name in ("input_activations", "output_activations"):
@@ -74,16 +76,20 @@ def _check_group(group, layout, where):
             raise ValueError(f"{where}: {name} are quantized too; only weights can be")
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{where}: targets must be a list of names, patterns ('re:...') and classes, got "
-                         f"{targets!r:.80}")
+        raise ValueError(
+            f"{where}: targets must be a list of names, patterns ('re:...') and classes, got {targets!r:.80}"
+        )
     for target in targets:
         try:
             re.compile(target.removeprefix(_PATTERN))
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{where}: target {target!r:.80} is no regular expression: {error}") from None
-    return {"bits": bits, "group_size": None if strategy == "channel" else size,
-            "symmetric": weights.get("symmetric", True),
-            "ordered": strategy == "group" and weights.get("actorder") in (True, "group")}
+    return {
+        "bits": bits,
+        "group_size": None if strategy == "channel" else size,
+        "symmetric": weights.get("symmetric", True),
+        "ordered": strategy == "group" and weights.get("actorder") in (True, "group"),
+    }
 
 
 def _arguments(layer, by_target):
@@ -93,8 +99,10 @@ def _arguments(layer, by_target):
     for target in (layer, *fitting, "Linear"):
         if target in by_target:
             return by_target[target]
-    raise ValueError(f"no target of the config_groups fits {layer} (they are {', '.join(by_target)[:200]}), "
-                     "so its bits and group size are unknown")
+    raise ValueError(
+        f"no target of the config_groups fits {layer} (they are {', '.join(by_target)[:200]}), "
+        "so its bits and group size are unknown"
+    )
 
 
 def weights(folder, quantization, dtype):
@@ -111,8 +119,11 @@ def packer(quantization, where):
         packed = _packed(parts, arguments)
         if packed.perm is not None and not arguments["ordered"] and not told:
             told.append(layer)
-            warnings.warn(f"the config names no actorder 'group', and {layer}.weight_g_idx has columns in another "
-                          "order: that order is read, which servers that go by the config leave out", stacklevel=2)
+            warnings.warn(
+                f"the config names no actorder 'group', and {layer}.weight_g_idx has columns in another "
+                "order: that order is read, which servers that go by the config leave out",
+                stacklevel=2,
+            )
         return packed
 
     return make
@@ -152,22 +163,25 @@ def _packed(parts, arguments):
     if not scales.is_floating_point():
         raise ValueError(f"weight_scale is {scales.dtype}; scales are floats")
     if k % group or list(scales.shape) != [n, k // group]:
-        raise ValueError(f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in groups "
-                         f"of {group}")
+        raise ValueError(
+            f"weight_scale is {list(scales.shape)}, which is not {n} rows of {k} weights in groups of {group}"
+        )
     zeros = None
     if "weight_zero_point" in parts:
         _check(parts["weight_zero_point"], "weight_zero_point ", [word_count(n, bits), k // group])
         zeros = unpack(parts["weight_zero_point"].T, n, bits)
         if arguments["symmetric"] and bool((zeros != middle(bits)).any()):
-            raise ValueError("the config says symmetric, and weight_zero_point beside it has others than "
-                             f"{middle(bits)}; if they are what is meant, set symmetric to false in the "
-                             "quantization_config")
+            raise ValueError(
+                "the config says symmetric, and weight_zero_point beside it has others than "
+                f"{middle(bits)}; if they are what is meant, set symmetric to false in the "
+                "quantization_config"
+            )
     codes = unpack(words, k, bits)
     perm, g_idx = None, parts.get("weight_g_idx")
-    if g_idx is not None and not bool((g_idx == -1).all()):            # -1 everywhere: no order at all
+    if g_idx is not None and not bool((g_idx == -1).all()):  # -1 everywhere: no order at all
         perm = perm_of(g_idx, k, group, "weight_g_idx")
     codes = codes if perm is None else codes[:, perm]
-    if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
+    if bits == 3:  # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
     return PackedWeight.from_codes(codes, scales.T, zeros, bits, perm)
 
@@ -178,6 +192,7 @@ def _check(tensor, name, shape):
 
 
 # ---------------------------------------------------------------------------------------------- writing
+
 
 def quantization_config(packed, ignore):
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
@@ -192,19 +207,39 @@ def quantization_config(packed, ignore):
         check_integers(name, weight, METHOD)
         alike.setdefault((weight.bits, sizes[name]), []).append(name)
     symmetric = all(weight.zeros is None for weight in packed.values())
-    groups = {f"group_{i}": _config_group(["Linear"] if len(alike) == 1 else names, *kind, symmetric)
-              for i, (kind, names) in enumerate(alike.items())}
-    return {"quant_method": METHOD, "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None, "sparsity_config": {},
-            "transform_config": {}}
+    groups = {
+        f"group_{i}": _config_group(["Linear"] if len(alike) == 1 else names, *kind, symmetric)
+        for i, (kind, names) in enumerate(alike.items())
+    }
+    return {
+        "quant_method": METHOD,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
 
 
 def _config_group(targets, bits, size, symmetric):
-    arguments = {"num_bits": bits, "type": "int", "symmetric": symmetric,
-                 "strategy": "channel" if size == -1 else "group",
-                 "group_size": None if size == -1 else size, "dynamic": False, "actorder": None}
-    return {"targets": targets, "format": "pack-quantized", "weights": arguments, "input_activations": None,
-            "output_activations": None}
+    arguments = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if size == -1 else "group",
+        "group_size": None if size == -1 else size,
+        "dynamic": False,
+        "actorder": None,
+    }
+    return {
+        "targets": targets,
+        "format": "pack-quantized",
+        "weights": arguments,
+        "input_activations": None,
+        "output_activations": None,
+    }
 
 
 def entries(name, weight, quantization, dtype):

@@ -1,4 +1,5 @@
 """Writing files so that neither a crash nor a full disk leaves half of one."""
+
 import contextlib
 import json
 import os
@@ -38,7 +39,7 @@ def staged(folder):
         finally:
             shutil.rmtree(staging, ignore_errors=True)
             for path in made:
-                with contextlib.suppress(OSError):       # it holds the result, or was never made
+                with contextlib.suppress(OSError):  # it holds the result, or was never made
                     path.rmdir()
 
 

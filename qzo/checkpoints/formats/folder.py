@@ -1,4 +1,5 @@
 """What every folder of safetensors files shares: where tensors lie, dense ones in, new scales out."""
+
 import functools
 from pathlib import Path
 
@@ -23,17 +24,21 @@ def tensor_places(folder):
     found = {}
     for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing or no file, though {INDEX} names it; fetch "
-                                    "the checkpoint again")
+            raise FileNotFoundError(
+                f"{folder / name} is missing or no file, though {INDEX} names it; fetch the checkpoint again"
+            )
         for tensor, place in safetensors_file.places(folder / name).items():
             if tensor in found:
-                raise ValueError(f"{folder}: tensor {tensor} is in {found[tensor][0].name} and in {name}; one "
-                                 "of them is of another checkpoint, remove it")
+                raise ValueError(
+                    f"{folder}: tensor {tensor} is in {found[tensor][0].name} and in {name}; one "
+                    "of them is of another checkpoint, remove it"
+                )
             found[tensor] = folder / name, place
     for tensor, name in index.items():
         if tensor not in found or found[tensor][0].name != name:
-            raise ValueError(f"{folder / name} holds no tensor {tensor!r:.200}, though {INDEX} says so; fetch "
-                             "the checkpoint again")
+            raise ValueError(
+                f"{folder / name} holds no tensor {tensor!r:.200}, though {INDEX} says so; fetch the checkpoint again"
+            )
     return found
 
 
@@ -44,12 +49,12 @@ def _index(folder):
         return {}
     names = files.read_object(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{path} is damaged: it has no weight_map of tensors and their files; fetch it "
-                         "again")
+        raise ValueError(f"{path} is damaged: it has no weight_map of tensors and their files; fetch it again")
     for name in names.values():
         if Path(name).name != name or not name.isprintable():
-            raise ValueError(f"{path} names {name!r:.200}, which is no file of this folder; weights elsewhere "
-                             "are not read")
+            raise ValueError(
+                f"{path} names {name!r:.200}, which is no file of this folder; weights elsewhere are not read"
+            )
     return names
 
 
@@ -83,6 +88,7 @@ def read_weights(folder, dtype, parts, make):
 
 # ---------------------------------------------------------------------------------------------- writing
 
+
 def save_scales(folder, staging, changes):
     """Copy all of `folder` to `staging` with the scales that `scale_changes` gives."""
     copy_all(folder, staging)
@@ -106,15 +112,20 @@ def scale_changes(folder, find, part, transposed=False):
 
 def dense_entries(folder, is_dense):
     """The tensors for whose names `is_dense(name)`, as safetensors_file.write takes them, unchanged."""
-    return [(name, safetensors_file.DTYPES[place[0]], place[1],
-             functools.partial(safetensors_file.read, file, place))
-            for name, (file, place) in tensor_places(folder).items() if is_dense(name)]
+    return [
+        (name, safetensors_file.DTYPES[place[0]], place[1], functools.partial(safetensors_file.read, file, place))
+        for name, (file, place) in tensor_places(folder).items()
+        if is_dense(name)
+    ]
 
 
 def scale_dtypes(folder, part):
     """layer -> dtype of its scales; part: their name."""
-    return {name.removesuffix(f".{part}"): safetensors_file.DTYPES[place[0]]
-            for name, (_, place) in tensor_places(folder).items() if name.endswith(f".{part}")}
+    return {
+        name.removesuffix(f".{part}"): safetensors_file.DTYPES[place[0]]
+        for name, (_, place) in tensor_places(folder).items()
+        if name.endswith(f".{part}")
+    }
 
 
 def copy_all(folder, staging):

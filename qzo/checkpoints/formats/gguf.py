@@ -8,6 +8,7 @@ On save d is rounded to float16 first, then m = -d * zero; a block whose scale d
 Tensors of other types are dense here and stay as they are. Llama's rows of q and k lie interleaved for the
 rotary embedding there, in halves in transformers: both ways permute them.
 """
+
 import collections
 import warnings
 
@@ -22,7 +23,7 @@ from .gguf_models import ROPE_TENSORS, TOP
 from .rounding import stored_scales
 
 __all__ = ["TRAINED", "config", "hf_name", "save", "weights"]
-TRAINED = {Q4_0: 4, Q4_1: 4, Q8_0: 8}          # bits of a code
+TRAINED = {Q4_0: 4, Q4_1: 4, Q8_0: 8}  # bits of a code
 _HEADS = {"attn_q": heads, "attn_k": kv_heads}
 
 
@@ -47,8 +48,10 @@ def _row_order(file, info):
     if count is None or not family(file).interleaved:
         return None
     if info.shape[0] % (2 * count(file)):
-        raise ValueError(f"{file.path}: tensor {info.name} has {info.shape[0]} rows, which {count(file)} "
-                         "heads do not divide into pairs")
+        raise ValueError(
+            f"{file.path}: tensor {info.name} has {info.shape[0]} rows, which {count(file)} "
+            "heads do not divide into pairs"
+        )
     return torch.arange(info.shape[0]).view(count(file), -1, 2).transpose(1, 2).flatten()
 
 
@@ -63,8 +66,10 @@ def weights(file, dtype):
         name, where = hf_name(file, info.name), f"{info.name} in {file.path.name}"
         if name is not None:
             if len(info.shape) > 2 or (len(info.shape) == 1 and info.quantized):
-                raise ValueError(f"{where}: {info.type_name} of shape {list(info.shape)}; only matrices and "
-                                 "plain vectors can be read")
+                raise ValueError(
+                    f"{where}: {info.type_name} of shape {list(info.shape)}; only matrices and "
+                    "plain vectors can be read"
+                )
             order = _row_order(file, info)
             try:
                 value = _packed(file, info, order, where) if _trains(info) else None
@@ -88,12 +93,16 @@ def _report_frozen(file):
     named = ", ".join(f"{count} {kind}" for kind, count in frozen.most_common())
     trained = ", ".join(NAMES[kind] for kind in TRAINED)
     if not any(_trains(info) for info in file.tensors.values()):
-        raise ValueError(f"{file.path}: no tensor can be trained: the layers are {named}, and only {trained} "
-                         "train; make such a file (llama-quantize MODEL OUT Q4_0), or give the float "
-                         "checkpoint")
+        raise ValueError(
+            f"{file.path}: no tensor can be trained: the layers are {named}, and only {trained} "
+            "train; make such a file (llama-quantize MODEL OUT Q4_0), or give the float "
+            "checkpoint"
+        )
     if frozen:
-        warnings.warn(f"{file.path}: {frozen.total()} of {len(layers)} layers stay frozen ({named}); only "
-                      f"{trained} train", stacklevel=2)
+        warnings.warn(
+            f"{file.path}: {frozen.total()} of {len(layers)} layers stay frozen ({named}); only {trained} train",
+            stacklevel=2,
+        )
 
 
 def _packed(file, info, order, where):
@@ -108,8 +117,9 @@ def _packed(file, info, order, where):
             raise ValueError("a minimum is NaN or infinite: the file is damaged")
         constant = scales == 0
         if bool((constant & (minimum != 0)).any()):
-            warnings.warn(f"{where}: a block has scale 0 and a minimum; the whole layer stays dense and "
-                          "frozen", stacklevel=2)
+            warnings.warn(
+                f"{where}: a block has scale 0 and a minimum; the whole layer stays dense and frozen", stacklevel=2
+            )
             return None
         zeros = torch.where(constant, 8.0, -minimum / scales).T.contiguous()
     bits, (n, k) = TRAINED[info.type], info.shape
@@ -159,8 +169,8 @@ def _patch(blocks, info, packed, order):
     if info.type == Q4_1:
         m = (-d.float() * packed.zeros.T.cpu()[back]).to(torch.float16)
         if not bool(torch.isfinite(m).all()):
-            raise ValueError(f"{info.name}: a minimum does not fit float16 any more; the run has diverged, "
-                             "nothing was written")
+            raise ValueError(
+                f"{info.name}: a minimum does not fit float16 any more; the run has diverged, nothing was written"
+            )
         blocks[..., 2:4][changed] = m[changed].unsqueeze(-1).view(torch.uint8)
     return True
-

@@ -12,32 +12,69 @@ holds, in order, and what it means (d, m and e are float16; s and t scale and mi
     Q4_K, Q5_K   d, e, 12 bytes of s and t, (32 of high bits,) nibbles   d s c - e t
     Q6_K         128 bytes of nibbles, 64 of high pairs, 16 int8 s, d    d s (c - 32)
 """
+
 import torch
 
 F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = 0, 1, 2, 3, 6, 7, 8
 Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, BF16 = 10, 11, 12, 13, 14, 20, 30
 # type -> weights and bytes of a block
-BLOCKS = {F32: (1, 4), F16: (1, 2), BF16: (1, 2), Q4_0: (32, 18), Q4_1: (32, 20), Q5_0: (32, 22),
-          Q5_1: (32, 24), Q8_0: (32, 34), IQ4_NL: (32, 18), Q2_K: (256, 84), Q3_K: (256, 110),
-          Q4_K: (256, 144), Q5_K: (256, 176), Q6_K: (256, 210)}
-NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q4_1: "Q4_1", Q5_0: "Q5_0", Q5_1: "Q5_1", Q8_0: "Q8_0",
-         Q2_K: "Q2_K", Q3_K: "Q3_K", Q4_K: "Q4_K", Q5_K: "Q5_K", Q6_K: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS",
-         18: "IQ3_XXS", 19: "IQ1_S", IQ4_NL: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M",
-         BF16: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
+BLOCKS = {
+    F32: (1, 4),
+    F16: (1, 2),
+    BF16: (1, 2),
+    Q4_0: (32, 18),
+    Q4_1: (32, 20),
+    Q5_0: (32, 22),
+    Q5_1: (32, 24),
+    Q8_0: (32, 34),
+    IQ4_NL: (32, 18),
+    Q2_K: (256, 84),
+    Q3_K: (256, 110),
+    Q4_K: (256, 144),
+    Q5_K: (256, 176),
+    Q6_K: (256, 210),
+}
+NAMES = {
+    F32: "F32",
+    F16: "F16",
+    Q4_0: "Q4_0",
+    Q4_1: "Q4_1",
+    Q5_0: "Q5_0",
+    Q5_1: "Q5_1",
+    Q8_0: "Q8_0",
+    Q2_K: "Q2_K",
+    Q3_K: "Q3_K",
+    Q4_K: "Q4_K",
+    Q5_K: "Q5_K",
+    Q6_K: "Q6_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    IQ4_NL: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    29: "IQ1_M",
+    BF16: "BF16",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+}
 _FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
-_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)     # of IQ4_NL
+_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of IQ4_NL
 
 
 def halves(blocks, at):
     """The float16 that begins at byte `at` of every block: [rows, blocks of a row]."""
-    return blocks[..., at:at + 2].contiguous().view(torch.float16).squeeze(-1)
+    return blocks[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1)
 
 
 def codes(blocks, kind):
     """uint8 [N, K] of Q4_0, Q4_1 or Q8_0 blocks [N, blocks of a row, bytes of a block]."""
     if kind == Q8_0:
-        return blocks[..., 2:].bitwise_xor(128).flatten(1)          # int8 plus 128 is its top bit turned
-    return _fields(blocks[..., 2 if kind == Q4_0 else 4:], 16, 4).flatten(1)
+        return blocks[..., 2:].bitwise_xor(128).flatten(1)  # int8 plus 128 is its top bit turned
+    return _fields(blocks[..., 2 if kind == Q4_0 else 4 :], 16, 4).flatten(1)
 
 
 def values(data, kind):
@@ -54,6 +91,7 @@ def values(data, kind):
 
 
 # ---------------------------------------------------------------------------------------------- type by type
+
 
 def _fields(data, run, bits):
     """Bytes [..., B] as fields of `bits` bits [..., B * 8 / bits]: of each `run` bytes the lowest fields
@@ -141,5 +179,16 @@ def _q6_k(blocks):
     return _runs(_d(blocks, 208) * scales.float(), codes.float() - 32)
 
 
-_VALUES = {Q4_0: _q4_0, Q4_1: _q4_1, Q5_0: _q5_0, Q5_1: _q5_1, Q8_0: _q8_0, IQ4_NL: _iq4_nl, Q2_K: _q2_k,
-           Q3_K: _q3_k, Q4_K: _q4_k, Q5_K: _q5_k, Q6_K: _q6_k}
+_VALUES = {
+    Q4_0: _q4_0,
+    Q4_1: _q4_1,
+    Q5_0: _q5_0,
+    Q5_1: _q5_1,
+    Q8_0: _q8_0,
+    IQ4_NL: _iq4_nl,
+    Q2_K: _q2_k,
+    Q3_K: _q3_k,
+    Q4_K: _q4_k,
+    Q5_K: _q5_k,
+    Q6_K: _q6_k,
+}

@@ -3,6 +3,7 @@
 Defaults are llama.cpp's own, which reads the same keys. What transformers' class cannot compute is refused by
 name.
 """
+
 import math
 
 import torch
@@ -15,8 +16,9 @@ def family(file):
     """The Family of a GGUFFile's architecture. ValueError naming those that can be read."""
     architecture = file.metadata.get("general.architecture")
     if architecture not in FAMILIES:
-        raise ValueError(f"{file.path}: architecture {architecture!r}; those that can be read are "
-                         f"{', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"{file.path}: architecture {architecture!r}; those that can be read are {', '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[architecture]
 
 
@@ -27,18 +29,20 @@ def config(file):
     """
     meta, kind = file.metadata, family(file)
     if meta.get("split.count", 1) not in (0, 1):
-        raise ValueError(f"{file.path} is one of {meta['split.count']!r:.40} parts; merge them first "
-                         "(llama-gguf-split --merge)")
+        raise ValueError(
+            f"{file.path} is one of {meta['split.count']!r:.40} parts; merge them first (llama-gguf-split --merge)"
+        )
     experts = _number(file, "expert_count", 0)
     if experts > 0:
-        raise ValueError(f"{file.path}: a mixture of {experts} experts; only dense models "
-                         "can be read")
+        raise ValueError(f"{file.path}: a mixture of {experts} experts; only dense models can be read")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path}: no tensor token_embd.weight, which every model has")
     found = {argument: _need(file, key, int) for key, argument in NEEDED.items()}
     if found["num_hidden_layers"] > len(file.tensors):
-        raise ValueError(f"{file.path}: {len(file.tensors)} tensors are not {found['num_hidden_layers']} "
-                         "layers: the file is incomplete or damaged")
+        raise ValueError(
+            f"{file.path}: {len(file.tensors)} tensors are not {found['num_hidden_layers']} "
+            "layers: the file is incomplete or damaged"
+        )
     found |= {argument: _number(file, key) or default for key, (argument, default) in kind.options.items()}
     found |= {argument: tensor in file.tensors for argument, tensor in kind.biases.items()}
     head_dim = _head_dim(file, found)
@@ -49,18 +53,22 @@ def config(file):
     if kind.global_every:
         found["layer_types"] = _layer_types(file, kind, found["num_hidden_layers"])
     ids = token_ids(file)
-    return found | _rope(file, kind, head_dim) | {
-        "model_type": kind.model_type,
-        "architectures": [kind.cls],
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "num_key_value_heads": kv_heads(file),
-        "head_dim": head_dim,
-        "rms_norm_eps": _need(file, "attention.layer_norm_rms_epsilon", float),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": ids.get("bos"),
-        "eos_token_id": ids.get("eos"),
-        "pad_token_id": ids.get("padding"),
-    }
+    return (
+        found
+        | _rope(file, kind, head_dim)
+        | {
+            "model_type": kind.model_type,
+            "architectures": [kind.cls],
+            "vocab_size": file.tensors["token_embd.weight"].shape[0],
+            "num_key_value_heads": kv_heads(file),
+            "head_dim": head_dim,
+            "rms_norm_eps": _need(file, "attention.layer_norm_rms_epsilon", float),
+            "tie_word_embeddings": "output.weight" not in file.tensors,
+            "bos_token_id": ids.get("bos"),
+            "eos_token_id": ids.get("eos"),
+            "pad_token_id": ids.get("padding"),
+        }
+    )
 
 
 def heads(file):
@@ -85,11 +93,14 @@ def _name(file, key):
 def _number(file, key, default=None, kinds=(int, float)):
     value = _get(file, key, default)
     if isinstance(value, list):
-        raise ValueError(f"{file.path}: {_name(file, key)} differs from layer to layer; only uniform models "
-                         "can be read")
+        raise ValueError(
+            f"{file.path}: {_name(file, key)} differs from layer to layer; only uniform models can be read"
+        )
     if value is not None and (type(value) not in kinds or not 0 <= value < math.inf):
-        raise ValueError(f"{file.path}: {_name(file, key)} is {value!r:.40}; it has to be "
-                         f"{' or '.join(kind.__name__ for kind in kinds)} from 0 on")
+        raise ValueError(
+            f"{file.path}: {_name(file, key)} is {value!r:.40}; it has to be "
+            f"{' or '.join(kind.__name__ for kind in kinds)} from 0 on"
+        )
     return value
 
 
@@ -105,33 +116,38 @@ def _head_dim(file, found):
     size = _number(file, "attention.key_length", found["hidden_size"] // found["num_attention_heads"], (int,))
     values = _number(file, "attention.value_length", size, (int,))
     if size != values or size == 0:
-        raise ValueError(f"{file.path}: heads of {size} for keys and of {values} for values; only equal ones "
-                         "can be read")
+        raise ValueError(
+            f"{file.path}: heads of {size} for keys and of {values} for values; only equal ones can be read"
+        )
     return size
 
 
 def _layer_types(file, kind, count):
-    if not _get(file, "attention.sliding_window") and kind.local_theta:      # a Gemma 3 without windows
+    if not _get(file, "attention.sliding_window") and kind.local_theta:  # a Gemma 3 without windows
         return ["full_attention"] * count
     slides = _get(file, "attention.sliding_window_pattern")
     if not isinstance(slides, list):
         slides = _number(file, "attention.sliding_window_pattern", kind.global_every, (int,))
         slides = [slides == 0 or (layer + 1) % slides != 0 for layer in range(count)]
     if len(slides) < count:
-        raise ValueError(f"{file.path}: attention.sliding_window_pattern tells of {len(slides)} layers, the "
-                         f"model has {count}")
+        raise ValueError(
+            f"{file.path}: attention.sliding_window_pattern tells of {len(slides)} layers, the model has {count}"
+        )
     return ["sliding_attention" if slide else "full_attention" for slide in slides[:count]]
 
 
 # ------------------------------------------------------------------------------------------ rotary scaling
+
 
 def _rope(file, kind, head_dim):
     """{"rope_parameters": ...} and what stands beside it."""
     theta = _base(file, "rope.freq_base", 10000.0)
     rotated = _number(file, "rope.dimension_count", head_dim, (int,))
     if rotated != head_dim and not kind.partial_rotary:
-        raise ValueError(f"{file.path}: rotary embedding of {rotated} of {head_dim} head dimensions; only "
-                         f"whole heads can be read for {kind.cls}")
+        raise ValueError(
+            f"{file.path}: rotary embedding of {rotated} of {head_dim} head dimensions; only "
+            f"whole heads can be read for {kind.cls}"
+        )
     scaling, more = _scaling(file, kind, theta, rotated)
     rope = {"rope_theta": theta} | scaling
     if kind.partial_rotary:
@@ -162,8 +178,9 @@ def _scaling(file, kind, theta, rotated):
     if name == "default":
         return {"rope_type": "default"}, {}
     if name not in kind.scalings:
-        raise ValueError(f"{file.path}: rotary scaling {name!r}; what can be read for {kind.cls} is "
-                         f"{' and '.join(kind.scalings)}")
+        raise ValueError(
+            f"{file.path}: rotary scaling {name!r}; what can be read for {kind.cls} is {' and '.join(kind.scalings)}"
+        )
     if name == "linear":
         return {"rope_type": "linear", "factor": factor}, {}
     factors = [_factors(file, tensor, rotated) for tensor in ROPE_TENSORS[name]]
@@ -174,14 +191,17 @@ def _factors(file, tensor, rotated):
     info = file.tensors.get(tensor)
     if info is None or info.shape != (rotated // 2,):
         found = "missing" if info is None else list(info.shape)
-        raise ValueError(f"{file.path}: tensor {tensor} is {found}, the rotary embedding needs "
-                         f"{[rotated // 2]}")
+        raise ValueError(f"{file.path}: tensor {tensor} is {found}, the rotary embedding needs {[rotated // 2]}")
     return file.dense(info, torch.float32).tolist()
 
 
 def _longrope(file, short, long):
-    scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long,
-               "attention_factor": _number(file, "rope.scaling.attn_factor", 1.0)}
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": long,
+        "attention_factor": _number(file, "rope.scaling.attn_factor", 1.0),
+    }
     original = _need(file, "rope.scaling.original_context_length", int)
     return scaling, {"original_max_position_embeddings": original}
 
@@ -199,7 +219,14 @@ def _llama3(file, factors, theta):
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         wanted = 1 / ((1 - smooth) / factor + smooth)
         if not math.isclose(found, wanted, rel_tol=1e-5):
-            raise ValueError(f"{file.path}: rope_freqs.weight holds {found:g} at {i}, Llama 3's scaling by "
-                             f"{factor:g} has {wanted:g}; other rotary factors cannot be read")
-    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_position_embeddings": context}, {}
+            raise ValueError(
+                f"{file.path}: rope_freqs.weight holds {found:g} at {i}, Llama 3's scaling by "
+                f"{factor:g} has {wanted:g}; other rotary factors cannot be read"
+            )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": context,
+    }, {}

@@ -3,6 +3,7 @@
 The header is parsed here rather than by gguf.GGUFReader, which makes a numpy view of every token and merge
 and so takes seconds where this takes a tenth of one; the tests hold the two against each other.
 """
+
 import dataclasses
 import functools
 import itertools
@@ -26,7 +27,7 @@ class TensorInfo:
     name: str
     type: int
     shape: tuple
-    offset: int          # from the start of the file
+    offset: int  # from the start of the file
     nbytes: int
 
     @property
@@ -55,8 +56,7 @@ class GGUFFile:
                 raise ValueError(f"{self.path} is not a GGUF file: it does not begin with 'GGUF'")
             version = cursor.scalar("I")
             if version not in (2, 3):
-                raise ValueError(f"{self.path}: GGUF version {version}; only 2 and 3, little-endian, can be "
-                                 "read")
+                raise ValueError(f"{self.path}: GGUF version {version}; only 2 and 3, little-endian, can be read")
             tensors, keys = cursor.scalar("Q"), cursor.scalar("Q")
             self.metadata = {}
             for _ in range(keys):
@@ -73,44 +73,54 @@ class GGUFFile:
 
     def _once(self, name, known, what):
         if name in known or not name.isprintable():
-            raise ValueError(f"{self.path}: {what} {name!r:.200} is there twice or has no readable name; the "
-                             "file is damaged, fetch it again")
+            raise ValueError(
+                f"{self.path}: {what} {name!r:.200} is there twice or has no readable name; the "
+                "file is damaged, fetch it again"
+            )
 
     def _alignment(self):
         found = self.metadata.get("general.alignment", 32)
         if type(found) is not int or found < 1:
-            raise ValueError(f"{self.path}: general.alignment is {found!r:.40}; it has to be a whole number "
-                             "of bytes")
+            raise ValueError(f"{self.path}: general.alignment is {found!r:.40}; it has to be a whole number of bytes")
         return found
 
     def _check_overlaps(self):
         order = sorted(self.tensors.values(), key=lambda info: info.offset)
         for first, second in itertools.pairwise(order):
             if first.offset + first.nbytes > second.offset:
-                raise ValueError(f"{self.path}: tensors {first.name} and {second.name} overlap; the file is "
-                                 "damaged, fetch it again")
+                raise ValueError(
+                    f"{self.path}: tensors {first.name} and {second.name} overlap; the file is damaged, fetch it again"
+                )
 
     def _entry(self, cursor):
         name, count = cursor.string(), cursor.scalar("I")
         dims = [cursor.scalar("Q") for _ in range(min(count, _MOST_DIMENSIONS))]
         if count > _MOST_DIMENSIONS or 0 in dims:
-            raise ValueError(f"{self.path}: tensor {name!r:.200} has {count} dimensions, {dims}; GGUF has at "
-                             f"most {_MOST_DIMENSIONS}, none of them 0: the file is damaged")
+            raise ValueError(
+                f"{self.path}: tensor {name!r:.200} has {count} dimensions, {dims}; GGUF has at "
+                f"most {_MOST_DIMENSIONS}, none of them 0: the file is damaged"
+            )
         return name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")
 
     def _info(self, name, shape, kind, offset):
         if kind not in BLOCKS:
             found = TensorInfo(name, kind, shape, offset, 0).type_name
-            raise ValueError(f"{self.path}: tensor {name} is {found}; types that can be read are "
-                             f"{', '.join(NAMES[t] for t in BLOCKS)}")
+            raise ValueError(
+                f"{self.path}: tensor {name} is {found}; types that can be read are "
+                f"{', '.join(NAMES[t] for t in BLOCKS)}"
+            )
         weights, size = BLOCKS[kind]
         if not shape or shape[-1] % weights:
-            raise ValueError(f"{self.path}: tensor {name} has shape {list(shape)}, which {NAMES[kind]} "
-                             f"blocks of {weights} do not fill: the file is damaged")
+            raise ValueError(
+                f"{self.path}: tensor {name} has shape {list(shape)}, which {NAMES[kind]} "
+                f"blocks of {weights} do not fill: the file is damaged"
+            )
         nbytes = int(np.prod(shape, dtype=object)) // weights * size
         if offset + nbytes > self.size:
-            raise ValueError(f"{self.path} is truncated: tensor {name} ends at byte {offset + nbytes}, the "
-                             f"file has {self.size}; fetch it again")
+            raise ValueError(
+                f"{self.path} is truncated: tensor {name} ends at byte {offset + nbytes}, the "
+                f"file has {self.size}; fetch it again"
+            )
         return TensorInfo(name, kind, shape, offset, nbytes)
 
     def raw(self, info):
@@ -130,7 +140,7 @@ class GGUFFile:
             taken = min(rows, count - start)
             data = np.fromfile(self.path, np.uint8, taken * nbytes, offset=info.offset + start * nbytes)
             part = values(torch.from_numpy(data).view(taken, nbytes), info.type)
-            out[places[start:start + taken]] = (part.float() - minus if minus else part).to(dtype)
+            out[places[start : start + taken]] = (part.float() - minus if minus else part).to(dtype)
         return out.view(info.shape)
 
 
@@ -141,10 +151,11 @@ class _Cursor:
         self.file, self.path, self.size = file, path, size
 
     def take(self, count):
-        data = self.file.read(count) if count <= self.size else b""      # no memory for what cannot be there
+        data = self.file.read(count) if count <= self.size else b""  # no memory for what cannot be there
         if len(data) != count:
-            raise ValueError(f"{self.path} is truncated: its header ends after {self.file.tell()} bytes; "
-                             "fetch it again")
+            raise ValueError(
+                f"{self.path} is truncated: its header ends after {self.file.tell()} bytes; fetch it again"
+            )
         return data
 
     def scalar(self, code):

@@ -2,21 +2,34 @@
 
 Mistral is architecture "llama" there and computes the same; the window of its first version is in no file.
 """
+
 import dataclasses
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 # whole numbers that every architecture needs -> argument of the transformers configuration
-NEEDED = {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
-          "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
-          "context_length": "max_position_embeddings"}
+NEEDED = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "context_length": "max_position_embeddings",
+}
 
-_ATTENTION = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-              "attn_output": "self_attn.o_proj"}
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _TWO_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_FOUR_NORMS = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
-               "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_FOUR_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,30 +66,57 @@ class Family:
 _WINDOW = "attention.sliding_window"
 FAMILIES = {
     "llama": Family(
-        "llama", "LlamaForCausalLM", _ATTENTION | _MLP | _TWO_NORMS, interleaved=True,
+        "llama",
+        "LlamaForCausalLM",
+        _ATTENTION | _MLP | _TWO_NORMS,
+        interleaved=True,
         biases={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
-        scalings=("linear", "llama3")),
+        scalings=("linear", "llama3"),
+    ),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", _ATTENTION | _MLP | _TWO_NORMS),
     "qwen3": Family(
-        "qwen3", "Qwen3ForCausalLM", _ATTENTION | _QK_NORMS | _MLP | _TWO_NORMS,
-        biases={"attention_bias": "blk.0.attn_q.bias"}),
+        "qwen3",
+        "Qwen3ForCausalLM",
+        _ATTENTION | _QK_NORMS | _MLP | _TWO_NORMS,
+        biases={"attention_bias": "blk.0.attn_q.bias"},
+    ),
     "gemma2": Family(
-        "gemma2", "Gemma2ForCausalLM", _ATTENTION | _MLP | _FOUR_NORMS, norm_offset=1.0,
-        options={_WINDOW: ("sliding_window", 4096),
-                 "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
-                 "final_logit_softcapping": ("final_logit_softcapping", 30.0)},
-        global_every=2, wide_depth=46),
+        "gemma2",
+        "Gemma2ForCausalLM",
+        _ATTENTION | _MLP | _FOUR_NORMS,
+        norm_offset=1.0,
+        options={
+            _WINDOW: ("sliding_window", 4096),
+            "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": ("final_logit_softcapping", 30.0),
+        },
+        global_every=2,
+        wide_depth=46,
+    ),
     "gemma3": Family(
-        "gemma3_text", "Gemma3ForCausalLM", _ATTENTION | _QK_NORMS | _MLP | _FOUR_NORMS, norm_offset=1.0,
-        options={_WINDOW: ("sliding_window", 4096),
-                 "final_logit_softcapping": ("final_logit_softcapping", None)},
-        global_every=6, local_theta=10000.0, wide_depth=62),
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _ATTENTION | _QK_NORMS | _MLP | _FOUR_NORMS,
+        norm_offset=1.0,
+        options={_WINDOW: ("sliding_window", 4096), "final_logit_softcapping": ("final_logit_softcapping", None)},
+        global_every=6,
+        local_theta=10000.0,
+        wide_depth=62,
+    ),
     "phi3": Family(
-        "phi3", "Phi3ForCausalLM",
-        {"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
-         "ffn_down": "mlp.down_proj"} | _TWO_NORMS,
-        options={_WINDOW: ("sliding_window", None)}, scalings=("longrope",), partial_rotary=True),
+        "phi3",
+        "Phi3ForCausalLM",
+        {
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        }
+        | _TWO_NORMS,
+        options={_WINDOW: ("sliding_window", None)},
+        scalings=("longrope",),
+        partial_rotary=True,
+    ),
 }
 # tensors that say how the rotary embedding is scaled: the configuration takes them in
-ROPE_TENSORS = {"llama3": ("rope_freqs.weight",),
-                "longrope": ("rope_factors_short.weight", "rope_factors_long.weight")}
+ROPE_TENSORS = {"llama3": ("rope_freqs.weight",), "longrope": ("rope_factors_short.weight", "rope_factors_long.weight")}

@@ -10,6 +10,7 @@ neither add_space_prefix nor wrong metadata; all is built here.
 
 Others (bert, t5, rwkv, plamo2, ...) belong to architectures that gguf_models.py does not list; they are refused.
 """
+
 import math
 import warnings
 
@@ -20,7 +21,7 @@ from . import gguf_words
 from .gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, entries, flag, key, read
 
 _BLANK = "\u2581"
-_SPM_IDS = {"unknown": 0, "bos": 1, "eos": 2}     # where a SentencePiece file names none, as llama.cpp has it
+_SPM_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # where a SentencePiece file names none, as llama.cpp has it
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -36,12 +37,16 @@ def load(file):
     are missing, damaged or contradictory; the message names the key.
     """
     if not present(file):
-        raise ValueError(f"{file.path} holds no tokenizer (no {key('tokens')}); load the original "
-                         "model's with transformers.AutoTokenizer")
+        raise ValueError(
+            f"{file.path} holds no tokenizer (no {key('tokens')}); load the original "
+            "model's with transformers.AutoTokenizer"
+        )
     kind = file.metadata.get(key("model"))
     if kind not in ("gpt2", "gemma4", "llama"):
-        raise ValueError(f"{file.path}: {key('model')} is {kind!r:.60}; those that can be read are gemma4, gpt2 and "
-                         "llama; give a folder with the original model and its tokenizer")
+        raise ValueError(
+            f"{file.path}: {key('model')} is {kind!r:.60}; those that can be read are gemma4, gpt2 and "
+            "llama; give a folder with the original model and its tokenizer"
+        )
     vocabulary = read(file)
     if kind == "llama":
         return _sentencepiece(file, vocabulary)
@@ -51,12 +56,16 @@ def load(file):
 def _rule(file, kind):
     name = "gemma4" if kind == "gemma4" else file.metadata.get(key("pre"), "")
     if name == "":
-        warnings.warn(f"{file.path}: no {key('pre')}, which tells how words are split; they are split by llama.cpp's "
-                      "default, which may not be the model's way: convert the model again", stacklevel=3)
+        warnings.warn(
+            f"{file.path}: no {key('pre')}, which tells how words are split; they are split by llama.cpp's "
+            "default, which may not be the model's way: convert the model again",
+            stacklevel=3,
+        )
     return gguf_words.rule_of("default" if name == "" else name, file.path)
 
 
 # ------------------------------------------------------------------------------------------------ the three algorithms
+
 
 def _merged(file, vocabulary, rule):
     merges = _merges(file, vocabulary.tokens)
@@ -68,7 +77,7 @@ def _merged(file, vocabulary, rule):
     else:
         model = _text_model(vocabulary, merges)
         decoder, normalizer = _text_decoder(False), normalizers.Replace(" ", _BLANK)
-    bos = flag(file, "add_bos_token", rule.add_bos) or (rule.add_bos and not rule.byte_level)      # Gemma 4's always
+    bos = flag(file, "add_bos_token", rule.add_bos) or (rule.add_bos and not rule.byte_level)  # Gemma 4's always
     return _finish(file, vocabulary, model, normalizer, pre_tokenizers.Sequence(splits), decoder, bos)
 
 
@@ -94,14 +103,23 @@ def _finish(file, vocabulary, model, normalizer, pre_tokenizer, decoder, bos):
         tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoder
     stripped = _stripped(file)
-    special = [AddedToken(token, special=True, normalized=False, rstrip=stripped(token))
-               for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in (CONTROL, UNKNOWN)]
+    special = [
+        AddedToken(token, special=True, normalized=False, rstrip=stripped(token))
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (CONTROL, UNKNOWN)
+    ]
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, rstrip=stripped(token))
-                          for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-                          if kind == USER_DEFINED])
-    named = {_SPECIAL[role]: AddedToken(vocabulary.tokens[index], special=True, normalized=False)
-             for role, index in vocabulary.ids.items()}
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, rstrip=stripped(token))
+            for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+            if kind == USER_DEFINED
+        ]
+    )
+    named = {
+        _SPECIAL[role]: AddedToken(vocabulary.tokens[index], special=True, normalized=False)
+        for role, index in vocabulary.ids.items()
+    }
     _frame(file, tokenizer, vocabulary, bos)
     template = file.metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
@@ -115,19 +133,27 @@ def _frame(file, tokenizer, vocabulary, bos):
     for role in asked:
         if asked[role] and role not in vocabulary.ids:
             if key(f"add_{role}_token") in file.metadata:
-                raise ValueError(f"{file.path}: {key(f'add_{role}_token')} is true, and {key(f'{role}_token_id')} "
-                                 "names no token; convert the model again")
+                raise ValueError(
+                    f"{file.path}: {key(f'add_{role}_token')} is true, and {key(f'{role}_token_id')} "
+                    "names no token; convert the model again"
+                )
             asked[role] = False
     if not any(asked.values()):
         return
     single = [*(["bos"] if asked["bos"] else []), "$A", *(["eos"] if asked["eos"] else [])]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=single + [part.replace("$A", "$B") for part in single],
-        special_tokens=[{"id": role, "ids": [vocabulary.ids[role]], "tokens": [vocabulary.tokens[vocabulary.ids[role]]]}
-                        for role in asked if asked[role]])
+        single=single,
+        pair=single + [part.replace("$A", "$B") for part in single],
+        special_tokens=[
+            {"id": role, "ids": [vocabulary.ids[role]], "tokens": [vocabulary.tokens[vocabulary.ids[role]]]}
+            for role in asked
+            if asked[role]
+        ],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
+
 
 def _places(vocabulary):
     return {token: i for i, token in enumerate(vocabulary.tokens)}
@@ -135,8 +161,13 @@ def _places(vocabulary):
 
 def _text_model(vocabulary, merges):
     unknown = vocabulary.ids.get("unknown")
-    return models.BPE(_places(vocabulary), merges, byte_fallback=True, fuse_unk=True,
-                      unk_token=None if unknown is None else vocabulary.tokens[unknown])
+    return models.BPE(
+        _places(vocabulary),
+        merges,
+        byte_fallback=True,
+        fuse_unk=True,
+        unk_token=None if unknown is None else vocabulary.tokens[unknown],
+    )
 
 
 def _text_decoder(prefix):
@@ -149,11 +180,13 @@ def _merges(file, tokens):
     known, merges = set(tokens), {}
     for i, merge in enumerate(entries(file, "merges", (str,))):
         place = merge.find(" ", 1)
-        left, right = merge[:place], merge[place + 1:]
+        left, right = merge[:place], merge[place + 1 :]
         if place < 0 or left not in known or right not in known or left + right not in known:
-            raise ValueError(f"{file.path}: {key('merges')} holds {merge!r:.60} as {i}, which is not two tokens that "
-                             "make a third; convert the model again")
-        merges[left, right] = None                # one that is there twice keeps its first place
+            raise ValueError(
+                f"{file.path}: {key('merges')} holds {merge!r:.60} as {i}, which is not two tokens that "
+                "make a third; convert the model again"
+            )
+        merges[left, right] = None  # one that is there twice keeps its first place
     return list(merges)
 
 
@@ -168,8 +201,12 @@ def _pairs(file, tokens):
         raise ValueError(f"{file.path}: {key('scores')} holds NaN; convert the model again")
     known = set(tokens)
     order = sorted(range(len(tokens)), key=lambda i: -scores[i])
-    return [(tokens[i][:cut], tokens[i][cut:]) for i in order for cut in range(1, len(tokens[i]))
-            if tokens[i][:cut] in known and tokens[i][cut:] in known]
+    return [
+        (tokens[i][:cut], tokens[i][cut:])
+        for i in order
+        for cut in range(1, len(tokens[i]))
+        if tokens[i][:cut] in known and tokens[i][cut:] in known
+    ]
 
 
 def _stripped(file):

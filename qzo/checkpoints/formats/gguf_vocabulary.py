@@ -1,11 +1,12 @@
 """What a GGUF file says of its vocabulary, checked as llama.cpp checks it (src/llama-vocab.cpp)."""
+
 import dataclasses
 import math
 import warnings
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 ROLES = ("bos", "eos", "unknown", "padding")
-_NO_TOKEN = (-1, 2**32 - 1)                       # how converters write that there is none
+_NO_TOKEN = (-1, 2**32 - 1)  # how converters write that there is none
 # what some converters left normal, and llama.cpp takes for control tokens by their text
 _CONTROL_TEXTS = """
 <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT>
@@ -16,7 +17,7 @@ _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_respo
 <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>
 """
 _CONTROL = frozenset(_CONTROL_TEXTS.split())
-_WHOLE = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))      # taken for user-defined ones
+_WHOLE = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))  # taken for user-defined ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +46,23 @@ def read(file):
     if len(known) < len(tokens):
         places = {token: i for i, token in enumerate(tokens)}
         first = next(i for i, token in enumerate(tokens) if places[token] != i)
-        raise ValueError(f"{file.path}: {key('tokens')} holds {tokens[first]!r:.60} twice, as {first} and "
-                         f"{places[tokens[first]]}; convert the model again")
+        raise ValueError(
+            f"{file.path}: {key('tokens')} holds {tokens[first]!r:.60} twice, as {first} and "
+            f"{places[tokens[first]]}; convert the model again"
+        )
     rows = _rows(file)
     if rows is not None and len(tokens) > rows:
-        raise ValueError(f"{file.path}: {key('tokens')} has {len(tokens)} entries, token_embd.weight {rows} rows; the "
-                         "file is damaged, fetch it again")
+        raise ValueError(
+            f"{file.path}: {key('tokens')} has {len(tokens)} entries, token_embd.weight {rows} rows; the "
+            "file is damaged, fetch it again"
+        )
     types = [NORMAL] * len(tokens)
     if key("token_type") in file.metadata:
         types = entries(file, "token_type", (int,), len(tokens))
-    types = [USER_DEFINED if token in _WHOLE else CONTROL if token in _CONTROL else kind
-             for token, kind in zip(tokens, types, strict=True)]
+    types = [
+        USER_DEFINED if token in _WHOLE else CONTROL if token in _CONTROL else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
     return Vocabulary(tokens, types, token_ids(file, warn=True))
 
 
@@ -65,11 +72,14 @@ def entries(file, name, kinds, count=None):
     if found is None:
         raise ValueError(f"{file.path}: no {key(name)}, which its tokenizer needs; convert the model again")
     if not isinstance(found, list) or any(type(entry) not in kinds for entry in found):
-        raise ValueError(f"{file.path}: {key(name)} is {found!r:.60}; it has to be a list of "
-                         f"{' or '.join(kind.__name__ for kind in kinds)}")
+        raise ValueError(
+            f"{file.path}: {key(name)} is {found!r:.60}; it has to be a list of "
+            f"{' or '.join(kind.__name__ for kind in kinds)}"
+        )
     if count is not None and len(found) != count:
-        raise ValueError(f"{file.path}: {key(name)} has {len(found)} entries for {count} tokens; convert the model "
-                         "again")
+        raise ValueError(
+            f"{file.path}: {key(name)} has {len(found)} entries for {count} tokens; convert the model again"
+        )
     return found
 
 
@@ -96,8 +106,11 @@ def token_ids(file, warn=False):
         if 0 <= index < min(limits, default=math.inf):
             found[role] = index
         elif warn and index not in _NO_TOKEN:
-            warnings.warn(f"{file.path}: {key(f'{role}_token_id')} is {index}, and there are {min(limits)} tokens; it "
-                          "is left out", stacklevel=2)
+            warnings.warn(
+                f"{file.path}: {key(f'{role}_token_id')} is {index}, and there are {min(limits)} tokens; it "
+                "is left out",
+                stacklevel=2,
+            )
     return found
 
 

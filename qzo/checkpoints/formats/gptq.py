@@ -12,6 +12,7 @@ A layer is quantized where these tensors exist. Its bits, group size, sym and de
 first pattern of `dynamic` that fits its name has others; the tensors' shapes have to agree. Where `sym` and the words
 of qzeros contradict the version, the words are believed (stored_zeros.py); where g_idx contradicts desc_act, g_idx.
 """
+
 import collections
 import re
 import warnings
@@ -30,11 +31,11 @@ from .words import pack, unpack, word_count
 
 METHOD = "gptq"
 SCALES = "scales"
-CONFIG = "quantize_config.json"               # where GPTQModel repeats the quantization_config
+CONFIG = "quantize_config.json"  # where GPTQModel repeats the quantization_config
 BITS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _VERSIONS = {name: version for version, name in NAMES.items()}
-_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}      # a one in every field of a word
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
 _SKIPPED, _CHANGED = "-:", "+:"
 
 
@@ -47,11 +48,11 @@ def check_config(quantization, where):
     said = [quantization[name] for name in ("checkpoint_format", "format") if quantization.get(name)]
     stored = "marlin" if quantization.get("is_marlin_format") else (said or ["gptq"])[0]
     if not isinstance(stored, str) or stored not in _VERSIONS:
-        raise ValueError(f"{where}: GPTQ weights in checkpoint_format {stored!r:.60}; supported are "
-                         f"{' and '.join(_VERSIONS)}")
+        raise ValueError(
+            f"{where}: GPTQ weights in checkpoint_format {stored!r:.60}; supported are {' and '.join(_VERSIONS)}"
+        )
     if quantization.get("pack_dtype", "int32") != "int32":
-        raise ValueError(f"{where}: GPTQ weights packed in {quantization['pack_dtype']!r:.60}; supported is "
-                         "int32")
+        raise ValueError(f"{where}: GPTQ weights packed in {quantization['pack_dtype']!r:.60}; supported is int32")
     for name in ("adapter", "rotation"):
         if quantization.get(name):
             raise ValueError(f"{where}: quantization_config has an {name}, which is not supported")
@@ -66,10 +67,16 @@ def check_config(quantization, where):
             raise ValueError(f"{where}: dynamic {pattern!r:.80} is no regular expression: {error}") from None
     meta = quantization.get("meta")
     quantizer = str(meta.get("quantizer")) if isinstance(meta, dict) else ""
-    return {"bits": quantization["bits"], "group_size": quantization.get("group_size"),
-            "sym": _flag(quantization.get("sym")), "desc_act": bool(quantization.get("desc_act")), "dynamic": dynamic,
-            "version": _VERSIONS[stored], "whole_words": "gptqmodel" in quantizer,
-            "unsure": any(isinstance(name, str) and name in _VERSIONS and name != stored for name in said)}
+    return {
+        "bits": quantization["bits"],
+        "group_size": quantization.get("group_size"),
+        "sym": _flag(quantization.get("sym")),
+        "desc_act": bool(quantization.get("desc_act")),
+        "dynamic": dynamic,
+        "version": _VERSIONS[stored],
+        "whole_words": "gptqmodel" in quantizer,
+        "unsure": any(isinstance(name, str) and name in _VERSIONS and name != stored for name in said),
+    }
 
 
 def _flag(value):
@@ -104,8 +111,11 @@ def packer(quantization, where):
         packed = _packed(layer, parts, arguments, stored)
         if packed.perm is not None and not arguments["desc_act"] and not told:
             told.append(layer)
-            warnings.warn(f"the config says desc_act false, and {layer}.g_idx has columns in another order: the order "
-                          "of g_idx is read, which servers that go by the config leave out", stacklevel=2)
+            warnings.warn(
+                f"the config says desc_act false, and {layer}.g_idx has columns in another order: the order "
+                "of g_idx is read, which servers that go by the config leave out",
+                stacklevel=2,
+            )
         return packed
 
     return make
@@ -130,8 +140,9 @@ def rounded(folder, find):
 
 def _arguments(layer, settings):
     """The settings of a layer by its name; group_size None: the whole row."""
-    changes = next((changes for pattern, changes in settings["dynamic"].items()
-                    if re.match(_plain(pattern), layer)), {})
+    changes = next(
+        (changes for pattern, changes in settings["dynamic"].items() if re.match(_plain(pattern), layer)), {}
+    )
     found = settings | {name: changes[name] for name in ("bits", "group_size") if name in changes}
     found |= {name: _flag(changes[name]) for name in ("sym", "desc_act") if _flag(changes.get(name)) is not None}
     check_bits_and_group(found["bits"], found["group_size"], "dynamic", BITS)
@@ -146,21 +157,27 @@ def _packed(layer, parts, arguments, stored):
     check_matrix(words, "")
     n = words.shape[1]
     check_matrix(zero_words, "qzeros ")
-    fitting = [b for b in BITS if words.shape[0] * 32 % b == 0 and zero_words.shape[1] == word_count(n, b)
-               and (g_idx is None or g_idx.numel() * b == words.shape[0] * 32)]
+    fitting = [
+        b
+        for b in BITS
+        if words.shape[0] * 32 % b == 0
+        and zero_words.shape[1] == word_count(n, b)
+        and (g_idx is None or g_idx.numel() * b == words.shape[0] * 32)
+    ]
     if bits not in fitting:
-        raise ValueError(f"int32 {list(words.shape)} with qzeros {list(zero_words.shape)} are not {bits} bits, "
-                         "which the config says, but "
-                         f"{' or '.join(map(str, fitting)) or 'none that fit together'}")
+        raise ValueError(
+            f"int32 {list(words.shape)} with qzeros {list(zero_words.shape)} are not {bits} bits, "
+            "which the config says, but "
+            f"{' or '.join(map(str, fitting)) or 'none that fit together'}"
+        )
     k = words.shape[0] * 32 // bits
     size = check_groups(scales, n, k, arguments["group_size"])
     if zero_words.shape[0] != k // size:
-        raise ValueError(f"qzeros are {list(zero_words.shape)}, scales {list(scales.shape)}: the groups "
-                         "differ")
+        raise ValueError(f"qzeros are {list(zero_words.shape)}, scales {list(scales.shape)}: the groups differ")
     fields = unpack(zero_words, n, bits)
     version = stored.version(layer, fields, bits, arguments["sym"])
     codes, zeros = unpack(words.T, k, bits), _zeros(zero_words, fields, bits, version, arguments["whole_words"])
-    if bits == 3:                                 # in 4-bit codes the same weight is 4 higher
+    if bits == 3:  # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, zeros + 4, 4
     perm = None if g_idx is None else perm_of(g_idx, k, size)
     return PackedWeight.from_codes(codes if perm is None else codes[:, perm], scales, zeros, bits, perm)
@@ -183,11 +200,14 @@ def check_groups(scales, n, k, size):
     """The group size of an [n, k] matrix with scales [G, n]; `size` is the config's, None the whole row."""
     size = size or k
     if k % size:
-        raise ValueError(f"in_features {k} is no multiple of group_size {size}: a last group that is shorter "
-                         "cannot be read")
+        raise ValueError(
+            f"in_features {k} is no multiple of group_size {size}: a last group that is shorter cannot be read"
+        )
     if not scales.is_floating_point() or list(scales.shape) != [k // size, n]:
-        raise ValueError(f"scales must be floats {[k // size, n]} for {k} inputs in groups of {size} and {n} "
-                         f"outputs, got {scales.dtype} {list(scales.shape)}")
+        raise ValueError(
+            f"scales must be floats {[k // size, n]} for {k} inputs in groups of {size} and {n} "
+            f"outputs, got {scales.dtype} {list(scales.shape)}"
+        )
     return size
 
 
@@ -196,11 +216,12 @@ def _zeros(words, fields, bits, version, whole_words):
     if version == 2:
         return fields
     if whole_words and bits in _ONES:
-        return unpack(words + _ONES[bits], fields.shape[1], bits)     # int32 wraps, as it did when they were taken off
+        return unpack(words + _ONES[bits], fields.shape[1], bits)  # int32 wraps, as it did when they were taken off
     return fields + 1 & (1 << bits) - 1
 
 
 # ---------------------------------------------------------------------------------------------- writing
+
 
 def quantization_config(packed, ignore):
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
@@ -216,14 +237,23 @@ def quantization_config(packed, ignore):
     kinds = {name: (weight.bits, sizes[name]) for name, weight in packed.items()}
     bits, size = collections.Counter(kinds.values()).most_common(1)[0][0]
     dynamic = {f"{_SKIPPED}^{re.escape(name)}$": {} for name in ignore if not name.endswith("lm_head")}
-    dynamic |= {f"{_CHANGED}^{re.escape(name)}$": {"bits": kind[0], "group_size": kind[1]}
-                for name, kind in kinds.items() if kind != (bits, size)}
+    dynamic |= {
+        f"{_CHANGED}^{re.escape(name)}$": {"bits": kind[0], "group_size": kind[1]}
+        for name, kind in kinds.items()
+        if kind != (bits, size)
+    }
     symmetric = all(weight.zeros is None for weight in packed.values())
-    found = {"quant_method": METHOD, "bits": bits, "group_size": size, "sym": symmetric,
-             "desc_act": any(weight.perm is not None for weight in packed.values()),
-             "lm_head": any(name.endswith("lm_head") for name in packed),
-             "checkpoint_format": "gptq" if symmetric else "gptq_v2", "pack_dtype": "int32",
-             "meta": {"quantizer": ["qzo"]}}
+    found = {
+        "quant_method": METHOD,
+        "bits": bits,
+        "group_size": size,
+        "sym": symmetric,
+        "desc_act": any(weight.perm is not None for weight in packed.values()),
+        "lm_head": any(name.endswith("lm_head") for name in packed),
+        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": ["qzo"]},
+    }
     return found | {"dynamic": dynamic} if dynamic else found
 
 
@@ -232,10 +262,13 @@ def entries(name, weight, quantization, dtype):
     n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
     less = 2 - _VERSIONS[quantization["checkpoint_format"]]
     made = [
-        ("qweight", torch.int32, (word_count(k, bits), n),
-         lambda: pack(weight.by_input(weight.unpacked()).cpu(), bits).T),
-        ("qzeros", torch.int32, (groups, word_count(n, bits)),
-         lambda: pack(integer_zeros(weight) - less, bits)),
+        (
+            "qweight",
+            torch.int32,
+            (word_count(k, bits), n),
+            lambda: pack(weight.by_input(weight.unpacked()).cpu(), bits).T,
+        ),
+        ("qzeros", torch.int32, (groups, word_count(n, bits)), lambda: pack(integer_zeros(weight) - less, bits)),
         (SCALES, dtype, (groups, n), lambda: new_scales(weight.scales.cpu(), dtype, name)),
         ("g_idx", torch.int32, (k,), lambda: g_idx_of(weight.perm, k, weight.group_size)),
     ]

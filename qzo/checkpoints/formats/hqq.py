@@ -6,6 +6,7 @@
     zero   [N*G, 1], float, in units of codes but no whole number: w = scale * (code - zero)
 Other modules hold their tensors as they are. Saving changes scales only: a zero point, in codes, stays.
 """
+
 import torch
 
 from ...nn.weights import PackedWeight
@@ -24,8 +25,10 @@ _WANTED = {"axis": 1, "channel_wise": True, "quant_scale": False, "quant_zero": 
 def check_config(quantization, where):
     """ValueError for HQQ weights that are not in HQQ's own files."""
     if quantization:
-        raise ValueError(f"{where}: HQQ weights in transformers' layout (with a quantization_config) cannot "
-                         f"be read; save them with hqq's save_quantized, which writes {FILE}")
+        raise ValueError(
+            f"{where}: HQQ weights in transformers' layout (with a quantization_config) cannot "
+            f"be read; save them with hqq's save_quantized, which writes {FILE}"
+        )
 
 
 def weight_files(folder):
@@ -80,12 +83,12 @@ def _changes(file, find):
 def _modules(file):
     """(module, its fields) of each module; older files keep those of a quantized one in a dictionary `meta`."""
     if not isinstance(file.content, dict):
-        raise ValueError(f"{file.path} holds a {type(file.content).__name__}; HQQ saves a dictionary of "
-                         "modules")
+        raise ValueError(f"{file.path} holds a {type(file.content).__name__}; HQQ saves a dictionary of modules")
     for module, state in file.content.items():
         if not isinstance(module, str) or not module.isprintable() or not isinstance(state, dict):
-            raise ValueError(f"{file.path}: {module!r:.200} is {_describe(state)}; HQQ saves a dictionary of "
-                             "each module's tensors")
+            raise ValueError(
+                f"{file.path}: {module!r:.200} is {_describe(state)}; HQQ saves a dictionary of each module's tensors"
+            )
         meta = state.get("meta")
         yield module, state | meta if isinstance(meta, dict) else state
 
@@ -95,12 +98,13 @@ def _packed(file, module, state):
     for field, wanted in _WANTED.items():
         found = state.get(field, wanted)
         if type(found) not in (bool, int) or found != wanted:
-            raise ValueError(f"{field} is {_describe(found)}; only HQQ weights with {field}={wanted} can be "
-                             "read")
+            raise ValueError(f"{field} is {_describe(found)}; only HQQ weights with {field}={wanted} can be read")
     bits, packing = _whole(state, "nbits"), state.get("packing")
     if packing != _PACKINGS.get(bits):
-        raise ValueError(f"{bits} bits in packing {_describe(packing)}; supported are "
-                         f"{', '.join(f'{b} ({p})' for b, p in _PACKINGS.items())}")
+        raise ValueError(
+            f"{bits} bits in packing {_describe(packing)}; supported are "
+            f"{', '.join(f'{b} ({p})' for b, p in _PACKINGS.items())}"
+        )
     shape = state.get("shape")
     if not isinstance(shape, torch.Size | tuple | list) or len(shape) != 2:
         raise ValueError(f"shape is {_describe(shape)}; it has to be [out_features, in_features]")
@@ -111,7 +115,7 @@ def _packed(file, module, state):
     rows = n * k // size
     scale, zero = (_column(file, module, state, field, rows) for field in ("scale", "zero"))
     codes = _unpack(_words(file, module, state, bits, rows, size), bits, rows)
-    held = 4 if bits == 3 else bits               # a float zero point needs no shift to the middle of 4 bits
+    held = 4 if bits == 3 else bits  # a float zero point needs no shift to the middle of 4 bits
     return PackedWeight.from_codes(codes.view(n, k), scale.view(n, -1).T, zero.view(n, -1).T, held)
 
 

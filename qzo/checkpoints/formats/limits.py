@@ -5,22 +5,30 @@ reason and what to do."""
 def check_integers(name, weight, target):
     """For float zero points, tables and codebooks, where the target has integers."""
     if weight.books:
-        raise ValueError(f"{name} has codes that stand for vectors (AQLM), which {target} does not hold; save it in "
-                         "its own format (qzo.save_pretrained)")
+        raise ValueError(
+            f"{name} has codes that stand for vectors (AQLM), which {target} does not hold; save it in "
+            "its own format (qzo.save_pretrained)"
+        )
     if weight.table is not None:
-        raise ValueError(f"{name} has codes that stand for a table's entries (NF4, FP4), which {target} does not hold; "
-                         "save it as bitsandbytes")
+        raise ValueError(
+            f"{name} has codes that stand for a table's entries (NF4, FP4), which {target} does not hold; "
+            "save it as bitsandbytes"
+        )
     if weight.zeros is not None and weight.zeros.is_floating_point():
-        raise ValueError(f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which "
-                         f"{target}'s integer zero points cannot hold; save it in its own format "
-                         "(qzo.save_pretrained), or start from another file, such as a Q4_0 one")
+        raise ValueError(
+            f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which "
+            f"{target}'s integer zero points cannot hold; save it in its own format "
+            "(qzo.save_pretrained), or start from another file, such as a Q4_0 one"
+        )
 
 
 def check_order(name, weight, target):
     """For sorted columns, where the target has groups of neighbours only."""
     if weight.perm is not None:
-        raise ValueError(f"{name} has its columns sorted by group (act-order), which {target} does not hold; "
-                         "save it in its own format (qzo.save_pretrained), or as gptq")
+        raise ValueError(
+            f"{name} has its columns sorted by group (act-order), which {target} does not hold; "
+            "save it in its own format (qzo.save_pretrained), or as gptq"
+        )
 
 
 def check_whole_words(name, weight, target, inputs):
@@ -29,8 +37,10 @@ def check_whole_words(name, weight, target, inputs):
     for what in ("out_features", "in_features") if inputs else ("out_features",):
         size = getattr(weight, what)
         if size % per:
-            raise ValueError(f"{name} has {what}={size}, and {target} packs {per} codes of {weight.bits} bits "
-                             "into a word; save it as compressed-tensors")
+            raise ValueError(
+                f"{name} has {what}={size}, and {target} packs {per} codes of {weight.bits} bits "
+                "into a word; save it as compressed-tensors"
+            )
 
 
 def group_sizes(packed):
@@ -39,5 +49,4 @@ def group_sizes(packed):
     A layer that is a single group has the number where another layer's groups have it too.
     """
     divided = {weight.group_size for weight in packed.values() if weight.group_size != weight.in_features}
-    return {name: weight.group_size if weight.group_size in divided else -1
-            for name, weight in packed.items()}
+    return {name: weight.group_size if weight.group_size in divided else -1 for name, weight in packed.items()}

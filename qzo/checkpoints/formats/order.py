@@ -1,4 +1,5 @@
 """The group of each input, as act-order checkpoints have it, and the order of columns, as PackedWeight has it."""
+
 import torch
 
 
@@ -15,8 +16,7 @@ def perm_of(g_idx, k, size, name="g_idx"):
     members = torch.bincount(g_idx, minlength=count)
     odd = (members != size).nonzero().flatten().tolist()
     if odd:
-        raise ValueError(f"{name} gives group {odd[0]} {int(members[odd[0]])} columns; every group has "
-                         f"{size}")
+        raise ValueError(f"{name} gives group {odd[0]} {int(members[odd[0]])} columns; every group has {size}")
     perm = g_idx.argsort(stable=True)
     return None if torch.equal(perm, torch.arange(k)) else perm
 

@@ -1,4 +1,5 @@
 """Scales back into a file's own dtype."""
+
 import torch
 
 
@@ -15,9 +16,11 @@ def stored_scales(scales, stored, name):
     rounded = torch.where((rounded == 0) & (scales != 0), smallest, rounded)
     if not bool(torch.isfinite(rounded).all()):
         worst = float(scales[~torch.isfinite(rounded)].abs().max())
-        raise ValueError(f"{name}: a scale of {worst:g} does not fit "
-                         f"{str(stored.dtype).removeprefix('torch.')} (largest {limits.max:g}); the run has "
-                         "diverged, nothing was written")
+        raise ValueError(
+            f"{name}: a scale of {worst:g} does not fit "
+            f"{str(stored.dtype).removeprefix('torch.')} (largest {limits.max:g}); the run has "
+            "diverged, nothing was written"
+        )
     return torch.where(scales == stored.to(torch.float32), stored, rounded)
 
 

@@ -1,15 +1,25 @@
 """The safetensors container: an 8-byte length, a JSON header, the tensors' bytes."""
+
 import json
 import math
 import struct
 
 import torch
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
-_LONGEST_HEADER = 100_000_000     # bytes; the safetensors library's own limit
-_MOST_DIMENSIONS = 64             # torch's own limit
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_MOST_DIMENSIONS = 64  # torch's own limit
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -24,13 +34,11 @@ def places(path):
         header, start = _header(file, size)
     if header is None:
         raise ValueError(f"{path} is not a whole safetensors file: its header cannot be read; fetch it again")
-    found = {name: _place(path, name, entry, start, size) for name, entry in header.items()
-             if name != "__metadata__"}
+    found = {name: _place(path, name, entry, start, size) for name, entry in header.items() if name != "__metadata__"}
     end, last = start, None
     for name, (_, _, offset, nbytes) in sorted(found.items(), key=lambda item: (item[1][2], item[1][3])):
         if nbytes and offset < end:
-            raise ValueError(f"{path}: tensors {last} and {name} overlap; the file is damaged, fetch it "
-                             "again")
+            raise ValueError(f"{path}: tensors {last} and {name} overlap; the file is damaged, fetch it again")
         end, last = max(end, offset + nbytes), name
     return found
 
@@ -49,7 +57,7 @@ def _header(file, size):
         return None, 0
     try:
         header = json.loads(file.read(length), object_pairs_hook=_unique)
-    except (ValueError, RecursionError):             # no UTF-8, no JSON, a number of thousands of digits
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, a number of thousands of digits
         header = None
     return header if isinstance(header, dict) else None, 8 + length
 
@@ -70,15 +78,17 @@ def _place(path, name, entry, start, size):
     countable = countable and math.prod(size or 1 for size in shape) < 1 << 63
     ordered = _whole(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]
     if not (name.isprintable() and isinstance(code, str) and countable and ordered):
-        raise ValueError(f"{path}: the header's entry of tensor {name!r:.200} is damaged; fetch the file "
-                         "again")
+        raise ValueError(f"{path}: the header's entry of tensor {name!r:.200} is damaged; fetch the file again")
     begin, end = offsets
     if start + end > size:
-        raise ValueError(f"{path} is truncated: tensor {name} ends at byte {start + end}, the file has "
-                         f"{size}; fetch it again")
+        raise ValueError(
+            f"{path} is truncated: tensor {name} ends at byte {start + end}, the file has {size}; fetch it again"
+        )
     if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != end - begin:
-        raise ValueError(f"{path}: tensor {name} has {end - begin} bytes, which are not {code} {shape}; the "
-                         "file is damaged, fetch it again")
+        raise ValueError(
+            f"{path}: tensor {name} has {end - begin} bytes, which are not {code} {shape}; the "
+            "file is damaged, fetch it again"
+        )
     return code, tuple(shape), start + begin, end - begin
 
 

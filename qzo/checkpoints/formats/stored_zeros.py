@@ -4,11 +4,12 @@ A symmetric layer has the zero point 2^(bits - 1) in every group: stored so in v
 published models say `sym: true` and checkpoint_format "gptq" (version 1) and store 2^(bits - 1): read as the config
 says, every weight would be off by one scale. Asymmetric zero points tell nothing: the config is believed.
 """
+
 import warnings
 
 from ...kernels.codes import middle
 
-NAMES = {1: "gptq", 2: "gptq_v2"}          # version -> checkpoint_format
+NAMES = {1: "gptq", 2: "gptq_v2"}  # version -> checkpoint_format
 
 
 class StoredZeros:
@@ -17,7 +18,7 @@ class StoredZeros:
 
     def __init__(self, version, unsure=False):
         self._said, self._unsure = version, unsure
-        self._first = None                 # (version, layer) that the first layer is read as
+        self._first = None  # (version, layer) that the first layer is read as
 
     def version(self, layer, fields, bits, sym):
         """The version of a layer's zero points. fields: they as stored, uint8 [G, N]; sym: what the config says, None
@@ -29,22 +30,31 @@ class StoredZeros:
         known = {middle(bits) - 1: 1, middle(bits): 2}.get(least) if least == most else None
         if sym and known is None:
             found = f"all {least}" if least == most else f"numbers from {least} to {most}"
-            raise ValueError(f"the config says sym true, for which all zero points of {bits} bits are stored as "
-                             f"{middle(bits) - 1} (gptq) or {middle(bits)} (gptq_v2), and these are {found}; if they "
-                             "are what is meant, set sym to false in the quantization_config")
+            raise ValueError(
+                f"the config says sym true, for which all zero points of {bits} bits are stored as "
+                f"{middle(bits) - 1} (gptq) or {middle(bits)} (gptq_v2), and these are {found}; if they "
+                "are what is meant, set sym to false in the quantization_config"
+            )
         told = known is not None and sym is not False
         if self._unsure and not told:
-            raise ValueError("checkpoint_format and format of the quantization_config read its zero points "
-                             "differently; remove the wrong one")
+            raise ValueError(
+                "checkpoint_format and format of the quantization_config read its zero points "
+                "differently; remove the wrong one"
+            )
         version = known if told else self._said
         if self._first is None:
             self._first = version, layer
             if version != self._said:
-                warnings.warn(f"checkpoint_format {NAMES[self._said]!r} would read the zero points of this symmetric "
-                              f"model as {least - self._said + 2}, not {middle(bits)}: they are stored as "
-                              f"{NAMES[version]!r} has them, and read so", stacklevel=2)
+                warnings.warn(
+                    f"checkpoint_format {NAMES[self._said]!r} would read the zero points of this symmetric "
+                    f"model as {least - self._said + 2}, not {middle(bits)}: they are stored as "
+                    f"{NAMES[version]!r} has them, and read so",
+                    stacklevel=2,
+                )
         if version != self._first[0]:
-            raise ValueError(f"its zero points are stored as checkpoint_format {NAMES[version]!r} has them and those "
-                             f"of {self._first[1]} as {NAMES[self._first[0]]!r}, so it cannot be told what the others "
-                             "mean; the files are of two checkpoints")
+            raise ValueError(
+                f"its zero points are stored as checkpoint_format {NAMES[version]!r} has them and those "
+                f"of {self._first[1]} as {NAMES[self._first[0]]!r}, so it cannot be told what the others "
+                "mean; the files are of two checkpoints"
+            )
         return version

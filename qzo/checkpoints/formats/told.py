@@ -3,11 +3,12 @@
 Most stand in config.json. Exports of vision-language models have theirs inside the part that is quantized
 (text_config). AutoGPTQ's first folders have a quantize_config.json only, AutoAWQ's a quant_config.json.
 """
+
 from . import awq, files, gptq, hqq
 
 AWQ_CONFIG = "quant_config.json"
 _KEY = "quantization_config"
-_OLDER_KEY = "compression_config"         # compressed-tensors' first name for it
+_OLDER_KEY = "compression_config"  # compressed-tensors' first name for it
 
 
 def quantization_of(folder):
@@ -22,14 +23,18 @@ def quantization_of(folder):
         found = {"": content[_OLDER_KEY]}
     for part, said in found.items():
         if not (isinstance(said, dict) and isinstance(said.get("quant_method"), str)):
-            raise ValueError(f"{path}: its quantization_config{part and ' in ' + part} names no quant_method; add the "
-                             "one that the weights are stored by, such as gptq, awq or compressed-tensors")
+            raise ValueError(
+                f"{path}: its quantization_config{part and ' in ' + part} names no quant_method; add the "
+                "one that the weights are stored by, such as gptq, awq or compressed-tensors"
+            )
     if found:
         (part, said), *others = found.items()
         for other, another in others:
             if another != said:
-                raise ValueError(f"{path}: the quantization_config in {part} and that in {other} differ, and one for "
-                                 "the whole model is read; put that beside model_type, outside of both")
+                raise ValueError(
+                    f"{path}: the quantization_config in {part} and that in {other} differ, and one for "
+                    "the whole model is read; put that beside model_type, outside of both"
+                )
         return said | {"quant_method": said["quant_method"].lower()}
     if (folder / hqq.FILE).is_file():
         return {}
@@ -52,8 +57,11 @@ def _inside(content, path=""):
 
 def untold(content):
     """The content of a config.json without any quantization_config."""
-    return {name: untold(part) if isinstance(part, dict) else part for name, part in content.items()
-            if name not in (_KEY, _OLDER_KEY)}
+    return {
+        name: untold(part) if isinstance(part, dict) else part
+        for name, part in content.items()
+        if name not in (_KEY, _OLDER_KEY)
+    }
 
 
 def forget(config):

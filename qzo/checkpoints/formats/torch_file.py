@@ -5,6 +5,7 @@ The pickle is first searched for names other than those that tensors need, then 
 weights_only=True and without memory for tensors: it gives their shapes and places, which are held against the
 archive before a byte of them is read. So a file neither runs code nor takes more memory than it has bytes.
 """
+
 import dataclasses
 import itertools
 import math
@@ -20,13 +21,29 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 _LOCAL, _CENTRAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
-_LOCAL_CRC, _CENTRAL_CRC, _DESCRIPTOR_CRC = 14, 16, 4           # byte of the CRC-32 in each record
-_NAMES = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict",
-          "torch Size", "torch device"}
+_LOCAL_CRC, _CENTRAL_CRC, _DESCRIPTOR_CRC = 14, 16, 4  # byte of the CRC-32 in each record
+_NAMES = {
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "collections OrderedDict",
+    "torch Size",
+    "torch device",
+}
 # what zipfile raises for an archive, and the unpickler for a pickle, that is not whole
 _NO_ARCHIVE = (zipfile.BadZipFile, struct.error, NotImplementedError, OverflowError, UnicodeDecodeError)
-_NO_PICKLE = (RuntimeError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError,
-              AssertionError, ArithmeticError, OSError, struct.error)
+_NO_PICKLE = (
+    RuntimeError,
+    UnpicklingError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    AssertionError,
+    ArithmeticError,
+    OSError,
+    struct.error,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +67,9 @@ class TorchFile:
         try:
             entries = self._entries()
         except _NO_ARCHIVE as error:
-            raise ValueError(f"{path} is not a whole torch file, which is a zip archive: {error}; fetch it "
-                             "again") from None
+            raise ValueError(
+                f"{path} is not a whole torch file, which is a zip archive: {error}; fetch it again"
+            ) from None
         self._check(entries)
         self._by_start = {entry.start: entry for entry in entries.values()}
         self.content = self._unpickle()
@@ -63,11 +81,12 @@ class TorchFile:
             at = archive.start_dir
             for info in archive.infolist():
                 if info.compress_type or info.compress_size != info.file_size or info.flag_bits & 1:
-                    raise ValueError(f"{self.path}: entry {info.filename!r:.200} is compressed or encrypted; "
-                                     "only files as torch.save writes them can be read")
+                    raise ValueError(
+                        f"{self.path}: entry {info.filename!r:.200} is compressed or encrypted; "
+                        "only files as torch.save writes them can be read"
+                    )
                 if info.filename in found or not 0 <= info.header_offset <= end - info.file_size:
-                    raise zipfile.BadZipFile(f"entry {info.filename!r:.200} is there twice or lies beyond the "
-                                             "end")
+                    raise zipfile.BadZipFile(f"entry {info.filename!r:.200} is there twice or lies beyond the end")
                 found[info.filename], at = _entry(file, info, at)
         if any(entry.start + entry.size > end for entry in found.values()):
             raise zipfile.BadZipFile("an entry lies beyond the end")
@@ -79,17 +98,19 @@ class TorchFile:
     def _check(self, entries):
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"{self.path} holds {len(pickles)} entries data.pkl; a file of torch.save has "
-                             "one")
+            raise ValueError(f"{self.path} holds {len(pickles)} entries data.pkl; a file of torch.save has one")
         for name, entry in entries.items():
             if name.endswith("/byteorder") and self._bytes(entry) != b"little":
                 raise ValueError(f"{self.path}: its numbers are not little-endian; save it on such a machine")
         try:
             for opcode, argument, _ in pickletools.genops(self._bytes(entries[pickles[0]])):
                 if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") and not (
-                        opcode.name == "GLOBAL" and _is_plain(argument)):
-                    raise ValueError(f"{self.path}: its pickle asks for {argument or opcode.name!r:.200}; "
-                                     "only tensors, numbers and containers of them are read")
+                    opcode.name == "GLOBAL" and _is_plain(argument)
+                ):
+                    raise ValueError(
+                        f"{self.path}: its pickle asks for {argument or opcode.name!r:.200}; "
+                        "only tensors, numbers and containers of them are read"
+                    )
         except (struct.error, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path}: its pickle is damaged ({error}); fetch it again") from None
 
@@ -118,8 +139,10 @@ class TorchFile:
         entry = self._by_start.get(getattr(storage, "_checkpoint_offset", None))
         begin, nbytes = tensor.storage_offset() * size, math.prod(tensor.shape) * size
         if entry is None or begin + nbytes > min(entry.size, storage.nbytes()):
-            raise ValueError(f"{at}: the bytes of {tensor.dtype} {list(tensor.shape)} are not where torch.save "
-                             "puts them; fetch the file again")
+            raise ValueError(
+                f"{at}: the bytes of {tensor.dtype} {list(tensor.shape)} are not where torch.save "
+                "puts them; fetch the file again"
+            )
         return entry.start + begin, nbytes
 
     def read(self, tensor, name):
@@ -137,15 +160,17 @@ class TorchFile:
         """
         for (first, data), (second, _) in itertools.pairwise(sorted(chunks)):
             if first + len(data) > second:
-                raise ValueError(f"{self.path}: two layers share the bytes of their scales, which cannot be "
-                                 "saved apart; save the source with a copy for each")
+                raise ValueError(
+                    f"{self.path}: two layers share the bytes of their scales, which cannot be "
+                    "saved apart; save the source with a copy for each"
+                )
         checksums = []
         for entry in self._by_start.values():
             inside = [(at - entry.start, data) for at, data in chunks if 0 <= at - entry.start < entry.size]
             if inside:
                 content = bytearray(self._bytes(entry))
                 for at, data in inside:
-                    content[at:at + len(data)] = data
+                    content[at : at + len(data)] = data
                 checksums += [(at, struct.pack("<I", zlib.crc32(content))) for at in entry.crc_at]
         return [*chunks, *checksums]
 
@@ -153,8 +178,10 @@ class TorchFile:
 def _is_plain(name):
     """Whether a pickle's global, "module attribute", is one that a file of plain tensors needs."""
     module, _, attribute = name.partition(" ")
-    return name in _NAMES or (module == "torch" and (
-        attribute.endswith("Storage") or isinstance(getattr(torch, attribute, None), torch.dtype)))
+    return name in _NAMES or (
+        module == "torch"
+        and (attribute.endswith("Storage") or isinstance(getattr(torch, attribute, None), torch.dtype))
+    )
 
 
 def _entry(file, info, at):
@@ -168,7 +195,7 @@ def _entry(file, info, at):
     crc_at = [at + _CENTRAL_CRC]
     if local_crc == crc or not flags & 8:
         crc_at.append(info.header_offset + _LOCAL_CRC)
-    if flags & 8:                                 # the sizes and the CRC follow the bytes
+    if flags & 8:  # the sizes and the CRC follow the bytes
         file.seek(start + info.file_size)
         tail = file.read(8)
         crc_at.append(start + info.file_size + (_DESCRIPTOR_CRC if tail[:4] == _DESCRIPTOR else 0))

@@ -1,4 +1,5 @@
 """Codes in 32-bit words: one stream of bits along a row, lowest bits first. 3-bit codes cross words."""
+
 import functools
 
 import torch
@@ -13,7 +14,7 @@ def unpack(words, count, bits=4):
     """int32 [rows, W] -> the first `count` codes of each row, uint8."""
     # flat first: a contiguous [rows, 1] may have any stride; little-endian, so the low byte comes first
     data = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
-    if bits == 3:                                 # eight codes in three bytes
+    if bits == 3:  # eight codes in three bytes
         data = torch.nn.functional.pad(data, (0, -data.shape[1] % 3)).unflatten(1, (-1, 3)).to(torch.int32)
         data, per = data[..., 0] | data[..., 1] << 8 | data[..., 2] << 16, 8
     else:

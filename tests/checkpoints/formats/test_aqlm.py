@@ -1,4 +1,5 @@
 """AQLM folders: the tool's files, made ones, saving, what is refused, and what qzo inspect tells of them."""
+
 import json
 import shutil
 
@@ -23,6 +24,7 @@ from tests.support.aqlm_checkpoints import (
 
 # ---------------------------------------------------------------------------------------------------- reading
 
+
 @pytest.mark.parametrize("bits", FIXTURES)
 def test_the_tools_own_files(bits):
     model = qzo.from_pretrained(FIXTURES[bits], device="cpu")
@@ -32,8 +34,9 @@ def test_the_tools_own_files(bits):
     assert float((got - want["logits"]).norm() / want["logits"].norm()) < 2e-5
     tensors = load_file(FIXTURES[bits] / "model.safetensors")
     for layer in [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]:
-        torch.testing.assert_close(model.get_submodule(layer).dequantize().double(), decoded(tensors, layer),
-                                   rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(
+            model.get_submodule(layer).dequantize().double(), decoded(tensors, layer), rtol=2e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("bits", FIXTURES)
@@ -57,6 +60,7 @@ def test_made_folders(tmp_path, books, bits):
 
 
 # ----------------------------------------------------------------------------------------------------- saving
+
 
 @pytest.mark.parametrize("bits", FIXTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -90,17 +94,21 @@ def test_no_other_format_holds_them(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- refused
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"codebooks": torch.zeros(2, 255, 1, 8)}, r"codebooks must be floats \[2, 256, 1, 8\], got .* \[2, 255"),
-    ({"codebooks": torch.full((2, 256, 1, 8), float("nan"))}, "codebooks hold NaN or infinity"),
-    ({"codebooks": None}, "no codebooks beside it"),
-    ({"scales": None}, "no scales beside it"),
-    ({"scales": torch.ones(3, 1, 1, 1)}, r"scales must be floats \[64, 1, 1, 1\], got torch.float32 \[3"),
-    ({"scales": torch.full((64, 1, 1, 1), float("inf"))}, "scales hold NaN or infinity"),
-    ({"codes": torch.zeros(64, 8, 2, dtype=torch.int16)}, "must be torch.int8"),
-    ({"codes": torch.zeros(64, 8, 3, dtype=torch.int8)}, r"must be torch.int8 \[N, K/8, 2\]"),
-    ({"codes": torch.zeros(64, 7, 2, dtype=torch.int8)}, r"has shape \[64, 56\]"),
-])
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codebooks": torch.zeros(2, 255, 1, 8)}, r"codebooks must be floats \[2, 256, 1, 8\], got .* \[2, 255"),
+        ({"codebooks": torch.full((2, 256, 1, 8), float("nan"))}, "codebooks hold NaN or infinity"),
+        ({"codebooks": None}, "no codebooks beside it"),
+        ({"scales": None}, "no scales beside it"),
+        ({"scales": torch.ones(3, 1, 1, 1)}, r"scales must be floats \[64, 1, 1, 1\], got torch.float32 \[3"),
+        ({"scales": torch.full((64, 1, 1, 1), float("inf"))}, "scales hold NaN or infinity"),
+        ({"codes": torch.zeros(64, 8, 2, dtype=torch.int16)}, "must be torch.int8"),
+        ({"codes": torch.zeros(64, 8, 3, dtype=torch.int8)}, r"must be torch.int8 \[N, K/8, 2\]"),
+        ({"codes": torch.zeros(64, 7, 2, dtype=torch.int8)}, r"has shape \[64, 56\]"),
+    ],
+)
 def test_damaged_layers_are_one_clear_line(tmp_path, change, message):
     path, tensors = folder_of(tmp_path / "source")
     for part, value in change.items():
@@ -113,16 +121,24 @@ def test_damaged_layers_are_one_clear_line(tmp_path, change, message):
     assert f"{LAYER}.codes in model.safetensors" in str(error.value)
 
 
-@pytest.mark.parametrize(("codes", "scales", "books", "message"), [
-    (torch.zeros(0, 8, 2, dtype=torch.int8), 0, (2, 256, 8), r"integers \[N, K/8, 2\], got torch.int8 \[0, 8, 2\]"),
-    (torch.zeros(4, 0, 2, dtype=torch.int8), 4, (2, 256, 8), r"got torch.int8 \[4, 0, 2\]"),
-    (torch.full((4, 8, 2), float("nan")), 4, (2, 256, 8), "got torch.float32"),
-    (torch.zeros(4, 8, 2, dtype=torch.bool), 4, (2, 256, 8), "got torch.bool"),
-    (torch.full((4, 8, 2), -1), 4, (2, 256, 8), r"in 0..255, the entries of a codebook; got -1 to -1"),
-    (torch.zeros(4, 8, 2, dtype=torch.int8), 3, (2, 256, 8), r"scales must be floats \[4\], got torch.float32 \[3\]"),
-    (torch.zeros(4, 8, 2, dtype=torch.int8), 4, (2, 200, 8), "codebooks must be floats"),
-    (torch.zeros(4, 8, 2, dtype=torch.int8), 4, (2, 256, 4), "codebooks must be floats"),
-])
+@pytest.mark.parametrize(
+    ("codes", "scales", "books", "message"),
+    [
+        (torch.zeros(0, 8, 2, dtype=torch.int8), 0, (2, 256, 8), r"integers \[N, K/8, 2\], got torch.int8 \[0, 8, 2\]"),
+        (torch.zeros(4, 0, 2, dtype=torch.int8), 4, (2, 256, 8), r"got torch.int8 \[4, 0, 2\]"),
+        (torch.full((4, 8, 2), float("nan")), 4, (2, 256, 8), "got torch.float32"),
+        (torch.zeros(4, 8, 2, dtype=torch.bool), 4, (2, 256, 8), "got torch.bool"),
+        (torch.full((4, 8, 2), -1), 4, (2, 256, 8), r"in 0..255, the entries of a codebook; got -1 to -1"),
+        (
+            torch.zeros(4, 8, 2, dtype=torch.int8),
+            3,
+            (2, 256, 8),
+            r"scales must be floats \[4\], got torch.float32 \[3\]",
+        ),
+        (torch.zeros(4, 8, 2, dtype=torch.int8), 4, (2, 200, 8), "codebooks must be floats"),
+        (torch.zeros(4, 8, 2, dtype=torch.int8), 4, (2, 256, 4), "codebooks must be floats"),
+    ],
+)
 def test_vectors_that_do_not_fit(codes, scales, books, message):
     with pytest.raises(ValueError, match=message):
         qzo.PackedWeight.from_vectors(codes, torch.ones(scales), torch.zeros(books))
@@ -141,14 +157,17 @@ def test_a_code_beyond_its_codebook(tmp_path):
         qzo.from_pretrained(path, device="cpu")
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"in_group_size": 16}, "in_group_size is 16; AQLM vectors of 8 inputs"),
-    ({"in_group_size": 8.0}, "in_group_size is 8.0"),
-    ({"out_group_size": 2}, "out_group_size is 2; AQLM vectors of 8 inputs of one output"),
-    ({"num_codebooks": 0}, "num_codebooks is 0; a whole number"),
-    ({"nbits_per_codebook": 17}, "nbits_per_codebook is 17; a whole number from 1 to 16"),
-    ({"nbits_per_codebook": "8"}, "nbits_per_codebook is '8'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_group_size": 16}, "in_group_size is 16; AQLM vectors of 8 inputs"),
+        ({"in_group_size": 8.0}, "in_group_size is 8.0"),
+        ({"out_group_size": 2}, "out_group_size is 2; AQLM vectors of 8 inputs of one output"),
+        ({"num_codebooks": 0}, "num_codebooks is 0; a whole number"),
+        ({"nbits_per_codebook": 17}, "nbits_per_codebook is 17; a whole number from 1 to 16"),
+        ({"nbits_per_codebook": "8"}, "nbits_per_codebook is '8'"),
+    ],
+)
 def test_configs_that_are_refused(tmp_path, changes, message):
     path, _ = folder_of(tmp_path / "source")
     settle(path, **changes)
@@ -175,13 +194,15 @@ def test_a_copy_of_the_fixtures_is_what_is_trained(tmp_path):
 
 # --------------------------------------------------------------------------------------------------- inspected
 
+
 def test_inspect(tmp_path, capsys):
     path, tensors = folder_of(tmp_path / "source")
     assert main(["inspect", str(path), "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["format"] == "aqlm"
     assert [(kind["bits"], kind["group_size"], kind["codebooks"], kind["layers"]) for kind in found["layers"]] == [
-        (8, "row", 2, 14)]
+        (8, "row", 2, 14)
+    ]
     model = qzo.from_pretrained(path, device="cpu")
     quantized = [module for module in model.modules() if isinstance(module, qzo.QZOLinear)]
     assert found["bytes"]["codes"] == sum(layer.codes.nbytes for layer in quantized)

@@ -1,4 +1,5 @@
 """The tests' own fit of AQLM codebooks: exact where it can be, better with every round, written in AQLM's layout."""
+
 import json
 import math
 
@@ -74,8 +75,9 @@ def test_the_folder_is_in_aqlms_layout(tmp_path, books, bits, kind):
     """Decoded from the files as the format has it: an index is the code modulo 2^bits."""
     model = LlamaForCausalLM.from_pretrained(tiny.save_checkpoint(tmp_path / "float", hidden=128))
     chosen = ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
-    held = aqlm_fit.write_folder(tmp_path / "aqlm", model.config.to_dict(), dict(model.state_dict()), chosen,
-                                 books=books, bits=bits, rounds=1)
+    held = aqlm_fit.write_folder(
+        tmp_path / "aqlm", model.config.to_dict(), dict(model.state_dict()), chosen, books=books, bits=bits, rounds=1
+    )
     tensors = load_file(tmp_path / "aqlm/model.safetensors")
     assert held.keys() == set(chosen)
     for name in chosen:
@@ -93,5 +95,10 @@ def test_the_folder_is_in_aqlms_layout(tmp_path, books, bits, kind):
     config = json.loads((tmp_path / "aqlm/config.json").read_text())
     assert config["hidden_size"] == 128
     assert len(config["quantization_config"].pop("linear_weights_not_to_quantize")) == 1 + 12
-    assert config["quantization_config"] == {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1,
-                                             "num_codebooks": books, "nbits_per_codebook": bits}
+    assert config["quantization_config"] == {
+        "quant_method": "aqlm",
+        "in_group_size": 8,
+        "out_group_size": 1,
+        "num_codebooks": books,
+        "nbits_per_codebook": bits,
+    }

@@ -23,12 +23,23 @@ from tests.support.gptq_checkpoints import (
 )
 
 
-@pytest.mark.parametrize(("size", "config"), [
-    (32, {"version": "gemm", "zero_point": True}), (-1, {"version": "GEMM", "zero_point": True}),
-    (96, {"checkpoint_format": "gemm", "format": "gemm", "zero_point": False})])
+@pytest.mark.parametrize(
+    ("size", "config"),
+    [
+        (32, {"version": "gemm", "zero_point": True}),
+        (-1, {"version": "GEMM", "zero_point": True}),
+        (96, {"checkpoint_format": "gemm", "format": "gemm", "zero_point": False}),
+    ],
+)
 def test_awq(tmp_path, size, config):
-    folder = write_gptq(tmp_path / "in", size=-1 if size == 96 else size, layer=awq_layer, quant_method="awq",
-                        zeros="any" if config["zero_point"] else "middle", **config)
+    folder = write_gptq(
+        tmp_path / "in",
+        size=-1 if size == 96 else size,
+        layer=awq_layer,
+        quant_method="awq",
+        zeros="any" if config["zero_point"] else "middle",
+        **config,
+    )
     found, expected = quantized(load(folder)), decode_folder(folder)
     for name, layer in found.items():
         assert torch.equal(layer.dequantize(), expected[name]), name
@@ -47,19 +58,37 @@ def test_awq_takes_dense_tensors_of_any_dtype(tmp_path):
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_auto_round_with_layers_of_their_own(tmp_path, bits):
-    extra = {"model.layers.1.mlp.up_proj": {"bits": 8}, ".*down_proj$": {"bits": 8, "group_size": -1},
-             "lm_head": {"bits": 16}, "model.layers.0.mlp.up_proj": {"bits": 8, "sym": True}}
-    folder = write_gptq(tmp_path / "in", bits, by_layer={"up_proj": (8, 32), "down_proj": (8, -1)}, layers=2,
-                        sym=True, zeros="middle", quant_method="auto-round", packing_format="auto_round:auto_gptq",
-                        extra_config=extra, dynamic={".*(up|down)_proj": {"bits": 8}})
+    extra = {
+        "model.layers.1.mlp.up_proj": {"bits": 8},
+        ".*down_proj$": {"bits": 8, "group_size": -1},
+        "lm_head": {"bits": 16},
+        "model.layers.0.mlp.up_proj": {"bits": 8, "sym": True},
+    }
+    folder = write_gptq(
+        tmp_path / "in",
+        bits,
+        by_layer={"up_proj": (8, 32), "down_proj": (8, -1)},
+        layers=2,
+        sym=True,
+        zeros="middle",
+        quant_method="auto-round",
+        packing_format="auto_round:auto_gptq",
+        extra_config=extra,
+        dynamic={".*(up|down)_proj": {"bits": 8}},
+    )
     expected = decode_folder(folder)
     for name, layer in quantized(load(folder)).items():
         assert torch.equal(layer.dequantize(), expected[name]), name
 
 
 def test_auto_round_in_awqs_layout(tmp_path):
-    folder = write_gptq(tmp_path / "in", layer=awq_layer, quant_method="auto-round", data_type="int",
-                        packing_format="auto_round:auto_awq")
+    folder = write_gptq(
+        tmp_path / "in",
+        layer=awq_layer,
+        quant_method="auto-round",
+        data_type="int",
+        packing_format="auto_round:auto_awq",
+    )
     expected = decode_folder(folder)
     for name, layer in quantized(load(folder)).items():
         assert torch.equal(layer.dequantize(), expected[name]), name
@@ -67,18 +96,24 @@ def test_auto_round_in_awqs_layout(tmp_path):
 
 # ------------------------------------------------------------------------------------- what is refused
 
-@pytest.mark.parametrize(("config", "tensors", "message"), [
-    ({"version": "gemv"}, None, "in: AWQ weights in version 'gemv'; supported is 'gemm'"),
-    ({"version": "gemv_fast"}, None, "'gemv_fast'"), ({"version": "marlin"}, None, "'marlin'"),
-    ({"w_bit": 8}, None, "in: the quantization_config says bits 4 and w_bit 8, which are two names of one setting"),
-    ({"q_group_size": 64}, None, "says group_size 32 and q_group_size 64, which"),
-    ({"version": 4}, None, "AWQ weights in version 4"),
-    ({"bits": 8}, None, "bits is 8; supported are 4"),
-    ({"group_size": 64}, None, "no multiple of group_size 64"),
-    ({}, drop("qzeros"), WHERE + rf"no {LAYER}\.qzeros beside it"),
-    ({}, put("qzeros", lambda t: t[:, :-1]), WHERE + r"qzeros must be int32 \[3, 20\], got \[3, 19\]"),
-    ({}, put("qweight", lambda t: t[:, :-1]), WHERE + r"scales must be floats \[3, 152\] for 96 inputs"),
-    ({}, put("scales", first(float("nan"))), WHERE + "scales hold NaN")])
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"version": "gemv"}, None, "in: AWQ weights in version 'gemv'; supported is 'gemm'"),
+        ({"version": "gemv_fast"}, None, "'gemv_fast'"),
+        ({"version": "marlin"}, None, "'marlin'"),
+        ({"w_bit": 8}, None, "in: the quantization_config says bits 4 and w_bit 8, which are two names of one setting"),
+        ({"q_group_size": 64}, None, "says group_size 32 and q_group_size 64, which"),
+        ({"version": 4}, None, "AWQ weights in version 4"),
+        ({"bits": 8}, None, "bits is 8; supported are 4"),
+        ({"group_size": 64}, None, "no multiple of group_size 64"),
+        ({}, drop("qzeros"), WHERE + rf"no {LAYER}\.qzeros beside it"),
+        ({}, put("qzeros", lambda t: t[:, :-1]), WHERE + r"qzeros must be int32 \[3, 20\], got \[3, 19\]"),
+        ({}, put("qweight", lambda t: t[:, :-1]), WHERE + r"scales must be floats \[3, 152\] for 96 inputs"),
+        ({}, put("scales", first(float("nan"))), WHERE + "scales hold NaN"),
+    ],
+)
 def test_awq_refused(tmp_path, config, tensors, message):
     folder = write_gptq(tmp_path / "in", layer=awq_layer, change=tensors)
     say(folder, {"quant_method": "awq", "version": "gemm", **config})
@@ -86,14 +121,21 @@ def test_awq_refused(tmp_path, config, tensors, message):
         load(folder)
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"packing_format": "auto_round:gptq"}, "packing_format 'auto_round:gptq'; supported are int in auto_round"),
-    ({"packing_format": ["x"]}, "packing_format"), ({"packing_format": None}, "packing_format 'None'"),
-    ({"data_type": "mx_fp"}, "data_type 'mx_fp'"), ({"act_bits": 8}, r"activations are quantized too \(act_bits 8\)"),
-    ({"extra_config": {"x": 4}}, "extra_config must be layers and what they change"),
-    ({"extra_config": {"re:(": {"bits": 4}}}, "is no regular expression")])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"packing_format": "auto_round:gptq"}, "packing_format 'auto_round:gptq'; supported are int in auto_round"),
+        ({"packing_format": ["x"]}, "packing_format"),
+        ({"packing_format": None}, "packing_format 'None'"),
+        ({"data_type": "mx_fp"}, "data_type 'mx_fp'"),
+        ({"act_bits": 8}, r"activations are quantized too \(act_bits 8\)"),
+        ({"extra_config": {"x": 4}}, "extra_config must be layers and what they change"),
+        ({"extra_config": {"re:(": {"bits": 4}}}, "is no regular expression"),
+    ],
+)
 def test_auto_round_refused(tmp_path, config, message):
-    folder = write_gptq(tmp_path / "in", **{"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq",
-                                            **config})
+    folder = write_gptq(
+        tmp_path / "in", **{"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", **config}
+    )
     with pytest.raises(ValueError, match=message):
         load(folder)

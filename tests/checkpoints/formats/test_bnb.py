@@ -1,4 +1,5 @@
 """bitsandbytes folders, nf4 and fp4: the tool's file, made ones, double quantization, saving and what is refused."""
+
 import json
 import shutil
 
@@ -31,7 +32,7 @@ def decoded(tensors, name):
         absmax += state["nested_offset"]
     codes = [half for byte in tensors[name].flatten().tolist() for half in (byte >> 4, byte & 15)]
     values = tensors[name + ".quant_map"][torch.tensor(codes)]
-    return (values * absmax.repeat_interleave(state["blocksize"])[:n * k]).view(n, k)
+    return (values * absmax.repeat_interleave(state["blocksize"])[: n * k]).view(n, k)
 
 
 def packed_tensors(weight, kind, double=False, size=64):
@@ -47,7 +48,7 @@ def packed_tensors(weight, kind, double=False, size=64):
         entries = torch.linspace(-1, 1, 256)
         nested = (absmax - offset).abs().view(-1).split(16)
         largest = torch.stack([part.amax() for part in nested])
-        unit = (absmax - offset) / largest.repeat_interleave(16)[:len(absmax)]
+        unit = (absmax - offset) / largest.repeat_interleave(16)[: len(absmax)]
         made[".absmax"] = (unit[:, None] - entries).abs().argmin(1).to(torch.uint8)
         made |= {".nested_absmax": largest, ".nested_quant_map": entries}
         state |= {"nested_blocksize": 16, "nested_offset": offset, "nested_dtype": "float32"}
@@ -64,8 +65,12 @@ def folder_of(path, kind="nf4", double=False, size=64):
         tensors |= {name + part: value for part, value in packed_tensors(weight, kind, double, size).items()}
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind,
-                                     "bnb_4bit_use_double_quant": double}
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": double,
+    }
     (path / "config.json").write_text(json.dumps(config))
     return path, tensors
 
@@ -82,6 +87,7 @@ def bytes_of(folder):
 
 
 # ---------------------------------------------------------------------------------------------------- reading
+
 
 def test_the_tools_own_file():
     model = qzo.from_pretrained(FIXTURE, device="cpu")
@@ -119,6 +125,7 @@ def test_blocks_that_are_no_groups_of_a_row_stay_dense(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- saving
 
+
 @pytest.mark.parametrize("make", ["fixture", "nf4", "double"])
 def test_a_step_without_a_rate_saves_the_same_bytes(tmp_path, make):
     path = tmp_path / "source"
@@ -146,9 +153,12 @@ def test_a_step_changes_absmax_and_nothing_else(tmp_path):
 def test_double_quantized_scales_that_moved_are_written_plain(tmp_path):
     path, before = folder_of(tmp_path / "source", double=True)
     model = train(qzo.from_pretrained(path, device="cpu"), 0.1)
-    report = qzo.save_pretrained(model, tmp_path / "out", {"input_ids": torch.ones(1, 8, dtype=torch.int64),
-                                                           "labels": torch.ones(1, 8, dtype=torch.int64)})
-    assert report["loss_before"] == report["loss_after"]                 # float32 absmax: nothing is rounded
+    report = qzo.save_pretrained(
+        model,
+        tmp_path / "out",
+        {"input_ids": torch.ones(1, 8, dtype=torch.int64), "labels": torch.ones(1, 8, dtype=torch.int64)},
+    )
+    assert report["loss_before"] == report["loss_after"]  # float32 absmax: nothing is rounded
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         after, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     assert metadata == {"format": "pt"}
@@ -169,6 +179,7 @@ def test_double_quantized_scales_that_moved_are_written_plain(tmp_path):
 
 # -------------------------------------------------------------------------------------------- quantizing to nf4
 
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_float_model_on_a_table(tmp_path, kind):
     model = LlamaForCausalLM.from_pretrained(tiny.save_checkpoint(tmp_path / "float", hidden=128))
@@ -177,7 +188,7 @@ def test_a_float_model_on_a_table(tmp_path, kind):
     tensors = load_file(tmp_path / "out/model.safetensors")
     name = "model.layers.0.mlp.gate_proj"
     want = packed_tensors(model.get_submodule(name).weight.detach(), kind)
-    assert torch.equal(tensors[name + ".weight"], want[""]) or kind == "fp4"          # fp4 has two codes for zero
+    assert torch.equal(tensors[name + ".weight"], want[""]) or kind == "fp4"  # fp4 has two codes for zero
     torch.testing.assert_close(tensors[name + ".weight.absmax"], want[".absmax"])
     assert_same_bits(decoded(tensors, name + ".weight"), ours.get_submodule(name).dequantize())
     again = qzo.from_pretrained(tmp_path / "out", device="cpu")
@@ -191,13 +202,19 @@ def test_a_float_model_on_a_table(tmp_path, kind):
 @pytest.mark.parametrize(("hidden", "block"), [(96, 32), (192, 64), (256, 256)])
 def test_rows_that_are_no_block_are_written_in_blocks_that_the_tool_has(tmp_path, hidden, block):
     """bitsandbytes takes blocks of 32, 64 and so on to 4096 only, and each layer may have its own."""
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=320, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, vocab_size=30)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=320,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=30,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
     ours = qzo.from_pretrained(tmp_path / "float", device="cpu", group_size=-1, table="nf4")
     qzo.save_pretrained(ours, tmp_path / "out")
     tensors = load_file(tmp_path / "out/model.safetensors")
-    sizes = {"mlp.gate_proj": block, "mlp.down_proj": 64}                     # 320 = 5 x 64
+    sizes = {"mlp.gate_proj": block, "mlp.down_proj": 64}  # 320 = 5 x 64
     for name, size in {f"model.layers.0.{leaf}": size for leaf, size in sizes.items()}.items():
         state = json.loads(bytes(tensors[f"{name}.weight.quant_state.bitsandbytes__nf4"].tolist()))
         assert state["blocksize"] == size
@@ -228,17 +245,24 @@ def test_a_state_dict_carries_the_table():
 
 # ---------------------------------------------------------------------------------------------------- refused
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({".quant_map": torch.zeros(15)}, "16 finite entries"),
-    ({".quant_map": torch.full((16,), float("nan"))}, "16 finite entries"),
-    ({".quant_map": None}, "no weight.quant_map"),
-    ({".absmax": torch.full((3,), 1.0)}, "3 of absmax do not fit"),
-    ({".absmax": torch.zeros(1, dtype=torch.uint8)}, "no weight.nested_absmax"),
-    ({".quant_state.bitsandbytes__nf4": torch.tensor([1, 2], dtype=torch.uint8)}, "quant_state is damaged"),
-    ({".quant_state.bitsandbytes__nf4": None}, "quant_state.bitsandbytes__nf4 or"),
-    ({"": torch.zeros(3, 1, dtype=torch.uint8)}, "3 bytes of codes"),
-    ({".quant_state.bitsandbytes__nf4": torch.full((100_000,), ord("["), dtype=torch.uint8)}, "quant_state is damaged"),
-])
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({".quant_map": torch.zeros(15)}, "16 finite entries"),
+        ({".quant_map": torch.full((16,), float("nan"))}, "16 finite entries"),
+        ({".quant_map": None}, "no weight.quant_map"),
+        ({".absmax": torch.full((3,), 1.0)}, "3 of absmax do not fit"),
+        ({".absmax": torch.zeros(1, dtype=torch.uint8)}, "no weight.nested_absmax"),
+        ({".quant_state.bitsandbytes__nf4": torch.tensor([1, 2], dtype=torch.uint8)}, "quant_state is damaged"),
+        ({".quant_state.bitsandbytes__nf4": None}, "quant_state.bitsandbytes__nf4 or"),
+        ({"": torch.zeros(3, 1, dtype=torch.uint8)}, "3 bytes of codes"),
+        (
+            {".quant_state.bitsandbytes__nf4": torch.full((100_000,), ord("["), dtype=torch.uint8)},
+            "quant_state is damaged",
+        ),
+    ],
+)
 def test_damaged_layers_are_one_clear_line(tmp_path, change, message):
     path, tensors = folder_of(tmp_path / "source")
     for part, value in change.items():
@@ -265,9 +289,11 @@ def test_a_double_quantized_layer_needs_its_offset(tmp_path):
 @pytest.mark.parametrize(("options", "got"), [({"bits": 8}, "bits=8"), ({"symmetric": False}, "symmetric=False")])
 def test_a_table_has_four_bits_and_no_zero_points(tmp_path, options, got):
     linear = torch.nn.Linear(64, 8)
-    for attempt in (lambda: qzo.QZOLinear.from_linear(linear, group_size=64, table="nf4", **options),
-                    lambda: qzo.quantize_(torch.nn.Sequential(linear), group_size=64, table="nf4", **options),
-                    lambda: qzo.from_pretrained(tmp_path, table="nf4", **options)):
+    for attempt in (
+        lambda: qzo.QZOLinear.from_linear(linear, group_size=64, table="nf4", **options),
+        lambda: qzo.quantize_(torch.nn.Sequential(linear), group_size=64, table="nf4", **options),
+        lambda: qzo.from_pretrained(tmp_path, table="nf4", **options),
+    ):
         with pytest.raises(ValueError, match=f"4 bits and no zero points, got {got}"):
             attempt()
 
@@ -291,8 +317,9 @@ def test_integers_are_no_table(tmp_path):
 
 
 def test_rows_that_no_block_divides_are_refused(tmp_path):
-    config = LlamaConfig(hidden_size=80, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2,
-                         vocab_size=30)
+    config = LlamaConfig(
+        hidden_size=80, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2, vocab_size=30
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
     with pytest.raises(ValueError, match=r"blocks of 32 to 4096 weights fill; .* in groups of 80"):
         qzo.from_pretrained(tmp_path / "float", device="cpu", group_size=-1, table="nf4")

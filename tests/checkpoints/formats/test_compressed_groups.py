@@ -1,4 +1,5 @@
 """compressed-tensors with several config groups: bits, strategy and group size of each layer by its target."""
+
 import json
 import shutil
 
@@ -30,20 +31,35 @@ def load(path):
 
 
 def group(targets, bits=4, size=32, symmetric=True, **fields):
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group" if size else "channel",
-               "group_size": size}
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group" if size else "channel",
+        "group_size": size,
+    }
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None} | fields
 
 
 # every way to name a layer: its own name, a pattern, its class
-SCHEMES = {"q_proj": (3, 32, True), "k_proj": (3, 32, False), "v_proj": (2, 32, False), "gate_proj": (8, 32, False),
-           "down_proj": (8, None, True), "up_proj": (4, 32, False), "": (4, 32, True)}
-GROUPS = {"group_0": group(["re:.*q_proj"], 3), "group_1": group(["re:.*k_proj$"], 3, symmetric=False),
-          "group_2": group(["Linear"]),
-          "group_3": group([f"model.layers.{i}.mlp.down_proj" for i in range(2)], 8, None),
-          "group_5": group(["re:.*v_proj"], 2, symmetric=False),
-          "group_6": group(["re:.*gate_proj"], 8, symmetric=False),
-          "group_4": group(["re:model.layers.*up_proj"], symmetric=False, format="pack-quantized")}
+SCHEMES = {
+    "q_proj": (3, 32, True),
+    "k_proj": (3, 32, False),
+    "v_proj": (2, 32, False),
+    "gate_proj": (8, 32, False),
+    "down_proj": (8, None, True),
+    "up_proj": (4, 32, False),
+    "": (4, 32, True),
+}
+GROUPS = {
+    "group_0": group(["re:.*q_proj"], 3),
+    "group_1": group(["re:.*k_proj$"], 3, symmetric=False),
+    "group_2": group(["Linear"]),
+    "group_3": group([f"model.layers.{i}.mlp.down_proj" for i in range(2)], 8, None),
+    "group_5": group(["re:.*v_proj"], 2, symmetric=False),
+    "group_6": group(["re:.*gate_proj"], 8, symmetric=False),
+    "group_4": group(["re:model.layers.*up_proj"], symmetric=False, format="pack-quantized"),
+}
 
 
 def bits_of(name):
@@ -66,7 +82,7 @@ def test_fixture_with_static_order():
         assert torch.equal(layer.dequantize(), decoded[name]), name
     with torch.no_grad():
         logits = model(expected["input_ids"]).logits
-    assert relative_error(logits, expected["logits"]) < 2e-5       # float32 sums in another order
+    assert relative_error(logits, expected["logits"]) < 2e-5  # float32 sums in another order
 
 
 def test_each_layer_has_the_arguments_of_its_target(mixed):
@@ -80,7 +96,8 @@ def test_each_layer_has_the_arguments_of_its_target(mixed):
 def test_saved_unchanged_is_the_same_folder(mixed, tmp_path):
     qzo.save_pretrained(load(mixed), tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
-        p.name: p.read_bytes() for p in mixed.iterdir()}
+        p.name: p.read_bytes() for p in mixed.iterdir()
+    }
 
 
 def test_saved_scales_come_back(mixed, tmp_path):
@@ -92,11 +109,17 @@ def test_saved_scales_come_back(mixed, tmp_path):
 
 
 def test_an_exact_name_beats_a_pattern_and_a_pattern_a_class():
-    groups = {"a": group(["Linear"], 4, 32), "b": group(["re:.*proj"], 3, 64), "c": group(["x.q_proj"], 3, None),
-              "d": group(["re:.*a_proj"], 4, 128)}
+    groups = {
+        "a": group(["Linear"], 4, 32),
+        "b": group(["re:.*proj"], 3, 64),
+        "c": group(["x.q_proj"], 3, None),
+        "d": group(["re:.*a_proj"], 4, 128),
+    }
     by_target = compressed_tensors.check_config({"format": "pack-quantized", "config_groups": groups}, "here")
-    found = {layer: compressed_tensors._arguments(layer, by_target)["group_size"]
-             for layer in ("x.q_proj", "x.k_proj", "x.a_proj", "head")}
+    found = {
+        layer: compressed_tensors._arguments(layer, by_target)["group_size"]
+        for layer in ("x.q_proj", "x.k_proj", "x.a_proj", "head")
+    }
     # of two patterns the first in alphabetical order counts, as in the library
     assert found == {"x.q_proj": None, "x.k_proj": 64, "x.a_proj": 128, "head": 32}
 
@@ -104,7 +127,7 @@ def test_an_exact_name_beats_a_pattern_and_a_pattern_a_class():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("count", [1, 7, 8, 10, 11, 21, 32, 33, 95, 96, 100])
 def test_streams_of_codes(bits, count):
-    codes = torch.randint(2 ** bits, (5, count), generator=torch.Generator().manual_seed(count))
+    codes = torch.randint(2**bits, (5, count), generator=torch.Generator().manual_seed(count))
     words = pack_stream(codes, bits)
     assert torch.equal(compressed_tensors.unpack(words, count, bits).long(), codes)
     assert torch.equal(unpack_stream(words, bits, count), codes)
@@ -127,6 +150,7 @@ def refuse(mixed, tmp_path, change, message):
 def only(*names):
     def change(quantization):
         quantization["config_groups"] = {name: GROUPS[name] for name in names}
+
     return change
 
 
@@ -134,27 +158,41 @@ def set_group(name, value):
     return lambda quantization: quantization["config_groups"].update({name: value})
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (only("group_0"),
-     r"no target of the config_groups fits model\.layers\.0\.mlp\.down_proj \(they are re:\.\*q_proj\)"),
-    (only("group_2", "group_3", "group_4", "group_6"),
-     r"k_proj\.weight_packed in model\.safetensors: must be int32 \[32, 12\], got .*9\]"),
-    (set_group("group_3", group([f"model.layers.{i}.mlp.down_proj" for i in range(2)], 8, 32)),
-     r"down_proj\.weight_packed .*\[96, 1\], which is not 96 rows of 160"),
-    (set_group("x", group(["re:(("])), r"x: target 're:\(\(' is no regular expression"),
-    (set_group("x", group("Linear")), "x: targets must be a list of names, patterns"),
-    (set_group("x", group(["Conv"], 4, 32, format="int-quantized")),
-     "x: compressed-tensors format 'int-quantized'"),
-    (set_group("x", group(["Conv"], 4, 0) | {"weights": {"num_bits": 4, "strategy": "group"}}),
-     "x: group_size is None"),
-    (set_group("x", []), "x: it has no weights section"),
-    (lambda q: q.update(config_groups=[]), "has no config_groups"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            only("group_0"),
+            r"no target of the config_groups fits model\.layers\.0\.mlp\.down_proj \(they are re:\.\*q_proj\)",
+        ),
+        (
+            only("group_2", "group_3", "group_4", "group_6"),
+            r"k_proj\.weight_packed in model\.safetensors: must be int32 \[32, 12\], got .*9\]",
+        ),
+        (
+            set_group("group_3", group([f"model.layers.{i}.mlp.down_proj" for i in range(2)], 8, 32)),
+            r"down_proj\.weight_packed .*\[96, 1\], which is not 96 rows of 160",
+        ),
+        (set_group("x", group(["re:(("])), r"x: target 're:\(\(' is no regular expression"),
+        (set_group("x", group("Linear")), "x: targets must be a list of names, patterns"),
+        (
+            set_group("x", group(["Conv"], 4, 32, format="int-quantized")),
+            "x: compressed-tensors format 'int-quantized'",
+        ),
+        (
+            set_group("x", group(["Conv"], 4, 0) | {"weights": {"num_bits": 4, "strategy": "group"}}),
+            "x: group_size is None",
+        ),
+        (set_group("x", []), "x: it has no weights section"),
+        (lambda q: q.update(config_groups=[]), "has no config_groups"),
+    ],
+)
 def test_refused(mixed, tmp_path, change, message):
     refuse(mixed, tmp_path, change, message)
 
 
 # ------------------------------------------------------------------------------------- writing
+
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_written_with_several_group_sizes_and_bits(tmp_path, symmetric):
@@ -170,15 +208,21 @@ def test_written_with_several_group_sizes_and_bits(tmp_path, symmetric):
             setattr(model.get_submodule(parent), child, layer)
     qzo.save_pretrained(model, tmp_path / "out")
     again = load(tmp_path / "out")
-    decoded = decode_compressed(tmp_path / "out" / "model.safetensors",
-                                lambda name: kinds.get(name.split(".")[-1], (4, 64))[0])
+    decoded = decode_compressed(
+        tmp_path / "out" / "model.safetensors", lambda name: kinds.get(name.split(".")[-1], (4, 64))[0]
+    )
     for name, layer in quantized(model).items():
         assert torch.equal(again.get_submodule(name).dequantize(), layer.dequantize()), name
         assert torch.equal(decoded[name], layer.dequantize()), name
     groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
     written = [g["weights"] for g in groups.values()]
     assert {(w["num_bits"], w["strategy"], w["group_size"]) for w in written} == {
-        (4, "group", 64), (4, "group", 32), (8, "channel", None), (2, "group", 64), (8, "group", 64)}
+        (4, "group", 64),
+        (4, "group", 32),
+        (8, "channel", None),
+        (2, "group", 64),
+        (8, "group", 64),
+    }
     assert {w["symmetric"] for w in written} == {symmetric}
     assert sorted(target for g in groups.values() for target in g["targets"]) == sorted(quantized(model))
 
@@ -194,8 +238,10 @@ def test_a_float_model_in_other_bits(tmp_path, bits):
 
 
 def test_a_whole_row_of_the_common_size_needs_no_group_of_its_own():
-    packed = {f"layer{k}": PackedWeight.from_codes(torch.zeros(4, k, dtype=torch.uint8), torch.ones(k // 64, 4))
-              for k in (64, 128)}
+    packed = {
+        f"layer{k}": PackedWeight.from_codes(torch.zeros(4, k, dtype=torch.uint8), torch.ones(k // 64, 4))
+        for k in (64, 128)
+    }
     groups = compressed_tensors.quantization_config(packed, [])["config_groups"]
     assert [(g["targets"], g["weights"]["group_size"]) for g in groups.values()] == [(["Linear"], 64)]
 
@@ -226,8 +272,9 @@ def test_columns_sorted_by_group(tmp_path):
 
 
 def test_sorted_columns_are_not_written_anew():
-    packed = PackedWeight.from_codes(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(2, 4),
-                                     perm=torch.arange(64).flip(0))
+    packed = PackedWeight.from_codes(
+        torch.zeros(4, 64, dtype=torch.uint8), torch.ones(2, 4), perm=torch.arange(64).flip(0)
+    )
     with pytest.raises(ValueError, match="a has its columns sorted by group"):
         compressed_tensors.quantization_config({"a": packed}, [])
 

@@ -13,7 +13,7 @@ from tests.support.checkpoints import decode_compressed, quantized, relative_err
 from tests.support.paths import FIXTURES
 
 SYM, ASYM = FIXTURES / "ct-w4a16-sym-g64-bias-tied", FIXTURES / "ct-w4a16-asym-g128-rtn"
-LOGITS_FP32 = 2e-5       # float32 sums in another order; one zero point off in a group gives 1e-2
+LOGITS_FP32 = 2e-5  # float32 sums in another order; one zero point off in a group gives 1e-2
 LAYER = "model.layers.0.mlp.up_proj"
 
 
@@ -63,7 +63,8 @@ def test_weights(fixture):
 def test_saved_unchanged_is_the_same_folder(fixture, tmp_path):
     qzo.save_pretrained(load(fixture), tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
-        p.name: p.read_bytes() for p in fixture.iterdir()}
+        p.name: p.read_bytes() for p in fixture.iterdir()
+    }
 
 
 def test_saved_scales_and_nothing_else(fixture, tmp_path):
@@ -133,37 +134,55 @@ def put(part, tensor):
     return lambda tensors: tensors.update({f"{LAYER}.{part}": tensor})
 
 
-@pytest.mark.parametrize(("config", "tensors", "message"), [
-    (weights(num_bits=5), None, "'num_bits': 5.*supported is 'pack-quantized' with num_bits 2, 3, 4, 8"),
-    (weights(type="float"), None, "'type': 'float'"),
-    (weights(strategy="tensor_group"), None, "'strategy': 'tensor_group'"),
-    (lambda q: q["config_groups"]["group_0"].update(format="int-quantized"), None, "format 'int-quantized'"),
-    (lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), None,
-     "input_activations are quantized too"),
-    (lambda q: q.update(kv_cache_scheme={"num_bits": 8}), None, "has a kv_cache_scheme"),
-    (lambda q: q.update(sparsity_config={"format": "sparse-24"}), None, "sparse weights"),
-    (lambda q: q.update(quant_method="fp_quant"), None,
-     "quant_method 'fp_quant' cannot be read; supported are aqlm, "),
-    (weights(group_size=32), None,
-     r"weight_scale is \[\d+, \d\], which is not \d+ rows of \d+ weights in groups of 32"),
-    (weights(symmetric=False), None, "no weight_zero_point beside it"),
-    (None, drop("weight_scale"), rf"{LAYER}\.weight_packed in model\.safetensors: no weight_scale beside it"),
-    (None, put("weight_g_idx", torch.arange(192).int() // 64 + 1),
-     "weight_g_idx names groups 1 to 3; there are groups 0 to 2"),
-    (None, put("weight_g_idx", torch.arange(192).int() // 64 - 1), "weight_g_idx names groups -1 to 1; there are"),
-    (None, put("weight_g_idx", torch.zeros(192, dtype=torch.int32)),
-     "weight_g_idx gives group 0 192 columns; every group has 64"),
-    (None, put("weight_g_idx", torch.zeros(192)), r"weight_g_idx must be int32 \[192\], got torch.float32"),
-    (None, put("weight_packed", torch.zeros(576, 23, dtype=torch.int32)),
-     r"must be int32 \[576, 24\], got .*23\]"),
-    (None, put("weight_scale", torch.full((576, 3), float("nan"))),
-     rf"{LAYER}\.weight_packed .*scales hold NaN"),
-    (None, put("k_scale", torch.ones(1)),
-     rf"{LAYER}\.k_scale in model\.safetensors: LlamaForCausalLM has no tensor"),
-    (None, lambda tensors: tensors.pop("model.norm.weight"), r"missing, the first is model\.norm\.weight"),
-    (None, lambda tensors: tensors.update({"model.norm.weight": torch.ones(4)}),
-     r"shape \[4\].*needs \[192\]"),
-])
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        (weights(num_bits=5), None, "'num_bits': 5.*supported is 'pack-quantized' with num_bits 2, 3, 4, 8"),
+        (weights(type="float"), None, "'type': 'float'"),
+        (weights(strategy="tensor_group"), None, "'strategy': 'tensor_group'"),
+        (lambda q: q["config_groups"]["group_0"].update(format="int-quantized"), None, "format 'int-quantized'"),
+        (
+            lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}),
+            None,
+            "input_activations are quantized too",
+        ),
+        (lambda q: q.update(kv_cache_scheme={"num_bits": 8}), None, "has a kv_cache_scheme"),
+        (lambda q: q.update(sparsity_config={"format": "sparse-24"}), None, "sparse weights"),
+        (
+            lambda q: q.update(quant_method="fp_quant"),
+            None,
+            "quant_method 'fp_quant' cannot be read; supported are aqlm, ",
+        ),
+        (
+            weights(group_size=32),
+            None,
+            r"weight_scale is \[\d+, \d\], which is not \d+ rows of \d+ weights in groups of 32",
+        ),
+        (weights(symmetric=False), None, "no weight_zero_point beside it"),
+        (None, drop("weight_scale"), rf"{LAYER}\.weight_packed in model\.safetensors: no weight_scale beside it"),
+        (
+            None,
+            put("weight_g_idx", torch.arange(192).int() // 64 + 1),
+            "weight_g_idx names groups 1 to 3; there are groups 0 to 2",
+        ),
+        (None, put("weight_g_idx", torch.arange(192).int() // 64 - 1), "weight_g_idx names groups -1 to 1; there are"),
+        (
+            None,
+            put("weight_g_idx", torch.zeros(192, dtype=torch.int32)),
+            "weight_g_idx gives group 0 192 columns; every group has 64",
+        ),
+        (None, put("weight_g_idx", torch.zeros(192)), r"weight_g_idx must be int32 \[192\], got torch.float32"),
+        (None, put("weight_packed", torch.zeros(576, 23, dtype=torch.int32)), r"must be int32 \[576, 24\], got .*23\]"),
+        (None, put("weight_scale", torch.full((576, 3), float("nan"))), rf"{LAYER}\.weight_packed .*scales hold NaN"),
+        (
+            None,
+            put("k_scale", torch.ones(1)),
+            rf"{LAYER}\.k_scale in model\.safetensors: LlamaForCausalLM has no tensor",
+        ),
+        (None, lambda tensors: tensors.pop("model.norm.weight"), r"missing, the first is model\.norm\.weight"),
+        (None, lambda tensors: tensors.update({"model.norm.weight": torch.ones(4)}), r"shape \[4\].*needs \[192\]"),
+    ],
+)
 def test_refused(checkpoint, config, tensors, message):
     folder, change = checkpoint
     change(config, tensors)
@@ -171,12 +190,15 @@ def test_refused(checkpoint, config, tensors, message):
         load(folder)
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda data: data[:-100], r"model\.safetensors is truncated: tensor"),
-    (lambda data: data[:5], "not a whole safetensors file"),
-    (lambda data: data[:300], "not a whole safetensors file"),
-    (lambda data: data[:8] + b"[" + data[9:], "not a whole safetensors file"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-100], r"model\.safetensors is truncated: tensor"),
+        (lambda data: data[:5], "not a whole safetensors file"),
+        (lambda data: data[:300], "not a whole safetensors file"),
+        (lambda data: data[:8] + b"[" + data[9:], "not a whole safetensors file"),
+    ],
+)
 def test_damaged_file(checkpoint, damage, message):
     file = checkpoint[0] / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
@@ -186,7 +208,8 @@ def test_damaged_file(checkpoint, damage, message):
 
 # ------------------------------------------------------------------------------------- rounding
 
-@pytest.mark.parametrize(("dtype", "tiny"), [(torch.float16, 2.0 ** -24), (torch.bfloat16, 2.0 ** -133)])
+
+@pytest.mark.parametrize(("dtype", "tiny"), [(torch.float16, 2.0**-24), (torch.bfloat16, 2.0**-133)])
 def test_rounding(dtype, tiny):
     stored = torch.tensor([0.1, -0.1, 0.1, -0.1, 0.1, 0.0]).to(dtype)
     scales = torch.cat([stored[:1].float(), torch.tensor([-0.3, 1e-42, -1e-42, 0.0, 0.0])])
@@ -206,6 +229,7 @@ def test_rounding_refuses(value):
 
 # ------------------------------------------------------------------------------------- the library itself
 
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_library_reads_what_is_written(tmp_path, symmetric, group_size):
@@ -213,15 +237,20 @@ def test_library_reads_what_is_written(tmp_path, symmetric, group_size):
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=3,
-                         num_key_value_heads=1, vocab_size=64)
+    config = LlamaConfig(
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        vocab_size=64,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
     model = qzo.from_pretrained(tmp_path / "float", device="cpu", group_size=group_size, symmetric=symmetric)
     scale_randomly(model)
     qzo.save_pretrained(model, tmp_path / "out")
     unpacked = CompressedTensorsConfig(dequantize=True)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32,
-                                                  quantization_config=unpacked)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=unpacked)
     for name, layer in quantized(load(tmp_path / "out")).items():
         # the library multiplies in the scales' float16: one rounding of the exact product
         assert torch.equal(theirs.get_submodule(name).weight.half(), layer.dequantize().half()), name

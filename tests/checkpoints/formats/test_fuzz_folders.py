@@ -1,4 +1,5 @@
 """Damaged folders: indexes of shards and configs, each refused in one line (fuzzing.py)."""
+
 import json
 import os
 import random
@@ -32,22 +33,29 @@ def shards(tmp_path):
     return write
 
 
-@pytest.mark.parametrize(("weight_map", "message"), [
-    ({"a": "../outside.safetensors"}, "names '../outside.safetensors', which is no file of this folder"),
-    ({"a": "/etc/passwd"}, "names '/etc/passwd', which is no file of this folder"),
-    ({"a": "x/../1.safetensors"}, "which is no file of this folder"),
-    ({"a": ".."}, "is missing or no file"),
-    ({"a": "pipe"}, "is missing or no file"),
-    ({"a": "loop"}, "is missing or no file"),
-    ({"a": "3.safetensors"}, "3.safetensors is missing or no file, though model.safetensors.index.json names it"),
-    ({"a": "1.safetensors\n"}, "which is no file of this folder"),
-    ({"a": "1.safetensors", "c": "2.safetensors"}, "2.safetensors holds no tensor 'c', though"),
-    ({"a": "2.safetensors", "b": "1.safetensors"}, "holds no tensor 'a', though"),
-    ({"a": "1.safetensors", "b": "copy.safetensors"}, "tensor a is in 1.safetensors and in copy.safetensors"),
-    ({"a": 1}, "it has no weight_map"), ([], "it has no weight_map"), ({}, "it has no weight_map"),
-    (b"[", "is not JSON: Expecting value"), (b"[]", "holds a JSON list, not an object"), (b"\xff", "is not JSON"),
-    (b"[" * 100_000, "is not JSON: it is nested too deeply"),
-])
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../outside.safetensors"}, "names '../outside.safetensors', which is no file of this folder"),
+        ({"a": "/etc/passwd"}, "names '/etc/passwd', which is no file of this folder"),
+        ({"a": "x/../1.safetensors"}, "which is no file of this folder"),
+        ({"a": ".."}, "is missing or no file"),
+        ({"a": "pipe"}, "is missing or no file"),
+        ({"a": "loop"}, "is missing or no file"),
+        ({"a": "3.safetensors"}, "3.safetensors is missing or no file, though model.safetensors.index.json names it"),
+        ({"a": "1.safetensors\n"}, "which is no file of this folder"),
+        ({"a": "1.safetensors", "c": "2.safetensors"}, "2.safetensors holds no tensor 'c', though"),
+        ({"a": "2.safetensors", "b": "1.safetensors"}, "holds no tensor 'a', though"),
+        ({"a": "1.safetensors", "b": "copy.safetensors"}, "tensor a is in 1.safetensors and in copy.safetensors"),
+        ({"a": 1}, "it has no weight_map"),
+        ([], "it has no weight_map"),
+        ({}, "it has no weight_map"),
+        (b"[", "is not JSON: Expecting value"),
+        (b"[]", "holds a JSON list, not an object"),
+        (b"\xff", "is not JSON"),
+        (b"[" * 100_000, "is not JSON: it is nested too deeply"),
+    ],
+)
 def test_shards_refused(shards, weight_map, message):
     folder = shards(weight_map)
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, folder / "copy.safetensors")
@@ -69,20 +77,31 @@ def test_a_shard_may_be_a_link(shards, tmp_path):
 def test_index_bytes(shards):
     rng, weight_map = random.Random(5), {"a": "1.safetensors", "b": "2.safetensors"}
     text = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
-    messages = [outcome(lambda data=data: folders.tensor_places(shards(data)))
-                for data in (mutated(text, rng, len(text)) for _ in range(1000))]
+    messages = [
+        outcome(lambda data=data: folders.tensor_places(shards(data)))
+        for data in (mutated(text, rng, len(text)) for _ in range(1000))
+    ]
     assert messages.count(None) > 20
     assert len(set(messages)) > 30
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    (b"[]", "holds a JSON list"), (b"3", "holds a JSON int"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"),
-    (b"[" * 100_000, "is not JSON: it is nested too deeply"),
-    (b'{"quantization_config": []}', "names no quant_method"),
-    (b'{"quantization_config": "x"}', "names no quant_method"),
-    (b'{"quantization_config": {"quant_method": ["gptq"]}}', "names no quant_method"),
-    (b'{"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}', "has no config_groups"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (b"[]", "holds a JSON list"),
+        (b"3", "holds a JSON int"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[" * 100_000, "is not JSON: it is nested too deeply"),
+        (b'{"quantization_config": []}', "names no quant_method"),
+        (b'{"quantization_config": "x"}', "names no quant_method"),
+        (b'{"quantization_config": {"quant_method": ["gptq"]}}', "names no quant_method"),
+        (
+            b'{"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}',
+            "has no config_groups",
+        ),
+    ],
+)
 def test_configs_refused(tmp_path, config, message):
     (tmp_path / "config.json").write_bytes(config)
     (tmp_path / "model.safetensors").write_bytes(SAFETENSORS)
@@ -93,8 +112,11 @@ def test_configs_refused(tmp_path, config, message):
 
 @pytest.mark.parametrize("depth", [10**6, 2**40])
 def test_more_layers_than_the_files_can_hold(tmp_path, depth):
-    write_compressed(tmp_path, {"": (4, 32, True)}, {"a": {"targets": ["Linear"], "weights": {
-        "num_bits": 4, "group_size": 32, "strategy": "group"}}})
+    write_compressed(
+        tmp_path,
+        {"": (4, 32, True)},
+        {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32, "strategy": "group"}}},
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": depth, "layer_types": None}))
     with little_memory(), pytest.raises(ValueError, match=f"num_hidden_layers is {depth}, the files have"):

@@ -1,4 +1,5 @@
 """Damaged files of every format: each is read or refused in one line (fuzzing.py)."""
+
 import copy
 import json
 import random
@@ -18,6 +19,7 @@ from tests.support.checkpoints import TYPES, write_gguf
 from tests.support.fuzzing import EXAMPLES, FIXTURES, NASTY, SAFETENSORS, little_memory, mutated, outcome, renew, run
 
 # ------------------------------------------------------------------------------------- containers
+
 
 def read_safetensors(path):
     for place in safetensors_file.places(path).values():
@@ -49,8 +51,14 @@ def small_gguf(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_torch(tmp_path_factory):
     path = tmp_path_factory.mktemp("torch") / "small.pt"
-    torch.save({"a": torch.arange(6, dtype=torch.float16).view(2, 3), "b": torch.ones(4, dtype=torch.uint8),
-                "meta": {"shape": torch.Size([2, 3]), "dtype": torch.float16, "bits": 4}}, path)
+    torch.save(
+        {
+            "a": torch.arange(6, dtype=torch.float16).view(2, 3),
+            "b": torch.ones(4, dtype=torch.uint8),
+            "meta": {"shape": torch.Size([2, 3]), "dtype": torch.float16, "bits": 4},
+        },
+        path,
+    )
     return path.read_bytes()
 
 
@@ -63,7 +71,7 @@ def test_safetensors_bytes(tmp_path):
 
 def test_gguf_bytes(tmp_path, small_gguf):
     rng = random.Random(1)
-    small = small_gguf[:small_gguf.index(b"output_norm") + 2000]     # the tensors' bytes end too early then: so pad
+    small = small_gguf[: small_gguf.index(b"output_norm") + 2000]  # the tensors' bytes end too early then: so pad
     padded = small + bytes(len(small_gguf) - len(small))
     read, refused = run(tmp_path / "x", (mutated(padded, rng, 1600) for _ in range(3000)), read_gguf)
     assert read > 100
@@ -74,7 +82,7 @@ def test_torch_bytes(tmp_path, small_torch):
     rng = random.Random(2)
     read_torch_once = tmp_path / "warm"
     read_torch_once.write_bytes(small_torch)
-    read_torch(read_torch_once)                     # imports take more memory than a file may
+    read_torch(read_torch_once)  # imports take more memory than a file may
     read_torch_once.unlink()
     read, refused = run(tmp_path / "x", (mutated(small_torch, rng, len(small_torch)) for _ in range(1500)), read_torch)
     assert read > 100
@@ -84,13 +92,22 @@ def test_torch_bytes(tmp_path, small_torch):
 # ------------------------------------------------------------------------------------- a header that is whole JSON
 
 whole = st.sampled_from(NASTY)
-anything = st.one_of(st.none(), st.booleans(), whole, st.floats(), st.text(max_size=5), st.lists(whole, max_size=3),
-                     st.dictionaries(st.text(max_size=3), whole, max_size=2))
+anything = st.one_of(
+    st.none(),
+    st.booleans(),
+    whole,
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(whole, max_size=3),
+    st.dictionaries(st.text(max_size=3), whole, max_size=2),
+)
 dtypes = st.one_of(st.sampled_from([*safetensors_file.DTYPES, "F8_E4M3", "f16", ""]), anything)
 shapes = st.one_of(st.lists(whole, max_size=5), st.just([1] * 100), anything)
 offsets = st.one_of(st.lists(st.sampled_from([*range(9), *NASTY]), min_size=2, max_size=2), anything)
-entries = st.one_of(anything, st.fixed_dictionaries({}, optional={"dtype": dtypes, "shape": shapes,
-                                                                  "data_offsets": offsets, "more": anything}))
+entries = st.one_of(
+    anything,
+    st.fixed_dictionaries({}, optional={"dtype": dtypes, "shape": shapes, "data_offsets": offsets, "more": anything}),
+)
 names = st.one_of(st.sampled_from(["a", "b", "__metadata__", "", "..", "a\nb", "\x00"]), st.text(max_size=4))
 
 
@@ -103,20 +120,34 @@ def test_safetensors_headers(tmp_path, header, body, longer):
         outcome(lambda: read_safetensors(tmp_path / "x"))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (b"[" * 100_000, "its header cannot be read"),
-    (b'{"a":' * 100_000, "its header cannot be read"),
-    (b'{"a": ' + b"9" * 5000 + b"}", "its header cannot be read"),
-    (b'{"a": {}, "a": {}}', "its header cannot be read"),
-    (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', r"has 4 bytes, which are not F32 \[2\]"),
-    (b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', "the header's entry of tensor 'a' is damaged"),
-    (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "the header's entry of tensor 'a' is damaged"),
-    (b'{"a\\nb": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', r"entry of tensor 'a\\nb' is damaged"),
-    (b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904, 4611686018427387904], "data_offsets": [0, 0]}}',
-     "the header's entry of tensor 'a' is damaged"),
-    (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
-     b'"b": {"dtype": "U8", "shape": [2], "data_offsets": [3, 5]}}', "tensors a and b overlap"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 100_000, "its header cannot be read"),
+        (b'{"a":' * 100_000, "its header cannot be read"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "its header cannot be read"),
+        (b'{"a": {}, "a": {}}', "its header cannot be read"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', r"has 4 bytes, which are not F32 \[2\]"),
+        (
+            b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+            "the header's entry of tensor 'a' is damaged",
+        ),
+        (
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+            "the header's entry of tensor 'a' is damaged",
+        ),
+        (b'{"a\\nb": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', r"entry of tensor 'a\\nb' is damaged"),
+        (
+            b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904, 4611686018427387904], "data_offsets": [0, 0]}}',
+            "the header's entry of tensor 'a' is damaged",
+        ),
+        (
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+            b'"b": {"dtype": "U8", "shape": [2], "data_offsets": [3, 5]}}',
+            "tensors a and b overlap",
+        ),
+    ],
+)
 def test_safetensors_refused(tmp_path, text, message):
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     with pytest.raises(ValueError, match=message):
@@ -124,7 +155,7 @@ def test_safetensors_refused(tmp_path, text, message):
 
 
 def test_a_header_longer_than_the_libraries_limit_is_not_read(tmp_path):
-    with open(tmp_path / "x", "wb") as file:         # a sparse file: no disk is taken
+    with open(tmp_path / "x", "wb") as file:  # a sparse file: no disk is taken
         file.write(struct.pack("<Q", 100_000_001))
         file.truncate(1 << 30)
     with little_memory(), pytest.raises(ValueError, match="its header cannot be read"):
@@ -143,21 +174,26 @@ def gguf_tensor(name, dims, kind=0, offset=0):
     return gguf_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (gguf_header(2**60), "is truncated"),
-    (gguf_header(0, 2**60), "is truncated"),
-    (gguf_header(0, 1, struct.pack("<Q", 2**60)), "is truncated"),
-    (gguf_header(0, 1, gguf_string(b"a") + struct.pack("<IIQ", 9, 0, 2**60)), "is truncated"),
-    (gguf_header(0, 1, gguf_string(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
-     "metadata of unknown type 9"),
-    (gguf_header(0, 2, (gguf_string(b"a") + struct.pack("<II", 4, 1)) * 2), "metadata 'a' is there twice"),
-    (gguf_header(0, 1, gguf_string(b"general.alignment") + struct.pack("<II", 4, 0)), "general.alignment is 0"),
-    (gguf_header(1, 0, gguf_tensor(b"a", [1] * 5)), "has 5 dimensions"),
-    (gguf_header(1, 0, gguf_tensor(b"a", [0])), "none of them 0"),
-    (gguf_header(1, 0, gguf_tensor(b"a", [2**62, 2**62])), "is truncated"),
-    (gguf_header(2, 0, gguf_tensor(b"a", [2]) * 2), "tensor 'a' is there twice"),
-    (gguf_header(2, 0, gguf_tensor(b"a", [2]) + gguf_tensor(b"b", [2], offset=4)), "tensors a and b overlap"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gguf_header(2**60), "is truncated"),
+        (gguf_header(0, 2**60), "is truncated"),
+        (gguf_header(0, 1, struct.pack("<Q", 2**60)), "is truncated"),
+        (gguf_header(0, 1, gguf_string(b"a") + struct.pack("<IIQ", 9, 0, 2**60)), "is truncated"),
+        (
+            gguf_header(0, 1, gguf_string(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
+            "metadata of unknown type 9",
+        ),
+        (gguf_header(0, 2, (gguf_string(b"a") + struct.pack("<II", 4, 1)) * 2), "metadata 'a' is there twice"),
+        (gguf_header(0, 1, gguf_string(b"general.alignment") + struct.pack("<II", 4, 0)), "general.alignment is 0"),
+        (gguf_header(1, 0, gguf_tensor(b"a", [1] * 5)), "has 5 dimensions"),
+        (gguf_header(1, 0, gguf_tensor(b"a", [0])), "none of them 0"),
+        (gguf_header(1, 0, gguf_tensor(b"a", [2**62, 2**62])), "is truncated"),
+        (gguf_header(2, 0, gguf_tensor(b"a", [2]) * 2), "tensor 'a' is there twice"),
+        (gguf_header(2, 0, gguf_tensor(b"a", [2]) + gguf_tensor(b"b", [2], offset=4)), "tensors a and b overlap"),
+    ],
+)
 def test_gguf_refused(tmp_path, data, message):
     (tmp_path / "x").write_bytes(data + bytes(64 if "truncated" not in message else 0))
     with little_memory(), pytest.raises(ValueError, match=message):
@@ -171,8 +207,11 @@ LAYER = "model.layers.0.self_attn.v_proj"
 
 def small_folder(source):
     """(quantization_config, tensors) of one layer and one norm of a real checkpoint."""
-    tensors = {name: tensor for name, tensor in load_file(source / "model.safetensors").items()
-               if name.startswith(LAYER) or name == "model.norm.weight"}
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(source / "model.safetensors").items()
+        if name.startswith(LAYER) or name == "model.norm.weight"
+    }
     return json.loads((source / "config.json").read_text())["quantization_config"], tensors
 
 
@@ -182,7 +221,7 @@ def spoiled_tensor(tensor, rng):
     if kind == 0:
         return tensor.to(rng.choice([torch.float16, torch.float32, torch.int32, torch.int64, torch.uint8, torch.bool]))
     if kind == 1:
-        return tensor.flatten()[:rng.choice([0, 1, 2, 7])]
+        return tensor.flatten()[: rng.choice([0, 1, 2, 7])]
     if kind == 2:
         return tensor[: len(tensor) // 2].clone() if tensor.dim() else tensor
     if kind == 3:
@@ -192,12 +231,14 @@ def spoiled_tensor(tensor, rng):
     spoiled = tensor.clone().flatten()
     at = rng.randrange(len(spoiled)) if len(spoiled) else 0
     if spoiled.dtype == torch.bool:
-        spoiled[at:at + 1] ^= True
+        spoiled[at : at + 1] ^= True
     elif spoiled.is_floating_point():
-        spoiled[at:at + 1] = rng.choice([float("nan"), float("inf"), -float("inf"), 0.0, -1.0])
+        spoiled[at : at + 1] = rng.choice([float("nan"), float("inf"), -float("inf"), 0.0, -1.0])
     else:
         limits = torch.iinfo(spoiled.dtype)
-        spoiled[at:at + 1] = rng.choice([limits.min, limits.max, 0, -1 if limits.min else 1, 10**4 % (limits.max + 1)])
+        spoiled[at : at + 1] = rng.choice(
+            [limits.min, limits.max, 0, -1 if limits.min else 1, 10**4 % (limits.max + 1)]
+        )
     return spoiled.view(tensor.shape)
 
 
@@ -234,8 +275,9 @@ def spoil(config, tensors, rng):
     return config, tensors
 
 
-QUANTIZED = sorted(path.parent.name for path in FIXTURES.glob("*/config.json")
-                   if "quantization_config" in json.loads(path.read_text()))
+QUANTIZED = sorted(
+    path.parent.name for path in FIXTURES.glob("*/config.json") if "quantization_config" in json.loads(path.read_text())
+)
 
 
 @pytest.mark.parametrize("fixture", QUANTIZED)
@@ -300,13 +342,17 @@ def read_gguf_model(path):
 
 # ------------------------------------------------------------------------------------- what Python itself takes
 
-@pytest.mark.parametrize(("make", "read"), [
-    (lambda path: save_file({"a": torch.zeros(1 << 20)}, path), safetensors_file.places),
-    (lambda path: torch.save({"a": torch.zeros(1 << 20)}, path), TorchFile),
-])
+
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (lambda path: save_file({"a": torch.zeros(1 << 20)}, path), safetensors_file.places),
+        (lambda path: torch.save({"a": torch.zeros(1 << 20)}, path), TorchFile),
+    ],
+)
 def test_a_header_takes_no_more_than_its_own_bytes(tmp_path, make, read):
     make(tmp_path / "x")
-    read(tmp_path / "x")                             # imports
+    read(tmp_path / "x")  # imports
     tracemalloc.start()
     try:
         read(tmp_path / "x")

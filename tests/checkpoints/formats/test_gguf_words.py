@@ -1,4 +1,5 @@
 """tokenizer.ggml.pre: how a text is split into words."""
+
 import random
 
 import pytest
@@ -9,23 +10,34 @@ from tests.support.gguf_tokens import BYTES, TEXTS, byte_level, file_of, words
 
 # what the models' own tokenizers publish (tokenizer.json, tekken.json, tiktoken), for another engine of regexes
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
-         r"|\s+")
-O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-DEEPSEEK3 = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-             r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+    r"|\s+"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 KIMI = O200K.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]").replace("/]*", "]*")
 PUBLISHED = {
-    "gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "llama-bpe": [QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")],
-    "qwen2": [QWEN2], "gpt-4o": [O200K],
+    "gpt-2": [GPT2],
+    "smollm": [r"\p{N}", GPT2],
+    "llama-bpe": [QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")],
+    "qwen2": [QWEN2],
+    "gpt-4o": [O200K],
     "tekken": [O200K.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace(r"\p{N}{1,3}", r"\p{N}")],
     "deepseek-v3": [r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", DEEPSEEK3],
     "kimi-k2": [r"\p{Han}+|" + KIMI],
     "qwen35": [QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")],
-    "bailingmoe": [r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
-                   r"|\s+(?!\S)|\s+"],
+    "bailingmoe": [
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
+        r"|\s+(?!\S)|\s+"
+    ],
     "falcon": [r"[!-/:-@\[-`{-~\p{P}]+", GPT2, "[0-9][0-9][0-9]"],
 }
 
@@ -38,7 +50,7 @@ def split(patterns, text):
         for piece in pieces:
             last = 0
             for match in regex.finditer(pattern, piece, regex.V1):
-                found += [piece[last:match.start()], match.group()]
+                found += [piece[last : match.start()], match.group()]
                 last = match.end()
             found.append(piece[last:])
         pieces = [piece for piece in found if piece]
@@ -53,35 +65,38 @@ def test_published_regexes_split_alike_in_another_engine(pre):
         assert words(pre, text) == split(PUBLISHED[pre], text), text
 
 
-@pytest.mark.parametrize(("pre", "text", "expected"), [
-    ("smollm", "  7", ["  ", "7"]),
-    ("gpt-2", "  7", [" ", " 7"]),
-    ("default", "a 12345?!", ["a", " ", "123", "45", "?!"]),
-    ("starcoder", " 12", [" ", "1", "2"]),
-    ("deepseek-llm", "ab 123\n\n", ["ab", " ", "123", "\n", "\n"]),
-    ("deepseek-coder", "x=12 ", ["x", "=", "1", "2", " "]),
-    ("bloom", "one two, three", ["one", " two", ",", " three"]),
-    ("viking", "one 12", ["one", " ", "1", "2"]),
-    ("superbpe", "by the way 12345", ["by the way ", "12", "345"]),
-    ("afmoe", "1234567 ab", ["1", "234", "567", " ab"]),
-    ("tiny_aya", "1234567 ab", ["1", "234", "567", " ab"]),
-    ("jais-2", "a   b", ["a", "  ", " b"]),
-    ("exaone-moe", "one two 3", ["one two", " ", "3"]),
-    ("seed-coder", "?!\n\na", ["?!", "\n\n", "a"]),
-    ("qwen2", "?!\n\na", ["?!\n\n", "a"]),
-    ("spark2_5", "?!\n\na", ["?!", "\n", "\n", "a"]),
-    ("ufakzeka", "Ali'den", ["Ali", "'den"]),
-    ("qwen2", "Ali'den", ["Ali", "'d", "en"]),
-    ("laguna", "a?\nb", ["a", "?", "\n", "b"]),
-    ("minicpm5", "a  12345", ["a", "  ", "123", "45"]),
-    ("youtu", "\u3105a\uff0c", ["\u3105", "a", "\uff0c"]),
-    ("spark2_5", "\u6771\u4eacabc", ["\u6771\u4eac", "abc"]),
-    ("afmoe", "\u6771\u4eacabc", ["\u6771\u4eac", "abc"]),
-    ("deepseek-llm", "\u00fcn\u00ef!", ["\u00fc", "n", "\u00ef", "!"]),
-    ("youtu", "\u3131a 12", ["\u3131", "a", " ", "1", "2"]),
-    ("chameleon", "aIMGIMGABZa  a.", ["a", "IMGIMGABZ", "a", "  ", "a", "."]),
-    ("kimi-k2", "\u6771\u4eacabc", ["\u6771\u4eac", "abc"]),
-])
+@pytest.mark.parametrize(
+    ("pre", "text", "expected"),
+    [
+        ("smollm", "  7", ["  ", "7"]),
+        ("gpt-2", "  7", [" ", " 7"]),
+        ("default", "a 12345?!", ["a", " ", "123", "45", "?!"]),
+        ("starcoder", " 12", [" ", "1", "2"]),
+        ("deepseek-llm", "ab 123\n\n", ["ab", " ", "123", "\n", "\n"]),
+        ("deepseek-coder", "x=12 ", ["x", "=", "1", "2", " "]),
+        ("bloom", "one two, three", ["one", " two", ",", " three"]),
+        ("viking", "one 12", ["one", " ", "1", "2"]),
+        ("superbpe", "by the way 12345", ["by the way ", "12", "345"]),
+        ("afmoe", "1234567 ab", ["1", "234", "567", " ab"]),
+        ("tiny_aya", "1234567 ab", ["1", "234", "567", " ab"]),
+        ("jais-2", "a   b", ["a", "  ", " b"]),
+        ("exaone-moe", "one two 3", ["one two", " ", "3"]),
+        ("seed-coder", "?!\n\na", ["?!", "\n\n", "a"]),
+        ("qwen2", "?!\n\na", ["?!\n\n", "a"]),
+        ("spark2_5", "?!\n\na", ["?!", "\n", "\n", "a"]),
+        ("ufakzeka", "Ali'den", ["Ali", "'den"]),
+        ("qwen2", "Ali'den", ["Ali", "'d", "en"]),
+        ("laguna", "a?\nb", ["a", "?", "\n", "b"]),
+        ("minicpm5", "a  12345", ["a", "  ", "123", "45"]),
+        ("youtu", "\u3105a\uff0c", ["\u3105", "a", "\uff0c"]),
+        ("spark2_5", "\u6771\u4eacabc", ["\u6771\u4eac", "abc"]),
+        ("afmoe", "\u6771\u4eacabc", ["\u6771\u4eac", "abc"]),
+        ("deepseek-llm", "\u00fcn\u00ef!", ["\u00fc", "n", "\u00ef", "!"]),
+        ("youtu", "\u3131a 12", ["\u3131", "a", " ", "1", "2"]),
+        ("chameleon", "aIMGIMGABZa  a.", ["a", "IMGIMGABZ", "a", "  ", "a", "."]),
+        ("kimi-k2", "\u6771\u4eacabc", ["\u6771\u4eac", "abc"]),
+    ],
+)
 def test_words(pre, text, expected):
     assert words(pre, text) == expected
 
@@ -89,17 +104,19 @@ def test_words(pre, text, expected):
 def test_every_rule_gives_the_text_back():
     for pre, rule in gguf_words.RULES.items():
         tokens = [] if rule.byte_level else [*BYTES, "\u2581"]
-        tokenizer = gguf_tokenizer.load(byte_level(pre) if rule.byte_level else file_of(
-            model="gpt2", pre=pre, tokens=tokens, merges=[]))
+        tokenizer = gguf_tokenizer.load(
+            byte_level(pre) if rule.byte_level else file_of(model="gpt2", pre=pre, tokens=tokens, merges=[])
+        )
         for text in TEXTS:
             assert tokenizer.decode(tokenizer(text).input_ids) == text, (pre, text)
 
 
 def test_words_that_are_tokens_are_whole_where_the_rule_says_so():
-    tokens = [("hello", 1)]                       # no merge makes it
+    tokens = [("hello", 1)]  # no merge makes it
     for pre, whole in {"llama-bpe": True, "tekken": True, "youtu": True, "qwen2": False, "dbrx": False}.items():
         assert gguf_tokenizer.load(byte_level(pre, more=tokens)).tokenize("hello") == (
-            ["hello"] if whole else [*"hello"]), pre
+            ["hello"] if whole else [*"hello"]
+        ), pre
 
 
 def test_accents_are_composed_where_the_models_own_tokenizers_do_so():

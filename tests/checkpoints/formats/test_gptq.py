@@ -1,4 +1,5 @@
 """GPTQ, AWQ and auto-round folders that the tools wrote, and made GPTQ ones for what those lack."""
+
 import functools
 import json
 import shutil
@@ -29,9 +30,15 @@ from tests.support.gptq_checkpoints import (
 )
 from tests.support.paths import FIXTURES
 
-NAMES = ["gptqmodel-gptq-sym-g128", "gptqmodel-gptq-asym-g32-v2", "gptqmodel-gptq-sym-g64-desc",
-         "gptqmodel-gptq-3bit-sym-g64", "autoround-ar-sym-g128", "autoround-awq-zp-g128"]
-LOGITS_FP32 = 2e-5       # float32 sums in another order; one zero point off in a group gives 1e-2
+NAMES = [
+    "gptqmodel-gptq-sym-g128",
+    "gptqmodel-gptq-asym-g32-v2",
+    "gptqmodel-gptq-sym-g64-desc",
+    "gptqmodel-gptq-3bit-sym-g64",
+    "autoround-ar-sym-g128",
+    "autoround-awq-zp-g128",
+]
+LOGITS_FP32 = 2e-5  # float32 sums in another order; one zero point off in a group gives 1e-2
 
 
 @pytest.fixture(params=NAMES)
@@ -92,7 +99,8 @@ def test_a_step_changes_scales_and_nothing_else(fixture, tmp_path):
             assert_same_bits(tensors[name], tensor)
     rest = contents(tmp_path / "out")
     assert {k: v for k, v in rest.items() if k != new.name} == {
-        k: v for k, v in contents(fixture).items() if k != old.name}
+        k: v for k, v in contents(fixture).items() if k != old.name
+    }
     reloaded, decoded = load(tmp_path / "out"), decode_folder(tmp_path / "out")
     for name, layer in quantized(reloaded).items():
         assert torch.equal(layer.dequantize(), decoded[name]), name
@@ -123,7 +131,13 @@ def test_what_the_fixtures_are_there_for():
     negative = torch.cat([layer.read_scales().flatten() < 0 for layer in quantized(load(FIXTURES / NAMES[4])).values()])
     assert 0.4 < negative.float().mean() < 0.6
     assert [quantized(load(FIXTURES / name))[LAYER].zeros is None for name in NAMES] == [
-        True, False, True, True, True, False]
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES[2::2])
@@ -159,16 +173,26 @@ def test_shards(tmp_path):
 
 # ------------------------------------------------------------------------------------- what the fixtures lack
 
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("version", "whole_words"), [(1, False), (1, True), (2, False)])
 def test_every_zero_point_of_every_version(tmp_path, bits, version, whole_words):
     """Zero points of 0 borrow from the neighbour in GPTQModel's version 1 and in nobody else's."""
     layer = functools.partial(gptq_layer, version=version, whole_words=whole_words)
-    folder = write_gptq(tmp_path / "in", bits, layer=layer, order=True,
-                        checkpoint_format="gptq_v2" if version == 2 else "gptq",
-                        meta={"quantizer": ["gptqmodel:7.6.0" if whole_words else "auto_gptq:0.7.1"]})
-    plain = write_gptq(tmp_path / "plain", bits, order=True, layer=lambda codes, zeros, scales, b, order: {
-        "codes": codes, "zeros": zeros, "scales": scales, "order": order})
+    folder = write_gptq(
+        tmp_path / "in",
+        bits,
+        layer=layer,
+        order=True,
+        checkpoint_format="gptq_v2" if version == 2 else "gptq",
+        meta={"quantizer": ["gptqmodel:7.6.0" if whole_words else "auto_gptq:0.7.1"]},
+    )
+    plain = write_gptq(
+        tmp_path / "plain",
+        bits,
+        order=True,
+        layer=lambda codes, zeros, scales, b, order: {"codes": codes, "zeros": zeros, "scales": scales, "order": order},
+    )
     truth = load_file(plain / "model.safetensors")
     for name, linear in quantized(load(folder)).items():
         assert linear.perm is not None
@@ -198,22 +222,37 @@ def test_whole_rows_and_no_g_idx(tmp_path, size):
 
 def test_dynamic(tmp_path):
     """The first pattern that fits counts; a layer whose tensors are there is quantized, whatever is to be skipped."""
-    dynamic = {"-:.*o_proj": {}, r"+:.*up_proj": {"bits": 8}, ".*up_proj": {"bits": 2, "group_size": 32},
-               r".*(down|gate)_proj$": {"group_size": 32}, "q_proj": {"bits": 8}, ".*q_proj": {"bits": 2}}
+    dynamic = {
+        "-:.*o_proj": {},
+        r"+:.*up_proj": {"bits": 8},
+        ".*up_proj": {"bits": 2, "group_size": 32},
+        r".*(down|gate)_proj$": {"group_size": 32},
+        "q_proj": {"bits": 8},
+        ".*q_proj": {"bits": 2},
+    }
     sizes = {"up_proj": (8, -1), "down_proj": (4, 32), "gate_proj": (4, 32), "q_proj": (2, -1)}
     folder = write_gptq(tmp_path / "in", 4, -1, by_layer=sizes, dynamic=dynamic)
     found = quantized(load(folder))
     assert {name.split(".")[-1]: (layer.bits, layer.group_size) for name, layer in found.items()} == {
-        "q_proj": (2, 96), "k_proj": (4, 96), "v_proj": (4, 96), "o_proj": (4, 96), "gate_proj": (4, 32),
-        "up_proj": (8, 96), "down_proj": (4, 32)}
+        "q_proj": (2, 96),
+        "k_proj": (4, 96),
+        "v_proj": (4, 96),
+        "o_proj": (4, 96),
+        "gate_proj": (4, 32),
+        "up_proj": (8, 96),
+        "down_proj": (4, 32),
+    }
     for name, want in decode_folder(folder).items():
         assert torch.equal(found[name].dequantize(), want), name
 
 
 def test_a_quantized_head_and_the_zero_biases_of_old_files(tmp_path):
     def biases(tensors):
-        tensors |= {f"{n.removesuffix('.scales')}.bias": torch.zeros(t.shape[1]).half()
-                    for n, t in list(tensors.items()) if n.endswith(".scales")}
+        tensors |= {
+            f"{n.removesuffix('.scales')}.bias": torch.zeros(t.shape[1]).half()
+            for n, t in list(tensors.items())
+            if n.endswith(".scales")
+        }
 
     folder = write_gptq(tmp_path / "in", head=True, lm_head=True, change=biases)
     model = load(folder)
@@ -255,11 +294,15 @@ def test_a_config_of_its_own(tmp_path):
 
 GPTQ_REFUSED = [
     ({"bits": 5}, None, "in: bits is 5; supported are 2, 3, 4, 8"),
-    ({"bits": "four"}, None, "bits is 'four'"), ({"bits": True}, None, "bits is True"),
+    ({"bits": "four"}, None, "bits is 'four'"),
+    ({"bits": True}, None, "bits is True"),
     ({"group_size": 0}, None, "group_size is 0; it has to be a whole number above 0, or -1"),
     ({"group_size": 48}, None, "qweight in .*in_features 160 is no multiple of group_size 48: a last group that is "),
-    ({"group_size": 96, "dynamic": {".*down": {"group_size": 32}}}, None,
-     r"qweight in model.*scales must be floats \[1, 160\] for 96 inputs in groups of 96 and 160 outputs, got "),
+    (
+        {"group_size": 96, "dynamic": {".*down": {"group_size": 32}}},
+        None,
+        r"qweight in model.*scales must be floats \[1, 160\] for 96 inputs in groups of 96 and 160 outputs, got ",
+    ),
     ({"group_size": 128}, None, "no multiple of group_size 128"),
     ({"checkpoint_format": "marlin"}, None, "GPTQ weights in checkpoint_format 'marlin'; supported are gptq and gptq_"),
     ({"is_marlin_format": True}, None, "checkpoint_format 'marlin'"),
@@ -268,8 +311,12 @@ GPTQ_REFUSED = [
     ({"adapter": {"rank": 8}}, None, "has an adapter, which is not supported"),
     ({"dynamic": {"re:(": {}}}, None, r"dynamic 're:\(' is no regular expression"),
     ({"dynamic": {".*up": 8}}, None, "dynamic must be patterns and what they change"),
-    ({"dynamic": {".*up": {"bits": 8}}}, None, WHERE + r"int32 \[12, 160\] with qzeros \[3, 20\] are not 8 bits, which "
-     "the config says, but 4$"),
+    (
+        {"dynamic": {".*up": {"bits": 8}}},
+        None,
+        WHERE + r"int32 \[12, 160\] with qzeros \[3, 20\] are not 8 bits, which "
+        "the config says, but 4$",
+    ),
     ({"dynamic": {".*up": {"bits": 16}}}, None, WHERE + "dynamic: bits is 16"),
     ({"desc_act": True}, None, r"no model\.layers\.0\.mlp\.down_proj\.g_idx beside it: the checkpoint"),
     ({"quant_method": "exl2"}, None, "quant_method 'exl2' cannot be read; supported are aqlm, auto-round, awq, bi"),
@@ -306,11 +353,16 @@ def test_a_quantized_head_that_is_tied_is_refused(tmp_path):
         load(folder)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (first(-1), "g_idx names groups -1 to 2; there are groups 0 to 2"), (first(3), "g_idx names groups 0 to 3"),
-    (lambda t: t % 2, "g_idx gives group 0 .* columns; every group has 32"),
-    (lambda t: t[:-1], r"are not 4 bits, which the config says, but none that fit together"),
-    (lambda t: t.float(), r"g_idx must be int32 \[96\], got torch\.float32")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (first(-1), "g_idx names groups -1 to 2; there are groups 0 to 2"),
+        (first(3), "g_idx names groups 0 to 3"),
+        (lambda t: t % 2, "g_idx gives group 0 .* columns; every group has 32"),
+        (lambda t: t[:-1], r"are not 4 bits, which the config says, but none that fit together"),
+        (lambda t: t.float(), r"g_idx must be int32 \[96\], got torch\.float32"),
+    ],
+)
 def test_g_idx_refused(tmp_path, change, message):
     folder = write_gptq(tmp_path / "in", order=True, change=put("g_idx", change))
     with pytest.raises(ValueError, match=WHERE + ".*" + message):

@@ -1,4 +1,5 @@
 """HQQ's own folders (config.json, qmodel.pt): read through shapes and places only, saved by patching scales."""
+
 import json
 import shutil
 import struct
@@ -64,8 +65,15 @@ def write(folder, bits=4, size=32, dtype=torch.float16, change=None, **save):
     change(modules): what to do to the dictionary before it is saved.
     """
     rng = np.random.default_rng(bits)
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, vocab_size=VOCAB,
-                         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        vocab_size=VOCAB,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        architectures=["LlamaForCausalLM"],
+    )
     torch.manual_seed(0)
     modules = {}
     for name, tensor in LlamaForCausalLM(config).state_dict().items():
@@ -74,15 +82,25 @@ def write(folder, bits=4, size=32, dtype=torch.float16, change=None, **save):
             modules[module] = {"weight": tensor.to(dtype)}
             continue
         rows = n * k[0] // (size or k[0])
-        codes = rng.integers(0, 2 ** bits, (rows, size or k[0]))
-        scale = torch.from_numpy(rng.uniform(0.5, 1.5, (rows, 1)) * rng.choice([-1, 1], (rows, 1)) / 8 / 2 ** bits)
-        zero = torch.from_numpy(rng.uniform(-0.5, 2 ** bits - 0.5, (rows, 1)))
+        codes = rng.integers(0, 2**bits, (rows, size or k[0]))
+        scale = torch.from_numpy(rng.uniform(0.5, 1.5, (rows, 1)) * rng.choice([-1, 1], (rows, 1)) / 8 / 2**bits)
+        zero = torch.from_numpy(rng.uniform(-0.5, 2**bits - 0.5, (rows, 1)))
         modules[module] = {
-            "W_q": torch.nn.Parameter(pack(codes, bits), requires_grad=False), "nbits": bits, "group_size": size,
-            "shape": torch.Size([n, k[0]]), "scale": scale.to(dtype), "zero": zero.to(dtype), "axis": 1,
-            "packing": PACKINGS[bits], "unpack_view_dtype": torch.int32 if bits == 3 else torch.uint8,
-            "view_as_float": False, "quant_scale": False, "quant_zero": False, "compute_dtype": dtype,
-            "channel_wise": True}
+            "W_q": torch.nn.Parameter(pack(codes, bits), requires_grad=False),
+            "nbits": bits,
+            "group_size": size,
+            "shape": torch.Size([n, k[0]]),
+            "scale": scale.to(dtype),
+            "zero": zero.to(dtype),
+            "axis": 1,
+            "packing": PACKINGS[bits],
+            "unpack_view_dtype": torch.int32 if bits == 3 else torch.uint8,
+            "view_as_float": False,
+            "quant_scale": False,
+            "quant_zero": False,
+            "compute_dtype": dtype,
+            "channel_wise": True,
+        }
     if change:
         change(modules)
     folder.mkdir(exist_ok=True)
@@ -103,12 +121,22 @@ def test_fixture():
         assert torch.equal(layer.dequantize(), unpack(modules[name])), name
     with torch.no_grad():
         logits = model(expected["input_ids"]).logits
-    assert relative_error(logits, expected["logits"]) < 2e-5       # float32 sums in another order
+    assert relative_error(logits, expected["logits"]) < 2e-5  # float32 sums in another order
 
 
-@pytest.mark.parametrize(("bits", "size", "dtype"), [
-    (4, 32, torch.float32), (4, 32, torch.bfloat16), (4, None, torch.float16), (3, 32, torch.float16),
-    (3, None, torch.float32), (8, 32, torch.float16), (8, None, torch.float32), (2, 32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("bits", "size", "dtype"),
+    [
+        (4, 32, torch.float32),
+        (4, 32, torch.bfloat16),
+        (4, None, torch.float16),
+        (3, 32, torch.float16),
+        (3, None, torch.float32),
+        (8, 32, torch.float16),
+        (8, None, torch.float32),
+        (2, 32, torch.bfloat16),
+    ],
+)
 def test_saved_scales_and_nothing_else(tmp_path, bits, size, dtype):
     source = write(tmp_path / "in", bits, size, dtype)
     model, before = load(source), torch.load(source / "qmodel.pt", weights_only=True)
@@ -119,14 +147,18 @@ def test_saved_scales_and_nothing_else(tmp_path, bits, size, dtype):
     new = scale_randomly(model, keep=0.5)
     qzo.save_pretrained(model, tmp_path / "out")
     with zipfile.ZipFile(tmp_path / "out" / "qmodel.pt") as archive:
-        assert archive.testzip() is None                            # every CRC-32 fits its bytes
+        assert archive.testzip() is None  # every CRC-32 fits its bytes
     after = torch.load(tmp_path / "out" / "qmodel.pt", weights_only=True)
     for name, scales in new.items():
         assert torch.equal(after[name].pop("scale").view(scales.T.shape), scales.T.to(dtype)), name
         assert not torch.equal(before[name].pop("scale").view(scales.T.shape), scales.T.to(dtype)), name
     assert str(after) == str(before)
-    assert all(torch.equal(after[name][key], before[name][key]) for name in before for key in before[name]
-               if isinstance(before[name][key], torch.Tensor))
+    assert all(
+        torch.equal(after[name][key], before[name][key])
+        for name in before
+        for key in before[name]
+        if isinstance(before[name][key], torch.Tensor)
+    )
     assert changed_entries(source / "qmodel.pt", tmp_path / "out" / "qmodel.pt") == len(new)
     for name, layer in quantized(load(tmp_path / "out")).items():
         assert torch.equal(layer.read_scales(), new[name].to(dtype).float()), name
@@ -173,8 +205,10 @@ def test_bias_and_older_files_with_a_meta_dictionary(tmp_path):
         assert torch.equal(layer.dequantize(), older.get_submodule(name).dequantize()), name
     scale_randomly(older)
     qzo.save_pretrained(older, tmp_path / "out")
-    assert torch.equal(load(tmp_path / "out").get_submodule(LAYER).read_scales(),
-                       older.get_submodule(LAYER).read_scales().half().float())
+    assert torch.equal(
+        load(tmp_path / "out").get_submodule(LAYER).read_scales(),
+        older.get_submodule(LAYER).read_scales().half().float(),
+    )
 
 
 def test_a_file_saved_from_a_gpu(tmp_path, monkeypatch):
@@ -208,6 +242,7 @@ def test_export_says_why_not(tmp_path):
 
 # ------------------------------------------------------------------------------------- refused
 
+
 class Harmful:
     """An object whose pickle makes a file when it is loaded freely."""
 
@@ -225,26 +260,29 @@ def put(**fields):
 NAN = torch.full((FFN * 3, 1), float("nan")).half()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (put(axis=0), f"{LAYER}.W_q in qmodel.pt: axis is 0; only HQQ weights with axis=1 can be read"),
-    (put(quant_scale=True), "quant_scale is True; only"),
-    (put(channel_wise=False), "channel_wise is False; only"),
-    (put(nbits=1, packing="1bit_u8"), "1 bits in packing '1bit_u8'; supported are"),
-    (put(packing="4bit_32"), "4 bits in packing '4bit_32'"),
-    (put(nbits=torch.ones(2)), r"nbits is torch.float32 \[2\]; it has to be a whole number above 0"),
-    (put(group_size=16), r"scale must be a float tensor \[960, 1\], got torch.float16 \[480, 1\]"),
-    (put(group_size=7), "group_size is 7, which does not divide in_features=96"),
-    (put(shape=torch.Size([FFN * HIDDEN])), r"shape is torch.Size\(\[15360\]\); it has to be"),
-    (put(shape=torch.Size([FFN * 2, HIDDEN])), r"scale must be a float tensor \[960, 1\]"),
-    (put(W_q=torch.zeros(4, 4, dtype=torch.uint8)), r"must be torch.uint8 \[240, 32\], got torch.uint8 \[4, 4\]"),
-    (put(W_q=torch.zeros(32, 240, dtype=torch.uint8).T), "up_proj.W_q in qmodel.pt is not contiguous"),
-    (put(scale=None), r"scale must be a float tensor \[480, 1\], got None"),
-    (put(scale=NAN), "scale holds NaN or infinity"),
-    (put(zero=NAN), "zero holds NaN or infinity"),
-    (lambda m: m.update({LAYER: torch.ones(1)}), rf"'{LAYER}' is torch.float32 \[1\]; HQQ saves"),
-    (lambda m: m.pop("model.norm"), r"missing, the first is model\.norm\.weight"),
-    (lambda m: m.update(other={"weight": torch.ones(1)}), r"LlamaForCausalLM has no tensor other\.weight"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(axis=0), f"{LAYER}.W_q in qmodel.pt: axis is 0; only HQQ weights with axis=1 can be read"),
+        (put(quant_scale=True), "quant_scale is True; only"),
+        (put(channel_wise=False), "channel_wise is False; only"),
+        (put(nbits=1, packing="1bit_u8"), "1 bits in packing '1bit_u8'; supported are"),
+        (put(packing="4bit_32"), "4 bits in packing '4bit_32'"),
+        (put(nbits=torch.ones(2)), r"nbits is torch.float32 \[2\]; it has to be a whole number above 0"),
+        (put(group_size=16), r"scale must be a float tensor \[960, 1\], got torch.float16 \[480, 1\]"),
+        (put(group_size=7), "group_size is 7, which does not divide in_features=96"),
+        (put(shape=torch.Size([FFN * HIDDEN])), r"shape is torch.Size\(\[15360\]\); it has to be"),
+        (put(shape=torch.Size([FFN * 2, HIDDEN])), r"scale must be a float tensor \[960, 1\]"),
+        (put(W_q=torch.zeros(4, 4, dtype=torch.uint8)), r"must be torch.uint8 \[240, 32\], got torch.uint8 \[4, 4\]"),
+        (put(W_q=torch.zeros(32, 240, dtype=torch.uint8).T), "up_proj.W_q in qmodel.pt is not contiguous"),
+        (put(scale=None), r"scale must be a float tensor \[480, 1\], got None"),
+        (put(scale=NAN), "scale holds NaN or infinity"),
+        (put(zero=NAN), "zero holds NaN or infinity"),
+        (lambda m: m.update({LAYER: torch.ones(1)}), rf"'{LAYER}' is torch.float32 \[1\]; HQQ saves"),
+        (lambda m: m.pop("model.norm"), r"missing, the first is model\.norm\.weight"),
+        (lambda m: m.update(other={"weight": torch.ones(1)}), r"LlamaForCausalLM has no tensor other\.weight"),
+    ],
+)
 def test_refused(tmp_path, change, message):
     source = write(tmp_path / "in", change=change)
     with pytest.raises(ValueError, match=message) as error:
@@ -296,12 +334,14 @@ def test_checksums_of_both_kinds_of_record(tmp_path, written_with):
     offset, _ = file.place(file.content["a"], "a")
     data = bytearray(path.read_bytes())
     for at, chunk in file.patches([(offset + 4, b"\0\0\0\0")]):
-        data[at:at + len(chunk)] = chunk
+        data[at : at + len(chunk)] = chunk
     path.write_bytes(data)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     if written_with == "descriptor":
-        assert data[offset + 16:offset + 24] == b"PK\x07\x08" + struct.pack("<I", zlib.crc32(data[offset:offset + 16]))
+        assert data[offset + 16 : offset + 24] == b"PK\x07\x08" + struct.pack(
+            "<I", zlib.crc32(data[offset : offset + 16])
+        )
     assert torch.load(path, weights_only=True)["a"].tolist() == [0, 0, 2, 3]
     assert TorchFile(path).read(TorchFile(path).content["a"], "a").tolist() == [0, 0, 2, 3]
 
@@ -334,5 +374,5 @@ def test_reading_takes_no_more_than_a_layer(tmp_path):
         warnings.simplefilter("error")
         found = {name: value for name, value, _ in hqq.weights(source, None, torch.float32)}
     assert len(found) == 7 * LAYERS + 2 * LAYERS + 3
-    shutil.rmtree(source)                            # no tensor is a map of the file
+    shutil.rmtree(source)  # no tensor is a map of the file
     assert all(torch.isfinite(v).all() for v in found.values() if isinstance(v, torch.Tensor))
