@@ -1,4 +1,4 @@
-"""What several commands share: the options of the model, loading it, results as text."""
+"""What several commands share: loading a model, results as text."""
 
 import sys
 
@@ -8,20 +8,6 @@ from ..checkpoints.load import from_pretrained
 from ..nn.layers import train_slots
 from ..optim.journal import read
 from ..optim.replay import replay
-
-DTYPES = ("float32", "float16", "bfloat16")
-
-
-def add_model_options(parser):
-    model = parser.add_argument_group("the model")
-    model.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    model.add_argument("--dtype", choices=DTYPES, help="of activations (default: float32 on a CPU, float16 on a GPU)")
-    model.add_argument(
-        "--group-size", type=int, help="when a float checkpoint is quantized on the way in (default 128)"
-    )
-    model.add_argument(
-        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
-    )
 
 
 def load(path, own):

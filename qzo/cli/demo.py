@@ -6,17 +6,6 @@ from pathlib import Path
 
 from ..training.demo import run
 from .common import say, table
-from .train import CUDA_GRAPH
-
-
-def add_options(parser):
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
-    parser.add_argument(
-        "--output-dir",
-        help="where journal, metrics, curve and model go (default: a new folder qzo-demo, qzo-demo-2, ...)",
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the demo in --output-dir")
-    parser.add_argument("--cuda-graph", **CUDA_GRAPH)
 
 
 def execute(options):

@@ -4,21 +4,7 @@ import json
 
 from ..checkpoints.save import check_format
 from ..checkpoints.save import export as export_model
-from .common import add_model_options, load, replayed
-
-
-def add_options(parser):
-    parser.add_argument("model", help="a checkpoint: a folder, a .gguf file, or a hub id")
-    parser.add_argument(
-        "--to",
-        required=True,
-        metavar="FORMAT",
-        help="awq, bitsandbytes, compressed-tensors, gptq, or "
-        "(from a GGUF file) gguf; refused with the reason where it cannot hold the model exactly",
-    )
-    parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
-    parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
-    add_model_options(parser)
+from .common import load, replayed
 
 
 def execute(options):

@@ -3,15 +3,7 @@
 import json
 
 from ..checkpoints.save import save_pretrained
-from .common import add_model_options, replayed
-
-
-def add_options(parser):
-    parser.add_argument("base", help="the checkpoint the run started from")
-    parser.add_argument("journal", help="journal.qzo of the run")
-    parser.add_argument("--output-dir", required=True, help="where the tuned checkpoint goes")
-    parser.add_argument("--until", type=int, help="stop before this step (default: all)")
-    add_model_options(parser)
+from .common import replayed
 
 
 def execute(options):

@@ -1,6 +1,5 @@
 """`qzo train`."""
 
-import argparse
 import dataclasses
 import json
 import time
@@ -10,119 +9,29 @@ import yaml
 
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
-from ..kernels.noise import SHARINGS, VERSIONS
-from ..nn.ops import LARGE_ROWS
 from ..training.data import read_data
 from ..training.folder import write_results
 from ..training.loop import build_task, choose_layers, fit, trained_text
-from ..training.packing import PACKINGS
-from ..training.settings import LEARNING_RATE_PER_DIRECTION, PAPER, Settings
-from .common import DTYPES, add_model_options, load, say, table
+from ..training.settings import PAPER, Settings
+from .common import load, say, table
+from .options import DTYPES, LARGE_ROWS, NOISES, PACKINGS, RECIPES, SHARINGS, model_of
 
 CHOICES = {
-    "noise": tuple(VERSIONS),
+    "noise": NOISES,
     "sharing": SHARINGS,
     "large_rows": LARGE_ROWS,
     "packing": PACKINGS,
-    "recipe": ("paper",),
+    "recipe": RECIPES,
     "dtype": DTYPES,
 }
-CUDA_GRAPH = dict(
-    action=argparse.BooleanOptionalAction,
-    help="run the steps of each shape of batch as one CUDA graph: "
-    "the same bits, sooner (default: where the model is on a CUDA device)",
-)
 OWN_OPTIONS = ("model", "data", "output_dir", "resume", "recipe", "device", "dtype", "group_size", "trust_remote_code")
-
-
-def add_options(parser):
-    files = parser.add_argument_group("files")
-    files.add_argument("--model", help="a checkpoint: a folder, a .gguf file, or a hub id that is in the local cache")
-    files.add_argument(
-        "--data",
-        help="a JSONL file, or a folder with train.jsonl and perhaps valid.jsonl, test.jsonl; "
-        "lines are prompt+completion, messages, text, or prompt+options+label",
-    )
-    files.add_argument("--output-dir", help="where journal, metrics, curve and model go")
-    files.add_argument("--config", help="a YAML file with any of these options; options on the command line win")
-    files.add_argument(
-        "--resume",
-        action="store_true",
-        default=None,
-        help="continue the journal in --output-dir: the result has the bits of an unbroken run",
-    )
-    run = parser.add_argument_group("the run")
-    run.add_argument("--max-steps", type=int, help=f"steps (default {Settings.max_steps})")
-    run.add_argument("--batch-size", type=int, help=f"examples a step (default {Settings.batch_size})")
-    run.add_argument(
-        "--learning-rate",
-        type=float,
-        help=f"at the first step, falling linearly to a tenth (default {LEARNING_RATE_PER_DIRECTION:g} per direction)",
-    )
-    run.add_argument("--eps", type=float, help=f"perturbation, relative to a scale (default {Settings.eps:g})")
-    run.add_argument("--clip", type=float, help=f"bound on the directional derivative (default {Settings.clip:g})")
-    run.add_argument(
-        "--directions", type=int, help=f"directions a step, two evaluations each (default {Settings.directions})"
-    )
-    run.add_argument("--noise", choices=CHOICES["noise"], help="noise law (default rademacher)")
-    run.add_argument(
-        "--sharing", choices=SHARINGS, help="one z per scale (group, the default) or one per output row (row)"
-    )
-    run.add_argument(
-        "--large-rows",
-        choices=LARGE_ROWS,
-        help="on a GPU, from 128 tokens per evaluation on: exact "
-        "(fused), or perturbed weights rounded to 16 bits, in registers (folded) or in chunks for a "
-        "library's matmul (blas); auto, the default: rounded if under 2 %% of the signal is lost by it",
-    )
-    run.add_argument(
-        "--sequential",
-        action="store_true",
-        default=None,
-        help="run the evaluations of a step one after "
-        "another instead of stacked: activations of one, not of all 2 x directions",
-    )
-    run.add_argument("--cuda-graph", **CUDA_GRAPH)
-    run.add_argument(
-        "--compile",
-        action="store_true",
-        default=None,
-        help="what lies between the quantized layers goes "
-        "through torch.compile: other roundings, and the first step of each shape waits (default: off)",
-    )
-    run.add_argument(
-        "--packing",
-        choices=PACKINGS,
-        help="auto: a batch of unequal lengths is one row without "
-        "padding where that costs less and the model computes the same (default off)",
-    )
-    run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
-    run.add_argument(
-        "--train-layers",
-        type=int,
-        metavar="K",
-        help="train the top K blocks only; the blocks below run "
-        "once per example and their output is kept (default: the whole model trains)",
-    )
-    run.add_argument(
-        "--train-codebooks",
-        action="store_true",
-        default=None,
-        help="train the codebooks of AQLM layers too (default: the scales alone)",
-    )
-    run.add_argument(
-        "--recipe",
-        choices=CHOICES["recipe"],
-        help="the paper's setting: absolute eps 1e-3, clip 100, "
-        "lr 1e-7, Gaussian noise, one direction, batch 16, floor 0; single options still win",
-    )
-    run.add_argument("--max-length", type=int, help=f"longest example in tokens (default {Settings.max_length})")
-    add_model_options(parser)
 
 
 def merge_options(options):
     """Command line over YAML over recipe; returns (Settings, the other options). ValueError for an unknown key."""
     given = {key: value for key, value in vars(options).items() if value is not None}
+    if options.checkpoint:
+        given["model"] = model_of(options)
     from_file = {}
     if options.config:
         with open(options.config, encoding="utf-8") as file:

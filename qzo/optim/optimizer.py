@@ -13,12 +13,12 @@ from ..kernels.noise import check_sharing, law_number, step_seed
 from ..nn import ops
 from ..nn.evaluations import Evaluations
 from ..nn.layers import arena_of, check_sharing_of, evaluating, layers
+from .defaults import CLIP, EPS, FLOOR
 from .graph import graphs_of
 from .journal import Journal, Record
 from .replay import journal_header
 from .step import LARGEST, apply_records, project
 
-FLOOR = 2.0**-24  # the smallest float16: a checkpoint can hold it
 ROUNDOFF = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24}
 
 
@@ -65,8 +65,8 @@ class QZO(torch.optim.Optimizer):
         self,
         module,
         lr,
-        eps=1e-2,
-        clip=5.0,
+        eps=EPS,
+        clip=CLIP,
         noise="rademacher",
         relative=True,
         sharing="group",

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ..optim.optimizer import FLOOR
+from ..optim.defaults import CLIP, EPS, FLOOR
 
 PAPER = dict(
     learning_rate=1e-7,
@@ -28,8 +28,8 @@ class Settings:
     max_steps: int = 200
     batch_size: int = 8
     learning_rate: float | None = None
-    eps: float = 1e-2
-    clip: float = 5.0
+    eps: float = EPS
+    clip: float = CLIP
     directions: int = 4
     noise: str = "rademacher"
     relative: bool = True

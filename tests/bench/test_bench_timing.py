@@ -340,7 +340,7 @@ def test_run_says_how_long_and_leaves_nothing_out_in_silence(tmp_path, capsys, m
 def test_a_cpu_without_a_filter_has_ten_minutes(capsys, monkeypatch):
     limits = []
     monkeypatch.setattr(
-        "qzo.bench.__main__._measured",
+        "qzo.bench.command._measured",
         lambda chosen, device, names, limit: limits.append(limit) or [run.left_out(chosen[0], device, "")],
     )
     for more in ([], ["--seconds", "5"], ["--filter", "smollm2"]):

@@ -59,7 +59,7 @@ def problems(trees):
     """What is wrong with the imports of {module: (tree, whether a package's own file)}: lines of text."""
     arrows = {}
     for module, (tree, package) in trees.items():
-        if module in ("qzo", "qzo.__main__"):  # the public names, each from its home
+        if module in ("qzo", "qzo.__main__", "qzo.bench.__main__"):  # public names, each from its home; two ways in
             continue
         mine, found = floor_of(module), set()
         for name, lazy in imports(tree, module, package):
@@ -140,6 +140,10 @@ LEFT = {
     ("ops.py", "_weight"),
     ("ops.py", "qmm_op"),
     ("weights.py", "on_meta"),
+    ("quantize_folder.py", "quantize_folder"),
+    ("inspect.py", "report"),
+    ("inspect.py", "table"),
+    ("loop.py", "fit"),
     ("footprint.py", "_qmm_scratch"),
 }
 

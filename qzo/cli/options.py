@@ -1,0 +1,217 @@
+"""What the commands that make a model can be asked. Nothing here imports torch: `--help` and completion are quick.
+
+What a module further down knows better (noise laws, formats, defaults) is written out here once more; a test holds the
+two alike.
+"""
+
+import argparse
+
+from ..training.settings import LEARNING_RATE_PER_DIRECTION, Settings
+
+DTYPES = ("float32", "float16", "bfloat16")
+NOISES = ("rademacher", "ih4", "gaussian")
+SHARINGS = ("group", "row")
+LARGE_ROWS = ("fused", "folded", "blas", "auto")
+PACKINGS = ("off", "auto")
+RECIPES = ("paper",)
+FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
+TABLES = ("fp4", "nf4")
+A_MODEL = "a checkpoint: a folder, a .gguf file, or a Hub id"
+CUDA_GRAPH = dict(
+    action=argparse.BooleanOptionalAction,
+    help="run the steps of each shape of batch as one CUDA graph: the same bits, sooner (default: where the model is "
+    "on a CUDA device)",
+)
+CALIBRATED = """calibrated quantization starts from better codes, with data and a GPU; qzo reads what these write:
+  GPTQModel        m = GPTQModel.load(MODEL, QuantizeConfig(bits=4, group_size=128)); m.quantize(TEXTS); m.save(OUT)
+  auto-round       auto-round --model MODEL --scheme W4A16 --format auto_round --output_dir OUT
+  llm-compressor   oneshot(model=MODEL, dataset=DATA, recipe=GPTQModifier(targets="Linear", scheme="W4A16",
+                   ignore=["lm_head"]), output_dir=OUT)"""
+
+
+def add_model(parser):
+    """MODEL or --model: `model_of` takes either."""
+    parser.add_argument("checkpoint", nargs="?", metavar="MODEL", help=A_MODEL)
+    parser.add_argument("--model", help="the same, by name")
+
+
+def model_of(options):
+    """The model that was given, None if none was. ValueError for two."""
+    if options.checkpoint and options.model:
+        raise ValueError(f"MODEL {options.checkpoint} and --model {options.model}: give one of the two")
+    return options.checkpoint or options.model
+
+
+def add_loading(parser):
+    """How the model is loaded."""
+    model = parser.add_argument_group("the model")
+    model.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    model.add_argument("--dtype", choices=DTYPES, help="of activations (default: float32 on a CPU, float16 on a GPU)")
+    model.add_argument(
+        "--group-size", type=int, help="when a float checkpoint is quantized on the way in (default 128)"
+    )
+    model.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from its folder")
+
+
+def add_demo(parser):
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
+    parser.add_argument(
+        "--output-dir",
+        help="where journal, metrics, curve and model go (default: a new folder qzo-demo, qzo-demo-2, ...)",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the demo in --output-dir")
+    parser.add_argument("--cuda-graph", **CUDA_GRAPH)
+
+
+def add_train(parser):
+    add_model(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--data",
+        help="a JSONL file, or a folder with train.jsonl and perhaps valid.jsonl, test.jsonl; lines are "
+        "prompt+completion, messages, text, or prompt+options+label",
+    )
+    files.add_argument("--output-dir", help="where journal, metrics, curve and model go")
+    files.add_argument("--config", help="a YAML file with any of these options; options on the command line win")
+    files.add_argument(
+        "--resume",
+        action="store_true",
+        default=None,
+        help="continue the journal in --output-dir: the result has the bits of an unbroken run",
+    )
+    _add_run(parser.add_argument_group("the run"))
+    _add_perturbation(parser.add_argument_group("the perturbation and the update"))
+    _add_launching(parser.add_argument_group("how a step is computed"))
+    add_loading(parser)
+
+
+def _add_run(run):
+    run.add_argument("--max-steps", type=int, help=f"steps (default {Settings.max_steps})")
+    run.add_argument("--batch-size", type=int, help=f"examples a step (default {Settings.batch_size})")
+    run.add_argument("--max-length", type=int, help=f"longest example in tokens (default {Settings.max_length})")
+    run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
+    run.add_argument(
+        "--train-layers",
+        type=int,
+        metavar="K",
+        help="train the top K blocks only; the blocks below run once per example and their output is kept (default: "
+        "the whole model trains)",
+    )
+    run.add_argument(
+        "--train-codebooks",
+        action="store_true",
+        default=None,
+        help="train the codebooks of AQLM layers too (default: the scales alone)",
+    )
+    run.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="the paper's setting: absolute eps 1e-3, clip 100, lr 1e-7, Gaussian noise, one direction, batch 16, "
+        "floor 0; single options still win",
+    )
+
+
+def _add_perturbation(step):
+    step.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"at the first step, falling linearly to a tenth (default {LEARNING_RATE_PER_DIRECTION:g} per direction)",
+    )
+    step.add_argument("--eps", type=float, help=f"perturbation, relative to a scale (default {Settings.eps:g})")
+    step.add_argument("--clip", type=float, help=f"bound on the directional derivative (default {Settings.clip:g})")
+    step.add_argument(
+        "--directions", type=int, help=f"directions a step, two evaluations each (default {Settings.directions})"
+    )
+    step.add_argument("--noise", choices=NOISES, help="noise law (default rademacher)")
+    step.add_argument(
+        "--sharing", choices=SHARINGS, help="one z per scale (group, the default) or one per output row (row)"
+    )
+
+
+def _add_launching(how):
+    how.add_argument(
+        "--sequential",
+        action="store_true",
+        default=None,
+        help="run the evaluations of a step one after another instead of stacked: activations of one, not of all "
+        "2 x directions",
+    )
+    how.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        help="auto: a batch of unequal lengths is one row without padding where that costs less and the model "
+        "computes the same (default off)",
+    )
+    how.add_argument(
+        "--large-rows",
+        choices=LARGE_ROWS,
+        help="on a GPU, from 128 tokens per evaluation on: exact (fused), or perturbed weights rounded to 16 bits, in "
+        "registers (folded) or in chunks for a library's matmul (blas); auto, the default: rounded if under 2 %% of "
+        "the signal is lost by it",
+    )
+    how.add_argument("--cuda-graph", **CUDA_GRAPH)
+    how.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="what lies between the quantized layers goes through torch.compile: other roundings, and the first step "
+        "of each shape waits (default: off)",
+    )
+
+
+def add_eval(parser):
+    add_model(parser)
+    parser.add_argument(
+        "--data", required=True, help="a JSONL file, or a folder with valid.jsonl, test.jsonl, train.jsonl"
+    )
+    parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    parser.add_argument("--max-length", type=int, help=f"longest example in tokens (default {Settings.max_length})")
+    add_loading(parser)
+
+
+def add_replay(parser):
+    parser.add_argument("base", help="the checkpoint the run started from")
+    parser.add_argument("journal", help="journal.qzo of the run")
+    parser.add_argument("--output-dir", required=True, help="where the tuned checkpoint goes")
+    parser.add_argument("--until", type=int, help="stop before this step (default: all)")
+    add_loading(parser)
+
+
+def add_export(parser):
+    parser.add_argument("model", help=A_MODEL)
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="awq, bitsandbytes, compressed-tensors, gptq, or (from a GGUF file) gguf; refused with the reason where "
+        "it cannot hold the model exactly",
+    )
+    parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
+    parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    add_loading(parser)
+
+
+def add_quantize(parser):
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the epilog's lines
+    parser.epilog += f"\n\n{CALIBRATED}"
+    parser.add_argument("model", help="a float checkpoint: a folder, or a Hub id")
+    parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
+    parser.add_argument("--bits", type=int, default=4, help="2, 4 or 8 (default 4)")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        help="32, 64, 128, or -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)",
+    )
+    parser.add_argument("--asymmetric", action="store_true", help="with zero points (default: without)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="of the new checkpoint (default compressed-tensors; bitsandbytes with a table)",
+    )
+    parser.add_argument(
+        "--table",
+        choices=TABLES,
+        help="4-bit codes that stand for its entries, in groups of 64, as bitsandbytes has them (default: codes are "
+        "integers)",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code from the checkpoint's folder")

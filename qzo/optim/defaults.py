@@ -1,0 +1,5 @@
+"""Defaults of the optimizer that commands tell before torch is imported."""
+
+FLOOR = 2.0**-24  # smallest magnitude of a scale: the smallest float16, which a checkpoint can hold
+EPS = 1e-2  # relative to each scale
+CLIP = 5.0  # bound on the directional derivative
