@@ -47,6 +47,7 @@ setup(
         "matplotlib",
         "jinja2",
         "psutil",
+        "argcomplete",
     ],
     extras_require={
         "test": [
@@ -59,7 +60,8 @@ setup(
             "compressed-tensors",
         ],
         "diffusion": ["diffusers"],
-        "dev": ["ruff", "mypy"],
+        "dev": ["ruff", "mypy", "types-PyYAML", "types-psutil", "pre-commit"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["qzo = qzo.cli.main:main"]},
     classifiers=[

@@ -1,4 +1,4 @@
-"""The README's tables, made from results files: `python -m qzo.bench.readme` rewrites what lies between the lines
+"""The pages' tables, made from results files: `python -m qzo.bench.readme` rewrites what lies between the lines
 
     <!-- table of bench/results/NAME.jsonl -->
     <!-- end -->
@@ -67,9 +67,14 @@ def memory_table(path):
 
 
 def main():
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in pages():
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
+
+
+def pages(root=ROOT):
+    """The files that may hold tables."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 if __name__ == "__main__":

@@ -9,10 +9,52 @@ from tests.support.paths import ROOT
 
 
 def test_the_tables_are_made_from_the_results_files():
-    text = (ROOT / "README.md").read_text()
-    named = [found[2] for found in readme.SECTION.finditer(text)]
+    named = []
+    for page in readme.pages():
+        text = page.read_text()
+        named += [found[2] for found in readme.SECTION.finditer(text)]
+        assert readme.with_tables(text) == text, f"{page.name}: run python -m qzo.bench.readme"
     assert len(named) == 2
-    assert readme.with_tables(text) == text, "run python -m qzo.bench.readme"
+
+
+def rows_under(heading):
+    """Cells of the table under a heading of the README, without the two lines of its head."""
+    text = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def results_of(name):
+    return [json.loads(line) for line in (ROOT / "bench/results" / name).read_text().splitlines()]
+
+
+def test_the_readmes_memory_is_that_of_the_results():
+    reports = {
+        (report["subject"].split(":")[0], report["subject"].split(": ")[1].split(" tokens")[0]): report
+        for report in results_of("memory-2026-11-25.jsonl")
+        if "codes" not in report["subject"]
+    }
+    names = {"Llama-2-7B": ("meta-llama-2-7b", "1 x 64"), "Llama-2-13B": ("meta-llama-2-13b", "1 x 64")}
+    names["Llama-2-13B, 16 x 512 tokens"] = "meta-llama-2-13b", "16 x 512"
+    names["SD3.5 Large's transformer, 333 tokens"] = "stabilityai-sd3.5-large", "1 x 333"
+    for name, predicted, _, *rivals in rows_under("What it takes: memory"):
+        report = reports[names.pop(name)]
+        assert predicted == f"{report['predicted']['total'] / 1e9:.2f} GB"
+        assert rivals == [f"{size / 1e9:.1f} GB" for size in report["rivals"].values()]
+    assert not names
+
+
+def test_the_readmes_speed_is_that_of_its_own_numbers():
+    for _, ours, dense, ratio in rows_under("How fast"):
+        assert float(ratio) == pytest.approx(float(dense) / float(ours), abs=0.006)
+
+
+def test_the_readmes_learning_is_that_of_the_results():
+    runs = [run for run in results_of("demo-2026-11-30.jsonl") if run["case"] == "qzo demo"]
+    tuned = [run["tuned"] for run in sorted(runs, key=lambda run: run["seed"])]
+    row = rows_under("What it learns")[2]
+    assert row[1] == " / ".join(f"{100 * scores['accuracy']:.1f}" for scores in tuned) + " %"
+    assert row[2] == " / ".join(f"{scores['loss']:.3f}" for scores in tuned)
 
 
 def test_a_table_follows_its_file(tmp_path):

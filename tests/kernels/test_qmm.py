@@ -148,7 +148,7 @@ def assert_derivative(relative, eps, run, allowed, **more):
 @pytest.mark.parametrize(("eps", "allowed"), [(1e-1, 1e-5), (1e-2, 1e-4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_derivative_on_the_cpu(eps, allowed, law, zeros, dtype):
-    assert_derivative(True, eps, Matmul.twin, allowed, law=law, zeros=zeros, dtype=dtype)
+    assert_derivative(True, eps, Matmul.reference, allowed, law=law, zeros=zeros, dtype=dtype)
 
 
 @pytest.mark.parametrize("tile", ["plain", "ratio", "deep", "split"])
@@ -158,7 +158,7 @@ def test_derivative_of_the_kernel(tile, eps, allowed):
     assert_derivative(True, eps, lambda m: m.kernel(TILES[tile]), allowed, law="ih4")
 
 
-@pytest.mark.parametrize("run", [Matmul.twin, Matmul.kernel])
+@pytest.mark.parametrize("run", [Matmul.reference, Matmul.kernel])
 def test_derivative_absolute(run):
     """Scales of about 0.015: an absolute eps of 1.5e-3 is a relative 1e-1."""
     assert_derivative(False, 1.5e-3, run, 1e-5, law="ih4")
@@ -231,7 +231,7 @@ def test_zero_coefficient_is_the_plain_forward_on_the_cpu(threads, rows, k, n):
     matmul = Matmul(k=k, n=n, rows=rows, group=64, coefs=(0.1, 0.0, -0.1), dtype=torch.float32)
     torch.set_num_threads(threads)
     try:
-        assert_zero_block_is_plain(matmul, 1, Matmul.twin)
+        assert_zero_block_is_plain(matmul, 1, Matmul.reference)
     finally:
         torch.set_num_threads(1)
 
@@ -261,7 +261,7 @@ def test_zero_coefficient_is_the_plain_forward_in_the_kernel(tile, law):
     assert_zero_block_is_plain(matmul, 1, lambda m: m.kernel(TILES[tile]))
 
 
-@pytest.mark.parametrize("run", [Matmul.twin, Matmul.kernel])
+@pytest.mark.parametrize("run", [Matmul.reference, Matmul.kernel])
 def test_an_evaluation_does_not_see_the_others(run):
     """The bits of a block are those it has alone, whatever the neighbours' seeds, coefficients and rows."""
     matmul = Matmul(rows=3, law="ih4")
