@@ -1,8 +1,8 @@
 """Experts: a mixture's stacked weights as one nn.Linear each, so that they can be quantized and run under evaluations.
 
 transformers keeps the experts of a layer as gate_up_proj [X, 2I, H] and down_proj [X, H, I]. Routing moves rows: which
-expert sees a row depends on the evaluation that the row is under. So the evaluations run one after another here (design
-D1), and a row block has the bits that it has alone.
+expert sees a row depends on the evaluation that the row is under. So the evaluations run one after another here,
+and a row block has the bits that it has alone.
 """
 
 import warnings

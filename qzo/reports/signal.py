@@ -1,6 +1,6 @@
 """How much of L+ - L- survives the rounding of activations.
 
-The perturbation never meets a rounded weight (design D4), but the activations between the layers are rounded, and a
+The perturbation never meets a rounded weight, but the activations between the layers are rounded, and a
 small eps moves a loss by less than that rounding may. Here the derivative of a batch along several directions is
 taken in float32 and once more with what enters and leaves every quantized layer rounded, everything else being equal.
 """
