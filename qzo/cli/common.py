@@ -1,6 +1,7 @@
 """What several commands share: loading a model, results as text."""
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -22,17 +23,41 @@ def load(path, own):
         "dtype": getattr(torch, own["dtype"]) if own["dtype"] else None,
         "trust_remote_code": bool(own["trust_remote_code"]),
     }
+    say(f"loading {path}{_size(path)}")
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})
+
+
+def _header_and_steps(journal):
+    """Of a journal that has begun. ValueError for one that has not, FileNotFoundError for none."""
+    if not Path(journal).is_file():
+        what = f"{journal} is a folder" if Path(journal).is_dir() else f"there is no journal {journal}"
+        raise FileNotFoundError(f"{what}; a run's journal is OUT/journal.qzo")
+    found = read(journal)
+    if found is None:
+        raise ValueError(f"{journal} has no whole header: the run ended before its first step")
+    return found[0], len(found[1])
+
+
+def steps_of(journal):
+    """How many whole steps a journal holds."""
+    return _header_and_steps(journal)[1]
 
 
 def replayed(base, journal, until, own):
     """(the model at `base` with the steps of a journal, how many these are); options of the model as for `load`."""
-    found = read(journal)
-    if found is None:
-        raise ValueError(f"{journal} has no whole header: the run ended before its first step")
+    header, steps = _header_and_steps(journal)
     model = load(base, own)
-    train_slots(model, set(found[0]["arena"]))
+    train_slots(model, set(header["arena"]))
+    say(f"replaying {steps if until is None else min(until, steps)} steps")
     return model, replay(model, journal, until)
+
+
+def _size(path):
+    """ ", 1.2 GB" of a file or folder; nothing for what has to be fetched."""
+    path = Path(path).expanduser()
+    files = [path] if path.is_file() else path.iterdir() if path.is_dir() else []
+    nbytes = sum(file.stat().st_size for file in files if file.is_file())
+    return f", {nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else ""
 
 
 def table(rows):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..training.demo import run
 from .common import say, table
+from .outputs import check_run
 
 
 def execute(options):
@@ -13,6 +14,7 @@ def execute(options):
     if options.resume and not options.output_dir:
         raise ValueError("--resume needs the --output-dir of the demo that was stopped")
     out = options.output_dir = options.output_dir or _new_folder("qzo-demo")
+    check_run(out, options.resume, options.overwrite)
     results = run(options.seed, out, resume=options.resume, say=say, cuda_graph=options.cuda_graph)
     if options.json:
         print(json.dumps(results))

@@ -27,11 +27,9 @@ def reporting(execute, options):
         )
         return 1
     except KeyboardInterrupt:
-        print(
-            "qzo: stopped outside the training steps; a journal that was begun is whole, so the same command with "
-            "--resume goes on",
-            file=sys.stderr,
-        )
+        journal = Path(vars(options).get("output_dir") or "") / "journal.qzo"
+        saved = f"; {journal} is whole, so the same command with --resume goes on" if journal.exists() else ""
+        print(f"qzo: stopped outside the training steps{saved}", file=sys.stderr)
         return 1
     except BAD_INPUT as error:
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)

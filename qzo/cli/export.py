@@ -5,11 +5,16 @@ import json
 from ..checkpoints.save import check_format
 from ..checkpoints.save import export as export_model
 from .common import load, replayed
+from .outputs import check_file, check_folder
 
 
 def execute(options):
     """Export, and tell; exit status. ValueError for bad input."""
     check_format(options.to)
+    if options.to != "gguf" or not options.output_dir.endswith(".gguf"):
+        check_folder(options.output_dir, options.overwrite)
+    else:
+        check_file(options.output_dir, options.overwrite, "--output-dir")
     if options.journal:
         model, steps = replayed(options.model, options.journal, None, vars(options))
     else:

@@ -53,6 +53,13 @@ def add_loading(parser):
     model.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from its folder")
 
 
+def add_overwrite(parser):
+    """Leave to replace files that are there."""
+    parser.add_argument(
+        "--overwrite", action="store_true", default=None, help="replace files that are there (default: refuse)"
+    )
+
+
 def add_demo(parser):
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
     parser.add_argument(
@@ -60,6 +67,7 @@ def add_demo(parser):
         help="where journal, metrics, curve and model go (default: a new folder qzo-demo, qzo-demo-2, ...)",
     )
     parser.add_argument("--resume", action="store_true", help="continue the demo in --output-dir")
+    add_overwrite(parser)
     parser.add_argument("--cuda-graph", **CUDA_GRAPH)
 
 
@@ -79,6 +87,7 @@ def add_train(parser):
         default=None,
         help="continue the journal in --output-dir: the result has the bits of an unbroken run",
     )
+    add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))
     _add_perturbation(parser.add_argument_group("the perturbation and the update"))
     _add_launching(parser.add_argument_group("how a step is computed"))
@@ -173,6 +182,7 @@ def add_replay(parser):
     parser.add_argument("base", help="the checkpoint the run started from")
     parser.add_argument("journal", help="journal.qzo of the run")
     parser.add_argument("--output-dir", required=True, help="where the tuned checkpoint goes")
+    add_overwrite(parser)
     parser.add_argument("--until", type=int, help="stop before this step (default: all)")
     add_loading(parser)
 
@@ -187,6 +197,7 @@ def add_export(parser):
         "it cannot hold the model exactly",
     )
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
+    add_overwrite(parser)
     parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
     add_loading(parser)
 
@@ -196,6 +207,7 @@ def add_quantize(parser):
     parser.epilog += f"\n\n{CALIBRATED}"
     parser.add_argument("model", help="a float checkpoint: a folder, or a Hub id")
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
+    add_overwrite(parser)
     parser.add_argument("--bits", type=int, default=4, help="2, 4 or 8 (default 4)")
     parser.add_argument(
         "--group-size",

@@ -3,10 +3,14 @@
 import json
 
 from ..checkpoints.quantize_folder import quantize_folder
+from .common import say
+from .outputs import check_folder
 
 
 def execute(options):
     """Quantize, and tell; exit status. ValueError for bad input."""
+    check_folder(options.output_dir, options.overwrite)
+    say(f"quantizing {options.model}")
     found = quantize_folder(
         options.model,
         options.output_dir,

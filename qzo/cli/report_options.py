@@ -1,6 +1,6 @@
 """What the commands that report on a model, and the benchmark, can be asked; like options.py, without torch."""
 
-from .options import DTYPES, LARGE_ROWS, add_model
+from .options import DTYPES, LARGE_ROWS, add_model, add_overwrite
 
 BITS = (2, 4, 8)
 CODES = ("int4", "int2", "int8", "nf4", "aqlm-1x16", "aqlm-2x8")
@@ -81,6 +81,7 @@ def add_memory(parser):
     where.add_argument("--measure", action="store_true", help="run the config with random weights and measure that")
     where.add_argument("--plot", metavar="FILE.png", help="stacked bars")
     where.add_argument("--snapshot", metavar="FILE", help="the CUDA allocator's history, for pytorch.org/memory_viz")
+    add_overwrite(where)
 
 
 def _add_step(run):
@@ -119,6 +120,7 @@ def add_bench(parser):
     )
     drawn.add_argument("file")
     drawn.add_argument("--out", required=True)
+    add_overwrite(drawn)
 
 
 def _add_bench_run(commands):
@@ -142,5 +144,6 @@ def _add_bench_run(commands):
     )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     run.add_argument("--out", metavar="FILE", help="also write the rows there, as JSON lines")
+    add_overwrite(run)
     run.add_argument("--json", action="store_true", help="JSON lines on standard output instead of a table")
     run.add_argument("--list", action="store_true", help="name the cases and stop")

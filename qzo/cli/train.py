@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+import warnings
 from pathlib import Path
 
 import yaml
@@ -15,6 +16,7 @@ from ..training.loop import build_task, choose_layers, fit, trained_text
 from ..training.settings import PAPER, Settings
 from .common import load, say, table
 from .options import DTYPES, LARGE_ROWS, NOISES, PACKINGS, RECIPES, SHARINGS, model_of
+from .outputs import check_run
 
 CHOICES = {
     "noise": NOISES,
@@ -24,7 +26,18 @@ CHOICES = {
     "recipe": RECIPES,
     "dtype": DTYPES,
 }
-OWN_OPTIONS = ("model", "data", "output_dir", "resume", "recipe", "device", "dtype", "group_size", "trust_remote_code")
+OWN_OPTIONS = (
+    "model",
+    "data",
+    "output_dir",
+    "resume",
+    "overwrite",
+    "recipe",
+    "device",
+    "dtype",
+    "group_size",
+    "trust_remote_code",
+)
 
 
 def merge_options(options):
@@ -65,9 +78,11 @@ def execute(options):
     """Train, and tell; exit status. ValueError for bad input."""
     settings, own = merge_options(options)
     options.output_dir = own["output_dir"]
+    check_run(own["output_dir"], own["resume"], own["overwrite"])
     records = read_data(own["data"])
     started = time.perf_counter()
-    model, tokenizer = load(own["model"], own), load_tokenizer(own["model"], bool(own["trust_remote_code"]))
+    model = load(own["model"], own)
+    tokenizer = load_tokenizer(own["model"], bool(own["trust_remote_code"]))
     prefix = choose_layers(model, settings.train_layers, settings.train_codebooks)
     task = build_task(model, records["train"], tokenizer, settings, prefix)
     held_out = {
@@ -106,7 +121,21 @@ def execute(options):
         if rows:
             print(table(rows))
         print(f"tuned model: {model_dir}")
+    warn_if_worse(results["splits"])
     return 0
+
+
+def warn_if_worse(splits):
+    """A warning where the loss of held-out data is higher after the run than before."""
+    for name, both in splits.items():
+        before, after = both["before"]["loss"], both["tuned"]["loss"]
+        if not after <= before:
+            warnings.warn(
+                f"the run has made the model worse on {name}: loss {before:.3f} before, {after:.3f} after; try a lower "
+                "--learning-rate, more --directions or more data, or fewer steps (qzo replay BASE OUT/journal.qzo "
+                "--until N rebuilds the model as it was at step N)",
+                stacklevel=2,
+            )
 
 
 def save(model, out):

@@ -27,6 +27,7 @@ RECORD = struct.Struct("<IHHqfff")
 CHECKSUM = struct.Struct("<I")
 RECORD_BYTES = RECORD.size + CHECKSUM.size
 SKIPPED = 1  # flag: a loss was not finite; nothing was applied
+_OTHER_MODEL = "is of another model, or of one that is tuned already"
 SYNC_SECONDS = 2.0  # a power failure costs at most this much of a run; a killed process costs nothing
 
 
@@ -177,24 +178,36 @@ def _read_steps(path, data, start, directions):
 def check_header(path, old, new):
     """JournalError naming the first field in which a journal and this run differ ("versions" may)."""
     new = json.loads(json.dumps(new))  # as the file holds it: tuples are lists
+    if old.get("arena") != new.get("arena"):
+        raise JournalError(f"{path} {_OTHER_MODEL}: {_other_layers(old.get('arena', {}), new['arena'])}")
+    if old.get("digest") != new.get("digest"):
+        raise JournalError(f"{path} {_OTHER_MODEL}: the layers are alike, their codes, zero points or scales are not")
     for key in new:
         if key == "versions" or old.get(key) == new[key]:
             continue
         name, before, now = key, old.get(key), new[key]
         if key == "recipe" and isinstance(before, dict):
-            inner = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
-            name, before, now = f"recipe.{inner}", before.get(inner), now.get(inner)
-        hint = (
-            "it belongs to another model, or to one already tuned"
-            if key in ("digest", "arena")
-            else "resume with the settings the run was started with"
+            name = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
+            before, now = before.get(name), now.get(name)
+        if name == "data":
+            raise JournalError(f"{path}: the run had other training data, or other tokens of them; go on with those")
+        raise JournalError(
+            f"{path}: its {name} is {json.dumps(before)}, this run's is {json.dumps(now)}: resume with the settings "
+            "that the run began with"
         )
-        raise JournalError(f"{path}: its {name} is {_short(before)}, this run's is {_short(now)}: {hint}")
 
 
-def _short(value):
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+def _other_layers(old, new):
+    """The first difference of two arena maps, in words."""
+    for name in sorted({*old, *new}):
+        if name not in new:
+            return f"its run trained {name}, which does not train here"
+        if name not in old:
+            return f"{name} trains here, which did not in its run"
+        if old[name][1:] != new[name][1:]:
+            groups, outputs, mine, others = *old[name][1:], *new[name][1:]
+            return f"{name} has {outputs} rows of {groups} scales there, {others} of {mine} here"
+    return "its layers lie in another order"
 
 
 def _write_new(path, header):

@@ -236,9 +236,9 @@ def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(base, corpus, out, "--max-steps", "1")) == 0
     assert main(arguments(base, corpus, out, "--max-steps", "1")) == 2
-    assert "exists already" in one_line(capsys)
+    assert "holds a journal of 1 step already" in one_line(capsys)
     assert main(arguments(base, corpus, out, "--max-steps", "1", "--resume", "--group-size", "64")) == 2
-    assert "its arena is" in one_line(capsys) or "its digest is" in one_line(capsys)
+    assert "is of another model, or of one that is tuned already: " in one_line(capsys)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,54 @@
+"""Where a command writes: checked before anything is loaded, so that nothing of the user's is overwritten."""
+
+import itertools
+from pathlib import Path
+
+from ..optim.journal import read
+
+JOURNAL = "journal.qzo"
+NAMED = 4  # files that a message names
+
+
+def check_folder(folder, overwrite, option="--output-dir"):
+    """FileExistsError where a folder holds anything and `overwrite` is not set; NotADirectoryError for a file."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{option} {folder} is a file; name a folder")
+    held = sorted(path.name for path in itertools.islice(folder.iterdir(), 1000)) if folder.is_dir() else []
+    if held and not overwrite:
+        names = ", ".join(held[:NAMED]) + (f" and {len(held) - NAMED} more" if len(held) > NAMED else "")
+        raise FileExistsError(
+            f"{option} {folder} holds {names} already, and nothing is overwritten unasked; name another folder, or "
+            "add --overwrite to replace files of the same names"
+        )
+
+
+def check_file(path, overwrite, option):
+    """The same for one file. FileNotFoundError where its folder is not there."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a folder; name a file")
+    if not path.parent.exists():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{option} {path} exists already; name another file, or add --overwrite to replace it")
+
+
+def check_run(folder, resume, overwrite):
+    """The same for a run's folder, which goes on with the journal in it or begins one.
+
+    A journal is never overwritten: it may hold hours of work. ValueError for `resume` where there is none.
+    """
+    journal = Path(folder) / JOURNAL
+    if resume and not journal.exists():
+        raise ValueError(f"--resume: there is no {journal} to go on with; leave --resume out to begin a run")
+    if not resume and journal.exists():
+        found = read(journal)
+        count = 0 if found is None else len(found[1])
+        steps = "1 step" if count == 1 else f"{count} steps"
+        raise FileExistsError(
+            f"--output-dir {folder} holds a journal of {steps} already; go on with it by --resume, name another "
+            "folder, or delete the journal"
+        )
+    if not resume:
+        check_folder(folder, overwrite)
