@@ -17,7 +17,7 @@ from ..kernels.update import scratch_bytes
 from ..nn.choice import group_for, quantizable
 from ..nn.evaluations import Evaluations
 from ..nn.experts import split_experts_
-from ..nn.layers import arena_of, evaluating, layers, train_codebooks_
+from ..nn.layers import arena_of, evaluating, layers, train_codebooks_, train_only
 from ..nn.ops import backend
 from ..optim.optimizer import QZO
 from . import models
@@ -91,6 +91,21 @@ def predict(model, run, device, chip):
             if device == "cpu":
                 ledger.brush(scratch_bytes(arena_of(model).data.numel() // 4))
     return _composed(weights, resident, spans)
+
+
+def predict_loaded(model, run, trust_remote_code=False):
+    """What `predict` gives of a model that is loaded, on its device, with the layers that train there.
+
+    ValueError or RuntimeError for one whose forward cannot run without values.
+    """
+    device = next(model.parameters()).device.type
+    found = layers(model, trainable=None)
+    empty = models.build_empty(model.config, model.dtype, trust_remote_code=trust_remote_code).eval()
+    split_experts_(empty)
+    forms = {name: models.form_of(layer) for name, layer in found.items()}
+    models.quantize_empty(empty, forms, cpu=device == "cpu")
+    train_only(empty, lambda name: found[name].trainable)
+    return predict(empty, run, device, this_chip())
 
 
 def _evaluations(run):
