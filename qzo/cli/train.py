@@ -12,10 +12,10 @@ from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
 from ..kernels.noise import SHARINGS, VERSIONS
 from ..nn.ops import LARGE_ROWS
-from ..training.data import read_data
 from ..training.folder import write_results
 from ..training.loop import build_task, choose_layers, fit, trained_text
 from ..training.packing import PACKINGS
+from ..training.records import read_data
 from ..training.settings import LEARNING_RATE_PER_DIRECTION, PAPER, Settings
 from .common import DTYPES, add_model_options, load, say, table
 
@@ -40,8 +40,9 @@ def add_options(parser):
     files.add_argument("--model", help="a checkpoint: a folder, a .gguf file, or a hub id that is in the local cache")
     files.add_argument(
         "--data",
-        help="a JSONL file, or a folder with train.jsonl and perhaps valid.jsonl, test.jsonl; "
-        "lines are prompt+completion, messages, text, or prompt+options+label",
+        help="a JSONL file or JSON array, or a folder with train.jsonl (.json) and perhaps valid.jsonl, test.jsonl; "
+        "records are prompt+completion, messages, text, prompt+options+label, conversations (ShareGPT), or "
+        "instruction+input+output (Alpaca)",
     )
     files.add_argument("--output-dir", help="where journal, metrics, curve and model go")
     files.add_argument("--config", help="a YAML file with any of these options; options on the command line win")
@@ -117,6 +118,18 @@ def add_options(parser):
         "lr 1e-7, Gaussian noise, one direction, batch 16, floor 0; single options still win",
     )
     run.add_argument("--max-length", type=int, help=f"longest example in tokens (default {Settings.max_length})")
+    run.add_argument(
+        "--max-cut",
+        type=float,
+        metavar="SHARE",
+        help=f"share of the examples that may be cut to that length (default {Settings.max_cut:g})",
+    )
+    run.add_argument(
+        "--text-eos",
+        action=argparse.BooleanOptionalAction,
+        help="put the end-of-text token behind each text, as behind a completion (default); without: for pieces of "
+        "longer texts, and to resume a run on texts that was begun before this option was there",
+    )
     add_model_options(parser)
 
 
