@@ -101,7 +101,7 @@ def _message(place: str, turn: Any) -> Record:
     if not isinstance(turn.get("role"), str):
         raise ValueError(_wrong(place, turn, "role", "a string"))
     message = dict(turn)
-    if turn.get("tool_calls") is not None:
+    if turn.get("tool_calls") not in (None, []):
         message["tool_calls"] = _calls(f"{place}['tool_calls']", turn["tool_calls"])
     else:
         message.pop("tool_calls", None)
@@ -136,7 +136,7 @@ def _shared(place: str, turn: Record) -> Record:
 def _calls(place: str, calls: Any) -> list[Record]:
     """Checked calls of tools, {"type": "function", "function": {"name", "arguments"}}, arguments as objects."""
     if not isinstance(calls, list) or not calls:
-        raise ValueError(f"{place} must be a list of at least one call, got {_kind(calls)}")
+        raise ValueError(f"{place} must be a list of calls, got {_kind(calls)}")
     checked = []
     for number, call in enumerate(calls):
         where = f"{place}[{number}]"

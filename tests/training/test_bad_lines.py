@@ -197,7 +197,13 @@ def test_special_tokens_that_cannot_be_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("record", "what"),
-    [(TURNS, "the chat template refuses messages"), ({"text": HALF}, "a text has half of a surrogate pair")],
+    [
+        (TURNS, "the chat template refuses messages"),
+        ({"text": HALF}, "a text has half of a surrogate pair"),
+        ({"prompt": HALF, "completion": "a"}, "a text has half of a surrogate pair"),
+        ({"prompt": HALF, "options": ["a", "b"], "label": 0}, "a text has half of a surrogate pair"),
+        ({"messages": [{"role": "user", "content": 3}, YES]}, "messages[0]['content'] must be a string"),
+    ],
 )
 def test_the_command_line_says_it_in_one_line_and_writes_nothing(tmp_path, capsys, record, what):
     base = tiny.save_checkpoint(tmp_path / "base")

@@ -40,8 +40,8 @@ def test_arguments_tools_and_parts_become_what_templates_take():
         assert tools == [{"name": "look"}]
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     assert conversation({"messages": [{"role": "user", "content": parts}, YES]})[0][0]["content"] == "a b"
-    empty = {**YES, "tool_calls": None}
-    assert conversation({"messages": [USER, empty]})[0] == [USER, YES]
+    for empty in (None, []):
+        assert conversation({"messages": [USER, {**YES, "tool_calls": empty}]})[0] == [USER, YES]
 
 
 def test_calls_are_learned_and_learned_from():
@@ -151,7 +151,7 @@ MORE = "'messages' must end with the assistant's, which is learned, after at lea
         ),
         (
             {"messages": [USER, {**YES, "tool_calls": {"name": "f"}}]},
-            "messages[1]['tool_calls'] must be a list of at least one call, got dict",
+            "messages[1]['tool_calls'] must be a list of calls, got dict",
         ),
         (
             {"messages": [USER, {**YES, "tool_calls": ["f"]}]},

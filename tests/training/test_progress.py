@@ -37,9 +37,9 @@ def test_plain_lines_say_what_a_step_takes_and_what_is_left(monkeypatch, capsys)
 def test_the_last_step_is_shown_and_the_first_of_a_run_that_goes_on(monkeypatch, capsys):
     clock = Clock(monkeypatch)
     with Progress(200, 197) as shown:
-        steps(clock, shown, [0.5, 0.012, 0.012], start=197)
+        steps(clock, shown, [4.0, 0.012, 0.012], start=197)
     assert capsys.readouterr().err.splitlines() == [
-        "step 198/200: loss 0.713, |d| 1.24, 0.5 s for this step, about 1 s left",
+        "step 198/200: loss 0.713, |d| 1.24, 4.0 s for this step, about 8 s left",
         "step 200/200: loss 0.713, |d| 1.24, 0.012 s a step",
     ]
     with Progress(1, 0) as shown:
