@@ -54,11 +54,14 @@ def test_of_the_top_blocks_one_evaluation_at_a_time(loaded):
     assert lines(told)[0].endswith(" scales of 7 of 14 layers, the top block")
 
 
-def test_of_options_of_several_tokens(loaded):
+@pytest.mark.parametrize("shares", [True, False])
+def test_of_options_of_several_tokens(loaded, shares):
     """A row each, or one row behind the prompt they share: as the batches are."""
-    told, task = planned(loaded, SEVERAL, batch_size=4, directions=1)
+    _, task = planned(loaded, SEVERAL, batch_size=4, directions=1)
+    vars(task)["shares"] = shares  # what is decided once
+    told = plan(task, Settings(batch_size=4, directions=1), loaded[0])
     batch = task.batch(task.indices(0, 4, 0), 2)
-    assert told["rows_per_step"] == len(batch["input_ids"])
+    assert told["rows_per_step"] == len(batch["input_ids"]) == (8 if shares else 24)
     lengths = [len(row) for example in task.examples for row in task.rows(example)]
     assert told["tokens_per_row"] == {"mean": round(sum(lengths) / len(lengths), 1), "longest": max(lengths)}
 
