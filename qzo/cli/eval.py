@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from ..checkpoints.tokenizer import load_tokenizer
-from ..training.data import read_data
 from ..training.loop import build_task
+from ..training.records import read_data
 from ..training.settings import Settings
 from .common import load, replayed, say, table
 from .options import model_of

@@ -6,7 +6,7 @@ two alike.
 
 import argparse
 
-from ..training.settings import LEARNING_RATE_PER_DIRECTION, Settings
+from ..optim.defaults import CLIP, EPS
 
 DTYPES = ("float32", "float16", "bfloat16")
 NOISES = ("rademacher", "ih4", "gaussian")
@@ -16,6 +16,16 @@ PACKINGS = ("off", "auto")
 RECIPES = ("paper",)
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
 TABLES = ("fp4", "nf4")
+DEFAULTS = {  # of training/settings.py
+    "max_steps": 200,
+    "batch_size": 8,
+    "directions": 4,
+    "max_length": 1024,
+    "max_cut": 0.5,
+    "eps": EPS,
+    "clip": CLIP,
+}
+RATE = 2e-2  # learning rate per direction
 A_MODEL = "a checkpoint: a folder, a .gguf file, or a Hub id"
 CUDA_GRAPH = dict(
     action=argparse.BooleanOptionalAction,
@@ -76,8 +86,9 @@ def add_train(parser):
     files = parser.add_argument_group("files")
     files.add_argument(
         "--data",
-        help="a JSONL file, or a folder with train.jsonl and perhaps valid.jsonl, test.jsonl; lines are "
-        "prompt+completion, messages, text, or prompt+options+label",
+        help="a JSONL file or JSON array, or a folder with train.jsonl (.json) and perhaps valid.jsonl, test.jsonl; "
+        "records are prompt+completion, messages, text, prompt+options+label, conversations (ShareGPT), or "
+        "instruction+input+output (Alpaca)",
     )
     files.add_argument("--output-dir", help="where journal, metrics, curve and model go")
     files.add_argument("--config", help="a YAML file with any of these options; options on the command line win")
@@ -95,9 +106,21 @@ def add_train(parser):
 
 
 def _add_run(run):
-    run.add_argument("--max-steps", type=int, help=f"steps (default {Settings.max_steps})")
-    run.add_argument("--batch-size", type=int, help=f"examples a step (default {Settings.batch_size})")
-    run.add_argument("--max-length", type=int, help=f"longest example in tokens (default {Settings.max_length})")
+    run.add_argument("--max-steps", type=int, help=f"steps (default {DEFAULTS['max_steps']})")
+    run.add_argument("--batch-size", type=int, help=f"examples a step (default {DEFAULTS['batch_size']})")
+    run.add_argument("--max-length", type=int, help=f"longest example in tokens (default {DEFAULTS['max_length']})")
+    run.add_argument(
+        "--max-cut",
+        type=float,
+        metavar="SHARE",
+        help=f"share of the examples that may be cut to that length (default {DEFAULTS['max_cut']:g})",
+    )
+    run.add_argument(
+        "--text-eos",
+        action=argparse.BooleanOptionalAction,
+        help="put the end-of-text token behind each text, as behind a completion (default); without: for pieces of "
+        "longer texts, and to resume a run on texts that was begun before this option was there",
+    )
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument(
         "--train-layers",
@@ -124,12 +147,12 @@ def _add_perturbation(step):
     step.add_argument(
         "--learning-rate",
         type=float,
-        help=f"at the first step, falling linearly to a tenth (default {LEARNING_RATE_PER_DIRECTION:g} per direction)",
+        help=f"at the first step, falling linearly to a tenth (default {RATE:g} per direction)",
     )
-    step.add_argument("--eps", type=float, help=f"perturbation, relative to a scale (default {Settings.eps:g})")
-    step.add_argument("--clip", type=float, help=f"bound on the directional derivative (default {Settings.clip:g})")
+    step.add_argument("--eps", type=float, help=f"perturbation, relative to a scale (default {EPS:g})")
+    step.add_argument("--clip", type=float, help=f"bound on the directional derivative (default {CLIP:g})")
     step.add_argument(
-        "--directions", type=int, help=f"directions a step, two evaluations each (default {Settings.directions})"
+        "--directions", type=int, help=f"directions a step, two evaluations each (default {DEFAULTS['directions']})"
     )
     step.add_argument("--noise", choices=NOISES, help="noise law (default rademacher)")
     step.add_argument(
@@ -174,7 +197,7 @@ def add_eval(parser):
         "--data", required=True, help="a JSONL file, or a folder with valid.jsonl, test.jsonl, train.jsonl"
     )
     parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
-    parser.add_argument("--max-length", type=int, help=f"longest example in tokens (default {Settings.max_length})")
+    parser.add_argument("--max-length", type=int, help=f"longest example in tokens (default {DEFAULTS['max_length']})")
     add_loading(parser)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 import time
 import warnings
 from pathlib import Path
@@ -10,9 +11,12 @@ import yaml
 
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
-from ..training.data import read_data
+from ..reports.memory import Run, predict_loaded
+from ..training.data import IGNORED
 from ..training.folder import write_results
-from ..training.loop import build_task, choose_layers, fit, trained_text
+from ..training.loop import build_task, choose_layers, fit
+from ..training.plan import lines, plan
+from ..training.records import read_data
 from ..training.settings import PAPER, Settings
 from .common import load, say, table
 from .options import DTYPES, LARGE_ROWS, NOISES, PACKINGS, RECIPES, SHARINGS, model_of
@@ -90,10 +94,7 @@ def execute(options):
         for split in ("valid", "test")
         if split in records
     }
-    say(
-        f"{trained_text(model)} train; {len(task.examples)} examples, {settings.max_steps} steps of "
-        f"{settings.batch_size} rows under {2 * settings.directions} evaluations"
-    )
+    show_plan(task, settings, model, bool(own["trust_remote_code"]))
     before = {split: held.evaluate() for split, held in held_out.items()}
     already = fit(task, settings, own["output_dir"], resume=bool(own["resume"]))
     after = {split: held.evaluate() for split, held in held_out.items()}
@@ -123,6 +124,27 @@ def execute(options):
         print(f"tuned model: {model_dir}")
     warn_if_worse(results["splits"])
     return 0
+
+
+def show_plan(task, settings, model, trust_remote_code):
+    """What the run will do and hold in memory, on standard error."""
+    told = plan(task, settings, model)
+    say("\n".join(lines(told)))
+    rows, longest = told["rows_per_step"] // told["evaluations"], told["tokens_per_row"]["longest"]
+    labels = max(1, round(statistics.fmean(map(labelled, task.examples))))
+    run = Run(rows, longest, min(labels, longest - 1), settings.directions, settings.sequential)
+    try:
+        total = predict_loaded(model, run, trust_remote_code)["total"]
+    except (ValueError, RuntimeError) as error:  # of a forward that needs values, not only shapes
+        return say(f"memory: cannot be predicted ({str(error).splitlines()[0]:.200})")
+    say(f"memory: {total / 1e9:.2f} GB predicted for a step of {rows} x {longest} tokens on {task.device}, all blocks")
+
+
+def labelled(example):
+    """How many positions of a row of this example carry a label."""
+    if example.options is not None:
+        return max(map(len, example.options))
+    return sum(label != IGNORED for label in example.labels)
 
 
 def warn_if_worse(splits):

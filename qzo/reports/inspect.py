@@ -23,8 +23,9 @@ from ..nn.choice import group_for, quantizable
 from ..nn.experts import split_, split_experts_, stack_of
 from ..nn.layers import layers
 from ..nn.weights import PackedWeight, check_bits
-from ..training.data import collate, read_data, tokenize
+from ..training.data import collate, tokenize
 from ..training.loop import choose_layers, pad_id, trained_count
+from ..training.records import read_data
 from ..training.task import check_tables
 from . import memory, models
 from .models import form_of

@@ -7,6 +7,7 @@ r^(1/8) - 1 for lengths from L to r L (as eight widths in equal ratios would; UN
 """
 
 import collections
+from collections.abc import Sequence
 
 COUNT = 8  # as many as there are graphs (graph.LIMIT)
 UNIT = 8  # masks of attention are read in eights
@@ -23,7 +24,7 @@ class Buckets:
     which they look for on the host, and cannot look for while a graph is captured.
     """
 
-    def __init__(self, sizes, limit=None):
+    def __init__(self, sizes: Sequence[tuple[int, int]], limit: int | None = None):
         self.limit, longest = limit, max(tokens for tokens, _ in sizes)
         self.unit = UNIT
         while longest > UNITS * self.unit:
@@ -33,13 +34,13 @@ class Buckets:
             width: max((count for tokens, count in sizes if tokens < width), default=0) for width in self.widths
         }
 
-    def shape(self, tokens):
+    def shape(self, tokens: int) -> tuple[int, int]:
         """(tokens, targets) of each row of a batch whose longest row has so many tokens."""
         width = next(width for width in self.widths if tokens < width)
         return max(tokens, min(width, self.limit or width)), self.targets[width]
 
 
-def best_widths(lengths, count):
+def best_widths(lengths: Sequence[int], count: int) -> tuple[int, ...]:
     """At most `count` of these lengths, ascending, the longest among them: those that the fewest tokens of padding are
     needed for where each length takes the next of them."""
     numbers = sorted(collections.Counter(lengths).items())
@@ -47,7 +48,7 @@ def best_widths(lengths, count):
     for length, number in numbers:
         rows.append(rows[-1] + number)
         tokens.append(tokens[-1] + number * length)
-    best = {0: (0, ())}  # shortest lengths that are served -> (padding, widths)
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}  # shortest lengths that are served -> (padding, widths)
     for _ in range(min(count, len(numbers))):
         best |= {
             end: min(
@@ -60,10 +61,10 @@ def best_widths(lengths, count):
     return best[len(numbers)][1]
 
 
-def next_step(number):
+def next_step(number: int) -> int:
     """The next of four steps an octave: 8, 16, ... 64, 80, 96, 112, 128, 160, ...: at most a quarter more."""
     return _up(number, max(UNIT, 1 << max(0, (number - 1).bit_length() - 3)))
 
 
-def _up(number, unit):
+def _up(number: int, unit: int) -> int:
     return -(-number // unit) * unit

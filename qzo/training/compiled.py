@@ -6,6 +6,8 @@ all blocks, and knows nothing of seeds, scales or arenas: a new seed compiles no
 
 import contextlib
 import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +15,9 @@ from ..loss.head import body
 from ..nn.experts import Experts
 from ..nn.layers import layers
 from ..optim.graph import where
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHAPES = 64  # compiled forms of one piece of code: torch's own eight are fewer than a run may have
 
@@ -27,10 +32,10 @@ class Compiled:
     between compiled pieces. Where the compiler fails, one warning says where, and the model runs uncompiled.
     """
 
-    def __init__(self, model, backend="inductor"):
+    def __init__(self, model: "PreTrainedModel", backend: str = "inductor"):
         self.base = body(model)
         inductor = backend == "inductor" and hasattr(torch._inductor.config, "deterministic")  # not in every torch
-        options = {"deterministic": True} if inductor else None
+        options: dict[str, Any] | None = {"deterministic": True} if inductor else None
         self.forward = torch.compile(self.base.forward, backend=backend, dynamic=False, options=options)
         self.plain = self.base.forward
         calls = [*layers(model, trainable=None).values(), *(m for m in model.modules() if isinstance(m, Experts))]
@@ -38,7 +43,7 @@ class Compiled:
         self.failed = False
 
     @contextlib.contextmanager
-    def body(self):
+    def body(self) -> Iterator[None]:
         """Inside, the model's body runs compiled."""
         if self.failed:
             yield

@@ -1,155 +1,80 @@
-"""JSON lines -> examples -> batches.
+"""Records -> examples -> batches.
 
-A line is one of
-
-    {"prompt": "...", "completion": "..."}                  the completion's tokens are learned
-    {"messages": [{"role": ..., "content": ...}, ...]}      the last (assistant) message's tokens are learned; beside
-                                                            them perhaps "tools": [...], for the chat template
-    {"text": "..."}                                         every token is learned
-    {"prompt": "...", "options": ["...", ...], "label": 0}  the right option among them; label: its number or its text
+Whatever a record's form (records.py), it becomes tokens and what is learned of them. Behind a completion, and behind a
+`text`, stands the end-of-text token once, so that the model learns to stop; with text_eos=False (--no-text-eos) a text
+ends as the tokenizer ends it: for pieces of longer texts. A prompt that is too long loses its beginning, a text its
+end (and that token).
 """
 
 import dataclasses
-import json
+import math
 import warnings
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..kernels.noise import SEED_ROUNDS, philox4x32
 from ..loss.losses import static_batch
+from .chats import conversation, instruction
 from .encode import Encoder
+from .records import Line, form, problem
 
 IGNORED = -100
 WINDOW = 16  # batches among which examples are sorted
-SPLITS = ("train", "valid", "test")
-_FORMS = ({"prompt", "options", "label"}, {"prompt", "completion"}, {"messages"}, {"text"})
+Batch = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """Token ids and what is learned: `labels` per token (those of the decoder, if the ids are an encoder's), or
-    `options` (each a tuple of ids) and the right one."""
+    `options` (each a tuple of ids) and the right one. lost: how many of its tokens were cut off; no part of what an
+    example is, so a journal's digest of the data (loop.recipe) knows nothing of it."""
 
-    ids: tuple
-    labels: tuple | None = None
-    options: tuple | None = None
+    ids: tuple[int, ...]
+    labels: tuple[int, ...] | Any = None  # None or these: the one is asked for where the other is not there
+    options: tuple[tuple[int, ...], ...] | Any = None
     label: int | None = None
+    lost: int = dataclasses.field(default=0, repr=False, compare=False)
 
 
-class Line(dict):
-    """A record that knows its file and line."""
-
-    def __init__(self, record, path, number):
-        super().__init__(record)
-        self.path, self.number = path, number
-
-
-def read_jsonl(path):
-    """The Lines of a JSONL file. ValueError naming the line that is no object or has none of the known shapes."""
-    path = Path(path)
-    records = []
-    with open(path, "rb") as file:  # bytes: a line that is no UTF-8 has its number named
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            problem = _problem(record)
-            if problem:
-                raise ValueError(f"{path}, line {number}: {problem}")
-            records.append(Line(record, path, number))
-    if not records:
-        raise ValueError(f"{path} holds no examples")
-    return records
-
-
-def _form(record):
-    """The keys that say what the record is, whatever else it has; None for no known shape."""
-    return next((form for form in _FORMS if form <= record.keys()), None)
-
-
-def _problem(record):
-    """What is wrong with a record, or None."""
-    if not isinstance(record, dict):
-        return f"a JSON object is wanted, got {type(record).__name__}"
-    form = _form(record)
-    if form is None:
-        return f"has the keys {sorted(record)}; wanted are prompt+completion, messages, text, or prompt+options+label"
-    for key in form & {"prompt", "completion", "text"}:
-        if not isinstance(record[key], str):
-            return f"{key!r} must be a string, got {type(record[key]).__name__}"
-    if "completion" in form and isinstance(record.get("label"), bool):
-        return (
-            f"'label' is {str(record['label']).lower()}, and every completion is learned: leave out the unwanted "
-            "ones, and the key"
-        )
-    if "messages" in form:
-        messages = record["messages"]
-        if (
-            not isinstance(messages, list)
-            or not all(isinstance(m, dict) for m in messages)
-            or not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
-        ):
-            return "'messages' must be a list of {role, content}"
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            return "'messages' must end with the assistant's, which is learned, after at least one other"
-        tools = record.get("tools")
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            return f"'tools' must be a list of objects, got {type(tools).__name__}"
-    if "options" in form:
-        options, label = record["options"], record["label"]
-        if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
-            return "'options' must be a list of at least two non-empty strings"
-        if isinstance(label, bool) or not (
-            label in options if isinstance(label, str) else isinstance(label, int) and 0 <= label < len(options)
-        ):
-            return f"label {label!r} is not among the options {options} (nor the number of one)"
-    return None
-
-
-def read_data(path):
-    """split -> records. path: a JSONL file (train), or a folder with train.jsonl and perhaps valid.jsonl, test.jsonl.
-
-    FileNotFoundError when there is no such file or no train.jsonl in the folder.
-    """
-    path = Path(path)
-    if path.is_file():
-        return {"train": read_jsonl(path)}
-    if not path.is_dir():
-        raise FileNotFoundError(f"no data at {path}: give a JSONL file, or a folder that holds train.jsonl")
-    if not (path / "train.jsonl").is_file():
-        raise FileNotFoundError(f"{path} holds no train.jsonl")
-    return {split: read_jsonl(path / f"{split}.jsonl") for split in SPLITS if (path / f"{split}.jsonl").is_file()}
-
-
-def tokenize(records, tokenizer, max_length=1024, limit="--max-length", encoder=False):
+def tokenize(
+    records: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int = 1024,
+    limit: str = "--max-length",
+    encoder: bool = False,
+    text_eos: bool = True,
+    max_cut: float = 1.0,
+) -> list[Example]:
     """Records -> Examples, by an Encoder (encode.py). A prompt that is too long loses its beginning, a text its end. A
-    warning says how many lines did, another in how many a token spans the prompt's end. limit: what set max_length, for
-    the messages. encoder: the model is an encoder-decoder one, whose encoder reads the prompt (cut at its end) and
-    whose decoder the completion.
+    warning says how many did, another in how many a token spans the prompt's end. limit: what set max_length, for the
+    messages. encoder: the model is an encoder-decoder one, whose encoder reads the prompt (cut at its end) and whose
+    decoder the completion. text_eos: whether the end-of-text token stands behind a `text`. max_cut: which share of the
+    records may be cut.
 
-    ValueError, naming the line or the number of the example, for a text that cannot be encoded, for one that leaves
-    nothing to predict, for a chat template that refuses, and for a completion or option longer than max_length.
+    ValueError, naming the line or the number of the example, for a record of no known form, a text that cannot be
+    encoded, one that leaves nothing to predict, a chat template that refuses, and for a completion or option longer
+    than max_length; and where more than max_cut of the records are cut, naming the length that is needed.
     """
-    texts, examples, lengths, spanning = Encoder(tokenizer), [], [], []
+    texts, examples, lengths, spanning = Encoder(tokenizer, text_eos), [], [], []
     convert = _for_an_encoder if encoder else _example
     for number, record in enumerate(records, 1):
         try:
             example, length, spans = convert(record, texts, max_length, limit)
         except ValueError as error:
             raise ValueError(f"{_place(record, number)}: {error}") from None
-        examples.append(example)
+        examples.append(dataclasses.replace(example, lost=max(0, length - max_length)))
         lengths.append(length)
         if spans:
             spanning.append(_place(record, number))
     cut = sum(length > max_length for length in lengths)
     if cut:
+        said = f"{cut} {_of(records)} have more than {max_length} tokens (the longest {max(lengths)})"
+        if cut > max_cut * len(lengths):
+            raise ValueError(f"{said}: {_too_many(lengths, max_cut)}")
         warnings.warn(
-            f"{cut} {_of(records)} have more than {max_length} tokens (the longest {max(lengths)}): a prompt "
-            f"has lost its {'end' if encoder else 'beginning'}, a text its end ({limit})",
+            f"{said}: a prompt has lost its {'end' if encoder else 'beginning'}, a text its end ({limit})",
             stacklevel=2,
         )
     if spanning:
@@ -163,33 +88,37 @@ def tokenize(records, tokenizer, max_length=1024, limit="--max-length", encoder=
     return examples
 
 
-def _place(record, number):
-    return f"{record.path}, line {record.number}" if isinstance(record, Line) else f"example {number}"
+def _too_many(lengths: list[int], max_cut: float) -> str:
+    """What to do where more than the share max_cut of these lengths would be cut."""
+    longest, enough = max(lengths), sorted(lengths, reverse=True)[math.floor(max_cut * len(lengths))]
+    some = "" if enough == longest else f", {enough} cuts no more than that"
+    return (
+        f"more than the {100 * max_cut:g} % that may be cut; --max-length {longest} holds them whole{some}; "
+        "to learn from what is left of them, give --max-cut 1"
+    )
 
 
-def _of(records):
-    return f"of {len(records)} lines" + (f" of {records[0].path}" if isinstance(records[0], Line) else "")
+def _place(record: dict[str, Any], number: int) -> str:
+    return record.place if isinstance(record, Line) else f"example {number}"
 
 
-def _example(record, encoder, max_length, limit):
-    """(Example, its tokens before any were cut, whether a token spanned the prompt's end)."""
-    form = _form(record)
-    if form is None:
-        raise ValueError(_problem(record))
-    if "options" in form:
-        prompt, options, spans = encoder.options(record["prompt"], record["options"])
-        longest = max(options, key=len)
-        label = record["label"]
-        return (
-            Example(
-                _fitted(encoder, prompt, longest, max_length, "an option", limit),
-                options=tuple(map(tuple, options)),
-                label=record["options"].index(label) if isinstance(label, str) else label,
-            ),
-            len(prompt) + len(longest),
-            spans,
-        )
-    if "text" in form:
+def _of(records: Sequence[dict[str, Any]]) -> str:
+    """ "of 12 lines of FILE"."""
+    first = records[0]
+    return f"of {len(records)} " + (f"{first.unit}s of {first.path}" if isinstance(first, Line) else "lines")
+
+
+Made = tuple[Example, int, bool]  # with its tokens before any were cut, and whether a token spanned the prompt's end
+
+
+def _example(record: dict[str, Any], encoder: Encoder, max_length: int, limit: str) -> Made:
+    keys = form(record) or set()
+    wrong = problem(record) if not keys else None
+    if wrong:
+        raise ValueError(wrong)
+    if "options" in keys:
+        return _choice(record, encoder, max_length, limit)
+    if "text" in keys:
         ids, own = encoder.text(record["text"])
         if min(own, max_length) < 2:
             raise ValueError(
@@ -198,10 +127,12 @@ def _example(record, encoder, max_length, limit):
                 else f"max_length={max_length} leaves one token of the text: nothing to predict ({limit})"
             )
         return Example(tuple(ids[:max_length]), labels=tuple(ids[:max_length])), len(ids), False
-    if "messages" in form:
-        prompt, completion, own, spans = encoder.chat(record["messages"], record.get("tools"))
-    else:
+    if "completion" in keys:
         prompt, completion, own, spans = encoder.completion(record["prompt"], record["completion"])
+    elif "instruction" in keys and not encoder.chats:
+        prompt, completion, own, spans = encoder.completion(*instruction(record))
+    else:
+        prompt, completion, own, spans = encoder.chat(*conversation(record))
     if len(prompt) + own < 2:
         raise ValueError("the prompt and its completion are one token together: nothing to predict")
     fitted = _fitted(encoder, prompt, completion, max_length, "a completion", limit)
@@ -209,20 +140,36 @@ def _example(record, encoder, max_length, limit):
     return Example(fitted + tuple(completion), labels=labels), len(prompt) + len(completion), spans
 
 
-def _for_an_encoder(record, texts, max_length, limit):
+def _choice(record: dict[str, Any], encoder: Encoder, max_length: int, limit: str) -> Made:
+    """Of a record with options."""
+    prompt, options, spans = encoder.options(record["prompt"], record["options"])
+    longest, label = max(options, key=len), record["label"]
+    example = Example(
+        _fitted(encoder, prompt, longest, max_length, "an option", limit),
+        options=tuple(map(tuple, options)),
+        label=record["options"].index(label) if isinstance(label, str) else label,
+    )
+    return example, len(prompt) + len(longest), spans
+
+
+def _for_an_encoder(record: dict[str, Any], texts: Encoder, max_length: int, limit: str) -> Made:
     """The same for an encoder-decoder model: an Example whose labels are the decoder's."""
-    if _form(record) != {"prompt", "completion"}:
+    keys = form(record) or set()
+    if "completion" not in keys and "instruction" not in keys:
         raise ValueError(
-            "an encoder-decoder model learns from lines of prompt and completion; this one has "
-            f"{', '.join(sorted(record))}"
+            "an encoder-decoder model learns from lines of prompt and completion, or of instruction and output; this "
+            f"one has {', '.join(sorted(record))}"
         )
-    ids, labels, length = texts.both(record["prompt"], record["completion"], max_length)
+    both = (record["prompt"], record["completion"]) if "completion" in keys else instruction(record)
+    ids, labels, length = texts.both(both[0], both[1], max_length)
     if len(labels) > max_length:
         raise ValueError(f"the completion has {len(labels)} tokens, max_length={max_length} ({limit})")
     return Example(tuple(ids), labels=tuple(labels)), length, False
 
 
-def _fitted(encoder, prompt, following, max_length, what, limit):
+def _fitted(
+    encoder: Encoder, prompt: list[int], following: list[int], max_length: int, what: str, limit: str
+) -> tuple[int, ...]:
     """The prompt's ids as the `following` ones leave room for them."""
     fitted = encoder.fitted(prompt, max_length - len(following))
     if fitted is None:
@@ -233,7 +180,7 @@ def _fitted(encoder, prompt, following, max_length, what, limit):
     return tuple(fitted)
 
 
-def check_one_kind(examples):
+def check_one_kind(examples: Sequence[Example]) -> None:
     """ValueError unless all examples are of one kind, with one number of options."""
     kinds = sorted({0 if e.options is None else len(e.options) for e in examples})
     if len(kinds) > 1:
@@ -241,13 +188,20 @@ def check_one_kind(examples):
         raise ValueError(f"the data mixes examples with {' and '.join(names)}; give all lines the same shape")
 
 
-def collate(examples, pad_id, device=None, shape=None):
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    device: torch.device | str | None = None,
+    shape: tuple[int, int] | None = None,
+) -> Batch:
     """A batch for `losses`: padded on the right. All examples are of one kind (ValueError otherwise).
 
     shape: (tokens, targets) of each row instead of what the examples need; the batch is then `static` (losses.py).
     """
     check_one_kind(examples)
-    label = {} if examples[0].options is None else {"label": torch.tensor([e.label for e in examples], device=device)}
+    label: Batch = (
+        {} if examples[0].options is None else {"label": torch.tensor([e.label for e in examples], device=device)}
+    )
     if examples[0].options is None:
         rows = [(e.ids, e.labels) for e in examples]
     elif all(len(o) == 1 for e in examples for o in e.options):
@@ -261,7 +215,12 @@ def collate(examples, pad_id, device=None, shape=None):
     return static_batch(batch, targets) if shape and "labels" in batch else batch
 
 
-def padded(rows, pad_id, device, width=None):
+def padded(
+    rows: Sequence[tuple[Sequence[int], Sequence[int] | Any]],
+    pad_id: int,
+    device: torch.device | str | None,
+    width: int | None = None,
+) -> dict[str, torch.Tensor]:
     """(ids, labels or None) of each row -> input_ids, attention_mask and perhaps labels, int64 [rows, T]. T: width, or
     the longest row's; a decoder's labels have their own."""
     width = width or max(len(ids) for ids, _ in rows)
@@ -276,12 +235,14 @@ def padded(rows, pad_id, device, width=None):
     return batch
 
 
-def pad(sequences, width, value, device=None):
+def pad(
+    sequences: Sequence[Sequence[int]], width: int, value: int, device: torch.device | str | None = None
+) -> torch.Tensor:
     """int64 [rows, width]: each sequence, then `value`."""
     return torch.tensor([[*s, *[value] * (width - len(s))] for s in sequences], device=device)
 
 
-def order(count, epoch, seed):
+def order(count: int, epoch: int, seed: int) -> list[int]:
     """A permutation of range(count) that depends on (seed, epoch) alone: by Philox, the same everywhere."""
     zero = torch.zeros((), dtype=torch.int64)
     key = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
@@ -289,7 +250,9 @@ def order(count, epoch, seed):
     return (words[0] << 30 | words[1] >> 2).argsort(stable=True).tolist()
 
 
-def batch_indices(step, lengths, batch_size, seed, strata=None):
+def batch_indices(
+    step: int, lengths: Sequence[int], batch_size: int, seed: int, strata: Sequence[int | None] | None = None
+) -> list[int]:
     """Which examples step `step` sees.
 
     lengths: tokens of each example; strata: the class of each, or None. Each pass over the data is a fresh permutation.
@@ -309,8 +272,8 @@ def batch_indices(step, lengths, batch_size, seed, strata=None):
     return mixed[at * batch_size : (at + 1) * batch_size]
 
 
-def _by_rank(indices, lengths, strata):
-    classes = {}
+def _by_rank(indices: Sequence[int], lengths: Sequence[int], strata: Sequence[int | None] | None) -> list[int]:
+    classes: dict[int | None, list[int]] = {}
     for i in indices:
         classes.setdefault(None if strata is None else strata[i], []).append(i)
     rank = {}

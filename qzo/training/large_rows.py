@@ -5,6 +5,8 @@ With many rows the tensor cores are the limit, and rounding each perturbed weigh
 run's own first batch along a few directions, exact and rounded, everything else being equal.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ..kernels.noise import step_seed
@@ -19,18 +21,27 @@ NAMES = {"auto": f"auto: folded from {FOLDED_FROM} rows, blas from {BLAS_WINS_FR
 
 
 @torch.no_grad()
-def lost(module, losses, eps, noise="rademacher", relative=True, sharing="group", seed=0, large_rows="auto"):
+def lost(
+    module: torch.nn.Module,
+    losses: Callable[[], torch.Tensor],
+    eps: float,
+    noise: str = "rademacher",
+    relative: bool = True,
+    sharing: str = "group",
+    seed: int = 0,
+    large_rows: str = "auto",
+) -> float:
     """How much of L+ - L- rounding loses: the RMS of what it changes over the RMS of the exact, over 8 directions.
 
     losses() -> float32 [2], the losses of a batch stacked twice. 0.0 where nothing is rounded: bfloat16, few rows, a
     CPU, layers in forms that stay exact.
     """
-    found = []
+    found: list[torch.Tensor] = []
     for form in ("fused", large_rows):
         differences = []
         for direction in range(DIRECTIONS):
             one = step_seed(seed, 0, direction)
-            pair = Evaluations([one, one], [eps, -eps], noise, relative, sharing)
+            pair = Evaluations(torch.tensor([one, one]), torch.tensor([eps, -eps]), noise, relative, sharing)
             with ops.backend(large_rows=form), evaluating(module, pair):
                 plus, minus = losses().double().tolist()
             differences.append(plus - minus)
@@ -40,7 +51,7 @@ def lost(module, losses, eps, noise="rademacher", relative=True, sharing="group"
     return change / float(exact.norm()) if change else 0.0
 
 
-def settle(device, measure, recorded=None):
+def settle(device: torch.device, measure: Callable[[], float], recorded: str | None = None) -> tuple[str, float | None]:
     """("auto" or "fused", what was measured or None) for a run whose large_rows is "auto".
 
     measure() -> what `lost` returns, asked on a device with Triton kernels only; recorded: what the journal of a run
@@ -54,7 +65,7 @@ def settle(device, measure, recorded=None):
     return ("auto" if 0 < part < MOST_LOST else "fused"), part
 
 
-def said(value, part):
+def said(value: str, part: float | None) -> str:
     """A line for the user, or "" where there was nothing to choose."""
     if not part:
         return ""

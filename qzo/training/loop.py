@@ -9,7 +9,11 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..loss.head import has_encoder
 from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only
@@ -19,9 +23,14 @@ from ..system import disk
 from . import data
 from . import large_rows as many_rows
 from .compiled import Compiled
-from .folder import Metrics, Progress, finite
+from .folder import Metrics, finite
 from .prefix import FrozenPrefix
+from .progress import Progress
+from .settings import Settings
 from .task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BUCKETS = "buckets/1, as on a CUDA device"  # what a journal says of batches padded so (buckets.py)
 
@@ -29,12 +38,12 @@ BUCKETS = "buckets/1, as on a CUDA device"  # what a journal says of batches pad
 class Interrupted(Exception):
     """Ctrl-C between two steps; `steps` are in the journal."""
 
-    def __init__(self, steps):
+    def __init__(self, steps: int):
         super().__init__(steps)
         self.steps = steps
 
 
-def choose_layers(model, train_layers, codebooks=False):
+def choose_layers(model: "PreTrainedModel", train_layers: int | None, codebooks: bool = False) -> FrozenPrefix | None:
     """Restrict training to the top blocks; returns their FrozenPrefix, or None for the whole model. codebooks: train
     those of AQLM layers too."""
     prefix = None if train_layers is None else FrozenPrefix(model, train_layers)
@@ -46,11 +55,11 @@ def choose_layers(model, train_layers, codebooks=False):
     return prefix
 
 
-def fit(task, settings, out, resume=False, show=None):
+def fit(task: Task, settings: Settings, out: str | Path, resume: bool = False, show: bool | None = None) -> int:
     """Train the model of `task` into the folder `out`; returns the number of steps that were already there.
 
-    Writes journal.qzo and metrics.jsonl as it goes. Interrupted on Ctrl-C, FloatingPointError when losses stay NaN,
-    JournalError for a journal that exists (without resume) or does not fit.
+    Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. Interrupted on Ctrl-C,
+    FloatingPointError when losses stay NaN, JournalError for a journal that exists (without resume) or does not fit.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +71,28 @@ def fit(task, settings, out, resume=False, show=None):
     task.settle()
     if settings.large_rows == "auto":
         settings.large_rows = _settle_large_rows(task, settings, out / "journal.qzo" if resume else None, show)
-    optimizer = QZO(
+    optimizer = _optimizer(task, settings, out / "journal.qzo", resume)
+    start = optimizer.param_groups[0]["step"]
+    try:
+        with (
+            disk.naming(out),
+            Metrics(out / "metrics.jsonl", start) as metrics,
+            Progress(settings.max_steps, start, show) as progress,
+        ):
+            for line in _steps(task, settings, optimizer):
+                metrics.write(json.dumps(finite(line)) + "\n")
+                metrics.flush()
+                progress.step(line)
+    except KeyboardInterrupt:
+        raise Interrupted(optimizer.param_groups[0]["step"]) from None
+    finally:
+        optimizer.close()
+    return start
+
+
+def _optimizer(task, settings, journal, resume):
+    """The QZO of a run, its model where the journal left it."""
+    return QZO(
         task.model,
         settings.learning_rate,
         settings.eps,
@@ -72,7 +102,7 @@ def fit(task, settings, out, resume=False, show=None):
         settings.sharing,
         settings.directions,
         settings.seed,
-        journal=out / "journal.qzo",
+        journal=journal,
         resume=resume,
         floor=settings.floor,
         recipe=recipe(task, settings),
@@ -80,39 +110,42 @@ def fit(task, settings, out, resume=False, show=None):
         paired=not settings.sequential,
         cuda_graph=settings.cuda_graph,
     )
-    start = optimizer.param_groups[0]["step"]
+
+
+def schedule(optimizer: QZO, settings: Settings) -> LambdaLR:
+    """The learning rates of a run: linear from learning_rate to decay times it, from the optimizer's step on.
+
+    LambdaLR, as its rate at a step is one product, whatever steps came before in this process: a resumed run has the
+    unbroken one's bits. LinearLR multiplies the rate of the step before, which rounds otherwise.
+    """
+    group = optimizer.param_groups[0]
+    group.setdefault("initial_lr", settings.learning_rate)
+    return LambdaLR(
+        optimizer, lambda step: 1 - (1 - settings.decay) * step / settings.max_steps, last_epoch=group["step"] - 1
+    )
+
+
+def _steps(task, settings, optimizer):
+    """Make the steps that are left; yields a line of metrics after each."""
     at_once = 1 if settings.sequential else 2 * settings.directions
 
-    def losses(batch):
+    def losses(batch):  # one object for all steps: a captured step is found by it
         return task.compiled_losses(batch, at_once)
 
-    try:
-        with (
-            disk.naming(out),
-            Metrics(out / "metrics.jsonl", start) as metrics,
-            Progress(settings.max_steps, start, show) as progress,
-        ):
-            for step in range(start, settings.max_steps):
-                begun = time.perf_counter()
-                indices = task.indices(step, settings.batch_size, settings.seed)
-                rate = optimizer.param_groups[0]["lr"] = settings.rate(step)
-                loss = optimizer.step(losses, batch=task.batch(indices, at_once))
-                line = {
-                    "step": step,
-                    "loss": loss,
-                    "derivative": max(map(abs, optimizer.last.derivatives)),
-                    "lr": rate,
-                    "skipped": optimizer.last.skipped,
-                    "seconds": round(time.perf_counter() - begun, 4),
-                }
-                metrics.write(json.dumps(finite(line)) + "\n")
-                metrics.flush()
-                progress.step(line)
-    except KeyboardInterrupt:
-        raise Interrupted(optimizer.param_groups[0]["step"]) from None
-    finally:
-        optimizer.close()
-    return start
+    rates = schedule(optimizer, settings)
+    for step in range(optimizer.param_groups[0]["step"], settings.max_steps):
+        begun = time.perf_counter()
+        indices, [rate] = task.indices(step, settings.batch_size, settings.seed), rates.get_last_lr()
+        loss = optimizer.step(losses, batch=task.batch(indices, at_once))
+        rates.step()
+        yield {
+            "step": step,
+            "loss": loss,
+            "derivative": max(map(abs, optimizer.last.derivatives)),
+            "lr": rate,
+            "skipped": optimizer.last.skipped,
+            "seconds": round(time.perf_counter() - begun, 4),
+        }
 
 
 def _settle_large_rows(task, settings, journal, show):
@@ -138,27 +171,40 @@ def _settle_large_rows(task, settings, journal, show):
     return value
 
 
-def recipe(task, settings):
+def recipe(task: Task, settings: Settings) -> dict[str, Any]:
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
     digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
     kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length", "sequential", "packing")
-    bits = {"padding": BUCKETS} if task.bucketed else {}
+    bits: dict[str, Any] = {"padding": BUCKETS} if task.bucketed else {}
     bits["large_rows"] = many_rows.NAMES.get(settings.large_rows, settings.large_rows)
     if settings.compile:
         bits["compile"] = True
     return {**{name: getattr(settings, name) for name in kept}, "data": "sha256:" + digest, **bits}
 
 
-def build_task(model, records, tokenizer, settings, prefix):
-    """Records -> Task on the model."""
+def build_task(
+    model: "PreTrainedModel",
+    records: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    settings: Settings,
+    prefix: FrozenPrefix | None,
+) -> Task:
+    """Records -> Task on the model. ValueError as data.tokenize and Task have it."""
     compiled = None
     if settings.compile:
         compiled = Compiled(model)
-    examples = data.tokenize(records, tokenizer, settings.max_length, encoder=has_encoder(model))
+    examples = data.tokenize(
+        records,
+        tokenizer,
+        settings.max_length,
+        encoder=has_encoder(model),
+        text_eos=settings.text_eos,
+        max_cut=settings.max_cut,
+    )
     return Task(model, examples, pad_id(tokenizer), prefix, settings.packing, compiled=compiled)
 
 
-def pad_id(tokenizer):
+def pad_id(tokenizer: Any) -> int:
     """A token for padding; padded positions are masked, so any will do where the tokenizer names none."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -166,13 +212,13 @@ def pad_id(tokenizer):
     return 0
 
 
-def trained_count(model):
+def trained_count(model: "PreTrainedModel") -> int:
     """How many scales train."""
     slots = arena_of(model).slots
     return sum(slots[name].groups * slots[name].outputs for name in layers(model))
 
 
-def trained_text(model):
+def trained_text(model: "PreTrainedModel") -> str:
     """ "1,234 scales", or "1,234 scales and 5,678 numbers of codebooks"."""
     entries = sum(books.numel() for books in codebooks(model).values())
     return f"{trained_count(model):,} scales" + (f" and {entries:,} numbers of codebooks" if entries else "")

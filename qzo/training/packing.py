@@ -15,13 +15,18 @@ objects, rows stay as they are.
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..loss.head import head_input
 from ..loss.losses import model_inputs, pair
 from ..system.memory import is_out_of_memory
-from .data import IGNORED, Example, check_one_kind, pad, padded
+from .data import IGNORED, Batch, Example, check_one_kind, pad, padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PACKINGS = ("off", "auto")
 PAIRS_PER_TOKEN = 1024  # pairs of attention that cost a token's way through the linears; 2200 measured
@@ -38,18 +43,18 @@ class Row:
     targets [N]: the token to predict at each; slots [N]: the option of the row it belongs to
     """
 
-    ids: tuple
-    positions: tuple
-    seen_until: tuple
-    sources: tuple
-    targets: tuple
-    slots: tuple
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    seen_until: tuple[int, ...]
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    slots: tuple[int, ...]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
 
-def row_of(example, one_token=False):
+def row_of(example: Example, one_token: bool = False) -> Row:
     """The row of an example. one_token: the prompt alone, read at its end, for options of one token each."""
     ids, width = example.ids, len(example.ids)
     if example.options is None:
@@ -58,7 +63,10 @@ def row_of(example, one_token=False):
     if one_token:
         return _causal(ids, [width - 1], [IGNORED])
     total = width + sum(map(len, example.options))
-    positions, seen_until, sources, targets, slots = [*range(width)], [total] * width, [], [], []
+    positions, seen_until = [*range(width)], [total] * width
+    sources: list[int] = []
+    targets: list[int] = []
+    slots: list[int] = []
     for slot, option in enumerate(example.options):
         start, end = len(positions), len(positions) + len(option)
         positions += range(width, width + len(option))
@@ -76,7 +84,7 @@ def _causal(ids, sources, targets):
     return Row(ids, tuple(range(width)), seen_until, tuple(sources), tuple(targets), slots)
 
 
-def joined(rows, slots=1):
+def joined(rows: Sequence[Row], slots: int = 1) -> Row:
     """One row of several, none of which sees another. slots: options in each, to number them through."""
     starts = [0, *itertools.accumulate(map(len, rows))]
     parts = [
@@ -93,7 +101,13 @@ def joined(rows, slots=1):
     )
 
 
-def packed_batch(examples, pad_id, device=None, join=False, shape=None):
+def packed_batch(
+    examples: Sequence[Example],
+    pad_id: int,
+    device: torch.device | str | None = None,
+    join: bool = False,
+    shape: tuple[int, int] | None = None,
+) -> Batch:
     """A batch for `losses` in which options share their prompt; join: and all examples one row, unpadded.
 
     int64 [R, T], R the number of examples or 1: input_ids, position_ids, seen_until
@@ -123,7 +137,12 @@ def packed_batch(examples, pad_id, device=None, join=False, shape=None):
     return batch
 
 
-def rows_batch(rows, pad_id, device=None, shape=(None, None)):
+def rows_batch(
+    rows: Sequence[Row],
+    pad_id: int,
+    device: torch.device | str | None = None,
+    shape: tuple[int | None, int | None] = (None, None),
+) -> Batch:
     """The tensors of rows, padded on the right; shape: (T, N), None for what the rows need."""
     width, count = shape
     width, count = width or max(map(len, rows)), count or max(len(row.sources) for row in rows)
@@ -144,17 +163,17 @@ def rows_batch(rows, pad_id, device=None, shape=(None, None)):
     }
 
 
-def one_token_each(examples):
+def one_token_each(examples: Sequence[Example]) -> bool:
     """Whether the examples have options, all of one token."""
     return examples[0].options is not None and all(len(o) == 1 for e in examples for o in e.options)
 
 
-def price(rows, width):
+def price(rows: int, width: int) -> float:
     """What `rows` rows of `width` tokens cost, in tokens: themselves, and the pairs of their attention."""
     return rows * (width + width * width / PAIRS_PER_TOKEN)
 
 
-def sharing_pays(examples):
+def sharing_pays(examples: Sequence[Example]) -> bool:
     """Whether prompts that options share cost less, over these examples, than a row for each option."""
     rows = shared = 0.0
     for e in examples:
@@ -163,12 +182,17 @@ def sharing_pays(examples):
     return shared < rows
 
 
-def joining_pays(lengths):
+def joining_pays(lengths: Sequence[int]) -> bool:
     """Whether one row of all costs less than rows of these lengths, padded to the longest."""
     return sum(lengths) <= LONGEST and price(1, sum(lengths)) < price(len(lengths), max(lengths))
 
 
-def why_not(model, examples, pad_id, device=None):
+def why_not(
+    model: "PreTrainedModel",
+    examples: Sequence[Example],
+    pad_id: int,
+    device: torch.device | str | None = None,
+) -> str | None:
     """None when the model computes packed rows of these examples as it computes plain ones; else why not.
 
     The longest and behind it the shortest example, joined, against plain rows: the hidden states of every

@@ -5,12 +5,17 @@ Their output is kept per example (rows of float [tokens, hidden]); a forward the
 
 import collections
 import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from ..loss.head import forward, has_encoder, head_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Reached(Exception):
@@ -28,7 +33,7 @@ class FrozenPrefix:
     Raises ValueError when there are fewer blocks, none can be found, or an encoder stands before a decoder.
     """
 
-    def __init__(self, model, train_layers):
+    def __init__(self, model: "PreTrainedModel", train_layers: int):
         if has_encoder(model):
             raise ValueError(
                 f"{type(model).__name__} has an encoder before its decoder: train it whole (without train_layers)"
@@ -41,12 +46,12 @@ class FrozenPrefix:
         self.first = blocks[len(blocks) - train_layers]
         self.trained_names = tuple(f"{name}.{i}." for i in range(len(self.below), len(blocks)))
 
-    def trains(self, layer_name):
+    def trains(self, layer_name: str) -> bool:
         """Whether a layer of this dotted name lies in a trained block."""
         return layer_name.startswith(self.trained_names)
 
     @torch.no_grad()
-    def states(self, inputs):
+    def states(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Input of the first trained block for model inputs [B, T]: [B, T, hidden]."""
         caught = []
 
@@ -63,7 +68,7 @@ class FrozenPrefix:
         return caught[0]
 
     @contextlib.contextmanager
-    def skipped(self, states):
+    def skipped(self, states: torch.Tensor) -> Iterator[None]:
         """Inside, the model's forward starts from `states` [rows, T, hidden] at the first trained block."""
         for block in self.below:
             block.forward = _pass_on
@@ -75,7 +80,7 @@ class FrozenPrefix:
             for block in self.below:
                 del block.forward
 
-    def check(self, inputs):
+    def check(self, inputs: dict[str, Any]) -> None:
         """Raise ValueError unless the split forward gives the bits of the whole one on these inputs."""
         states = self.states(inputs)
         with torch.no_grad():
@@ -101,15 +106,21 @@ class PrefixCache:
 
     GROUP = 32
 
-    def __init__(self, prefix, rows, inputs, max_bytes=4 << 30):
+    def __init__(
+        self,
+        prefix: FrozenPrefix,
+        rows: Sequence[Any],
+        inputs: Callable[[list[Any]], dict[str, Any]],
+        max_bytes: int = 4 << 30,
+    ):
         self.prefix, self.rows, self.inputs, self.max_bytes = prefix, rows, inputs, max_bytes
         by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         self.groups = [by_length[at : at + self.GROUP] for at in range(0, len(rows), self.GROUP)]
         self.group_of = {i: g for g, members in enumerate(self.groups) for i in members}
-        self._held = collections.OrderedDict()
+        self._held: collections.OrderedDict[int, dict[int, torch.Tensor]] = collections.OrderedDict()
         self._bytes = 0
 
-    def batch(self, indices, lengths, width):
+    def batch(self, indices: Sequence[int], lengths: Sequence[int], width: int) -> torch.Tensor:
         """States [len(indices), width, hidden] of the rows' first `lengths` tokens, zero beyond."""
         found = self._states(indices, lengths)
         out = found[0].new_zeros(len(found), width, found[0].shape[1])
@@ -117,7 +128,7 @@ class PrefixCache:
             row[: len(states)] = states
         return out
 
-    def joined(self, indices, lengths, width=None):
+    def joined(self, indices: Sequence[int], lengths: Sequence[int], width: int | None = None) -> torch.Tensor:
         """The same states behind one another: [1, width, hidden]; width: the sum of the lengths, or zero beyond it."""
         found = torch.cat(self._states(indices, lengths))
         return functional.pad(found, (0, 0, 0, (width or len(found)) - len(found))).unsqueeze(0)
@@ -147,7 +158,7 @@ def _pass_on(hidden_states, *args, **kwargs):
     return hidden_states
 
 
-def decoder_blocks(model):
+def decoder_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """(dotted name, nn.ModuleList) of a transformers model's blocks. ValueError when there is no such list."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for name, module in model.named_modules():

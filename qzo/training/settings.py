@@ -1,10 +1,15 @@
 """What decides a run's result, beside the model and the data."""
 
 import dataclasses
+import math
+from typing import Any
 
+from ..kernels.noise import check_sharing, law_number
+from ..nn.ops import check_large_rows
 from ..optim.defaults import CLIP, EPS, FLOOR
+from .packing import PACKINGS
 
-PAPER = dict(
+PAPER: dict[str, Any] = dict(
     learning_rate=1e-7,
     eps=1e-3,
     clip=100.0,
@@ -17,13 +22,22 @@ PAPER = dict(
 )
 LEARNING_RATE_PER_DIRECTION = 2e-2  # relative; one pair over a small batch diverges at twice this
 DECAY = 0.1  # the learning rate falls linearly to this part of itself
+MOST_DIRECTIONS = (1 << 16) - 1  # that a journal's records can number
 
 
 @dataclasses.dataclass
 class Settings:
-    """What decides a run's result, beside the model and the data. `learning_rate` None: 2e-2 per direction.
-    `cuda_graph` decides nothing of it, only how steps are launched; None: as graphs on a CUDA device. `large_rows`
-    "auto" becomes "fused" in `fit` unless rounded weights are measured to keep the signal (large_rows.py)."""
+    """What decides a run's result, beside the model and the data. Each field's range is checked here, so that a wrong
+    one is refused before a model is loaded: ValueError names the field, what it was given, and its range.
+
+    learning_rate : None: 2e-2 per direction
+    eps : with `relative` a part of a scale, in (0, 1]; else in the units of the scales
+    decay : the learning rate falls linearly to this part of itself
+    large_rows : "auto" becomes "fused" in `fit` unless rounded weights are measured to keep the signal (large_rows.py)
+    cuda_graph : decides nothing of the result, only how steps are launched; None: as graphs on a CUDA device
+    text_eos : whether the end-of-text token stands behind a `text` of the data, as it does behind a completion
+    max_cut : the share of examples that may be cut to max_length, in [0, 1]
+    """
 
     max_steps: int = 200
     batch_size: int = 8
@@ -45,31 +59,61 @@ class Settings:
     train_codebooks: bool = False
     cuda_graph: bool | None = None
     compile: bool = False
+    text_eos: bool = True
+    max_cut: float = 0.5
 
-    def __post_init__(self):
-        for name in ("max_steps", "batch_size", "directions", "max_length"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: an int >= 1 is wanted")
+    def __post_init__(self) -> None:
+        self._check_whole_numbers()
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATE_PER_DIRECTION * self.directions
-        for name in ("seed", "train_layers"):
-            if not _is_int(getattr(self, name)) and (name, self.train_layers) != ("train_layers", None):
-                raise ValueError(f"{name}={getattr(self, name)!r}: an int is wanted")
-        for name in ("learning_rate", "eps", "clip", "floor", "decay"):
+        for name in ("learning_rate", "eps", "clip", "floor", "decay", "max_cut"):
             try:
                 setattr(self, name, float(getattr(self, name)))  # YAML reads 1e-2 as a text
             except (TypeError, ValueError):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a number is wanted") from None
-        for name in ("relative", "sequential", "train_codebooks", "compile"):
+        for name in ("relative", "sequential", "train_codebooks", "compile", "text_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: true or false is wanted")
         if not isinstance(self.cuda_graph, bool | None):
             raise ValueError(f"cuda_graph={self.cuda_graph!r}: true or false is wanted, or null (on a CUDA device)")
+        self._check_numbers()
+        law_number(self.noise)
+        check_sharing(self.sharing, self.relative)
+        check_large_rows(self.large_rows)
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing={self.packing!r}: known are {', '.join(PACKINGS)}")
 
-    def rate(self, step):
-        """Learning rate of a step: linear from learning_rate to decay * learning_rate."""
-        return self.learning_rate * (1 - (1 - self.decay) * step / self.max_steps)
+    def _check_whole_numbers(self) -> None:
+        ranges: dict[str, tuple[int, float, str]] = {
+            "max_steps": (1, math.inf, "an int >= 1"),
+            "batch_size": (1, math.inf, "an int >= 1"),
+            "directions": (1, MOST_DIRECTIONS, f"an int from 1 to {MOST_DIRECTIONS}"),
+            "max_length": (1, math.inf, "an int >= 1"),
+            "seed": (-(1 << 63), (1 << 64) - 1, "an int of 64 bits, from -2**63 to 2**64 - 1"),
+            "train_layers": (1, math.inf, "an int >= 1 (or none: the whole model)"),
+        }
+        for name, (least, most, wanted) in ranges.items():
+            value = getattr(self, name)
+            if name == "train_layers" and value is None:
+                continue
+            if not _is_int(value) or not least <= value <= most:
+                raise ValueError(f"{name}={value!r}: {wanted} is wanted")
+
+    def _check_numbers(self) -> None:
+        finite = math.isfinite
+        eps = "a number > 0 and <= 1, a part of each scale," if self.relative else "a finite number > 0"
+        rate = self.learning_rate
+        for name, good, wanted in (
+            ("learning_rate", rate is not None and finite(rate) and rate >= 0, "a finite number >= 0"),
+            ("eps", finite(self.eps) and self.eps > 0 and (self.eps <= 1 or not self.relative), eps),
+            ("clip", self.clip > 0, "a number > 0 (inf: no clipping)"),
+            ("floor", finite(self.floor) and self.floor >= 0, "a finite number >= 0"),
+            ("decay", finite(self.decay) and self.decay >= 0, "a finite number >= 0"),
+            ("max_cut", 0 <= self.max_cut <= 1, "a share from 0 to 1"),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r}: {wanted} is wanted")
 
 
-def _is_int(value):
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,9 +13,15 @@ from ..loss import own_loss
 from ..loss.head import has_encoder
 from ..loss.losses import losses, model_inputs, option_scores, pair
 from .buckets import Buckets, next_step
-from .data import IGNORED, batch_indices, check_one_kind, collate, padded
+from .compiled import Compiled
+from .data import IGNORED, Batch, Example, batch_indices, check_one_kind, collate, padded
 from .packing import PACKINGS, joining_pays, one_token_each, packed_batch, row_of, rows_batch, sharing_pays, why_not
-from .prefix import PrefixCache
+from .prefix import FrozenPrefix, PrefixCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Measure = dict[str, float | None]
 
 
 class Task:
@@ -30,7 +38,16 @@ class Task:
     called through a `Compiled` (compiled.py) when a step runs, not where the task is measured.
     """
 
-    def __init__(self, model, examples, pad_id, prefix=None, packing="off", bucketed=None, compiled=None):
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        examples: Sequence[Example],
+        pad_id: int,
+        prefix: FrozenPrefix | None = None,
+        packing: str = "off",
+        bucketed: bool | None = None,
+        compiled: Compiled | None = None,
+    ):
         check_one_kind(examples)  # now, not at the first step whose batch mixes them
         if packing not in PACKINGS:
             raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
@@ -47,7 +64,7 @@ class Task:
         own_loss.check(model, collate(examples[:1], self.pad_id, self.device))  # before a prefix skips its blocks
 
     @functools.cached_property
-    def buckets(self):
+    def buckets(self) -> Buckets:
         """The Buckets of the examples' rows."""
         several, sizes = _several(self.examples), []
         for example in self.examples:
@@ -56,12 +73,12 @@ class Task:
         return Buckets(sizes, getattr(self.model.config.get_text_config(), "max_position_embeddings", None))
 
     @functools.cached_property
-    def shares(self):
+    def shares(self) -> bool:
         """Whether options stand behind one prompt: decided when first asked, outside of any evaluation."""
         return _several(self.examples) and sharing_pays(self.examples) and self._packs(self.examples)
 
     @functools.cached_property
-    def joins(self):
+    def joins(self) -> bool:
         """Whether batches that gain by it become one row; decided as `shares` is."""
         if self.packing == "off":
             return False
@@ -73,14 +90,16 @@ class Task:
             warnings.warn(f"{type(self.model).__name__} runs without packed rows: {reason}", stacklevel=4)
         return reason is None
 
-    def settle(self):
+    def settle(self) -> tuple[bool, bool]:
         """Decide both now, on the scales as they are: a resumed run has to decide as the unbroken one did."""
         return self.shares, self.joins
 
     @functools.cached_property
-    def cache(self):
+    def cache(self) -> tuple[PrefixCache, list[int]]:
         """(PrefixCache, the first of its rows for each example)."""
-        rows, first_row = [], []
+        assert self.prefix is not None, "asked for with a prefix only"
+        rows: list[tuple[int, ...]] = []
+        first_row: list[int] = []
         several = _several(self.examples)
         for example in self.examples:
             first_row.append(len(rows))
@@ -93,7 +112,7 @@ class Task:
 
         return PrefixCache(self.prefix, rows, inputs), first_row
 
-    def indices(self, step, batch_size, seed):
+    def indices(self, step: int, batch_size: int, seed: int) -> list[int]:
         """The examples of a step (data.batch_indices)."""
         lengths, strata = self._lengths_and_strata
         return batch_indices(step, lengths, batch_size, seed, strata)
@@ -102,34 +121,34 @@ class Task:
     def _lengths_and_strata(self):
         return [len(example.ids) for example in self.examples], [example.label for example in self.examples]
 
-    def closure(self, indices, count):
+    def closure(self, indices: Sequence[int], count: int) -> Callable[[], torch.Tensor]:
         """A function that returns the loss of each of `count` evaluations over these examples, float32 [count].
 
         The batch and the prefix's states are made here, outside the perturbed forward that calls the function.
         """
         return functools.partial(self.losses, self.batch(indices, count), count)
 
-    def losses(self, batch, count):
+    def losses(self, batch: Batch, count: int) -> torch.Tensor:
         """The loss of each of `count` evaluations over a `batch`, float32 [count]."""
         with self._starting(batch):
             return losses(self.model, batch, count)
 
-    def compiled_losses(self, batch, count):
+    def compiled_losses(self, batch: Batch, count: int) -> torch.Tensor:
         """The same through the compiled body, if there is one."""
         with contextlib.nullcontext() if self.compiled is None else self.compiled.body():
             return self.losses(batch, count)
 
     @torch.no_grad()
-    def scores(self, batch_size=32):
+    def scores(self, batch_size: int = 32) -> torch.Tensor:
         """float32 [examples, options] of a task with options, in the order of the examples."""
-        parts = {}
+        parts: dict[int, torch.Tensor] = {}
         for indices in self._by_length(batch_size):
             batch = self.batch(indices, 1)
             with self._starting(batch):
                 parts.update(zip(indices, option_scores(self.model, batch), strict=True))
         return torch.stack([parts[i] for i in range(len(self.examples))])
 
-    def evaluate(self, batch_size=32):
+    def evaluate(self, batch_size: int = 32) -> Measure:
         """{"loss", "accuracy"}: mean over examples; accuracy is None for a task without options."""
         if self.examples[0].options is not None:
             return measure(self.scores(batch_size), self.labels())
@@ -139,7 +158,7 @@ class Task:
             count += len(indices)
         return {"loss": total / count, "accuracy": None}
 
-    def labels(self):
+    def labels(self) -> torch.Tensor:
         """int64 [examples]: the right option of each."""
         return torch.tensor([e.label for e in self.examples], device=self.device)
 
@@ -148,7 +167,7 @@ class Task:
         order = sorted(range(len(self.examples)), key=lambda i: (len(self.examples[i].ids), i))
         return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
-    def batch(self, indices, count):
+    def batch(self, indices: Sequence[int], count: int) -> Batch:
         """The batch of these examples for `count` evaluations, stacked; with the prefix's output as `states`."""
         examples = [self.examples[i] for i in indices]
         several = _several(examples)
@@ -184,6 +203,10 @@ class Task:
             return sum(label != IGNORED for label in example.labels[1:])
         return 0 if not several else (sum if self.shares else max)(map(len, example.options))
 
+    def rows(self, example: Example) -> list[tuple[int, ...]]:
+        """The rows of tokens that an example goes through the model as, if none are joined."""
+        return self._rows(example, _several(self.examples))
+
     def _rows(self, example, several):
         """The rows of tokens an example needs: its ids, or its options behind them in one row or a row each."""
         if not several:
@@ -191,13 +214,13 @@ class Task:
         return [row_of(example)] if self.shares else [example.ids + option for option in example.options]
 
 
-def measure(scores, label):
+def measure(scores: torch.Tensor, label: torch.Tensor) -> Measure:
     """{"loss", "accuracy"} of option scores [B, O] against labels [B]."""
     loss = torch.nn.functional.cross_entropy(scores.float(), label)
     return {"loss": float(loss), "accuracy": float((scores.argmax(1) == label).double().mean())}
 
 
-def fit_label_bias(scores, label):
+def fit_label_bias(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """The control: one additive bias per option that minimizes the cross entropy of the untouched model's scores.
 
     A tuned model has learned something about the inputs only where it beats this. Returns float32 [O], mean 0.
@@ -224,7 +247,7 @@ def _rows_of(model):
         return math.inf
 
 
-def check_tables(model, examples):
+def check_tables(model: "PreTrainedModel", examples: Sequence[Example]) -> None:
     """ValueError for a token or a place that the model has no row for: a GPU would end the process."""
     known, longest = _rows_of(model), 0
     for number, example in enumerate(examples, 1):

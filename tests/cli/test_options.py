@@ -15,6 +15,7 @@ from qzo.reports import inspect, models
 from qzo.reports.codes import CODES
 from qzo.reports.memory import Run
 from qzo.training import packing
+from qzo.training.settings import LEARNING_RATE_PER_DIRECTION, Settings
 from tests.support.paths import ROOT
 
 
@@ -31,6 +32,10 @@ def test_choices_are_those_of_the_modules():
     assert report_options.CONFIGS == tuple(models.shipped())
     assert report_options.KINDS == cases.KINDS
     assert (report_options.TOKENS, report_options.TEXT_TOKENS) == (Run.tokens, models.TEXT_TOKENS)
+    settings = Settings()
+    assert {name: getattr(settings, name) for name in options.DEFAULTS} == options.DEFAULTS
+    assert LEARNING_RATE_PER_DIRECTION == options.RATE
+    assert settings.text_eos is True
     assert inspect.EXAMPLES == report_options.SIGNAL_EXAMPLES
 
 

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import normalizers
 
 from qzo.cli.main import main
-from qzo.training.data import read_jsonl, tokenize
+from qzo.training.data import tokenize
+from qzo.training.records import read_records
 from tests.support import tiny, zoo
 from tests.training.test_data import CHAT, learned, words
 
@@ -14,33 +15,56 @@ from tests.training.test_data import CHAT, learned, words
 def named(tmp_path, record, tokenizer, **options):
     """What is said of a record on the fourth line of a file, the third of its examples."""
     path = tmp_path / "d.jsonl"
-    path.write_text('{"text": "a b"}\n\n{"text": "a b"}\n' + json.dumps(record) + "\n")
+    fine = '{"prompt": "a", "completion": " b"}'
+    path.write_text(f"{fine}\n\n{fine}\n{json.dumps(record)}\n")
     with pytest.raises(ValueError) as error:
-        tokenize(read_jsonl(path), tokenizer, **options)
+        tokenize(read_records(path), tokenizer, **options)
     start = f"{path}, line 4: "
     assert str(error.value).startswith(start)
     return str(error.value).removeprefix(start)
 
 
 HALF = "a \ud800 b"
+YES = {"role": "assistant", "content": "yes"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": HALF}}}]}
+WITH_TOOLS = (
+    "{% for t in tools or [] %}{{ t['name'] + ' ' }}{% endfor %}"
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] or '' }} "
+    "{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments'] | tojson }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
+
+
+HALVES = [
+    {"text": HALF},
+    {"prompt": HALF, "completion": "a"},
+    {"prompt": "a", "completion": HALF},
+    {"prompt": HALF, "options": ["a", "b"], "label": 0},
+    {"prompt": "a", "options": ["a", HALF], "label": 0},
+    {"prompt": "a", "options": ["a", HALF], "label": HALF},
+    {"instruction": HALF, "output": "a"},
+    {"instruction": "a", "input": HALF, "output": "a"},
+    {"instruction": "a", "output": HALF},
+]
+CHAT_HALVES = [
+    {"messages": [{"role": "user", "content": HALF}, {"role": "assistant", "content": "a"}]},
+    {"messages": [{"role": HALF, "content": "a"}, {"role": "assistant", "content": "a"}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": HALF}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}, YES]},
+    {"messages": [{"role": "user", "content": "a"}, CALL, YES]},
+    {"messages": [{"role": "user", "content": "a"}, YES], "tools": [{"name": HALF}]},
+    {"messages": [{"role": "user", "content": "a"}, YES], "tools": json.dumps([{"name": HALF}])},
+    {"conversations": [{"from": "human", "value": HALF}, {"from": "gpt", "value": "a"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": HALF}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": HALF},
+]
 
 
 @pytest.mark.parametrize(
-    "record",
-    [
-        {"text": HALF},
-        {"prompt": HALF, "completion": "a"},
-        {"prompt": "a", "completion": HALF},
-        {"prompt": HALF, "options": ["a", "b"], "label": 0},
-        {"prompt": "a", "options": ["a", HALF], "label": 0},
-        {"prompt": "a", "options": ["a", HALF], "label": HALF},
-        {"messages": [{"role": "user", "content": HALF}, {"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": HALF, "content": "a"}, {"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": HALF}]},
-    ],
+    ("record", "template"), [*((r, WITH_TOOLS) for r in HALVES + CHAT_HALVES), *((r, None) for r in HALVES)]
 )
-def test_half_a_surrogate_pair(tmp_path, record):
-    said = named(tmp_path, record, words())
+def test_half_a_surrogate_pair(tmp_path, record, template):
+    said = named(tmp_path, record, words(template=template))
     assert r"half of a surrogate pair, '\ud800' in '" in said
     assert said.isascii()
 
@@ -78,6 +102,21 @@ LONG = "a b " * 4
 )
 def test_a_line_that_cannot_be_learned(tmp_path, record, said):
     assert named(tmp_path, record, words("$A"), max_length=6).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"prompt": HALF, "completion": "a"}, {"prompt": "a", "completion": HALF}, {"instruction": HALF, "output": "a"}],
+)
+def test_half_a_surrogate_pair_for_an_encoder(tmp_path, record):
+    assert r"half of a surrogate pair, '\ud800' in '" in named(tmp_path, record, words(), encoder=True)
+
+
+def test_half_a_surrogate_pair_in_an_array(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{"text": "a b"}, {"text": HALF}]))
+    with pytest.raises(ValueError, match=r"d.json, record 2: a text has half of a surrogate pair"):
+        tokenize(read_records(path), words())
 
 
 def test_a_cut_that_leaves_nothing_to_predict():
@@ -126,8 +165,8 @@ def test_chats_that_no_template_can_give(tmp_path):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({**TURNS, "tools": '[{"name": "b"}]'}, "'tools' must be a list of objects, got str"),
-        ({**TURNS, "tools": ["b"]}, "'tools' must be a list of objects, got list"),
+        ({**TURNS, "tools": "[b]"}, "'tools' must be a list of objects, or the JSON text of one, got str '[b]'"),
+        ({**TURNS, "tools": ["b"]}, "'tools' must be a list of objects, or the JSON text of one, got list ['b']"),
         (
             {"prompt": "a", "completion": " b", "label": False},
             "'label' is false, and every completion is learned: leave",
@@ -143,7 +182,7 @@ def test_json_that_is_too_much(tmp_path, line):
     path = tmp_path / "d.jsonl"
     path.write_text(f'{{"text": "a b"}}\n{line}\n')
     with pytest.raises(ValueError, match=r"d.jsonl, line 2: not JSON \("):
-        read_jsonl(path)
+        read_records(path)
 
 
 def test_special_tokens_that_cannot_be_told(tmp_path):
@@ -158,7 +197,13 @@ def test_special_tokens_that_cannot_be_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("record", "what"),
-    [(TURNS, "the chat template refuses messages"), ({"text": HALF}, "a text has half of a surrogate pair")],
+    [
+        (TURNS, "the chat template refuses messages"),
+        ({"text": HALF}, "a text has half of a surrogate pair"),
+        ({"prompt": HALF, "completion": "a"}, "a text has half of a surrogate pair"),
+        ({"prompt": HALF, "options": ["a", "b"], "label": 0}, "a text has half of a surrogate pair"),
+        ({"messages": [{"role": "user", "content": 3}, YES]}, "messages[0]['content'] must be a string"),
+    ],
 )
 def test_the_command_line_says_it_in_one_line_and_writes_nothing(tmp_path, capsys, record, what):
     base = tiny.save_checkpoint(tmp_path / "base")

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qzo.training.data import IGNORED, Example, read_jsonl, tokenize
+from qzo.training.data import IGNORED, Example, tokenize
+from qzo.training.records import read_records
 from tests.support import tiny, zoo
 
 WORDS = ["<unk>", "<s>", "</s>", "<g>", "a", "b", "c", "yes", "no", "please", "assistant", "user", ":"]
@@ -71,11 +72,10 @@ def test_special_tokens_stand_once_around_the_whole(around, front, end):
     for text in (prompt, "a b"):
         choice = one(prompt=text, options=[" yes", " no please"], label=1)
         assert choice == Example(ids(prompt), options=(ids("yes"), ids("no please")), label=1)
-        assert (
-            one(text=f"{text} </s>" if end else text)
-            == one(text=text)
-            == Example(ids(f"{prompt} {end}"), labels=ids(f"{prompt} {end}"))
-        )
+        whole = Example(ids(f"{prompt} </s>"), labels=ids(f"{prompt} </s>"))
+        assert one(text=f"{text} </s>") == one(text=text) == whole
+        [bare] = tokenize([{"text": text}], tokenizer, text_eos=False)
+        assert bare == Example(ids(f"{prompt} {end}"), labels=ids(f"{prompt} {end}"))
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "yes"}]
     assert one(messages=turns) == learned("user : a b assistant :", "yes")
 
@@ -88,7 +88,11 @@ def test_a_tokenizer_without_eos_ends_a_completion_as_it_ends_a_text():
 
 def test_the_first_line_may_be_special_tokens_alone():
     records = [{"text": "<s> <s>"}, {"text": "<s> </s> a"}, {"text": "a b"}]
-    assert [e.ids for e in tokenize(records, words("<s> $A"))] == [ids("<s> <s>"), ids("<s> </s> a"), ids("<s> a b")]
+    assert [e.ids for e in tokenize(records, words("<s> $A"))] == [
+        ids("<s> <s> </s>"),
+        ids("<s> </s> a </s>"),
+        ids("<s> a b </s>"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,7 @@ def test_a_token_across_the_cut_is_learned_and_said_once(tmp_path):
         ],
     )
     with pytest.warns(UserWarning, match="a token holds the prompt's end and what follows it") as seen:
-        clean, space, word, split = tokenize(read_jsonl(path), tokenizer)
+        clean, space, word, split = tokenize(read_records(path), tokenizer)
     [said] = [str(w.message) for w in seen]
     assert said.startswith(f"in 2 of 4 lines of {path} a token holds")
     assert f"(the first: {path}, line 2)" in said

@@ -118,6 +118,9 @@ def test_texts_and_messages_are_as_the_tokenizer_gives_them(name):
     for prompt, completion in pairs():
         text = "yes no" + prompt
         [example], warned = quietly([{"text": text}], tokenizer)
+        assert list(example.ids) == opening(tokenizer) + bare(tokenizer, text) + ending(tokenizer)
+        assert example.labels == example.ids
+        [example], warned = quietly([{"text": text}], tokenizer, text_eos=False)
         assert list(example.ids) == tokenizer(text)["input_ids"]
         assert example.labels == example.ids
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion + "a"}]

@@ -159,7 +159,7 @@ def test_the_encoder_reads_the_prompt_and_the_decoder_the_completion(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "red"}, "learns from lines of prompt and completion; this one has text"),
+        ({"text": "red"}, "learns from lines of prompt and completion, .*; this one has text"),
         ({"prompt": "red", "options": ["warm", "cold"], "label": 0}, "learns from lines of prompt and completion"),
         ({"prompt": "red", "completion": "one two three four"}, "the completion has 5 tokens, max_length=4"),
         ({"prompt": "", "completion": "one"}, "the text '' has no tokens"),

@@ -79,7 +79,7 @@ def test_a_journal_says_how_batches_were_padded(loaded, tmp_path):
     assert "padding" not in read_journal(_journal(loaded, tmp_path / "cpu", False))[0]["recipe"]
     fit(loaded, tmp_path / "gpu", max_steps=1)
     for name, bucketed in (("cpu", True), ("gpu", False)):
-        with pytest.raises(qzo.JournalError, match=r"recipe.padding is .*as on a CUDA device"):
+        with pytest.raises(qzo.JournalError, match=r"its padding is .*as on a CUDA device"):
             fit(loaded, tmp_path / name, resume=True, bucketed=bucketed, max_steps=1)
 
 

@@ -1,0 +1,99 @@
+"""Settings out of range are refused by their own name, before anything is loaded."""
+
+import math
+
+import pytest
+
+from qzo.cli.main import main
+from qzo.optim.optimizer import QZO
+from qzo.training.settings import MOST_DIRECTIONS, PAPER, Settings
+from tests.support import small_layers, tiny
+
+WRONG = [
+    ({"max_steps": 0}, "max_steps=0: an int >= 1 is wanted"),
+    ({"max_steps": 1.5}, "max_steps=1.5: an int >= 1 is wanted"),
+    ({"batch_size": -1}, "batch_size=-1: an int >= 1 is wanted"),
+    ({"batch_size": True}, "batch_size=True: an int >= 1 is wanted"),
+    ({"max_length": "9"}, "max_length='9': an int >= 1 is wanted"),
+    ({"directions": 0}, "directions=0: an int from 1 to 65535 is wanted"),
+    ({"directions": 1 << 16}, "directions=65536: an int from 1 to 65535 is wanted"),
+    ({"directions": None}, "directions=None: an int from 1 to 65535 is wanted"),
+    ({"seed": 1 << 64}, "seed=18446744073709551616: an int of 64 bits, from -2**63 to 2**64 - 1 is wanted"),
+    ({"seed": -(1 << 63) - 1}, "seed=-9223372036854775809: an int of 64 bits"),
+    ({"seed": 0.5}, "seed=0.5: an int of 64 bits"),
+    ({"train_layers": 0}, "train_layers=0: an int >= 1 (or none: the whole model) is wanted"),
+    ({"eps": 5}, "eps=5.0: a number > 0 and <= 1, a part of each scale, is wanted"),
+    ({"eps": 0}, "eps=0.0: a number > 0 and <= 1, a part of each scale, is wanted"),
+    ({"eps": math.nan}, "eps=nan: a number > 0 and <= 1"),
+    ({"eps": 0, "relative": False}, "eps=0.0: a finite number > 0 is wanted"),
+    ({"eps": math.inf, "relative": False}, "eps=inf: a finite number > 0 is wanted"),
+    ({"eps": "small"}, "eps='small': a number is wanted"),
+    ({"clip": 0}, "clip=0.0: a number > 0 (inf: no clipping) is wanted"),
+    ({"clip": math.nan}, "clip=nan: a number > 0"),
+    ({"learning_rate": -1e-3}, "learning_rate=-0.001: a finite number >= 0 is wanted"),
+    ({"learning_rate": math.inf}, "learning_rate=inf: a finite number >= 0 is wanted"),
+    ({"learning_rate": "fast"}, "learning_rate='fast': a number is wanted"),
+    ({"floor": -1}, "floor=-1.0: a finite number >= 0 is wanted"),
+    ({"decay": math.nan}, "decay=nan: a finite number >= 0 is wanted"),
+    ({"max_cut": 1.5}, "max_cut=1.5: a share from 0 to 1 is wanted"),
+    ({"text_eos": "yes"}, "text_eos='yes': true or false is wanted"),
+    ({"relative": 1}, "relative=1: true or false is wanted"),
+    ({"noise": "pink"}, "noise='pink' is not a noise law"),
+    ({"sharing": "column"}, "sharing='column': "),
+    ({"sharing": "row", "relative": False}, "sharing='row' scales a whole output row"),
+    ({"large_rows": "all"}, "large_rows='all': "),
+    ({"packing": "on"}, "packing='on': known are off, auto"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), WRONG, ids=[said.partition(":")[0] for _, said in WRONG])
+def test_a_value_out_of_range_is_named(given, said):
+    with pytest.raises(ValueError) as error:
+        Settings(**given)
+    assert str(error.value).startswith(said)
+
+
+def test_the_ends_of_the_ranges_are_in():
+    for given in (
+        {"eps": 1},
+        {"eps": "1e-2"},
+        {"eps": 5, "relative": False},
+        {"clip": math.inf},
+        {"learning_rate": 0},
+        {"seed": (1 << 64) - 1},
+        {"seed": -(1 << 63)},
+        {"max_cut": 0},
+        {"max_cut": 1},
+        {"floor": 0},
+    ):
+        settings = Settings(**given)
+        [name, *_], [value, *_] = given, given.values()
+        assert getattr(settings, name) == (value if name == "seed" else float(value))
+    assert Settings().learning_rate == 4 * 2e-2
+    assert Settings(**PAPER).learning_rate == 1e-7
+
+
+def test_the_most_directions_are_those_of_the_optimizer():
+    assert Settings(directions=MOST_DIRECTIONS).directions == MOST_DIRECTIONS
+    QZO(small_layers.block(), 0.1, directions=MOST_DIRECTIONS)
+    with pytest.raises(ValueError, match="directions=65536"):
+        QZO(small_layers.block(), 0.1, directions=MOST_DIRECTIONS + 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--eps", "5", "eps=5.0: a number > 0 and <= 1"),
+        ("--directions", "70000", "directions=70000: an int from 1 to 65535"),
+        ("--seed", str(1 << 64), "seed="),
+        ("--clip", "0", "clip=0.0"),
+        ("--learning-rate", "nan", "learning_rate=nan"),
+        ("--max-cut", "2", "max_cut=2.0"),
+    ],
+)
+def test_the_command_line_refuses_before_it_reads_anything(tmp_path, capsys, option, value, said):
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.RECORDS)
+    line = ["train", "--model", "no/such/model", "--data", str(data), "--output-dir", str(tmp_path / "out")]
+    assert main([*line, option, value]) == 2
+    assert capsys.readouterr().err.startswith(f"qzo train: {said}")
+    assert not (tmp_path / "out").exists()
