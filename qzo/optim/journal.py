@@ -205,8 +205,8 @@ def _other_layers(old, new):
         if name not in old:
             return f"{name} trains here, which did not in its run"
         if old[name][1:] != new[name][1:]:
-            groups, outputs, mine, others = *old[name][1:], *new[name][1:]
-            return f"{name} has {outputs} rows of {groups} scales there, {others} of {mine} here"
+            (_, there, rows_there), (_, here, rows_here) = old[name], new[name]
+            return f"{name} has {rows_there} rows of {there} scales there, {rows_here} of {here} here"
     return "its layers lie in another order"
 
 

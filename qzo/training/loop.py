@@ -71,7 +71,8 @@ def fit(task: Task, settings: Settings, out: str | Path, resume: bool = False, s
     task.settle()
     if settings.large_rows == "auto":
         settings.large_rows = _settle_large_rows(task, settings, out / "journal.qzo" if resume else None, show)
-    optimizer = _optimizer(task, settings, out / "journal.qzo", resume)
+    planned = planned_steps(settings, out / "journal.qzo" if resume else None)
+    optimizer = _optimizer(task, settings, out / "journal.qzo", resume, planned)
     start = optimizer.param_groups[0]["step"]
     try:
         with (
@@ -79,7 +80,7 @@ def fit(task: Task, settings: Settings, out: str | Path, resume: bool = False, s
             Metrics(out / "metrics.jsonl", start) as metrics,
             Progress(settings.max_steps, start, show) as progress,
         ):
-            for line in _steps(task, settings, optimizer):
+            for line in _steps(task, settings, optimizer, planned):
                 metrics.write(json.dumps(finite(line)) + "\n")
                 metrics.flush()
                 progress.step(line)
@@ -90,7 +91,7 @@ def fit(task: Task, settings: Settings, out: str | Path, resume: bool = False, s
     return start
 
 
-def _optimizer(task, settings, journal, resume):
+def _optimizer(task, settings, journal, resume, planned):
     """The QZO of a run, its model where the journal left it."""
     return QZO(
         task.model,
@@ -105,34 +106,54 @@ def _optimizer(task, settings, journal, resume):
         journal=journal,
         resume=resume,
         floor=settings.floor,
-        recipe=recipe(task, settings),
+        recipe=recipe(task, settings, planned),
         large_rows=settings.large_rows,
         paired=not settings.sequential,
         cuda_graph=settings.cuda_graph,
     )
 
 
-def schedule(optimizer: QZO, settings: Settings) -> LambdaLR:
+def planned_steps(settings: Settings, journal: Path | None) -> int:
+    """The steps that a run began with: settings.max_steps, or fewer where the journal of one that goes on says so.
+
+    A run may be extended: the steps beyond those it began with have its last learning rate.
+    """
+    found = read(journal) if journal is not None and journal.exists() else None
+    began = settings.max_steps if found is None else found[0].get("recipe", {}).get("max_steps", settings.max_steps)
+    if found is not None and len(found[1]) > settings.max_steps:
+        raise ValueError(
+            f"max_steps={settings.max_steps}: {journal} has {len(found[1])} steps already; give as many or more "
+            "(qzo replay --until rebuilds the model as it was before)"
+        )
+    return min(began, settings.max_steps)  # fewer than those are another run's, which the journal's header says
+
+
+def schedule(optimizer: QZO, settings: Settings, planned: int | None = None) -> LambdaLR:
     """The learning rates of a run: linear from learning_rate to decay times it, from the optimizer's step on.
+
+    planned: steps until the last rate is reached, which stays; None: all of settings.max_steps.
 
     LambdaLR, as its rate at a step is one product, whatever steps came before in this process: a resumed run has the
     unbroken one's bits. LinearLR multiplies the rate of the step before, which rounds otherwise.
     """
     group = optimizer.param_groups[0]
     group.setdefault("initial_lr", settings.learning_rate)
-    return LambdaLR(
-        optimizer, lambda step: 1 - (1 - settings.decay) * step / settings.max_steps, last_epoch=group["step"] - 1
-    )
+    steps = planned or settings.max_steps
+
+    def factor(step):
+        return 1 - (1 - settings.decay) * min(step, steps) / steps
+
+    return LambdaLR(optimizer, factor, last_epoch=group["step"] - 1)
 
 
-def _steps(task, settings, optimizer):
+def _steps(task, settings, optimizer, planned):
     """Make the steps that are left; yields a line of metrics after each."""
     at_once = 1 if settings.sequential else 2 * settings.directions
 
     def losses(batch):  # one object for all steps: a captured step is found by it
         return task.compiled_losses(batch, at_once)
 
-    rates = schedule(optimizer, settings)
+    rates = schedule(optimizer, settings, planned)
     for step in range(optimizer.param_groups[0]["step"], settings.max_steps):
         begun = time.perf_counter()
         indices, [rate] = task.indices(step, settings.batch_size, settings.seed), rates.get_last_lr()
@@ -171,15 +192,20 @@ def _settle_large_rows(task, settings, journal, show):
     return value
 
 
-def recipe(task: Task, settings: Settings) -> dict[str, Any]:
+def recipe(task: Task, settings: Settings, planned: int) -> dict[str, Any]:
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
     digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
-    kept = ("max_steps", "batch_size", "learning_rate", "decay", "train_layers", "max_length", "sequential", "packing")
+    kept = ("batch_size", "learning_rate", "decay", "train_layers", "max_length", "sequential", "packing")
     bits: dict[str, Any] = {"padding": BUCKETS} if task.bucketed else {}
     bits["large_rows"] = many_rows.NAMES.get(settings.large_rows, settings.large_rows)
     if settings.compile:
         bits["compile"] = True
-    return {**{name: getattr(settings, name) for name in kept}, "data": "sha256:" + digest, **bits}
+    return {
+        "max_steps": planned,
+        **{name: getattr(settings, name) for name in kept},
+        "data": "sha256:" + digest,
+        **bits,
+    }
 
 
 def build_task(

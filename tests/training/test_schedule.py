@@ -1,5 +1,6 @@
 """The learning rates of torch's scheduler: bit for bit those of the formula that journals were written by."""
 
+import copy
 import json
 
 import pytest
@@ -69,3 +70,32 @@ def test_a_run_and_one_that_goes_on_have_these_rates_and_one_journal(tmp_path):
     (tmp_path / "cut" / "journal.qzo").write_bytes(whole[1][: -5 * 2 * RECORD_BYTES])
     (tmp_path / "cut" / "metrics.jsonl").write_text((tmp_path / "whole" / "metrics.jsonl").read_text())
     assert run("cut", resume=True) == whole
+
+
+def test_a_run_that_is_extended_goes_on_at_its_last_rate(tmp_path):
+    """The first steps have the bits of the run as it began, whether it had ended or was killed; others follow."""
+    base = qzo.from_pretrained(tiny.save_checkpoint(tmp_path / "base"), group_size=32, device="cpu")
+    tokenizer = qzo.load_tokenizer(tmp_path / "base")
+
+    def run(name, steps, resume=False):
+        model = copy.deepcopy(base)
+        settings = Settings(max_steps=steps, batch_size=2, directions=1, learning_rate=0.1)
+        task = build_task(model, tiny.RECORDS, tokenizer, settings, choose_layers(model, None))
+        fit(task, settings, tmp_path / name, resume=resume, show=False)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["lr"] for line in lines], (tmp_path / name / "journal.qzo").read_bytes()
+
+    short, journal = run("out", 4)
+    long, extended = run("out", 7, resume=True)
+    assert long[:4] == short
+    assert long[4:] == [pytest.approx(0.01)] * 3
+    assert extended[: len(journal)] == journal
+    assert len(extended) == len(journal) + 3 * RECORD_BYTES
+    (tmp_path / "out/journal.qzo").write_bytes(extended[: -RECORD_BYTES * 5])  # as if killed in its second step
+    assert run("out", 7, resume=True) == (long, extended)
+    with pytest.raises(ValueError, match=r"max_steps=4: .*has 7 steps already"):
+        run("out", 4, resume=True)
+    run("other", 4)
+    (tmp_path / "other/journal.qzo").write_bytes(journal[: -RECORD_BYTES * 2])
+    with pytest.raises(qzo.JournalError, match="its max_steps is 4, this run's is 3"):
+        run("other", 3, resume=True)
