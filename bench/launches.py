@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels import codes, dequantize, folded, noise, perturb, plan, qmm, tiles, update, vectors
+from ..kernels import codes, constants, dequantize, folded, noise, perturb, plan, qmm, tiles, update, vectors
+from ..kernels.constants import WIDE_FROM, Constants
 from ..kernels.operands import Perturbation, Weight
 from . import cases
 
@@ -55,17 +56,9 @@ def _weight(kind, n, k, group, dtype, zeros="none", bias=False, wide=False):
         more["codebooks"] = _meta(form.books, 1 << form.bits, vectors.LENGTH, dtype=dtype)
     else:
         words = _meta(*codes.plane_shape(n, k, form.bits), dtype=torch.int16)
-    return Weight(
-        words,
-        _meta(-(-groups // 4), n, 4),
-        k,
-        group,
-        None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
-        _meta(n, dtype=dtype) if bias else None,
-        plan.WIDE_FROM if wide else 0,
-        *(form.bits, form.table),
-        **more,
-    )
+    points = None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros])
+    return Weight(words, _meta(-(-groups // 4), n, 4), k, group, points, _meta(n, dtype=dtype) if bias else None,
+                  WIDE_FROM if wide else 0, form.bits, form.table, **more)
 
 
 def _perturbation(law, relative=True, shared=False, pair=False):
@@ -112,27 +105,36 @@ class Launch:
     stages: int
     registers: int | None  # most that a thread may hold; None: the compiler's choice
 
+    def known(self):
+        """What the kernel knows at compile time, by name: its record's fields, or its arguments."""
+        found = {self.signature[i][0]: value for i, value in self.constants}
+        return found.pop("C")._asdict() | found if "C" in found else found
+
     def constant(self, name):
-        return dict(self.constants)[[n for n, _ in self.signature].index(name)]
+        return self.known()[name]
+
+    @property
+    def looks_up(self):
+        """Whether codes stand for entries of a table or of codebooks."""
+        return any(self.known().get("TEXTS", ()))
 
     def __str__(self):
-        names = [name for name, _ in self.signature]
-        held = {names[i]: value for i, value in self.constants}
-        held.pop("ROUNDS_", None)
+        held = self.known()
+        if self.kernel == "dequantize":
+            held = {k: v for k, v in held.items() if v != Constants._field_defaults[k]} | {"TEXTS": self.looks_up}
         if self.kernel not in ("qmm", "folded"):
-            held |= {name: bool(held[name]) for name in ("HEAD", "STEP", "TABLE", "LAST") if name in held}
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
-        group = "row" if held.get("WHOLE_ROW") else held["GROUP"]
-        members = held.get("MEMBERS", 1)
-        flags = [f for f in FLAGS if held.get(f)] + [f"{members} members"] * (members > 1)
-        zeros = {plan.ZERO_INTEGER: ["ZERO_INTEGER"], plan.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
+        group = "row" if held["WHOLE_ROW"] else held["GROUP"]
+        members = held["MEMBERS"]
+        flags = [f for f in FLAGS if held[f]] + [f"{members} members"] * (members > 1)
+        zeros = [f"zero_{name}" for name, kind in ZEROS.items() if kind and constants.ZEROS[kind] == held["ZERO"]]
         types = dict(self.signature)
         bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
-        if held.get("BOOKS"):
+        if held["BOOKS"]:
             bits = f"{held['BOOKS']}x{held['BITS']} "
-        elif held["TABLE"]:
-            bits = "exact table " if held.get("PASSES", 1) > 1 else "table "
+        elif self.looks_up:
+            bits = "exact table " if held["PASSES"] > 1 else "table "
         return (
             f"{self.arch} {self.kernel} {held['BM']}x{held['BN']} w{self.warps} s{self.stages} {types['x_ptr'][1:]} "
             f"{bits}g{group} {law} {' '.join(flags + zeros).lower()}"
@@ -264,7 +266,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
                 _meta(1, dtype=torch.int64),
                 _meta(1),
                 _meta(4096, 4, dtype=torch.float16),
-                base4=plan.WIDE_FROM if wide else 0,
+                base4=WIDE_FROM if wide else 0,
                 law=noise.LAWS[law],
                 relative=relative,
             )
@@ -272,7 +274,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
                 _meta(1, 4096, 4),
                 _meta(2, dtype=torch.int64),
                 _meta(2),
-                base4=plan.WIDE_FROM if wide else 0,
+                base4=WIDE_FROM if wide else 0,
                 law=noise.LAWS[law],
                 relative=relative,
                 floor=0.0,
@@ -280,10 +282,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
         for law in laws:
             update.launch(
                 *(_meta(1, 4096, 4), _meta(2, dtype=torch.int64), _meta(2)),
-                base4=0,
-                law=noise.LAWS[law],
-                relative=True,
-                floor=0.0,
+                **dict(base4=0, law=noise.LAWS[law], relative=True, floor=0.0),
                 layers=_meta(3, 3, dtype=torch.int64),
             )
     return launches

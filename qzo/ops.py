@@ -185,8 +185,9 @@ def _fused(x, weight, perturbation, choice, others=()):
     """One launch for x [rows, K] by a weight, and by others with the same tile."""
     m, arch = len(x), _architecture(x.device)
     pdl = choice.overlap and m // len(perturbation) <= tiles.OVERLAP_UP_TO and plan.overlaps(arch)
-    return _Fused(plan.Plan(weight, perturbation, m, x.dtype, tile=_tile(x, weight, perturbation, choice), pdl=pdl,
-                            asm=arch.startswith("sm_"), exact=choice.tables == "exact", others=others))
+    options = plan.Options(_tile(x, weight, perturbation, choice), asm=arch.startswith("sm_"), pdl=pdl,
+                           exact=choice.tables == "exact")
+    return _Fused(plan.Plan(weight, perturbation, m, x.dtype, options, others))
 
 
 class _Fused:

@@ -15,7 +15,7 @@ PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.gl
                   *ROOT.glob("qzo/formats/*.py")])
 LAYERS = [   # a module may import its own layer's elders and everything above it
     {"kernels.noise", "kernels.codes", "kernels.tiles", "kernels.operands"},
-    {"kernels.table", "kernels.vectors", "kernels.scales"}, {"kernels.lookup"},
+    {"kernels.table", "kernels.vectors", "kernels.scales", "kernels.constants"}, {"kernels.lookup"},
     {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.plan"},
     {"kernels.dequantize", "kernels.folded", "kernels.perturb"}, {"checks"},
     {"weights", "evaluations", "journal", "disk", "ops", "oom", "heap", "arena", "siblings", "experts", "formats",
