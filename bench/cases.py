@@ -54,7 +54,7 @@ class Codes:
 
     @property
     def lookup(self):
-        """As tiles.pick takes it."""
+        """As tiles.Problem takes it."""
         if self.books:
             return "vectors" if words_of(self.books, self.bits) <= 2 else "long vectors"
         return None if self.table is None else "table"

@@ -207,12 +207,9 @@ def _meta(*shape, dtype=torch.float32):
 def matmul(case):
     """The launches of one matmul with two evaluations, as qzo.ops makes them."""
     weight = _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros, case.bias, case.wide)
-    kind, exact = CODES[case.codes], case.codes.endswith("-exact")
+    exact = case.codes.endswith("-exact")
     pick = tiles.pick_folded if case.folded else tiles.pick
-    lookup = "exact" if exact else kind.lookup
-    tile = case.tile or pick(
-        case.rows, case.n, case.k, weight.group, case.dtype, case.arch, ZEROS[case.zeros], kind.bits, lookup
-    )
+    tile = case.tile or pick(tiles.Problem.of(case.rows, weight, case.dtype, case.arch, exact))
     operands = (
         _meta(2 * case.rows, case.k, dtype=case.dtype),
         weight,

@@ -68,7 +68,7 @@ class Constants(typing.NamedTuple):
 def of_operands(weight, perturbation, lookup, asm):
     """The fields that a kernel's C has of its Weight and Perturbation, whatever it does with them, as a dict.
 
-    lookup: the fields of lookup.lookups; asm: whether inline PTX may unpack.
+    lookup: the fields of the form's `lookup`; asm: whether inline PTX may unpack.
     """
     whole_row = weight.group not in GROUPS or weight.group == weight.in_features
     group = TILE_K if whole_row else weight.group

@@ -12,14 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .codes import TILE_K, middle, unpack_planes, word_pointers
+from .codes import TILE_K, middle, word_pointers
 from .constants import Constants, of_operands
-from .lookup import load_planes, lookups
+from .forms import load_planes
 from .noise import NO_NOISE, NONE, quad_noise, raw_noise
 from .qmm_torch import perturb_torch
 from .scales import load_pair, perturb
-from .table import table_entries
-from .vectors import order, vector_rows
+from .vectors import order
 
 SCRATCH_BYTES = 32 << 20
 BLOCK = 32                   # output rows of a program
@@ -101,7 +100,7 @@ def launch(weight, perturbation, w, *, e, start, asm, exact=False):
     """Fill w [rows, K] with output rows start .. start + rows under evaluation e. exact: as in plan.Options."""
     rows, k = w.shape
     count = triton.cdiv(k, TILE_K)
-    entries, lookup = lookups(_dequantize_kernel, weight.scales, w.dtype, weight.table, exact, weight.codebooks)
+    entries, lookup = weight.form.lookup(_dequantize_kernel, w.dtype, exact, weight.scales)
     constants = Constants(BN=BLOCK, **of_operands(weight, perturbation, lookup, asm and w.dtype != torch.float32))
     _dequantize_kernel[(triton.cdiv(rows, BLOCK), triton.cdiv(count, constants.PERIOD))](
         codes_ptr=weight.codes, scales_ptr=weight.scales,
@@ -111,7 +110,7 @@ def launch(weight, perturbation, w, *, e, start, asm, exact=False):
 
 
 def dequantize_torch(weight, perturbation, w, *, e, start, exact=False):
-    """Twin of launch, on any device; the same bits for the integer laws."""
+    """Reference implementation of launch, on any device; the same bits for the integer laws."""
     rows, k = w.shape
     part = slice(start, start + rows)
     codes, n, shared = weight.codes, weight.out_features, perturbation.shared
@@ -124,12 +123,7 @@ def dequantize_torch(weight, perturbation, w, *, e, start, exact=False):
             raw = raw[:, :, :1].expand_as(raw)
         p = perturb_torch(p, raw, perturbation.coefs[e], perturbation.relative)
     p = p.permute(1, 0, 2).reshape(rows, -1)[:, :weight.groups]
-    if weight.codebooks is not None:
-        units = vector_rows(codes, k, start, start + rows, weight.codebooks.float(), w.dtype)
-    elif weight.table is not None:
-        units = table_entries(codes, k, start, start + rows, weight.table, w.dtype, exact)
-    else:
-        units = unpack_planes(codes[:, part], k, weight.bits).to(torch.float32).sub_(middle(weight.bits))
+    units = weight.form.decode(codes, k, start, start + rows, w.dtype, exact)
     units = units.view(rows, -1, weight.group)
     if weight.zeros is not None:
         units = units - (weight.zeros[:, part].to(torch.float32) - middle(weight.bits)).T.unsqueeze(2)

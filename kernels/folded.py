@@ -6,7 +6,8 @@ qmm.py multiplies by p in the accumulator, exactly, and waits for the tensor cor
 weight is rounded once to x's type, one accumulator runs through all of K, and nothing in the loop reads it: the
 unpacking of one tile runs beside the products of the one before. It pays from about 128 rows per evaluation.
 
-The arithmetic, which the torch twin has bit for bit (high and low in x's type, of H significant bits, 11 or 8):
+The arithmetic, bit for bit that of the reference implementation (high and low in x's type, of H significant bits, 11
+or 8):
 
     P = round(256 p) to B bits, half away from zero        B = H + 1 + max(1, H - bits of c)
     high = P in x's type,  low = P - high in x's type
@@ -34,14 +35,13 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .codes import TILE_K, centred_codes, middle
+from .codes import TILE_K, middle
 from .constants import INTEGER_ZEROS, Constants, of_operands
-from .lookup import join_dots, load_planes, lookups
+from .forms import join_dots, load_planes
 from .noise import NO_NOISE, NONE, quad_noise, raw_noise
 from .plan import lanes
 from .qmm_torch import chunk_rows, perturb_torch
 from .scales import factor, load_pair, perturb
-from .table import table_entries
 
 LIFT = 256.0
 _LIFT = tl.constexpr(LIFT)
@@ -238,10 +238,10 @@ def supports(weight, dtype, exact=False):
             and weight.zero_type in (None, torch.uint8) and not exact and weight.codebooks is None)
 
 
-def kept(dtype, bits, table=None):
+def kept(dtype, form):
     """B of the module's docstring."""
     significant = SIGNIFICANT[dtype]
-    return significant + 1 + max(1, significant - (bits if table is None else significant))
+    return significant + 1 + max(1, significant - form.significant(significant))
 
 
 def launch(x, weight, perturbation, y, *, tile, asm):
@@ -257,10 +257,10 @@ def launch(x, weight, perturbation, y, *, tile, asm):
                          f"the folded form takes float16 or bfloat16 x, groups of {tiles.GROUPS} below K, and uint8 "
                          "zero points or none; use plan.launch")
     rows = m if law == NONE else m // len(perturbation)       # without noise all rows are one block
-    entries, lookup = lookups(_folded_kernel, weight.scales, x.dtype, weight.table, False, None)
+    entries, lookup = weight.form.lookup(_folded_kernel, x.dtype, False, weight.scales)
     constants = Constants(
         BM=tile.rows, BN=tile.outputs, LANES=lanes(tile), DEEP=tile.deep, DEPTH=TILE_K if tile.deep else 32,
-        MASK_K=k % TILE_K != 0, BIAS=weight.bias is not None, KEPT=kept(x.dtype, weight.bits, weight.table),
+        MASK_K=k % TILE_K != 0, BIAS=weight.bias is not None, KEPT=kept(x.dtype, weight.form),
         **of_operands(weight, perturbation, lookup, asm))
     limit = {"maxnreg": tile.registers} if tile.registers else {}       # an option that AMD's compiler lacks
     _folded_kernel[(triton.cdiv(n, tile.outputs), m // rows * triton.cdiv(rows, tile.rows))](
@@ -272,11 +272,11 @@ def launch(x, weight, perturbation, y, *, tile, asm):
         enable_fp_fusion=False, **limit)
 
 
-# ------------------------------------------------------------------------------------------------ torch twin
+# ------------------------------------------------------------------------------------------ reference implementation
 
-def folded_weight(c, p, dtype, bits, table=None):
+def folded_weight(c, p, dtype, form):
     """w of the module's docstring: `dtype` [N, K], from float32 c [N, G, group] and p [N, G]; 256 times the weight."""
-    drop = 24 - kept(dtype, bits, table)
+    drop = 24 - kept(dtype, form)
     word = (p * LIFT).view(torch.int32) + (1 << drop - 1)
     p = (word & -(1 << drop)).view(torch.float32).unsqueeze(2)
     high = p.to(dtype).float()
@@ -286,19 +286,16 @@ def folded_weight(c, p, dtype, bits, table=None):
 
 def folded_torch(x, weight, perturbation, y):
     """Fill y [E*R, N] as launch does, on any device, codes in planes or rows: the same weights, sums in float32."""
-    k, law, scales, bits = x.shape[1], perturbation.law, weight.scales, weight.bits
+    k, law, scales = x.shape[1], perturbation.law, weight.scales
     n, count = y.shape[1], 1 if law == NONE else len(perturbation)
     step = chunk_rows(n, k)
     quads = torch.arange(scales.shape[0], device=x.device)[:, None] * n
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
-        if weight.table is not None:
-            c = table_entries(weight.codes, k, part.start, part.stop, weight.table, x.dtype)
-        else:
-            c = centred_codes(weight.codes, k, part.start, part.stop, bits)
+        c = weight.form.decode(weight.codes, k, part.start, part.stop, x.dtype)
         c = c.view(len(c), -1, weight.group)
         if weight.zeros is not None:
-            c = c - (weight.zeros[:, part].to(torch.float32) - middle(bits)).T.unsqueeze(2)
+            c = c - (weight.zeros[:, part].to(torch.float32) - middle(weight.bits)).T.unsqueeze(2)
         at = weight.base4 + quads + torch.arange(part.start, part.stop, device=x.device)
         for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
             p, factor, coef = scales[:, part], 1 / LIFT, perturbation.coefs[e]
@@ -308,5 +305,5 @@ def folded_torch(x, weight, perturbation, y):
             elif law != NONE:
                 p = perturb_torch(p, raw_noise(law, perturbation.seeds[e], at), coef, perturbation.relative)
             p = p.permute(1, 0, 2).reshape(len(c), -1)[:, :weight.groups]
-            product = rows.float() @ folded_weight(c, p, x.dtype, bits, weight.table).float().T * factor
+            product = rows.float() @ folded_weight(c, p, x.dtype, weight.form).float().T * factor
             out[:, part] = product if weight.bias is None else product + weight.bias[part]

@@ -32,7 +32,7 @@ SEED_ROUNDS = 10      # of the step seeds
 UNITS = {NONE: 1.0, RADEMACHER: 1.0, IH4: 1.0 / math.sqrt((256**2 - 1) / 3), GAUSSIAN: 1.0}
 RAW_BITS = {RADEMACHER: 1, IH4: 9}   # bits of the largest |k|
 RAW_BYTES = 72                       # raw_noise holds of a quad while it works: its values and seven int64 temporaries
-BLOCK_QUADS = 16384                  # the torch twin never holds the noise of more than 4 * this many scales
+BLOCK_QUADS = 16384                  # the reference in torch never holds the noise of more than 4 * this many scales
 
 MASK = 0xFFFFFFFF
 MULTIPLIER_A, MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
@@ -64,7 +64,7 @@ def check_sharing(sharing, relative):
                          "sharing='group'")
 
 
-# ------------------------------------------------------------------------------------------------ torch twin
+# ------------------------------------------------------------------------------------------ reference implementation
 
 def philox4x32(counter, key, rounds):
     """Philox4x32. counter: four int64 tensors (or ints) of 32-bit words; key: two (ints or tensors that broadcast).
@@ -144,7 +144,7 @@ def raw_noise(law, seeds, quads):
 
 
 def noise(law, seed, index):
-    """z at global scale indices: the torch twin of what every kernel regenerates.
+    """z at global scale indices: the reference implementation of what every kernel regenerates.
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ def scratch_bytes(quads):
 
 
 def perturb_codebooks_torch(values, seed, coef, out, *, base4, law, relative):
-    """Twin of launch, on any device; the same bits for the integer laws."""
+    """Reference implementation of launch, on any device; the same bits for the integer laws."""
     for start in range(0, len(values), BLOCK_QUADS):
         some = values[start:start + BLOCK_QUADS]
         quads = torch.arange(base4 + start, base4 + start + len(some), device=values.device)

@@ -12,7 +12,6 @@ import triton
 from . import tiles
 from .codes import TILE_K
 from .constants import Constants, is_wide, of_operands
-from .lookup import lookups
 from .noise import NONE
 from .qmm import _group_sums_kernel, _qmm_kernel, gdc_wait
 
@@ -37,7 +36,7 @@ class Options:
 
 def constants(weight, perturbation, rows, options, lookup, members=1):
     """The kernel's Constants for so many rows of an evaluation; members: weights of one launch, which have the same
-    ones; lookup: the fields of lookup.lookups.
+    ones; lookup: the fields of the form's `lookup`.
 
     A pair that one tile cannot hold takes two tiles' rows: the product of one row has the same bits in either.
     """
@@ -82,10 +81,11 @@ def split_count(tile, k, group):
     return -(-count // per_split), per_split
 
 
-def scratch_bytes(m, n, k, group, tile, zeros):
-    """Bytes that a launch holds for a while beside x [m, k] and y [m, n]; zeros: dtype of the zero points or None."""
-    splits = split_count(tile, k, group)[0]
-    return (4 * splits * m * n if splits > 1 else 0) + (4 * (k // group) * m if zeros == torch.float32 else 0)
+def scratch_bytes(m, weight, tile):
+    """Bytes that a launch holds for a while beside x [m, K] and y [m, N]."""
+    splits = split_count(tile, weight.in_features, weight.group)[0]
+    sums = 4 * weight.groups * m if weight.zero_type == torch.float32 else 0
+    return sums + (4 * splits * m * weight.out_features if splits > 1 else 0)
 
 
 def overlaps(arch):
@@ -109,7 +109,7 @@ class Plan:
     def __init__(self, weight, perturbation, m, dtype, options, others=()):
         members, tile, k, law = (weight, *others), options.tile, weight.in_features, perturbation.law
         rows = m if law == NONE else m // len(perturbation)     # without noise all rows are one block
-        entries, lookup = lookups(_qmm_kernel, weight.scales, dtype, weight.table, options.exact, weight.codebooks)
+        entries, lookup = weight.form.lookup(_qmm_kernel, dtype, options.exact, weight.scales)
         if dtype == torch.float32:
             options = dataclasses.replace(options, asm=False)
         self.constants = made = constants(weight, perturbation, rows, options, lookup, len(members))

@@ -39,7 +39,7 @@ import triton.language as tl
 
 from .codes import word_pointers
 from .constants import FLOAT_ZEROS, INTEGER_ZEROS
-from .lookup import join_dots, load_planes
+from .forms import join_dots, load_planes
 from .noise import NO_NOISE, drop_noise, hold_none, quad_noise
 from .scales import (
     coefs_of_lanes,

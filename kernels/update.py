@@ -121,7 +121,7 @@ def _update_rows_torch(scales, first, seeds, coefs, law, floor):
 
 
 def _project_torch(s, new, floor):
-    """Twin of _project."""
+    """_project in torch."""
     negative = torch.signbit(s)
     size = torch.where(negative, -new, new).clamp_(min=floor)
     return torch.where((s == 0) | new.isnan(), s, torch.where(negative, -size, size))

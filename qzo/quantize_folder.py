@@ -120,7 +120,7 @@ def quantize_folder(path_or_id, out, *, bits=4, group_size=None, symmetric=True,
         export(model, out, format)
         return {"layers": len(layers(model)), **result, "error": None}
     zeros = None if symmetric or table is not None else torch.uint8
-    shapes = {name: PackedWeight.on_meta(m.out_features, m.in_features, check_group_size(group_size, m.in_features),
+    shapes = {name: PackedWeight.on_meta((m.out_features, m.in_features), check_group_size(group_size, m.in_features),
                                          bits, zeros, table=entries) for name, m in linears.items()}
     warn_left(places.keys() - wanted.keys(), model, path)
     dense_names = wanted.keys() - {f"{name}.weight" for name in linears}

@@ -51,7 +51,7 @@ def test_every_kernel_is_compiled(compiled, arch):
     every = {"qmm", "folded", "dequantize", "update", "update_rows", "perturb"}
     assert {kernel for kernel, _ in names} == every | paired
     wanted = {
-        tiles.pick(rows, 4096, 4096, 128, sass.launches.torch.bfloat16, arch)
+        tiles.pick(tiles.Problem(rows, 4096, 4096, 128, sass.launches.torch.bfloat16, arch))
         for rows in (1, 16, 32, 64, 128, 512, 8192)
     }
     assert {f"{tile.rows}x{tile.outputs}" for tile in wanted} <= {

@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("qzo/*.py"),
                   *ROOT.glob("qzo/formats/*.py")])
 LAYERS = [   # a module may import its own layer's elders and everything above it
-    {"kernels.noise", "kernels.codes", "kernels.tiles", "kernels.operands"},
-    {"kernels.table", "kernels.vectors", "kernels.scales", "kernels.constants"}, {"kernels.lookup"},
+    {"kernels.noise", "kernels.codes", "kernels.tiles"},
+    {"kernels.table", "kernels.vectors", "kernels.scales", "kernels.constants"}, {"kernels.forms"},
+    {"kernels.operands"},
     {"kernels.qmm", "kernels.qmm_torch", "kernels.update"}, {"kernels.plan"},
     {"kernels.dequantize", "kernels.folded", "kernels.perturb"}, {"checks"},
     {"weights", "evaluations", "journal", "disk", "ops", "oom", "heap", "arena", "siblings", "experts", "formats",

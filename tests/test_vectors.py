@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qzo.kernels import dequantize, lookup, plan, qmm, tiles, vectors
+from qzo.kernels import dequantize, forms, plan, qmm, tiles, vectors
 from tests import oracle
 from tests.close import assert_same_bits
 from tests.matmuls import TILE, Matmul
@@ -125,7 +125,7 @@ def test_the_parameter_that_assembly_names_is_the_codebooks(kernel):
     """PTX numbers what is passed at run time: pointers only stand before this one, none of which Triton leaves out.
     bench/sass.py holds the name against the parameters of every kernel that is compiled."""
     books = torch.zeros(2, 256, 8, dtype=torch.float16)
-    _, constants = lookup.lookups(kernel, None, torch.float16, None, False, books)
+    _, constants = forms.Vectors(books, 8).lookup(kernel, torch.float16, False, None)
     name, number = re.search(r"\[(\w+)_param_(\d+)\]", constants["TEXTS"][0]).groups()
     assert name == kernel.fn.__name__
     before = kernel.arg_names[:int(number) + 1]
@@ -146,7 +146,7 @@ def test_one_program_reads_the_codes_of_a_pair(monkeypatch, rows):
             return lambda *a, **k: None
     monkeypatch.setattr(plan, "_qmm_kernel", Recorder())
     for arch in tiles.PROCESSORS:
-        matmul.kernel(tiles.pick(rows, matmul.n, 512, 512, torch.float16, arch, bits=8, lookup="vectors"))
+        matmul.kernel(tiles.pick(tiles.Problem.of(rows, matmul.operands()[0], torch.float16, arch)))
     assert len(grids) == len(tiles.PROCESSORS)
     assert {row_blocks for _, row_blocks, _ in grids} == {1}
 
