@@ -90,7 +90,7 @@ class _Matmul:
     def __init__(self, x, weight, perturbation, y, exact):
         self.weight, self.perturbation, self.y, self.exact, self.dtype = weight, perturbation, y, exact, x.dtype
         self.form, self.rows = weight.form.in_float32(), len(x) // len(perturbation)
-        self.blocks = [_aligned(block) for block in x.split(self.rows)]
+        self.blocks = [_aligned(x[e * self.rows:(e + 1) * self.rows]) for e in range(len(perturbation))]
         self.turns = _by_seed(perturbation.seeds)
         self.seeds = torch.stack([perturbation.seeds[turn[0]] for turn in self.turns])
         self.coefs = perturbation.coefs.tolist()
