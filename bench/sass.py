@@ -170,7 +170,7 @@ def measure(launch):
         "trap": sum(_is(i, "BPT") for i in code),
         "loop": len(body),
         "skip": skip,
-        "step": round(len(body) - skip * (1 - 1 / period)),
+        "step": int(len(body) - skip * (1 - 1 / period)),  # halves down, all alike: round() takes them to even
         "local": sum(_is(i, "LDL|STL") for i in body),
         "stored_bytes": _stored_bytes(body),
         # how many words of vectors are looked up, each in codebooks of its own: by the steps to their address
