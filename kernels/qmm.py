@@ -34,6 +34,8 @@ Order of additions, which makes results reproducible: within a dot as the hardwa
 splits in order 0, 1, ...; no float atomics. Programs that share K leave their parts in partials_ptr, float32
 [splits, M, N] of one weight after another.
 """
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -56,8 +58,10 @@ from .vectors import order
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:          # an older Triton: launches follow one another without overlap
+except ImportError:
     gdc_launch_dependents = gdc_wait = None
+if gdc_wait is not None and "_semantic" not in inspect.signature(gdc_wait).parameters:
+    gdc_launch_dependents = gdc_wait = None     # Triton 3.4 cannot call its own: launches follow one another
 
 
 # ------------------------------------------------------------------------------- which weight, which rows, read ahead
