@@ -46,7 +46,7 @@ class Constants(typing.NamedTuple):
     BITS: int = 4               # of a code
     MIDDLE: int = 8             # the code that stands for 0 where there are no zero points
     WORDS: int = 32             # of an output row in a tile
-    FIRST: int = 32             # of these, those that are read first
+    FIRST_WORDS: int = 32       # of these, those that are read first
     BOOKS: int = 0              # codebooks that a code chooses from; 0: no vectors
     TEXTS: tuple = ("",)        # the text by which each pass over a tile looks codes up; "": a code is its own number
     PASSES: int = 1             # over a tile, whose products are added
@@ -75,7 +75,7 @@ def of_operands(weight, perturbation, lookup, asm):
     per_tile, bits, law, shared = TILE_K // group, weight.bits, perturbation.law, bool(perturbation.shared)
     vectors = lookup["BOOKS"] > 0
     return dict(ASM=bool(asm), BITS=bits, MIDDLE=middle(bits),
-                WORDS=16 * lookup["PASSES"] if vectors else 8 * bits, FIRST=16 if vectors or bits == 2 else 32,
+                WORDS=16 * lookup["PASSES"] if vectors else 8 * bits, FIRST_WORDS=16 if vectors or bits == 2 else 32,
                 GROUP=group, WHOLE_ROW=whole_row, PER_TILE=per_tile, PERIOD=4 // per_tile,
                 ZERO=ZEROS[weight.zero_type], LAW=law, NOISE=NONE if shared or whole_row else law,
                 RELATIVE=bool(perturbation.relative), SHARED=shared, WIDE=is_wide(weight), **lookup)

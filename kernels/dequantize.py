@@ -84,7 +84,7 @@ def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, entries_ptr, w_ptr, see
     i = order(tl.arange(0, 32)) if C.BOOKS else tl.arange(0, 32)
     for tt in tl.static_range(PERIOD):
         t = quad * PERIOD + tt
-        words = word_pointers(codes_ptr, tl.minimum(t, tiles - 1), N, n, C.WORDS, C.FIRST)
+        words = word_pointers(codes_ptr, tl.minimum(t, tiles - 1), N, n, C.WORDS, C.FIRST_WORDS)
         planes = _sum_of_passes(words, entries_ptr, DT, C)
         for j in tl.static_range(4):
             w = planes[j]

@@ -192,7 +192,7 @@ def _folded_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_pt
     xp = x_ptr + (e * R + first).to(tl.int64) * stride_x
     xk_at = local[None, :] * stride_x + k[:, None]
     cp = codes_ptr
-    words_at = n[:, None] * C.WORDS + tl.arange(0, C.FIRST)[None, :]
+    words_at = n[:, None] * C.WORDS + tl.arange(0, C.FIRST_WORDS)[None, :]
     # the next quad's scales and zero points are under way while this one's are used
     scales_ahead = _load_quad(scales_ptr, tiles * 0, N, lane_n)
     zeros_ahead = _load_zeros(zeros_ptr, tiles * 0, G, N, lane_n, C)

@@ -134,7 +134,7 @@ class Plan:
         self.compiled = None
 
     def _counters(self):
-        """int32, a number of each tile: how many of its splits are done (qmm._finish_split)."""
+        """int32, a number of each tile: how many of its splits are done (qmm._finish)."""
         device = self.nothing.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a matmul meets these rows for the first time inside a CUDA graph's capture: run it "

@@ -324,7 +324,7 @@ def _qmm_kernel(x_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr, y_ptr, y1_p
 
     k = order(tl.arange(0, C.DEPTH)) if C.BOOKS else tl.arange(0, C.DEPTH)
     xp = x_ptr + row[None, :].to(tl.int64) * stride_x + first * 128 + k[:, None]
-    cp = word_pointers(codes_ptr, first, N, n, C.WORDS, C.FIRST)
+    cp = word_pointers(codes_ptr, first, N, n, C.WORDS, C.FIRST_WORDS)
     lane_n = tl.minimum(tile_n * BN + outputs_of_lanes(C), N - 1)
     lane_coef = coefs_of_lanes(coef, coef1, C)
     sp = scales_ptr + (first // C.PERIOD).to(tl.int64) * 4 * N        # of the first output, in the tile's first group
