@@ -260,8 +260,8 @@ def _asm2_fp16(q):
 
 @triton.jit
 def _plain(q, at: tl.constexpr, BITS: tl.constexpr, DT: tl.constexpr):
-    """The code that begins at bit `at` of words q, less 2^(BITS - 1): the asm's twin for the interpreter, AMD and
-    float32."""
+    """The code that begins at bit `at` of words q, less 2^(BITS - 1): what the assembly computes, for the
+    interpreter, AMD and float32."""
     c = (q >> at) & ((1 << BITS) - 1)
     if BITS == 8 or DT == tl.float32:
         return (c - (1 << BITS - 1)).to(tl.float32).to(DT)

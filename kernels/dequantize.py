@@ -12,99 +12,105 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
-from .codes import TILE_K, middle, unpack_planes, word_pointers
-from .lookup import load_planes, lookups
-from .noise import NONE, ROUNDS, quad_noise, raw_noise
-from .plan import ZEROS, is_wide
+from .codes import TILE_K, middle, word_pointers
+from .constants import Constants, of_operands
+from .forms import load_planes
+from .noise import NO_NOISE, NONE, quad_noise, raw_noise
 from .qmm_torch import perturb_torch
 from .scales import load_pair, perturb
-from .table import table_entries
-from .vectors import order, vector_rows
+from .vectors import order
 
 SCRATCH_BYTES = 32 << 20
 BLOCK = 32                   # output rows of a program
 
 
-@triton.jit(do_not_specialize=["e", "base4", "start", "G"])
-def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, entries_ptr, w_ptr, seeds_ptr, coefs_ptr, e: tl.int32,
-                       base4: tl.int64, start: tl.int32, rows: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32,
-                       tiles: tl.int32,
-                       BN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr,
-                       LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
-                       ZERO_: tl.constexpr, ASM: tl.constexpr, BOOKS: tl.constexpr, PASSES: tl.constexpr,
-                       HEAD: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr,
-                       ROUNDS_: tl.constexpr):
-    """w [rows, K] = output rows start .. start + rows under evaluation e; grid = (cdiv(rows, BN), quads of groups)."""
-    DT: tl.constexpr = w_ptr.dtype.element_ty
-    PER_TILE: tl.constexpr = 128 // GROUP           # groups in a tile of 128 k
-    PERIOD: tl.constexpr = 4 // PER_TILE            # tiles in a quad of groups
-    WORDS: tl.constexpr = 16 * PASSES if BOOKS else 8 * BITS
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    n = tl.minimum(start + row, N - 1)
-    quad = tl.program_id(1)
-    here = n.to(tl.int64) if WHOLE_ROW else quad.to(tl.int64) * N + n
+@triton.jit
+def _perturbed_quad(scales_ptr, seeds_ptr, coefs_ptr, e, base4, quad, N, n, C: tl.constexpr):
+    """The four scales of each output n in a quad of groups under evaluation e: of a whole row, one in all places."""
+    here = n.to(tl.int64) if C.WHOLE_ROW else quad.to(tl.int64) * N + n
     p0, p1 = load_pair(scales_ptr + 4 * here)
     p2, p3 = load_pair(scales_ptr + 4 * here + 2)
-    if WHOLE_ROW:
+    if C.WHOLE_ROW:
         p1 = p0
         p2 = p0
         p3 = p0
-    if LAW != 0:
-        seed = tl.load(seeds_ptr + e)
+    if C.LAW != NO_NOISE:
         coef = tl.load(coefs_ptr + e)
-        k0, k1, k2, k3 = quad_noise(seed, base4 + (n.to(tl.int64) if SHARED else here), LAW, WIDE, ROUNDS_)
-        if SHARED or WHOLE_ROW:
+        at = base4 + (n.to(tl.int64) if C.SHARED else here)
+        k0, k1, k2, k3 = quad_noise(tl.load(seeds_ptr + e), at, C.LAW, C.WIDE)
+        if C.SHARED or C.WHOLE_ROW:
             k1 = k0
             k2 = k0
             k3 = k0
-        p0 = perturb(p0, k0, coef, RELATIVE)
-        p1 = perturb(p1, k1, coef, RELATIVE)
-        p2 = perturb(p2, k2, coef, RELATIVE)
-        p3 = perturb(p3, k3, coef, RELATIVE)
-    scales = (p0, p1, p2, p3)
-    i = order(tl.arange(0, 32)) if BOOKS else tl.arange(0, 32)
+        p0 = perturb(p0, k0, coef, C.RELATIVE)
+        p1 = perturb(p1, k1, coef, C.RELATIVE)
+        p2 = perturb(p2, k2, coef, C.RELATIVE)
+        p3 = perturb(p3, k3, coef, C.RELATIVE)
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def _sum_of_passes(words, entries_ptr, DT: tl.constexpr, C: tl.constexpr):
+    """float32 planes of what a tile's codes stand for, all passes together."""
+    PASSES: tl.constexpr = C.PASSES
+    w = load_planes(words, entries_ptr, 0, DT, C)
+    planes = (w[0].to(tl.float32), w[1].to(tl.float32), w[2].to(tl.float32), w[3].to(tl.float32))
+    for turn in tl.static_range(1, PASSES):
+        w = load_planes(words, entries_ptr, turn, DT, C)
+        planes = (planes[0] + w[0], planes[1] + w[1], planes[2] + w[2], planes[3] + w[3])
+    return planes
+
+
+@triton.jit
+def _zero(zeros_ptr, g, G, N, n, C: tl.constexpr):
+    """Zero points of group g less the middle code, [BN, 1]."""
+    zp = zeros_ptr + n
+    if not C.WHOLE_ROW:
+        zp += tl.minimum(g, G - 1).to(tl.int64) * N
+    return (tl.load(zp).to(tl.float32) - C.MIDDLE)[:, None]
+
+
+@triton.jit(do_not_specialize=["e", "base4", "start", "G"])
+def _dequantize_kernel(codes_ptr, scales_ptr, zeros_ptr, entries_ptr, w_ptr, seeds_ptr, coefs_ptr, e: tl.int32,
+                       base4: tl.int64, start: tl.int32, rows: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32,
+                       tiles: tl.int32, C: tl.constexpr):
+    """w [rows, K] = output rows start .. start + rows under evaluation e; grid = (cdiv(rows, BN), quads of groups)."""
+    DT: tl.constexpr = w_ptr.dtype.element_ty
+    PERIOD: tl.constexpr = C.PERIOD
+    row = tl.program_id(0) * C.BN + tl.arange(0, C.BN)
+    n = tl.minimum(start + row, N - 1)
+    quad = tl.program_id(1)
+    scales = _perturbed_quad(scales_ptr, seeds_ptr, coefs_ptr, e, base4, quad, N, n, C)
+    i = order(tl.arange(0, 32)) if C.BOOKS else tl.arange(0, 32)
     for tt in tl.static_range(PERIOD):
         t = quad * PERIOD + tt
-        words = word_pointers(codes_ptr, tl.minimum(t, tiles - 1), N, n, WORDS, 16 if BOOKS or BITS == 2 else 32)
-        w0, w1, w2, w3 = load_planes(words, entries_ptr, 0, BN, BITS, BOOKS, DT,
-                                     HEAD + (TABLE if PASSES > 1 else LAST), ASM)
-        planes = (w0.to(tl.float32), w1.to(tl.float32), w2.to(tl.float32), w3.to(tl.float32))
-        for turn in tl.static_range(1, PASSES):
-            w0, w1, w2, w3 = load_planes(words, entries_ptr, turn, BN, BITS, BOOKS, DT,
-                                         HEAD + STEP * turn + (TABLE if turn < PASSES - 1 else LAST), ASM)
-            planes = (planes[0] + w0, planes[1] + w1, planes[2] + w2, planes[3] + w3)
+        words = word_pointers(codes_ptr, tl.minimum(t, tiles - 1), N, n, C.WORDS, C.FIRST_WORDS)
+        planes = _sum_of_passes(words, entries_ptr, DT, C)
         for j in tl.static_range(4):
             w = planes[j]
-            if ZERO_ != 0:
-                zp = zeros_ptr + n
-                if not WHOLE_ROW:
-                    zp += tl.minimum(quad * 4 + tt * PER_TILE + j * PER_TILE // 4, G - 1).to(tl.int64) * N
-                w = w - (tl.load(zp).to(tl.float32) - (1 << BITS - 1))[:, None]
-            w = w * scales[tt * PER_TILE + (0 if BOOKS else j * PER_TILE // 4)][:, None]
-            k = t * 128 + j * (4 if BOOKS else 32) + i
+            if C.ZERO:
+                w = w - _zero(zeros_ptr, quad * 4 + tt * C.PER_TILE + j * C.PER_TILE // 4, G, N, n, C)
+            w = w * scales[tt * C.PER_TILE + (0 if C.BOOKS else j * C.PER_TILE // 4)][:, None]
+            k = t * 128 + j * (4 if C.BOOKS else 32) + i
             to = w_ptr + row[:, None].to(tl.int64) * K + k[None, :]
             tl.store(to, w.to(DT), mask=(row < rows)[:, None] & (k < K)[None, :])
 
 
 def launch(weight, perturbation, w, *, e, start, asm, exact=False):
-    """Fill w [rows, K] with output rows start .. start + rows under evaluation e. exact: as in plan.Plan."""
+    """Fill w [rows, K] with output rows start .. start + rows under evaluation e. exact: as in plan.Options."""
     rows, k = w.shape
-    n, group, count = weight.out_features, weight.group, triton.cdiv(k, TILE_K)
-    whole_row = group not in tiles.GROUPS or group == k
-    period = 4 * (128 if whole_row else group) // TILE_K
-    entries, lookup = lookups(_dequantize_kernel, weight.scales, w.dtype, weight.table, exact, weight.codebooks)
-    _dequantize_kernel[(triton.cdiv(rows, BLOCK), triton.cdiv(count, period))](
-        weight.codes, weight.scales, weight.scales if weight.zeros is None else weight.zeros, entries, w,
-        perturbation.seeds, perturbation.coefs, e, weight.base4, start, rows, n, k, weight.groups, count,
-        BN=BLOCK, BITS=weight.bits, GROUP=128 if whole_row else group, WHOLE_ROW=whole_row, LAW=perturbation.law,
-        RELATIVE=bool(perturbation.relative), SHARED=bool(perturbation.shared), WIDE=is_wide(weight),
-        ZERO_=ZEROS[weight.zero_type], ASM=bool(asm) and w.dtype != torch.float32, ROUNDS_=ROUNDS, **lookup,
-        num_warps=4, enable_fp_fusion=False)
+    count = triton.cdiv(k, TILE_K)
+    entries, lookup = weight.form.lookup(_dequantize_kernel, w.dtype, exact, weight.scales)
+    constants = Constants(BN=BLOCK, **of_operands(weight, perturbation, lookup, asm and w.dtype != torch.float32))
+    _dequantize_kernel[(triton.cdiv(rows, BLOCK), triton.cdiv(count, constants.PERIOD))](
+        codes_ptr=weight.codes, scales_ptr=weight.scales,
+        zeros_ptr=weight.scales if weight.zeros is None else weight.zeros, entries_ptr=entries, w_ptr=w,
+        seeds_ptr=perturbation.seeds, coefs_ptr=perturbation.coefs, e=e, base4=weight.base4, start=start, rows=rows,
+        N=weight.out_features, K=k, G=weight.groups, tiles=count, C=constants, num_warps=4, enable_fp_fusion=False)
 
 
 def dequantize_torch(weight, perturbation, w, *, e, start, exact=False):
-    """Twin of launch, on any device; the same bits for the integer laws."""
+    """Reference implementation of launch, on any device; the same bits for the integer laws."""
     rows, k = w.shape
     part = slice(start, start + rows)
     codes, n, shared = weight.codes, weight.out_features, perturbation.shared
@@ -117,12 +123,7 @@ def dequantize_torch(weight, perturbation, w, *, e, start, exact=False):
             raw = raw[:, :, :1].expand_as(raw)
         p = perturb_torch(p, raw, perturbation.coefs[e], perturbation.relative)
     p = p.permute(1, 0, 2).reshape(rows, -1)[:, :weight.groups]
-    if weight.codebooks is not None:
-        units = vector_rows(codes, k, start, start + rows, weight.codebooks.float(), w.dtype)
-    elif weight.table is not None:
-        units = table_entries(codes, k, start, start + rows, weight.table, w.dtype, exact)
-    else:
-        units = unpack_planes(codes[:, part], k, weight.bits).to(torch.float32).sub_(middle(weight.bits))
+    units = weight.form.decode(codes, k, start, start + rows, w.dtype, exact)
     units = units.view(rows, -1, weight.group)
     if weight.zeros is not None:
         units = units - (weight.zeros[:, part].to(torch.float32) - middle(weight.bits)).T.unsqueeze(2)

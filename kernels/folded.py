@@ -6,7 +6,8 @@ qmm.py multiplies by p in the accumulator, exactly, and waits for the tensor cor
 weight is rounded once to x's type, one accumulator runs through all of K, and nothing in the loop reads it: the
 unpacking of one tile runs beside the products of the one before. It pays from about 128 rows per evaluation.
 
-The arithmetic, which the torch twin has bit for bit (high and low in x's type, of H significant bits, 11 or 8):
+The arithmetic, bit for bit that of the reference implementation (high and low in x's type, of H significant bits, 11
+or 8):
 
     P = round(256 p) to B bits, half away from zero        B = H + 1 + max(1, H - bits of c)
     high = P in x's type,  low = P - high in x's type
@@ -34,20 +35,23 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .codes import TILE_K, centred_codes, join_planes4, middle
-from .lookup import load_planes, lookups
-from .noise import NONE, ROUNDS, quad_noise, raw_noise
-from .plan import ZEROS, is_wide, lanes
+from .codes import TILE_K, middle
+from .constants import INTEGER_ZEROS, Constants, of_operands
+from .forms import join_dots, load_planes
+from .noise import NO_NOISE, NONE, quad_noise, raw_noise
+from .plan import lanes
 from .qmm_torch import chunk_rows, perturb_torch
 from .scales import factor, load_pair, perturb
-from .table import table_entries
 
 LIFT = 256.0
+_LIFT = tl.constexpr(LIFT)
 SIGNIFICANT = {torch.float16: 11, torch.bfloat16: 8}
 
 
+# ------------------------------------------------------------------------------------------------ a quad of groups
+
 @triton.jit
-def _quad(scales_ptr, quad, N, n):
+def _load_quad(scales_ptr, quad, N, n):
     """The four scales of each output n in a quad of groups."""
     at = scales_ptr + quad.to(tl.int64) * 4 * N + 4 * n
     s0, s1 = load_pair(at)
@@ -56,28 +60,51 @@ def _quad(scales_ptr, quad, N, n):
 
 
 @triton.jit
-def _quad_of_zeros(zeros_ptr, quad, G, N, n):
-    """Their zero points, a byte each in one word."""
+def _load_zeros(zeros_ptr, quad, G, N, n, C: tl.constexpr):
+    """Their zero points, a byte each in one word; 0 where there are none."""
     word = tl.zeros(n.shape, tl.int32)
-    for i in tl.static_range(4):
-        g = tl.minimum(4 * quad + i, G - 1).to(tl.int64)
-        word |= tl.load(zeros_ptr + g * N + n).to(tl.int32) << 8 * i
+    if C.ZERO == INTEGER_ZEROS:
+        for i in tl.static_range(4):
+            g = tl.minimum(4 * quad + i, G - 1).to(tl.int64)
+            word |= tl.load(zeros_ptr + g * N + n).to(tl.int32) << 8 * i
     return word
 
 
 @triton.jit
-def _halves(p, z, i, BN: tl.constexpr, DT: tl.constexpr, KEPT: tl.constexpr, LIFT_: tl.constexpr,
-            ZERO: tl.constexpr, MIDDLE: tl.constexpr):
+def _perturb_quad(scales, seed, quad, coef, C: tl.constexpr):
+    """The four scales under the noise of their quad."""
+    if C.NOISE == NO_NOISE:
+        return scales
+    else:
+        k0, k1, k2, k3 = quad_noise(seed, quad, C.NOISE, C.WIDE)
+        return (perturb(scales[0], k0, coef, C.RELATIVE), perturb(scales[1], k1, coef, C.RELATIVE),
+                perturb(scales[2], k2, coef, C.RELATIVE), perturb(scales[3], k3, coef, C.RELATIVE))
+
+
+@triton.jit
+def _drop_scales(scales, count: tl.constexpr):
+    """The scales without the first `count`, those of the tile before."""
+    if count == 1:
+        return scales[1], scales[2], scales[3], scales[3]
+    else:
+        return scales[2], scales[3], scales[2], scales[3]
+
+
+# --------------------------------------------------------------------------------------------------- one tile of 128 k
+
+@triton.jit
+def _halves(p, z, i, DT: tl.constexpr, C: tl.constexpr):
     """[BN, 1] words, from a number per lane: high in the lowest 16 bits, low in the next, and in a third 16 the zero
     point that is byte i of z, less the middle code. Lanes 2 n and 2 n + 1 hold the same where there are 2 BN."""
-    bits = (p * LIFT_).to(tl.int32, bitcast=True) + (1 << 23 - KEPT)
-    p = (bits & -(1 << 24 - KEPT)).to(tl.float32, bitcast=True)
+    BN: tl.constexpr = C.BN
+    bits = (p * _LIFT).to(tl.int32, bitcast=True) + (1 << 23 - C.KEPT)
+    p = (bits & -(1 << 24 - C.KEPT)).to(tl.float32, bitcast=True)
     high = p.to(DT)
     low = (p - high.to(tl.float32)).to(DT)
     word = high.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     word |= low.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    if ZERO == 1:
-        zero = (((z >> 8 * i) & 255) - MIDDLE).to(DT).to(tl.int16, bitcast=True)
+    if C.ZERO == INTEGER_ZEROS:
+        zero = (((z >> 8 * i) & 255) - C.MIDDLE).to(DT).to(tl.int16, bitcast=True)
         word = (word.to(tl.int64) & 0xFFFFFFFF) | (zero.to(tl.int64) << 32)
     if word.shape[0] == 2 * BN:
         word, _ = tl.split(tl.reshape(word, (BN, 2)))
@@ -85,12 +112,23 @@ def _halves(p, z, i, BN: tl.constexpr, DT: tl.constexpr, KEPT: tl.constexpr, LIF
 
 
 @triton.jit
-def _fold(c, halves, DT: tl.constexpr, ASM: tl.constexpr, ZERO: tl.constexpr):
+def _halves_of_planes(scales, zeros, t, DT: tl.constexpr, C: tl.constexpr):
+    """The words of `_halves` for each of the four planes of 32 k of tile t, whose groups' scales come first."""
+    PER_TILE: tl.constexpr = C.PER_TILE
+    group = t % C.PERIOD * PER_TILE       # the first, within the quad
+    halves = ()
+    for i in tl.static_range(PER_TILE):
+        halves += (_halves(scales[i], zeros, group + i, DT, C),)
+    return halves[0], halves[PER_TILE // 4], halves[PER_TILE // 2], halves[3 * PER_TILE // 4]
+
+
+@triton.jit
+def _fold(c, halves, DT: tl.constexpr, C: tl.constexpr):
     """w of the module's docstring, from codes less the middle one [BN, 32] and the words of its scales [BN, 1]."""
-    if ZERO == 1:
+    if C.ZERO == INTEGER_ZEROS:
         c = c - (halves >> 32).to(tl.int16).to(DT, bitcast=True)
         halves = halves.to(tl.int32)
-    if not ASM:
+    if not C.ASM:
         high = halves.to(tl.int16).to(DT, bitcast=True).to(tl.float32)
         low = (halves >> 16).to(tl.int16).to(DT, bitcast=True).to(tl.float32)
         c = c.to(tl.float32)
@@ -114,17 +152,22 @@ def _fold(c, halves, DT: tl.constexpr, ASM: tl.constexpr, ZERO: tl.constexpr):
             }""", "=r,r,r,r", [c, halves], dtype=tl.float16, is_pure=True, pack=2)
 
 
+@triton.jit
+def _load_x(xp, xk_at, k, t, h: tl.constexpr, K, C: tl.constexpr):
+    """x of dot h of tile t, [DEPTH, BM]."""
+    at: tl.constexpr = h * C.DEPTH
+    if C.MASK_K:
+        return tl.load(xp + (xk_at + at), mask=(t * 128 + at + k < K)[:, None], other=0.0)
+    else:
+        return tl.load(xp + (xk_at + at))
+
+
 @triton.jit(do_not_specialize=["base4", "R", "G", "tiles"],
             do_not_specialize_on_alignment=["seeds_ptr", "coefs_ptr"])
 def _folded_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_ptr, y_ptr, seeds_ptr, coefs_ptr,
                    base4: tl.int64, R: tl.int32, N: tl.int32, K: tl.int32, G: tl.int32, stride_x: tl.int32,
-                   tiles: tl.int32,
-                   BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-                   LAW: tl.constexpr, RELATIVE: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
-                   ZERO: tl.constexpr, DEEP: tl.constexpr, ASM: tl.constexpr, BIAS: tl.constexpr,
-                   MASK_K: tl.constexpr, TABLE: tl.constexpr, KEPT: tl.constexpr, LIFT_: tl.constexpr,
-                   ROUNDS_: tl.constexpr):
-    """grid = (cdiv(N, BN), row blocks); a tile holds rows of one evaluation. Operands and flags as in _qmm_kernel.
+                   tiles: tl.int32, C: tl.constexpr):
+    """grid = (cdiv(N, BN), row blocks); a tile holds rows of one evaluation. C: constants.Constants.
 
     LANES: BN or twice that, as many as the program has threads: scales and zero points are loaded, perturbed and cut
     into words by one thread a lane, and only the words pass to the weights' threads through shared memory. Of loads
@@ -132,98 +175,57 @@ def _folded_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_pt
     then passes the folded weights themselves through shared memory.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
-    DEPTH: tl.constexpr = 128 if DEEP else 32
-    PER_TILE: tl.constexpr = 128 // GROUP           # groups in a tile
-    PERIOD: tl.constexpr = 4 // PER_TILE            # tiles in a quad of groups
-    NOISE: tl.constexpr = 0 if SHARED else LAW      # law of the noise inside the loop
-    MIDDLE: tl.constexpr = 1 << BITS - 1
+    BM: tl.constexpr = C.BM
+    BN: tl.constexpr = C.BN
     blocks = tl.cdiv(R, BM)
     e = tl.program_id(1) // blocks
     first = (tl.program_id(1) % blocks) * BM
     local = tl.minimum(tl.arange(0, BM), R - 1 - first)         # surplus rows and outputs repeat the last one
     out_n = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(out_n, N - 1)
-    lane_n = tl.minimum(tl.program_id(0) * BN + tl.arange(0, LANES) // (LANES // BN), N - 1)
+    lane_n = tl.minimum(tl.program_id(0) * BN + tl.arange(0, C.LANES) // (C.LANES // BN), N - 1)
     seed = tl.load(seeds_ptr + e)
     coef = tl.load(coefs_ptr + e)
 
     # 32-bit distances from a base that moves: pointers would be 64 bits and an addition each, in every tile
-    k = tl.arange(0, DEPTH)
+    k = tl.arange(0, C.DEPTH)
     xp = x_ptr + (e * R + first).to(tl.int64) * stride_x
     xk_at = local[None, :] * stride_x + k[:, None]
     cp = codes_ptr
-    words_at = n[:, None] * (8 * BITS) + tl.arange(0, 16 if BITS == 2 else 32)[None, :]
+    words_at = n[:, None] * C.WORDS + tl.arange(0, C.FIRST_WORDS)[None, :]
     # the next quad's scales and zero points are under way while this one's are used
-    a0, a1, a2, a3 = _quad(scales_ptr, tiles * 0, N, lane_n)
-    z = tl.zeros((LANES,), tl.int32)
-    b = z
-    if ZERO == 1:
-        b = _quad_of_zeros(zeros_ptr, tiles * 0, G, N, lane_n)
-    s0 = a0
-    s1 = a1
-    s2 = a2
-    s3 = a3
+    scales_ahead = _load_quad(scales_ptr, tiles * 0, N, lane_n)
+    zeros_ahead = _load_zeros(zeros_ptr, tiles * 0, G, N, lane_n, C)
+    scales = scales_ahead
+    zeros = zeros_ahead
     acc = tl.zeros((BN, BM), tl.float32)
     tl.assume(tiles > 0)        # else ptxas sees zeros join the accumulator after the loop, and waits for every wgmma
     for t in range(0, tiles):
-        if t % PERIOD == 0:
-            quad = t // PERIOD
-            s0 = a0
-            s1 = a1
-            s2 = a2
-            s3 = a3
-            z = b
+        if t % C.PERIOD == 0:
+            quad = t // C.PERIOD
+            scales = scales_ahead
+            zeros = zeros_ahead
             after = tl.minimum(quad + 1, (G - 1) // 4)
-            a0, a1, a2, a3 = _quad(scales_ptr, after, N, lane_n)
-            if ZERO == 1:
-                b = _quad_of_zeros(zeros_ptr, after, G, N, lane_n)
-            if NOISE != 0:
-                k0, k1, k2, k3 = quad_noise(seed, base4 + quad.to(tl.int64) * N + lane_n, LAW, WIDE, ROUNDS_)
-                s0 = perturb(s0, k0, coef, RELATIVE)
-                s1 = perturb(s1, k1, coef, RELATIVE)
-                s2 = perturb(s2, k2, coef, RELATIVE)
-                s3 = perturb(s3, k3, coef, RELATIVE)
-        elif PER_TILE == 1:
-            s0 = s1
-            s1 = s2
-            s2 = s3
+            scales_ahead = _load_quad(scales_ptr, after, N, lane_n)
+            zeros_ahead = _load_zeros(zeros_ptr, after, G, N, lane_n, C)
+            scales = _perturb_quad(scales, seed, base4 + quad.to(tl.int64) * N + lane_n, coef, C)
         else:
-            s0 = s2
-            s1 = s3
-
-        w0, w1, w2, w3 = load_planes(cp + words_at, entries_ptr, 0, BN, BITS, 0, DT, TABLE, ASM)
-        group = t % PERIOD * PER_TILE       # within the quad
-        h0 = _halves(s0, z, group, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
-        h1 = h0
-        h2 = h0
-        h3 = h0
-        if PER_TILE == 2:
-            h2 = _halves(s1, z, group + 1, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
-            h3 = h2
-        if PER_TILE == 4:
-            h1 = _halves(s1, z, group + 1, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
-            h2 = _halves(s2, z, group + 2, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
-            h3 = _halves(s3, z, group + 3, BN, DT, KEPT, LIFT_, ZERO, MIDDLE)
-        w0 = _fold(w0, h0, DT, ASM, ZERO)
-        w1 = _fold(w1, h1, DT, ASM, ZERO)
-        w2 = _fold(w2, h2, DT, ASM, ZERO)
-        w3 = _fold(w3, h3, DT, ASM, ZERO)
-        planes = (join_planes4(w0, w1, w2, w3, BN),) if DEEP else (w0, w1, w2, w3)
-        for h in tl.static_range(128 // DEPTH):
-            if MASK_K:
-                xk = tl.load(xp + (xk_at + h * DEPTH), mask=(t * 128 + h * DEPTH + k < K)[:, None], other=0.0)
-            else:
-                xk = tl.load(xp + (xk_at + h * DEPTH))
-            acc = tl.dot(planes[h], xk, acc)
+            scales = _drop_scales(scales, C.PER_TILE)
+        c = load_planes(cp + words_at, entries_ptr, 0, DT, C)
+        p = _halves_of_planes(scales, zeros, t, DT, C)
+        w = (_fold(c[0], p[0], DT, C), _fold(c[1], p[1], DT, C), _fold(c[2], p[2], DT, C), _fold(c[3], p[3], DT, C))
+        dots = join_dots(w, C)
+        for h in tl.static_range(128 // C.DEPTH):
+            acc = tl.dot(dots[h], _load_x(xp, xk_at, k, t, h, K, C), acc)
         xp += 128
-        cp += N * (8 * BITS)
+        cp += N * C.WORDS
 
-    last = tl.full((BN,), 1 / LIFT_, tl.float32)
-    if SHARED and LAW != 0:
-        k0, _, _, _ = quad_noise(seed, base4 + n, LAW, WIDE, ROUNDS_)
+    last = tl.full((BN,), 1 / _LIFT, tl.float32)
+    if C.SHARED and C.LAW != NO_NOISE:
+        k0, _, _, _ = quad_noise(seed, base4 + n, C.LAW, C.WIDE)
         last = last * factor(k0, coef)
     acc = acc * last[:, None]
-    if BIAS:
+    if C.BIAS:
         acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     live = (first + tl.arange(0, BM) < R)[None, :] & (out_n < N)[:, None]
     to = (e * R + first + local)[None, :].to(tl.int64) * N + out_n[:, None]
@@ -236,10 +238,10 @@ def supports(weight, dtype, exact=False):
             and weight.zero_type in (None, torch.uint8) and not exact and weight.codebooks is None)
 
 
-def kept(dtype, bits, table=None):
+def kept(dtype, form):
     """B of the module's docstring."""
     significant = SIGNIFICANT[dtype]
-    return significant + 1 + max(1, significant - (bits if table is None else significant))
+    return significant + 1 + max(1, significant - form.significant(significant))
 
 
 def launch(x, weight, perturbation, y, *, tile, asm):
@@ -255,25 +257,26 @@ def launch(x, weight, perturbation, y, *, tile, asm):
                          f"the folded form takes float16 or bfloat16 x, groups of {tiles.GROUPS} below K, and uint8 "
                          "zero points or none; use plan.launch")
     rows = m if law == NONE else m // len(perturbation)       # without noise all rows are one block
-    entries, lookup = lookups(_folded_kernel, weight.scales, x.dtype, weight.table, False, None)
+    entries, lookup = weight.form.lookup(_folded_kernel, x.dtype, False, weight.scales)
+    constants = Constants(
+        BM=tile.rows, BN=tile.outputs, LANES=lanes(tile), DEEP=tile.deep, DEPTH=TILE_K if tile.deep else 32,
+        MASK_K=k % TILE_K != 0, BIAS=weight.bias is not None, KEPT=kept(x.dtype, weight.form),
+        **of_operands(weight, perturbation, lookup, asm))
     limit = {"maxnreg": tile.registers} if tile.registers else {}       # an option that AMD's compiler lacks
     _folded_kernel[(triton.cdiv(n, tile.outputs), m // rows * triton.cdiv(rows, tile.rows))](
-        x, weight.codes, weight.scales, weight.scales if weight.zeros is None else weight.zeros, entries,
-        weight.scales if weight.bias is None else weight.bias, y, perturbation.seeds, perturbation.coefs,
-        weight.base4, rows, n, k, weight.groups, x.stride(0), triton.cdiv(k, TILE_K),
-        BM=tile.rows, BN=tile.outputs, LANES=lanes(tile),
-        BITS=weight.bits, GROUP=weight.group, LAW=law, RELATIVE=bool(perturbation.relative),
-        SHARED=bool(perturbation.shared), WIDE=is_wide(weight), ZERO=ZEROS[weight.zero_type], DEEP=tile.deep,
-        ASM=bool(asm), BIAS=weight.bias is not None, MASK_K=k % TILE_K != 0, TABLE=lookup["TABLE"],
-        KEPT=kept(x.dtype, weight.bits, weight.table), LIFT_=LIFT, ROUNDS_=ROUNDS, **limit, num_warps=tile.warps,
-        num_stages=tile.stages, enable_fp_fusion=False)
+        x_ptr=x, codes_ptr=weight.codes, scales_ptr=weight.scales,
+        zeros_ptr=weight.scales if weight.zeros is None else weight.zeros, entries_ptr=entries,
+        bias_ptr=weight.scales if weight.bias is None else weight.bias, y_ptr=y, seeds_ptr=perturbation.seeds,
+        coefs_ptr=perturbation.coefs, base4=weight.base4, R=rows, N=n, K=k, G=weight.groups, stride_x=x.stride(0),
+        tiles=triton.cdiv(k, TILE_K), C=constants, num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=False, **limit)
 
 
-# ------------------------------------------------------------------------------------------------ torch twin
+# ------------------------------------------------------------------------------------------ reference implementation
 
-def folded_weight(c, p, dtype, bits, table=None):
+def folded_weight(c, p, dtype, form):
     """w of the module's docstring: `dtype` [N, K], from float32 c [N, G, group] and p [N, G]; 256 times the weight."""
-    drop = 24 - kept(dtype, bits, table)
+    drop = 24 - kept(dtype, form)
     word = (p * LIFT).view(torch.int32) + (1 << drop - 1)
     p = (word & -(1 << drop)).view(torch.float32).unsqueeze(2)
     high = p.to(dtype).float()
@@ -283,19 +286,16 @@ def folded_weight(c, p, dtype, bits, table=None):
 
 def folded_torch(x, weight, perturbation, y):
     """Fill y [E*R, N] as launch does, on any device, codes in planes or rows: the same weights, sums in float32."""
-    k, law, scales, bits = x.shape[1], perturbation.law, weight.scales, weight.bits
+    k, law, scales = x.shape[1], perturbation.law, weight.scales
     n, count = y.shape[1], 1 if law == NONE else len(perturbation)
     step = chunk_rows(n, k)
     quads = torch.arange(scales.shape[0], device=x.device)[:, None] * n
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
-        if weight.table is not None:
-            c = table_entries(weight.codes, k, part.start, part.stop, weight.table, x.dtype)
-        else:
-            c = centred_codes(weight.codes, k, part.start, part.stop, bits)
+        c = weight.form.decode(weight.codes, k, part.start, part.stop, x.dtype)
         c = c.view(len(c), -1, weight.group)
         if weight.zeros is not None:
-            c = c - (weight.zeros[:, part].to(torch.float32) - middle(bits)).T.unsqueeze(2)
+            c = c - (weight.zeros[:, part].to(torch.float32) - middle(weight.bits)).T.unsqueeze(2)
         at = weight.base4 + quads + torch.arange(part.start, part.stop, device=x.device)
         for e, (rows, out) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
             p, factor, coef = scales[:, part], 1 / LIFT, perturbation.coefs[e]
@@ -305,5 +305,5 @@ def folded_torch(x, weight, perturbation, y):
             elif law != NONE:
                 p = perturb_torch(p, raw_noise(law, perturbation.seeds[e], at), coef, perturbation.relative)
             p = p.permute(1, 0, 2).reshape(len(c), -1)[:, :weight.groups]
-            product = rows.float() @ folded_weight(c, p, x.dtype, bits, weight.table).float().T * factor
+            product = rows.float() @ folded_weight(c, p, x.dtype, weight.form).float().T * factor
             out[:, part] = product if weight.bias is None else product + weight.bias[part]

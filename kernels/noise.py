@@ -32,11 +32,14 @@ SEED_ROUNDS = 10      # of the step seeds
 UNITS = {NONE: 1.0, RADEMACHER: 1.0, IH4: 1.0 / math.sqrt((256**2 - 1) / 3), GAUSSIAN: 1.0}
 RAW_BITS = {RADEMACHER: 1, IH4: 9}   # bits of the largest |k|
 RAW_BYTES = 72                       # raw_noise holds of a quad while it works: its values and seven int64 temporaries
-BLOCK_QUADS = 16384                  # the torch twin never holds the noise of more than 4 * this many scales
+BLOCK_QUADS = 16384                  # the reference in torch never holds the noise of more than 4 * this many scales
 
 MASK = 0xFFFFFFFF
 MULTIPLIER_A, MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
 WEYL_A, WEYL_B = 0x9E3779B9, 0xBB67AE85
+
+# the same as the kernels name them: of a module's numbers Triton takes only such
+NO_NOISE, _SIGN, _GAUSSIAN, _ROUNDS = (tl.constexpr(value) for value in (NONE, RADEMACHER, GAUSSIAN, ROUNDS))
 
 
 def law_number(noise):
@@ -61,7 +64,7 @@ def check_sharing(sharing, relative):
                          "sharing='group'")
 
 
-# ------------------------------------------------------------------------------------------------ torch twin
+# ------------------------------------------------------------------------------------------ reference implementation
 
 def philox4x32(counter, key, rounds):
     """Philox4x32. counter: four int64 tensors (or ints) of 32-bit words; key: two (ints or tensors that broadcast).
@@ -141,7 +144,7 @@ def raw_noise(law, seeds, quads):
 
 
 def noise(law, seed, index):
-    """z at global scale indices: the torch twin of what every kernel regenerates.
+    """z at global scale indices: the reference implementation of what every kernel regenerates.
 
     Parameters
     ----------
@@ -193,7 +196,7 @@ def kernel_coefs(coefs, law):
 @triton.jit
 def _raw_integer(w, LAW: tl.constexpr):
     """One 32-bit word -> integer-valued float32."""
-    if LAW == 1:
+    if LAW == _SIGN:
         # the word's top bit becomes the sign bit of 1.0 (0x3F800000)
         return ((w & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
     else:
@@ -204,7 +207,7 @@ def _raw_integer(w, LAW: tl.constexpr):
 
 @triton.jit
 def _raw_gaussian_pair(u, v):
-    """Twin of _gaussian_pair."""
+    """_gaussian_pair in the kernels."""
     radius = tl.sqrt(-2.0 * tl.log(((u >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08))          # 2^-24
     angle = ((((v >> 8) & 0x3FFFFF).to(tl.float32) + 0.5) * 2.384185791015625e-07 - 0.5) * 1.5707963267948966  # 2^-22
     q = angle * angle
@@ -217,23 +220,23 @@ def _raw_gaussian_pair(u, v):
 
 
 @triton.jit
-def _quad_words(seed, quad, WIDE: tl.constexpr, ROUNDS_: tl.constexpr):
+def _quad_words(seed, quad, WIDE: tl.constexpr):
     """The four words of each quad (int64 numbers). WIDE: quad numbers reach 2^32, so the second counter word is not
     zero."""
     low = quad.to(tl.uint32)
     zero = low * 0
     high = (quad >> 32).to(tl.uint32) if WIDE else zero
-    return tl.philox(seed, low, high, zero, zero, ROUNDS_)
+    return tl.philox(seed, low, high, zero, zero, _ROUNDS)
 
 
 @triton.jit
-def quad_noise(seed, quad, LAW: tl.constexpr, WIDE: tl.constexpr, ROUNDS_: tl.constexpr):
+def quad_noise(seed, quad, LAW: tl.constexpr, WIDE: tl.constexpr):
     """The four raw values of each quad (int64 numbers) from one Philox call, as four tensors shaped like `quad`.
 
     Four 1-D results rather than one [.., 4] tile: a tile that small is replicated over the warps.
     """
-    w0, w1, w2, w3 = _quad_words(seed, quad, WIDE, ROUNDS_)
-    if LAW == 3:
+    w0, w1, w2, w3 = _quad_words(seed, quad, WIDE)
+    if LAW == _GAUSSIAN:
         z0, z1 = _raw_gaussian_pair(w0, w1)
         z2, z3 = _raw_gaussian_pair(w2, w3)
         return z0, z1, z2, z3
@@ -242,35 +245,44 @@ def quad_noise(seed, quad, LAW: tl.constexpr, WIDE: tl.constexpr, ROUNDS_: tl.co
 
 
 @triton.jit
-def held_noise(seed, quad, LAW: tl.constexpr, WIDE: tl.constexpr, ROUNDS_: tl.constexpr):
+def hold_none(LANES: tl.constexpr, LAW: tl.constexpr):
+    """What a loop holds before its first noise, of the types of `hold_noise`."""
+    zero = tl.zeros((LANES,), tl.uint32 if LAW == _SIGN else tl.float32)
+    return zero, zero, zero, zero
+
+
+@triton.jit
+def hold_noise(seed, quad, LAW: tl.constexpr, WIDE: tl.constexpr):
     """The raw values of each quad as a loop holds them, for `nth_noise`.
 
     rademacher: four bits at the top of one word, which stands in all four places and so takes one register.
     """
-    if LAW == 1:
-        w0, w1, w2, w3 = _quad_words(seed, quad, WIDE, ROUNDS_)
+    if LAW == _SIGN:
+        w0, w1, w2, w3 = _quad_words(seed, quad, WIDE)
         bits = (w0 & 0x80000000) | (w1 >> 1 & 0x40000000) | (w2 >> 2 & 0x20000000) | (w3 >> 3 & 0x10000000)
         return bits, bits, bits, bits
     else:
-        return quad_noise(seed, quad, LAW, WIDE, ROUNDS_)
+        return quad_noise(seed, quad, LAW, WIDE)
 
 
 @triton.jit
-def nth_noise(h0, h1, h2, h3, i: tl.constexpr, LAW: tl.constexpr):
+def nth_noise(held, i: tl.constexpr, LAW: tl.constexpr):
     """Raw value i of those held."""
-    if LAW == 1:
-        return _raw_integer(h0 << i, LAW)
+    if LAW == _SIGN:
+        return _raw_integer(held[0] << i, LAW)
     else:
-        return (h0, h1, h2, h3)[i]
+        return held[i]
 
 
 @triton.jit
-def drop_noise(h0, h1, h2, h3, count: tl.constexpr, LAW: tl.constexpr):
+def drop_noise(held, count: tl.constexpr, LAW: tl.constexpr):
     """What is held without its first `count` values: 1, 2 or 4."""
-    if LAW == 1:
-        bits = h0 << count
+    if LAW == NO_NOISE:
+        return held
+    elif LAW == _SIGN:
+        bits = held[0] << count
         return bits, bits, bits, bits
     elif count == 1:
-        return h1, h2, h3, h3
+        return held[1], held[2], held[3], held[3]
     else:
-        return h2, h3, h3, h3
+        return held[2], held[3], held[3], held[3]

@@ -1,8 +1,11 @@
-"""What a matmul is of, beside x: a Weight and a Perturbation. Every kernel, and its torch twin, takes these two."""
+"""What a matmul is of, beside x: a Weight and a Perturbation. Every kernel takes these two, and so does its reference
+implementation in torch."""
 import dataclasses
 import functools
 
 import torch
+
+from .forms import form_of
 
 MOST_PLANS = 64     # of a weight; the oldest goes
 
@@ -46,6 +49,11 @@ class Weight:
     @functools.cached_property
     def out_features(self):
         return self.scales.shape[1]
+
+    @functools.cached_property
+    def form(self):
+        """What its codes stand for: forms.Integers, Table or Vectors."""
+        return form_of(self.bits, self.table, self.codebooks)
 
     @functools.cached_property
     def in_rows(self):

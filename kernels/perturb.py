@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .noise import BLOCK_QUADS, RAW_BYTES, ROUNDS, quad_noise, raw_noise
-from .plan import WIDE_FROM
+from .constants import WIDE_FROM
+from .noise import BLOCK_QUADS, RAW_BYTES, quad_noise, raw_noise
 from .qmm_torch import perturb_torch
 from .scales import perturb
 
@@ -20,13 +20,12 @@ BLOCK = 256          # quads of a program
 
 @triton.jit(do_not_specialize=["base4", "quads"], do_not_specialize_on_alignment=["seed_ptr", "coef_ptr"])
 def _perturb_kernel(values_ptr, out_ptr, seed_ptr, coef_ptr, base4: tl.int64, quads: tl.int32,
-                    LAW: tl.constexpr, RELATIVE: tl.constexpr, WIDE: tl.constexpr, ROUNDS_: tl.constexpr,
-                    BLOCK_: tl.constexpr):
+                    LAW: tl.constexpr, RELATIVE: tl.constexpr, WIDE: tl.constexpr, BLOCK_: tl.constexpr):
     """out [quads, 4] from values [quads, 4]; grid = (cdiv(quads, BLOCK_),)."""
     i = tl.program_id(0) * BLOCK_ + tl.arange(0, BLOCK_)
     live = (i < quads)[:, None]
     at = 4 * i[:, None] + tl.arange(0, 4)[None, :]
-    k0, k1, k2, k3 = quad_noise(tl.load(seed_ptr), base4 + i, LAW, WIDE, ROUNDS_)
+    k0, k1, k2, k3 = quad_noise(tl.load(seed_ptr), base4 + i, LAW, WIDE)
     k = tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), (BLOCK_, 4))
     p = perturb(tl.load(values_ptr + at, mask=live, other=0.0), k, tl.load(coef_ptr), RELATIVE)
     tl.store(out_ptr + at, p.to(out_ptr.dtype.element_ty), mask=live)
@@ -37,7 +36,7 @@ def launch(values, seed, coef, out, *, base4, law, relative):
     quads = len(values)
     _perturb_kernel[(triton.cdiv(quads, BLOCK),)](
         values, out, seed, coef, base4, quads, LAW=law, RELATIVE=bool(relative), WIDE=base4 + quads > WIDE_FROM,
-        ROUNDS_=ROUNDS, BLOCK_=BLOCK, num_warps=4, enable_fp_fusion=False)
+        BLOCK_=BLOCK, num_warps=4, enable_fp_fusion=False)
 
 
 def scratch_bytes(quads):
@@ -46,7 +45,7 @@ def scratch_bytes(quads):
 
 
 def perturb_codebooks_torch(values, seed, coef, out, *, base4, law, relative):
-    """Twin of launch, on any device; the same bits for the integer laws."""
+    """Reference implementation of launch, on any device; the same bits for the integer laws."""
     for start in range(0, len(values), BLOCK_QUADS):
         some = values[start:start + BLOCK_QUADS]
         quads = torch.arange(base4 + start, base4 + start + len(some), device=values.device)

@@ -1,4 +1,4 @@
-"""The matmul of qmm.py in plain torch: the CPU backend, and the kernel's twin on any device.
+"""The matmul of qmm.py in plain torch: the CPU backend, and the kernel's reference implementation on any device.
 
 Never a whole layer in float: a chunk of output rows is unpacked once, then scaled and multiplied for each evaluation
 in turn, in two buffers that stay in cache. One matmul per evaluation, its rows on 64-byte boundaries: a coef-0 block
@@ -14,10 +14,8 @@ import time
 
 import torch
 
-from .codes import centred_codes, middle
+from .codes import middle
 from .noise import BLOCK_QUADS, NONE, RAW_BYTES, raw_noise
-from .table import table_entries
-from .vectors import decoding_bytes, vector_rows
 
 CHUNK_BYTES = 1 << 20
 THREADED_FROM = 1 << 22       # multiply-adds below which handing chunks to threads costs more than it saves
@@ -50,32 +48,33 @@ def _raw_block(law, seeds, base4, quads, n, start, stop, limit):
     return [torch.cat([raw_noise(law, seed, part) for part in wanted.split(rows)]) for seed in seeds]
 
 
-def _noise_limit(arena_bytes):
-    """Most quads whose noise is made at once: a quarter of the arena at the most."""
-    return max(1, min(BLOCK_QUADS, arena_bytes // 64))
+def _noise_limit(scales):
+    """Most quads whose noise is made at once: a quarter at the most of the arena that the scales are a part of."""
+    return max(1, min(BLOCK_QUADS, scales.untyped_storage().nbytes() // 64))
 
 
-def scratch_bytes(m, n, k, group, evaluations, dtype, law, shared, arena_bytes, threads, *, table=False, books=0,
-                  bits=4):
-    """Bytes that qmm_torch holds for a while beside x [m, k] and y [m, n] in `dtype`, on `threads` threads.
+def scratch_bytes(m, dtype, weight, perturbation, threads):
+    """Bytes that qmm_torch holds for a while beside x [m, K] and y [m, N] in `dtype`, on `threads` threads.
 
     Each thread: a chunk of the weight, unpacked and scaled, and what it is looked up by; its part of y where that is
     not written in place; the raw noise of one seed per pair of evaluations, and what it is made through.
     """
+    n, k, evaluations = weight.out_features, weight.in_features, len(perturbation)
     rows, step = m // evaluations, chunk_rows(n, k)
     workers = 1 if m * n * k < THREADED_FROM else min(threads, -(-n // step))
     direct = dtype == torch.float32 and rows * n % 16 == 0
     noise = 0
-    if law != NONE:
-        quads, seeds, limit = 1 if shared else -(-k // (4 * group)), -(-evaluations // 2), _noise_limit(arena_bytes)
+    if perturbation.law != NONE:
+        quads, seeds = 1 if perturbation.shared else len(weight.scales), -(-evaluations // 2)
+        limit = _noise_limit(weight.scales)
         noise = 16 * max(min(limit, seeds * quads * n), seeds * quads * step) + RAW_BYTES * min(limit, quads * n)
-    looked_up = decoding_bytes(step, k, books, bits) if books else 2 * step * k if table else 0
     copies = 0 if dtype == torch.float32 and rows * k % 16 == 0 else 4 * m * k
-    return copies + workers * (8 * step * k + looked_up + (0 if direct else 4 * rows * step) + noise)
+    each = 8 * step * k + weight.form.decoding_bytes(step, k) + (0 if direct else 4 * rows * step) + noise
+    return copies + workers * each
 
 
 def perturb_torch(s, k, coef, relative):
-    """Twin of qmm.perturb: one rounding per written operation."""
+    """scales.perturb in torch: one rounding per written operation."""
     p = k * coef
     return p.add_(1.0).mul_(s) if relative else p.add_(s)
 
@@ -85,76 +84,86 @@ def _by_group(p, w):
     return p.permute(1, 0, 2).reshape(w.shape[0], -1, 1)[:, :w.shape[1]]
 
 
+class _Matmul:
+    """What all chunks of one matmul have in common."""
+
+    def __init__(self, x, weight, perturbation, y, exact):
+        self.weight, self.perturbation, self.y, self.exact, self.dtype = weight, perturbation, y, exact, x.dtype
+        self.form, self.rows = weight.form.in_float32(), len(x) // len(perturbation)
+        self.blocks = [_aligned(x[e * self.rows:(e + 1) * self.rows]) for e in range(len(perturbation))]
+        self.turns = _by_seed(perturbation.seeds)
+        self.seeds = torch.stack([perturbation.seeds[turn[0]] for turn in self.turns])
+        self.coefs = perturbation.coefs.tolist()
+        self.step = chunk_rows(weight.out_features, weight.in_features)
+        # noise is made for several chunks at once, but never for more than a quarter of the arena
+        self.limit = _noise_limit(weight.scales)
+        self.quads = 1 if perturbation.shared else len(weight.scales)          # of noise, for an output row
+        self.per_block = max(1, self.limit // (self.quads * len(self.turns) * self.step))
+        # every block of y starts on a 64-byte boundary
+        self.direct = y.dtype == torch.float32 and self.rows * weight.out_features % 16 == 0
+
+    def run(self, first, last):
+        """Output rows first..last, chunk by chunk."""
+        device, law = self.y.device, self.perturbation.law
+        scaled = torch.empty(self.step, self.weight.in_features, dtype=torch.float32, device=device)
+        part = None if self.direct else torch.empty(self.rows, self.step, dtype=torch.float32, device=device)
+        raws = [None] * len(self.turns)
+        for number, start in enumerate(range(first, last, self.step)):
+            stop = min(start + self.step, last)
+            if law != NONE and number % self.per_block == 0:
+                origin = start
+                end = min(start + self.per_block * self.step, last)
+                raws = _raw_block(law, self.seeds, self.weight.base4, self.quads, self.weight.out_features, start, end,
+                                  self.limit)
+            here = [None if raw is None else raw[:, start - origin:stop - origin] for raw in raws]
+            self.multiply(start, stop, here, scaled[:stop - start], part)
+
+    def unpacked(self, start, stop):
+        """float32 [rows of W, groups, group]: what the codes of output rows start..stop stand for, less zero points."""
+        weight = self.weight
+        units = self.form.decode(weight.codes, weight.in_features, start, stop, self.dtype, self.exact)
+        units = units.view(stop - start, -1, weight.group)
+        if weight.zeros is not None:
+            units -= (weight.zeros[:, start:stop].to(torch.float32) - middle(weight.bits)).T.unsqueeze(2)
+        return units
+
+    def multiply(self, start, stop, raws, scaled, part):
+        """One chunk under every evaluation; raws: its noise for each turn, scaled and part: where to work."""
+        shared, relative = self.perturbation.shared, self.perturbation.relative
+        units = self.unpacked(start, stop)
+        s = self.weight.scales[:, start:stop]                               # [quads, rows of W, 4]
+        w = scaled.view(units.shape)
+        if shared or self.perturbation.law == NONE:
+            torch.mul(units, _by_group(s, w), out=w)                        # one weight serves every evaluation
+        for turn, raw in zip(self.turns, raws, strict=True):
+            for e in turn:
+                if raw is not None and not shared:
+                    torch.mul(units, _by_group(perturb_torch(s, raw, self.coefs[e], relative), w), out=w)
+                target = self.y[e * self.rows:(e + 1) * self.rows, start:stop]
+                out = target if self.direct else part[:, :stop - start]
+                torch.mm(self.blocks[e], scaled.T, out=out)
+                if raw is not None and shared:
+                    out *= perturb_torch(1.0, raw[0, :, 0], self.coefs[e], True)
+                if self.weight.bias is not None:
+                    out += self.weight.bias[start:stop]
+                if not self.direct:
+                    target.copy_(out)
+
+
 def qmm_torch(x, weight, perturbation, y, *, exact=False):
     """Fill y [E*R, N] as plan.launch does, from codes in planes or rows. Sums in float32."""
-    m, k = x.shape
-    n, codes, scales, bits, group = y.shape[1], weight.codes, weight.scales, weight.bits, weight.group
-    zeros, bias, table = weight.zeros, weight.bias, weight.table
-    seeds, law, relative, shared = perturbation.seeds, perturbation.law, perturbation.relative, perturbation.shared
-    rows = m // seeds.numel()
-    blocks = [_aligned(x[e * rows:(e + 1) * rows]) for e in range(seeds.numel())]
-    turns = _by_seed(seeds)
-    distinct = torch.stack([seeds[turn[0]] for turn in turns])
-    coef_list = perturbation.coefs.tolist()
-    step = chunk_rows(n, k)
-    # noise is made for several chunks at once, but never for more than a quarter of the arena
-    limit = _noise_limit(scales.untyped_storage().nbytes())
-    quads = 1 if shared else len(scales)                                # of noise, for an output row
-    per_block = max(1, limit // (quads * len(turns) * step))
-    books = None if weight.codebooks is None else weight.codebooks.float()
-    direct = y.dtype == torch.float32 and rows * n % 16 == 0       # every block of y starts on a 64-byte boundary
-
-    def run(first, last):
-        """Output rows first..last, chunk by chunk."""
-        scaled = torch.empty(step, k, dtype=torch.float32, device=x.device)
-        part = None if direct else torch.empty(rows, step, dtype=torch.float32, device=x.device)
-        raws = [None] * len(turns)
-        for number, start in enumerate(range(first, last, step)):
-            stop = min(start + step, last)
-            if law != NONE and number % per_block == 0:
-                origin = start
-                end = min(start + per_block * step, last)
-                raws = _raw_block(law, distinct, weight.base4, quads, n, start, end, limit)
-            if books is not None:
-                unpacked = vector_rows(codes, k, start, stop, books, x.dtype)
-            elif table is not None:
-                unpacked = table_entries(codes, k, start, stop, table, x.dtype, exact)
-            else:
-                unpacked = centred_codes(codes, k, start, stop, bits)
-            unpacked = unpacked.view(stop - start, -1, group)
-            if zeros is not None:
-                unpacked -= (zeros[:, start:stop].to(torch.float32) - middle(bits)).T.unsqueeze(2)
-            s = scales[:, start:stop]                                                  # [quads, rows of W, 4]
-            w = scaled[:stop - start].view(unpacked.shape)
-            if shared or law == NONE:
-                torch.mul(unpacked, _by_group(s, w), out=w)             # one weight serves every evaluation
-            for turn, raw in zip(turns, raws, strict=True):
-                here = None if raw is None else raw[:, start - origin:stop - origin]
-                for e in turn:
-                    if here is not None and not shared:
-                        torch.mul(unpacked, _by_group(perturb_torch(s, here, coef_list[e], relative), w), out=w)
-                    target = y[e * rows:(e + 1) * rows, start:stop]
-                    out = target if direct else part[:, :stop - start]
-                    torch.mm(blocks[e], scaled[:stop - start].T, out=out)
-                    if here is not None and shared:
-                        out *= perturb_torch(1.0, here[0, :, 0], coef_list[e], True)
-                    if bias is not None:
-                        out += bias[start:stop]
-                    if not direct:
-                        target.copy_(out)
-            del unpacked                                       # before the next chunk is: one at a time
-
+    matmul, (m, k), n = _Matmul(x, weight, perturbation, y, exact), x.shape, y.shape[1]
     threads = torch.get_num_threads()
     if threads == 1 or x.device.type != "cpu" or m * n * k < THREADED_FROM:
-        run(0, n)
+        matmul.run(0, n)
         return
-    chunks = -(-n // step)
-    share = -(-chunks // min(threads, chunks)) * step
+    chunks = -(-n // matmul.step)
+    share = -(-chunks // min(threads, chunks)) * matmul.step
     inference = torch.is_inference_mode_enabled()
 
     def work(first):
         with torch.inference_mode(inference), torch.no_grad():     # both are settings of a thread
-            run(first, min(first + share, n))
+            matmul.run(first, min(first + share, n))
 
     list(_pool(threads, os.getpid()).map(work, range(0, n, share)))
 

@@ -14,7 +14,7 @@ that way within a warp, without a barrier, where a warp's lanes are for the outp
 import triton
 import triton.language as tl
 
-from .noise import nth_noise
+from .noise import NO_NOISE, hold_noise, nth_noise
 
 
 @triton.jit
@@ -55,35 +55,65 @@ def load_scales(sp, PER_TILE: tl.constexpr):
 
 
 @triton.jit
-def outputs_of_lanes(BN: tl.constexpr, LANES: tl.constexpr, FOLD: tl.constexpr):
+def outputs_of_lanes(C: tl.constexpr):
     """Which of BN outputs each of BN or 2 BN lanes looks after, int32 [LANES].
 
     FOLD: four warps of 32 lanes, of which warp w holds the products of outputs 16 w .. and 64 + 16 w ..
     """
-    i = tl.arange(0, LANES)
-    if FOLD:
+    i = tl.arange(0, C.LANES)
+    if C.FOLD:
         return i // 32 * 16 + i // 16 % 2 * 64 + i % 16
     else:
-        return i // (LANES // BN)
+        return i // (C.LANES // C.BN)
 
 
 @triton.jit
-def lane_factors(s, h0, h1, h2, h3, i: tl.constexpr, coef, coef1, BN: tl.constexpr, LAW: tl.constexpr,
-                 RELATIVE: tl.constexpr, PAIR: tl.constexpr, FOLD: tl.constexpr):
-    """The lanes' scales s under value i of the noise held, as `columns` takes them: [BN], or [2 BN] of a pair.
+def coefs_of_lanes(coef, coef1, C: tl.constexpr):
+    """Each lane's coefficient where two neighbours look after an output of a pair; else the first evaluation's."""
+    if C.PAIR and C.LANES != C.BN:
+        return tl.where(tl.arange(0, C.LANES) % 2 == 1, coef1, coef)
+    else:
+        return coef
 
-    coef: each lane's where there are 2 BN; coef1: that of a pair's second evaluation where there are BN. LAW 0: s.
+
+@triton.jit
+def next_tile(sp, t, last, N, C: tl.constexpr):
+    """From the scales of a tile's first group to those of the next tile's, which is t: four groups of an output are
+    neighbours, then come the other outputs'. The last tile's stay."""
+    return sp + tl.where(t < last, C.PER_TILE + tl.where(t % C.PERIOD == 0, 4 * N - 4, 0), 0)
+
+
+@triton.jit
+def noise_of_tile(held, t, seed, base4, N, lane_n, C: tl.constexpr):
+    """The noise that tile t begins with: where a quad of groups begins, that of the quad."""
+    if C.NOISE != NO_NOISE:    # noqa: SIM102  known at compile time, the other is not
+        if t % C.PERIOD == 0:
+            quad = t // C.PERIOD
+            held = hold_noise(seed, base4 + quad.to(tl.int64) * N + lane_n, C.NOISE, C.WIDE)
+    return held
+
+
+@triton.jit
+def group_factors(scales, held, h: tl.constexpr, coef, coef1, C: tl.constexpr):
+    """The lanes' scales of the group that dot h of a tile belongs to, perturbed by the noise held, as `columns` takes
+    them: [BN], or [2 BN] of a pair.
+
+    scales: the tile's four, as `load_scales` gives them; coef: each lane's where there are 2 BN; coef1: that of a
+    pair's second evaluation where there are BN.
     """
+    i: tl.constexpr = h * C.DEPTH // C.GROUP
+    BN: tl.constexpr = C.BN
+    s = scales[i]
     p = s
-    if LAW != 0:
-        k = nth_noise(h0, h1, h2, h3, i, LAW)
-        p = perturb(s, k, coef, RELATIVE)
-    if LAW != 0 and PAIR and s.shape[0] == BN:
-        p = tl.join(p, perturb(s, k, coef1, RELATIVE))
-        if FOLD:
+    if C.NOISE != NO_NOISE:
+        k = nth_noise(held, i, C.NOISE)
+        p = perturb(s, k, coef, C.RELATIVE)
+    if C.NOISE != NO_NOISE and C.PAIR and s.shape[0] == BN:
+        p = tl.join(p, perturb(s, k, coef1, C.RELATIVE))
+        if C.FOLD:
             p = tl.permute(tl.reshape(p, (4, 2, 16, 2)), (1, 0, 2, 3))
         p = tl.reshape(p, (2 * BN,))
-    elif FOLD:
+    elif C.FOLD:
         p = tl.reshape(tl.permute(tl.reshape(p, (4, 2, 16)), (1, 0, 2)), (BN,))
     return p
 

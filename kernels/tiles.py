@@ -64,23 +64,53 @@ def architecture(device):
     return f"sm_{properties.major}{properties.minor}"
 
 
-def pick(rows, n, k, group, dtype, arch, zeros=None, bits=4, lookup=None):
-    """The tile for `rows` rows per evaluation, an [n, k] weight in groups of `group` (k: whole row), on `arch`.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A matmul as far as a tile depends on it: rows of ONE evaluation by an [n, k] weight, on a chip.
 
-    zeros: dtype of the zero points, None where all are the middle code; torch.uint8 and torch.float32 ones take
-    registers. bits: of a code; lookup: "table", "exact" (a table in two passes), "vectors" or "long vectors" (more than
-    two words of codes each) where codes stand for something else.
+    group : inputs that share a scale; k: the whole row
+    dtype : of x
+    arch : as `architecture` names it, or "interpreter"
+    zeros : dtype of the zero points, None where all are the middle code; torch.uint8 and torch.float32 ones take
+        registers
+    bits : of a code
+    lookup : "table", "exact" (a table in two passes), "vectors" or "long vectors" (more than two words of codes each)
+        where codes stand for something else than their number
+    """
+
+    rows: int
+    n: int
+    k: int
+    group: int
+    dtype: torch.dtype
+    arch: str
+    zeros: torch.dtype | None = None
+    bits: int = 4
+    lookup: str | None = None
+
+    @classmethod
+    def of(cls, rows, weight, dtype, arch, exact=False):
+        """That of an operands.Weight; exact: a table without rounding it to x's type."""
+        return cls(rows, weight.out_features, weight.in_features, weight.group, dtype, arch, weight.zero_type,
+                   weight.bits, weight.form.tiles(exact))
+
+
+def pick(problem):
+    """The tile for a Problem.
+
     Raises ValueError for a group size no kernel has. An architecture that is not listed runs as its nearest elder.
     """
+    rows, group, k = problem.rows, problem.group, problem.k
     if group not in GROUPS and group != k:
         raise ValueError(f"group_size={group}: the kernels take groups of {GROUPS} or the whole row ({k} here)")
-    if arch == "interpreter":       # one program costs milliseconds whatever its size
+    if problem.arch == "interpreter":       # one program costs milliseconds whatever its size
         return Tile(rows=16 if rows <= 16 else 64, outputs=64, warps=4, stages=1)
-    known = _nearest(arch)
-    if dtype == torch.float32:      # exact float32 products without tensor cores: correct, not fast
+    known = dataclasses.replace(problem, arch=_nearest(problem.arch))
+    if problem.dtype == torch.float32:      # exact float32 products without tensor cores: correct, not fast
         return Tile(rows=16 if rows <= 16 else 32, outputs=32, warps=8, stages=2)
-    tile = _table(known, rows, n, group if group in GROUPS else 128, zeros if group in GROUPS else None, bits, lookup)
-    return dataclasses.replace(tile, splits=_splits(tile, rows, n, k, group, known))
+    # one scale to a row is applied after the loop, as one to 128 inputs without zero points
+    tile = _table(known if group in GROUPS else dataclasses.replace(known, group=128, zeros=None))
+    return dataclasses.replace(tile, splits=_splits(tile, known))
 
 
 def _nearest(arch):
@@ -95,18 +125,19 @@ def _nearest(arch):
     return max(elder, key=lambda a: int(a[3:]))
 
 
-def _table(arch, rows, n, group, zeros, bits, lookup):
+def _table(problem):
     """Measured tiles on sm_90, on other chips by occupancy; none spills a register in its main loop, but for those
     that bench/codegen/budgets.py names, whatever the flags."""
+    arch, rows, group, bits, lookup = problem.arch, problem.rows, problem.group, problem.bits, problem.lookup
     # a second accumulator beside several groups a step, a table or eight codes a word spills in the large tiles
     looked_up = lookup is not None
     short = group < 128 or ((looked_up or bits == 2) and arch not in ("sm_90", "sm_100"))
-    float_zeros = zeros == torch.float32
+    float_zeros = problem.zeros == torch.float32
     registers = 255 if group == 32 or bits != 4 or looked_up else 0
     if lookup == "exact":
         return _exact(arch, rows, group)
     if arch == "sm_90":
-        return _hopper(rows, n, group, zeros, bits, lookup)
+        return _hopper(problem)
     if arch == "sm_100":
         if rows <= 16 or lookup == "long vectors":      # every plane of theirs is kept in tensor memory
             return Tile(16, 128, 4, 4, registers=registers, in_order=True)
@@ -129,9 +160,10 @@ def _table(arch, rows, n, group, zeros, bits, lookup):
     return Tile(64, 128, 8 if short else 4, 3 if arch == "sm_80" else 2, ratio=short, registers=registers)
 
 
-def _hopper(rows, n, group, zeros, bits, lookup):
+def _hopper(problem):
     """Tiles of sm_90. Three stages: a fourth keeps a block of the chip's shared memory from another program, and cost
     1.44 times the time at 64 rows."""
+    rows, group, zeros, bits, lookup = problem.rows, problem.group, problem.zeros, problem.bits, problem.lookup
     float_zeros = zeros == torch.float32
     if rows <= 8 and lookup != "table" and not float_zeros:     # they hold more registers
         return Tile(16, 128, 4, 3, deep=True)
@@ -153,7 +185,7 @@ def _hopper(rows, n, group, zeros, bits, lookup):
         found.append(Tile(128, 128, 4, 3, deep=True, ratio=True))
     elif not float_zeros and (group < 128 or (zeros is None and bits == 2)):
         found.append(Tile(256, 128, 8, 3, deep=True, ratio=True))
-    return min(found, key=lambda tile: _microseconds(tile, rows, n))
+    return min(found, key=lambda tile: _microseconds(tile, rows, problem.n))
 
 
 def _microseconds(tile, rows, n):
@@ -187,7 +219,7 @@ def most_paired(group):
     return 16 if group == 32 else 32
 
 
-def _splits(tile, rows, n, k, group, arch):
+def _splits(tile, problem):
     """Largest power of two with which the programs of a pair of evaluations are all on the chip at once, and each has a
     quad of groups.
 
@@ -198,6 +230,7 @@ def _splits(tile, rows, n, k, group, arch):
     usual flags, 201 where both halves of a pair of 17 to 32 rows share a tile. On the other chips, where no tile was
     timed, the forms with most registers, or the shared memory, leave room for two.
     """
+    rows, n, k, group, arch = problem.rows, problem.n, problem.k, problem.group, problem.arch
     if rows > 64:
         return 1
     together = rows <= most_paired(group)
@@ -208,24 +241,26 @@ def _splits(tile, rows, n, k, group, arch):
     return 1 << most.bit_length() - 1 if most else 1
 
 
-def pick_folded(rows, n, k, group, dtype, arch, zeros=None, bits=4, lookup=None):
-    """The tile of the folded form (folded.py) for `rows` rows per evaluation; arguments as `pick` takes them.
+def pick_folded(problem):
+    """The tile of the folded form (folded.py) for a Problem.
 
     It never splits K, and nothing in its loop waits for the tensor cores: the larger the tile, the fewer instructions
     for a product. Raises ValueError for what the form cannot be had for.
     """
+    rows, n, k, group, dtype = problem.rows, problem.n, problem.k, problem.group, problem.dtype
+    zeros, lookup = problem.zeros, problem.lookup
     if (dtype not in (torch.float16, torch.bfloat16) or group not in GROUPS or group == k
             or zeros not in (None, torch.uint8) or lookup not in (None, "table")):
         raise ValueError(f"{dtype} activations, group_size={group} of {k}, zero points {zeros}, lookup {lookup}: the "
                          f"folded form takes float16 or bfloat16, groups of {GROUPS} below K, uint8 zero points or "
                          "none, and integers or a table rounded to 16 bits; use tiles.pick")
-    if arch == "interpreter":
+    if problem.arch == "interpreter":
         return Tile(rows=64, outputs=64, warps=4, stages=1)
-    known = _nearest(arch)
+    known = _nearest(problem.arch)
     if known == "sm_90":
         large = Tile(256, 128, 8, 3, deep=True)
         medium = Tile(128, 128, 8, 3, deep=True)
-        if rows > 128 and zeros is None and bits < 8 and not lookup and _fills(known, rows, n, large):
+        if rows > 128 and zeros is None and problem.bits < 8 and not lookup and _fills(known, rows, n, large):
             return large        # zero points, bytes or a table spill in it
         return medium if _fills(known, rows, n, medium) else Tile(128, 64, 4, 3, deep=True)
     if known == "sm_100":

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .noise import BLOCK_QUADS, RAW_BYTES, ROUNDS, quad_noise, raw_noise
+from .noise import BLOCK_QUADS, RAW_BYTES, quad_noise, raw_noise
 
 BLOCK = 256          # quads of a program: one 16-byte access per thread and quad
 
@@ -35,7 +35,7 @@ def _project(s, new, floor):
 @triton.jit(do_not_specialize=["pairs", "base4", "quads"])
 def _update_kernel(scales_ptr, seeds_ptr, coefs_ptr, floor: tl.float32, pairs: tl.int32, base4: tl.int64,
                    quads: tl.int64, LAW: tl.constexpr, RELATIVE: tl.constexpr, WIDE: tl.constexpr,
-                   ROUNDS_: tl.constexpr, BLOCK_: tl.constexpr):
+                   BLOCK_: tl.constexpr):
     """grid = (cdiv(quads, BLOCK_),); in place. Never to be auto-tuned: a trial run would be a step."""
     i = tl.program_id(0).to(tl.int64) * BLOCK_ + tl.arange(0, BLOCK_)
     at = scales_ptr + 4 * i[:, None] + tl.arange(0, 4)[None, :]
@@ -44,7 +44,7 @@ def _update_kernel(scales_ptr, seeds_ptr, coefs_ptr, floor: tl.float32, pairs: t
     # RELATIVE collects the factor, otherwise the sum itself
     total = tl.full((BLOCK_, 4), 1.0, tl.float32) if RELATIVE else s
     for j in range(pairs):
-        k0, k1, k2, k3 = quad_noise(tl.load(seeds_ptr + j), base4 + i, LAW, WIDE, ROUNDS_)
+        k0, k1, k2, k3 = quad_noise(tl.load(seeds_ptr + j), base4 + i, LAW, WIDE)
         k = tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), (BLOCK_, 4))
         total = tl.fma(k, tl.load(coefs_ptr + j), total)
     tl.store(at, _project(s, s * total if RELATIVE else total, floor), mask=live)
@@ -52,7 +52,7 @@ def _update_kernel(scales_ptr, seeds_ptr, coefs_ptr, floor: tl.float32, pairs: t
 
 @triton.jit(do_not_specialize=["pairs"])
 def _update_rows_kernel(scales_ptr, layers_ptr, seeds_ptr, coefs_ptr, floor: tl.float32, pairs: tl.int32,
-                        LAW: tl.constexpr, WIDE: tl.constexpr, ROUNDS_: tl.constexpr, BLOCK_: tl.constexpr):
+                        LAW: tl.constexpr, WIDE: tl.constexpr, BLOCK_: tl.constexpr):
     """grid = (programs of a layer, layers), each with blocks a stride apart; in place, noise shared by rows."""
     first = tl.load(layers_ptr + 3 * tl.program_id(1))
     quads = (tl.load(layers_ptr + 3 * tl.program_id(1) + 1) - first).to(tl.int32)
@@ -64,7 +64,7 @@ def _update_rows_kernel(scales_ptr, layers_ptr, seeds_ptr, coefs_ptr, floor: tl.
         s = tl.load(at, mask=live, other=0.0)
         total = tl.full((BLOCK_,), 1.0, tl.float32)
         for j in range(pairs):
-            k, _, _, _ = quad_noise(tl.load(seeds_ptr + j), first + i % outputs, LAW, WIDE, ROUNDS_)
+            k, _, _, _ = quad_noise(tl.load(seeds_ptr + j), first + i % outputs, LAW, WIDE)
             total = tl.fma(k, tl.load(coefs_ptr + j), total)
         tl.store(at, _project(s, s * total[:, None], floor), mask=live)
 
@@ -78,12 +78,12 @@ def launch(scales, seeds, coefs, *, base4, law, relative, floor, layers=None):
     if layers is not None:
         # twice the blocks of a layer of mean size: a larger one makes several turns, nothing waits for `layers`
         _update_rows_kernel[(triton.cdiv(2 * triton.cdiv(quads, BLOCK), len(layers)), len(layers))](
-            scales, layers, seeds, coefs, floor, seeds.numel(), LAW=law, WIDE=quads > 1 << 32, ROUNDS_=ROUNDS,
-            BLOCK_=BLOCK, num_warps=4, enable_fp_fusion=False)
+            scales, layers, seeds, coefs, floor, seeds.numel(), LAW=law, WIDE=quads > 1 << 32, BLOCK_=BLOCK,
+            num_warps=4, enable_fp_fusion=False)
         return
     _update_kernel[(triton.cdiv(quads, BLOCK),)](
         scales, seeds, coefs, floor, seeds.numel(), base4, quads, LAW=law, RELATIVE=bool(relative),
-        WIDE=base4 + quads > 1 << 32, ROUNDS_=ROUNDS, BLOCK_=BLOCK, num_warps=4, enable_fp_fusion=False)
+        WIDE=base4 + quads > 1 << 32, BLOCK_=BLOCK, num_warps=4, enable_fp_fusion=False)
 
 
 def scratch_bytes(quads):
@@ -121,7 +121,7 @@ def _update_rows_torch(scales, first, seeds, coefs, law, floor):
 
 
 def _project_torch(s, new, floor):
-    """Twin of _project."""
+    """_project in torch."""
     negative = torch.signbit(s)
     size = torch.where(negative, -new, new).clamp_(min=floor)
     return torch.where((s == 0) | new.isnan(), s, torch.where(negative, -size, size))

@@ -125,17 +125,17 @@ _ADD = {torch.float16: "add.rn.f16x2 ${0}, ${0}, {1};", torch.bfloat16: "fma.rn.
 
 @functools.cache
 def vector_texts(books, bits, dtype, parameter):
-    """(HEAD, STEP, text of a word, of the last word): inline PTX from a register of two words to eight of two weights.
+    """For each word of a vector, inline PTX from a register of two words to eight of two weights.
 
     parameter: the kernel's that points to the codebooks, in `dtype`. In float32, without assembly: marks.
     """
+    count = words_of(books, bits)
     if dtype == torch.float32:
-        return "", "", "read", "read"
+        return ("read",) * count
     add = "".join(_ADD[dtype].format(i, f"{'xy'[i // 4]}{i % 4}") for i in range(8))
     two = _TWO.format(second=16 << bits, add=add)
-    words = [two if bits <= 8 and 2 * w + 1 < books else _ONE for w in range(words_of(books, bits))]
-    size = (2 if bits <= 8 else 1) * 16 << bits
-    return _HEAD.format(parameter=parameter), _STEP.format(size=size), words[0], words[-1]
+    head, step = _HEAD.format(parameter=parameter), _STEP.format(size=(2 if bits <= 8 else 1) * 16 << bits)
+    return tuple(head + step * w + (two if bits <= 8 and 2 * w + 1 < books else _ONE) for w in range(count))
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ...kernels import codes, dequantize, folded, noise, perturb, plan, qmm, tiles, update, vectors
+from ...kernels import codes, constants, dequantize, folded, noise, perturb, plan, qmm, tiles, update, vectors
+from ...kernels.constants import WIDE_FROM, Constants
 from ...kernels.operands import Perturbation, Weight
 from ...reports.codes import CODES as TIMED_CODES
 from ...reports.codes import Codes
@@ -55,15 +56,17 @@ def _weight(kind, n, k, group, dtype, zeros="none", bias=False, wide=False):
         more["codebooks"] = _meta(form.books, 1 << form.bits, vectors.LENGTH, dtype=dtype)
     else:
         words = _meta(*codes.plane_shape(n, k, form.bits), dtype=torch.int16)
+    points = None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros])
     return Weight(
         words,
         _meta(-(-groups // 4), n, 4),
         k,
         group,
-        None if zeros == "none" else _meta(groups, n, dtype=ZEROS[zeros]),
+        points,
         _meta(n, dtype=dtype) if bias else None,
-        plan.WIDE_FROM if wide else 0,
-        *(form.bits, form.table),
+        WIDE_FROM if wide else 0,
+        form.bits,
+        form.table,
         **more,
     )
 
@@ -112,27 +115,36 @@ class Launch:
     stages: int
     registers: int | None  # most that a thread may hold; None: the compiler's choice
 
+    def known(self):
+        """What the kernel knows at compile time, by name: its record's fields, or its arguments."""
+        found = {self.signature[i][0]: value for i, value in self.constants}
+        return found.pop("C")._asdict() | found if "C" in found else found
+
     def constant(self, name):
-        return dict(self.constants)[[n for n, _ in self.signature].index(name)]
+        return self.known()[name]
+
+    @property
+    def looks_up(self):
+        """Whether codes stand for entries of a table or of codebooks."""
+        return any(self.known().get("TEXTS", ()))
 
     def __str__(self):
-        names = [name for name, _ in self.signature]
-        held = {names[i]: value for i, value in self.constants}
-        held.pop("ROUNDS_", None)
+        held = self.known()
+        if self.kernel == "dequantize":
+            held = {k: v for k, v in held.items() if v != Constants._field_defaults[k]} | {"TEXTS": self.looks_up}
         if self.kernel not in ("qmm", "folded"):
-            held |= {name: bool(held[name]) for name in ("HEAD", "STEP", "TABLE", "LAST") if name in held}
             return f"{self.arch} {self.kernel} " + " ".join(f"{k}={v}" for k, v in held.items())
         law = next(name for name, number in noise.LAWS.items() if number == held["LAW"])
-        group = "row" if held.get("WHOLE_ROW") else held["GROUP"]
-        members = held.get("MEMBERS", 1)
-        flags = [f for f in FLAGS if held.get(f)] + [f"{members} members"] * (members > 1)
-        zeros = {plan.ZERO_INTEGER: ["ZERO_INTEGER"], plan.ZERO_FLOAT: ["ZERO_FLOAT"]}.get(held["ZERO"], [])
+        group = "row" if held["WHOLE_ROW"] else held["GROUP"]
+        members = held["MEMBERS"]
+        flags = [f for f in FLAGS if held[f]] + [f"{members} members"] * (members > 1)
+        zeros = [f"zero_{name}" for name, kind in ZEROS.items() if kind and constants.ZEROS[kind] == held["ZERO"]]
         types = dict(self.signature)
         bits = "" if held["BITS"] == 4 else f"b{held['BITS']} "
-        if held.get("BOOKS"):
+        if held["BOOKS"]:
             bits = f"{held['BOOKS']}x{held['BITS']} "
-        elif held["TABLE"]:
-            bits = "exact table " if held.get("PASSES", 1) > 1 else "table "
+        elif self.looks_up:
+            bits = "exact table " if held["PASSES"] > 1 else "table "
         return (
             f"{self.arch} {self.kernel} {held['BM']}x{held['BN']} w{self.warps} s{self.stages} {types['x_ptr'][1:]} "
             f"{bits}g{group} {law} {' '.join(flags + zeros).lower()}"
@@ -199,12 +211,9 @@ def _meta(*shape, dtype=torch.float32):
 def matmul(case):
     """The launches of one matmul with two evaluations, as qzo.nn.ops makes them."""
     weight = _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros, case.bias, case.wide)
-    kind, exact = CODES[case.codes], case.codes.endswith("-exact")
+    exact = case.codes.endswith("-exact")
     pick = tiles.pick_folded if case.folded else tiles.pick
-    lookup = "exact" if exact else kind.lookup
-    tile = case.tile or pick(
-        case.rows, case.n, case.k, weight.group, case.dtype, case.arch, ZEROS[case.zeros], kind.bits, lookup
-    )
+    tile = case.tile or pick(tiles.Problem.of(case.rows, weight, case.dtype, case.arch, exact))
     operands = (
         _meta(2 * case.rows, case.k, dtype=case.dtype),
         weight,
@@ -262,7 +271,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
                 _meta(1, dtype=torch.int64),
                 _meta(1),
                 _meta(4096, 4, dtype=torch.float16),
-                base4=plan.WIDE_FROM if wide else 0,
+                base4=WIDE_FROM if wide else 0,
                 law=noise.LAWS[law],
                 relative=relative,
             )
@@ -270,7 +279,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
                 _meta(1, 4096, 4),
                 _meta(2, dtype=torch.int64),
                 _meta(2),
-                base4=plan.WIDE_FROM if wide else 0,
+                base4=WIDE_FROM if wide else 0,
                 law=noise.LAWS[law],
                 relative=relative,
                 floor=0.0,
@@ -278,10 +287,7 @@ def updates(arch, laws=tuple(noise.VERSIONS)):
         for law in laws:
             update.launch(
                 *(_meta(1, 4096, 4), _meta(2, dtype=torch.int64), _meta(2)),
-                base4=0,
-                law=noise.LAWS[law],
-                relative=True,
-                floor=0.0,
+                **dict(base4=0, law=noise.LAWS[law], relative=True, floor=0.0),
                 layers=_meta(3, 3, dtype=torch.int64),
             )
     return launches

@@ -28,7 +28,7 @@ import triton
 from ...kernels import noise, tiles
 from . import launches
 from .budgets import BUDGETS, MEASURED_SPILLS, PARKED, over_budget
-from .waits import read_ahead
+from .waits import base_argument, read_ahead
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);")
 TENSOR_CORE = {
@@ -164,11 +164,12 @@ def measure(launch):
         "trap": sum(_is(i, "BPT") for i in code),
         "loop": len(body),
         "skip": skip,
-        "step": round(len(body) - skip * (1 - 1 / period)),
+        "step": int(len(body) - skip * (1 - 1 / period)),  # halves down, all alike: round() takes them to even
         "local": sum(_is(i, "LDL|STL") for i in body),
         "stored_bytes": _stored_bytes(body),
         # how many words of vectors are looked up, each in codebooks of its own: by the steps to their address
         "words": len({text.count("add.u64 base") for text in compiled.asm["ptx"].split("ld.param.u64 base")[1:]}),
+        "base": base_argument(compiled.asm["ptx"], launch.signature),
         "copies_16": sum(_is(i, r"LDGSTS\S*\.128") for i in body),
         # weights in registers: "HGMMA.. R24, R120, gdesc[UR8], .."; in memory: "R24, gdesc[..]"
         "wgmma": len(wgmma),
@@ -216,7 +217,7 @@ def spill_allowed(launch):
     """Bytes of stack that a launch may have: those of MEASURED_SPILLS, else none."""
     if launch.kernel != "qmm" or launch.constant("BITS") != 4 or launch.constant("ZERO"):
         return 0
-    if launch.constant("TABLE") or launch.constant("BOOKS"):
+    if launch.looks_up:
         return 0
     return MEASURED_SPILLS.get((launch.arch, launch.constant("BM"), launch.constant("BN"), launch.warps), 0)
 
@@ -239,10 +240,12 @@ def form_faults(launch, figures):
             bad.append(f"{figures['copies_16']} copies of 16 bytes a thread, not those that read {words} words once")
         if figures["words"] != launch.constant("PASSES"):
             bad.append(f"codebooks of {figures['words']} of {launch.constant('PASSES')} words are looked up")
+        if figures["base"] != "entries_ptr":
+            bad.append(f"assembly takes its codebooks from {figures['base']}, they are entries_ptr")
     if launch.kernel == "qmm" and launch.constant("PDL") and figures["early"]:
         reads = f"{figures['early']} reads before" if figures["early"] > 0 else "never"
         bad.append(f"the launch ahead is waited for: {reads}")
-    if launch.arch == "sm_100" and (launch.constant("BITS") == 2 or launch.constant("TABLE")):
+    if launch.arch == "sm_100" and (launch.constant("BITS") == 2 or launch.looks_up):
         return bad  # not all of them find a way into tensor memory
     # one number per output, a scale or a zero point, may pass through shared memory; unpacked weights not. Of the
     # folded form that is a word for each group, which sm_120 stores 16 bytes at a time
@@ -368,7 +371,8 @@ def main(arguments=None):
 
 def _line(launch, record):
     """One launch for a person to read."""
-    text = " ".join(f"{key} {value}" for key, value in record.items() if key not in ("mix", "faults") and value)
+    told = {key: value for key, value in record.items() if key not in ("mix", "faults") and value}
+    text = " ".join(f"{key} {value}" for key, value in told.items())
     mix = " ".join(f"{key} {record['mix'][key]}" for key, _ in CLASSES if key in record.get("mix", {}))
     return f"{launch} | {text} | {mix}" + "".join(f"\n    BROKEN {fault}" for fault in record["faults"])
 

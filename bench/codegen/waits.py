@@ -1,4 +1,5 @@
-"""How far behind a read of global memory its value is first used: what hides the time that the read takes."""
+"""What compiled code reads, and when: how far behind a read of global memory its value is first used, which hides the
+time that the read takes; and which of a kernel's arguments inline assembly names."""
 
 import re
 
@@ -26,3 +27,14 @@ def _distance(body, at):
             return distance
         held -= set(written)
     return None
+
+
+def base_argument(ptx, signature):
+    """Which of a kernel's arguments inline assembly takes its codebooks from; "": none. signature: (name, type) each.
+
+    The compiled entry lists its parameters in the arguments' order, and behind them Triton's own.
+    """
+    arguments = [name for name, kind in signature if kind != "constexpr"]
+    entry = re.search(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)[1]
+    named = dict(zip(re.findall(r"(\w+),?\s*(?:\n|$)", entry), arguments, strict=False))
+    return " ".join(sorted({named.get(name, name) for name in re.findall(r"ld\.param\.u64 base, \[(\w+)\]", ptx)}))

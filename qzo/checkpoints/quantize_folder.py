@@ -129,7 +129,7 @@ def quantize_folder(
     zeros = None if symmetric or table is not None else torch.uint8
     shapes = {
         name: PackedWeight.on_meta(
-            m.out_features, m.in_features, check_group_size(group_size, m.in_features), bits, zeros, table=entries
+            (m.out_features, m.in_features), check_group_size(group_size, m.in_features), bits, zeros, table=entries
         )
         for name, m in linears.items()
     }

@@ -109,7 +109,7 @@ def _add_run(run):
     run.add_argument(
         "--max-steps",
         type=int,
-        help=f"steps (default {DEFAULTS['max_steps']}); with --resume more than the run began with: it is extended, at its last learning rate",
+        help=f"steps (default {DEFAULTS['max_steps']}); more of them with --resume extend a run at its last rate",
     )
     run.add_argument("--batch-size", type=int, help=f"examples a step (default {DEFAULTS['batch_size']})")
     run.add_argument("--max-length", type=int, help=f"longest example in tokens (default {DEFAULTS['max_length']})")

@@ -2,7 +2,6 @@
 
 import torch
 
-from ..kernels import codes as code_layouts
 from ..kernels import vectors
 
 
@@ -16,9 +15,7 @@ def check_matmul(x, weight, perturbation):
     seeds, coefs = perturbation.seeds, perturbation.coefs
     if weight.codebooks is not None:
         _check_codebooks(weight, k, perturbation.shared)
-        wanted = vectors.vector_shape(n, k, len(weight.codebooks), bits)
-    else:
-        wanted = (code_layouts.row_shape if codes.dtype == torch.uint8 else code_layouts.plane_shape)(n, k, bits)
+    wanted = weight.form.shape(n, k, weight.in_rows)
     if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != wanted or k != weight.in_features:
         raise ValueError(
             f"x has {k} columns, which does not fit {bits}-bit codes {codes.dtype} {list(codes.shape)}: "

@@ -61,7 +61,7 @@ class QZOLinear(nn.Module):
         group_size = check_group_size(group_size, in_features)
         device = torch.device(device or torch.get_default_device())
         if device.type == "meta":
-            packed = PackedWeight.on_meta(out_features, in_features, group_size, bits)
+            packed = PackedWeight.on_meta((out_features, in_features), group_size, bits)
             source_bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         else:
             linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=torch.float32)

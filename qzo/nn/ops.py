@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels import dequantize, folded, noise, perturb, plan, qmm, qmm_torch, tiles, update, vectors
+from ..kernels import dequantize, folded, noise, perturb, plan, qmm, qmm_torch, tiles, update
 from ..kernels.operands import Perturbation, Weight
 from .checks import check_matmul, check_rows
 
@@ -185,8 +185,9 @@ def _fused(x, weight, perturbation, choice, others=()):
     """One launch for x [rows, K] by a weight, and by others with the same tile."""
     m, arch = len(x), _architecture(x.device)
     pdl = choice.overlap and m // len(perturbation) <= tiles.OVERLAP_UP_TO and plan.overlaps(arch)
-    return _Fused(plan.Plan(weight, perturbation, m, x.dtype, tile=_tile(x, weight, perturbation, choice), pdl=pdl,
-                            asm=arch.startswith("sm_"), exact=choice.tables == "exact", others=others))
+    options = plan.Options(_tile(x, weight, perturbation, choice), asm=arch.startswith("sm_"), pdl=pdl,
+                           exact=choice.tables == "exact")
+    return _Fused(plan.Plan(weight, perturbation, m, x.dtype, options, others))
 
 
 class _Fused:
@@ -244,8 +245,7 @@ def _blas(asm, exact, x, weight, perturbation, y):
 def pick_tile(rows, weight, dtype, arch, exact=False, form="fused"):
     """The tile that so many rows per evaluation of a Weight run with on `arch`."""
     pick = tiles.pick_folded if form == "folded" else tiles.pick
-    return pick(rows, weight.out_features, weight.in_features, weight.group, dtype, arch, weight.zero_type, weight.bits,
-                lookup_of(weight.table, exact, weight.codebooks))
+    return pick(tiles.Problem.of(rows, weight, dtype, arch, exact))
 
 
 def many_rows_form(asked, rows, weight, dtype, exact=False):
@@ -291,14 +291,6 @@ def plain(device):
     return Perturbation(torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device), noise.NONE)
 
 
-def lookup_of(table, exact, codebooks):
-    """What tiles.pick calls that which codes stand for."""
-    if codebooks is not None:
-        books, entries, _ = codebooks.shape
-        return "vectors" if vectors.words_of(books, entries.bit_length() - 1) <= 2 else "long vectors"
-    return None if table is None else "exact" if exact else "table"
-
-
 # ------------------------------------------------------------------------------------------------ operators
 
 _known: weakref.WeakValueDictionary = weakref.WeakValueDictionary()     # a layer's Weight, which has plans already
@@ -309,11 +301,9 @@ def know(weight):
     _known[weight.codes.data_ptr(), weight.scales.data_ptr()] = weight
 
 
-def _weight(x, codes, scales, zeros, bias, base4, group, bits, table, codebooks, book4):
-    """The Weight of an operator's arguments: that of the layer where they are its own."""
-    own = _known.get((codes.data_ptr(), scales.data_ptr())) if not codes.is_meta else None
-    made = Weight(codes, scales, x.shape[-1], group, zeros, bias, base4, bits, None if table is None else tuple(table),
-                  codebooks, book4)
+def _known_or(made):
+    """The layer's own Weight where it is the same as the one made of an operator's arguments."""
+    own = _known.get((made.codes.data_ptr(), made.scales.data_ptr())) if not made.codes.is_meta else None
     return own if own is not None and own.same(made) else made
 
 
@@ -324,8 +314,9 @@ def qmm_op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: to
            large_rows: str = "fused", bits: int = 4, table: Sequence[float] | None = None, exact: bool = False,
            codebooks: torch.Tensor | None = None, book4: int = -1) -> torch.Tensor:
     choice = _choice.get()._replace(large_rows=large_rows, tables=TABLES[exact])
-    return _multiply(x, _weight(x, codes, scales, zeros, bias, base4, group, bits, table, codebooks, book4),
-                     Perturbation(seeds, coefs, law, relative, shared, pair), out_dtype, choice)
+    table = None if table is None else tuple(table)
+    weight = Weight(codes, scales, x.shape[-1], group, zeros, bias, base4, bits, table, codebooks, book4)
+    return _multiply(x, _known_or(weight), Perturbation(seeds, coefs, law, relative, shared, pair), out_dtype, choice)
 
 
 @qmm_op.register_fake

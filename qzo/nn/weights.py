@@ -13,6 +13,7 @@ import dataclasses
 import torch
 
 from ..kernels.codes import BITS, middle, pack_planes, pack_rows, plane_shape, row_shape, unpack_planes, unpack_rows
+from ..kernels.forms import form_of
 from ..kernels.table import check_table
 from ..kernels.tiles import GROUPS
 from ..kernels.vectors import LENGTH, MOST_BITS, in_range, pack_vectors, unpack_vectors, vector_rows, vector_shape
@@ -150,16 +151,14 @@ class PackedWeight:
         )
 
     @classmethod
-    def on_meta(cls, n, k, group, bits=4, zeros=None, rows=False, table=None, books=0, dtype=torch.float16):
-        """Shapes without values, which nothing checks. zeros: None or their dtype; rows: codes as a CPU keeps them;
-        books: codebooks, in `dtype`."""
+    def on_meta(cls, shape, group, bits=4, zeros=None, rows=False, table=None, codebooks=None):
+        """Of an [N, K] shape without values, which nothing checks. zeros: None or their dtype; rows: codes as a CPU
+        keeps them; codebooks: on the meta device too."""
         packed = cls.__new__(cls)
-        shape, kind = (row_shape, torch.uint8) if rows else (plane_shape, torch.int16)
-        if books:
-            packed.codes = torch.empty(vector_shape(n, k, books, bits), dtype=torch.int16, device="meta")
-        else:
-            packed.codes = torch.empty(shape(n, k, bits), dtype=kind, device="meta")
-        packed.codebooks = torch.empty(books, 1 << bits, LENGTH, dtype=dtype, device="meta") if books else None
+        n, k = shape
+        kind = torch.uint8 if rows and codebooks is None else torch.int16
+        packed.codes = torch.empty(form_of(bits, table, codebooks).shape(n, k, rows), dtype=kind, device="meta")
+        packed.codebooks = codebooks
         packed.scales = torch.empty(k // group, n, device="meta")
         packed.zeros = None if zeros is None else torch.empty(k // group, n, dtype=zeros, device="meta")
         packed.in_features, packed.bits, packed.perm, packed.table = k, bits, None, table

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..kernels import dequantize, perturb, plan, qmm_torch, tiles
-from ..kernels.operands import Weight
+from ..kernels.operands import Perturbation, Weight
 from ..nn.layers import layers
 from ..nn.linear import QZOLinear
-from ..nn.ops import lookup_of, many_rows_form
+from ..nn.ops import many_rows_form, pick_tile
 
 aten = torch.ops.aten
 CHIPS = tuple(tiles.PROCESSORS)
@@ -230,7 +230,7 @@ class Ledger(TorchDispatchMode):
         book4=-1,
     ):
         m, k = x.shape
-        n = scales.shape[1]
+        weight = Weight(codes, scales, k, group, zeros, bias, base4, bits, table, codebooks, book4)
         cast = 0  # codebooks in the type of x, and as the CPU reads them
         if codebooks is not None and (book4 >= 0 or codebooks.dtype != x.dtype):
             cast += codebooks.numel() * x.element_size()
@@ -238,39 +238,16 @@ class Ledger(TorchDispatchMode):
             cast += codebooks.numel() * 4 if codebooks is not None and x.dtype != torch.float32 else 0
             cast += perturb.scratch_bytes(codebooks.numel() // 4) if book4 >= 0 and law else 0
             return cast + qmm_torch.scratch_bytes(
-                m,
-                n,
-                k,
-                group,
-                seeds.numel(),
-                x.dtype,
-                law,
-                shared,
-                scales.untyped_storage().nbytes(),
-                self.threads,
-                table=table is not None,
-                books=0 if codebooks is None else len(codebooks),
-                bits=bits,
+                m, x.dtype, weight, Perturbation(seeds, coefs, law, relative, shared), self.threads
             )
-        weight = Weight(codes, scales, k, group, zeros, bias, base4, bits, table, codebooks, book4)
         form = many_rows_form(large_rows, m // seeds.numel(), weight, x.dtype, exact)
         if form == "blas":
-            return cast + dequantize.scratch_bytes(n, k, x.dtype)
+            return cast + dequantize.scratch_bytes(weight.out_features, k, x.dtype)
         copy = 0 if x.is_contiguous() else m * k * x.element_size()
         if form == "folded":
             return cast + copy
-        tile = tiles.pick(
-            m // seeds.numel(),
-            n,
-            k,
-            group,
-            x.dtype,
-            self.chip,
-            weight.zero_type,
-            bits,
-            lookup_of(table, exact, codebooks),
-        )
-        return cast + copy + plan.scratch_bytes(m, n, k, group, tile, weight.zero_type)
+        tile = pick_tile(m // seeds.numel(), weight, x.dtype, self.chip, exact)
+        return cast + copy + plan.scratch_bytes(m, weight, tile)
 
 
 class _OneAttention(TorchFunctionMode):

@@ -148,8 +148,9 @@ def quantize_empty(model, wanted, cpu=False):
         linear = model.get_submodule(name)
         k, n = linear.in_features, linear.out_features
         group = check_group_size(form.group_size, k)
+        books = torch.empty(form.books, 1 << form.bits, LENGTH, dtype=form.book_dtype, device="meta")
         packed = PackedWeight.on_meta(
-            n, k, group, form.bits, form.zeros, rows=cpu, table=form.table, books=form.books, dtype=form.book_dtype
+            (n, k), group, form.bits, form.zeros, cpu, form.table, books if form.books else None
         )
         packed.perm = torch.empty(k, dtype=torch.int64, device="meta") if form.ordered else None
         owner, _, child = name.rpartition(".")

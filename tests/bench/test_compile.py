@@ -12,6 +12,7 @@ import pytest
 
 from qzo.bench.codegen import budgets, sass, waits
 from qzo.kernels import tiles
+from qzo.kernels.constants import Constants
 from tests.support.paths import ROOT
 
 ARCHES = tuple(tiles.PROCESSORS)
@@ -50,7 +51,7 @@ def test_every_kernel_is_compiled(compiled, arch):
     every = {"qmm", "folded", "dequantize", "update", "update_rows", "perturb"}
     assert {kernel for kernel, _ in names} == every | paired
     wanted = {
-        tiles.pick(rows, 4096, 4096, 128, sass.launches.torch.bfloat16, arch)
+        tiles.pick(tiles.Problem(rows, 4096, 4096, 128, sass.launches.torch.bfloat16, arch))
         for rows in (1, 16, 32, 64, 128, 512, 8192)
     }
     assert {f"{tile.rows}x{tile.outputs}" for tile in wanted} <= {tile for kernel, tile in names if kernel == "qmm"}
@@ -117,6 +118,17 @@ def test_instructions_from_a_read_to_its_use(instructions, wanted):
     assert waits.read_ahead([sass.Instruction(16 * at, *each) for at, each in enumerate(instructions)]) == wanted
 
 
+def test_the_argument_that_assembly_names_is_told_by_the_compiled_entry():
+    """Constants are no parameters, and Triton's own parameters come last."""
+    ptx = (
+        ".visible .entry k(\n\t.param .u64 .ptr .global .align 1 k_param_0,\n\t.param .u32 k_param_1,\n"
+        "\t.param .u64 .ptr .global .align 1 k_param_2\n)\n.reqntid 128\n{\n ld.param.u64 base, [k_param_%d];\n}"
+    )
+    signature = (("x_ptr", "*bf16"), ("C", "constexpr"), ("N", "i32"))
+    assert [waits.base_argument(ptx % number, signature) for number in range(3)] == ["x_ptr", "N", "k_param_2"]
+    assert waits.base_argument(ptx.replace("base", "other"), signature) == ""
+
+
 @pytest.mark.parametrize(
     ("name", "stored"),
     [
@@ -134,9 +146,8 @@ def test_stored_bytes(name, stored):
 
 
 def launch(arch="sm_90", warps=8, kernel="qmm", **different):
-    constants = {"BM": 128, "BN": 128, "BITS": 4, "ZERO": 0, "BOOKS": 0, "PASSES": 1, "TABLE": "", "PDL": 0} | different
-    signature = (("x_ptr", "*bf16"), *((name, "constexpr") for name in constants))
-    held = tuple(enumerate(constants.values(), 1))
+    held = ((1, Constants(BM=128, BN=128)._replace(**different)),)
+    signature = (("x_ptr", "*bf16"), ("C", "constexpr"))
     return sass.launches.Launch(kernel, arch, signature, held, (), warps=warps, stages=3, registers=None)
 
 
@@ -152,6 +163,7 @@ SOUND = {
     "waits": 2,
     "idle": 1,
     "words": 3,
+    "base": "entries_ptr",
     "copies_16": 3,  # three words of 128 outputs and 16 vectors, by 256 threads
 }
 
@@ -188,7 +200,7 @@ def test_a_measured_tile_may_spill_what_was_measured():
 
 
 @pytest.mark.parametrize(
-    "other", [{"arch": "sm_80"}, {"BM": 64}, {"BITS": 2}, {"ZERO": 1}, {"BOOKS": 1}, {"TABLE": "sel"}], ids=str
+    "other", [{"arch": "sm_80"}, {"BM": 64}, {"BITS": 2}, {"ZERO": 1}, {"TEXTS": ("sel",)}], ids=str
 )
 def test_what_was_not_measured_may_not_spill(other):
     assert sass.spill_allowed(launch(**{"warps": 4} | other)) == 0
@@ -199,6 +211,7 @@ def test_what_was_not_measured_may_not_spill(other):
     [
         ({"copies_16": 6}, "6 copies of 16 bytes a thread, not those that read 6144 words once"),
         ({"words": 2}, "codebooks of 2 of 3 words are looked up"),
+        ({"base": "scales_ptr"}, "assembly takes its codebooks from scales_ptr, they are entries_ptr"),
     ],
 )
 def test_each_fault_of_vectors_is_named(wrong, text):

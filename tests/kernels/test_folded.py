@@ -9,6 +9,7 @@ import torch
 
 from qzo.kernels import folded, tiles
 from qzo.kernels.codes import pack_planes, pack_rows
+from qzo.kernels.forms import form_of
 from qzo.kernels.table import FP4, NF4
 from tests import oracle
 from tests.kernels.test_qmm import assert_zero_block_is_plain, changed
@@ -44,7 +45,7 @@ def one_hot(matmul):
 
 def assert_true(matmul, y):
     """Each weight errs by half a unit of its rounding and by what P lost; the sums as those of the exact form do."""
-    p = 2.0**-folded.kept(matmul.dtype, matmul.bits, matmul.table)
+    p = 2.0**-folded.kept(matmul.dtype, form_of(matmul.bits, matmul.table, None))
     assert_close(y, matmul.want(), matmul.magnitude() * (HALF_ULP[matmul.dtype] + p) + 1e-9, 1)
     # a third of the largest in a weight's mean, and K of both signs: sums of 2^-12.2 for float16, of 5 sigma at most
     unit = (matmul.magnitude().square() / matmul.k).sqrt() * HALF_ULP[matmul.dtype]
@@ -230,7 +231,7 @@ def test_supports():
     (128, 4096, None, 4, None, (128, 64)),              # 64 programs of 128 x 128 would leave half the chip idle
 ])
 def test_tiles_of_a_hopper(rows, n, zeros, bits, lookup, wanted):
-    tile = tiles.pick_folded(rows, n, 4096, 64, torch.float16, "sm_90", zeros, bits, lookup)
+    tile = tiles.pick_folded(tiles.Problem(rows, n, 4096, 64, torch.float16, "sm_90", zeros, bits, lookup))
     assert (tile.rows, tile.outputs) == wanted
     assert tile.deep
     assert tile.splits == 1
@@ -240,12 +241,13 @@ def test_every_tile_stands():
     for arch in (*tiles.PROCESSORS, "interpreter", "sm_87", "gfx950"):
         for rows in (1, 128, 129, 512, 8192):
             for n, group, zeros in ((4096, 128, None), (192, 32, torch.uint8)):
-                tile = tiles.pick_folded(rows, n, 4096, group, torch.float16, arch, zeros)
+                tile = tiles.pick_folded(tiles.Problem(rows, n, 4096, group, torch.float16, arch, zeros))
                 tile.check()
                 assert not tile.ratio
                 if arch.startswith("sm_"):          # one or two lanes to an output, see the kernel
                     assert tile.outputs <= 32 * tile.warps <= 2 * tile.outputs
-    assert tiles.pick_folded(64, 4096, 4096, 128, torch.float16, "sm_100").rows <= 64   # Triton 3.6 and 128 rows
+    blackwell = tiles.pick_folded(tiles.Problem(64, 4096, 4096, 128, torch.float16, "sm_100"))
+    assert blackwell.rows <= 64         # Triton 3.6 and 128 rows
 
 
 @pytest.mark.parametrize(("change", "text"), [
@@ -253,36 +255,36 @@ def test_every_tile_stands():
     (dict(group=48), "group_size=48"), (dict(zeros=torch.float32), "zero points torch.float32"),
     (dict(lookup="exact"), "lookup exact")], ids=str)
 def test_a_tile_that_cannot_be_had_is_refused(change, text):
-    wanted = {"rows": 512, "n": 4096, "k": 4096, "group": 128, "dtype": torch.float16, "arch": "sm_90", **change}
+    problem = dataclasses.replace(tiles.Problem(512, 4096, 4096, 128, torch.float16, "sm_90"), **change)
     with pytest.raises(ValueError, match=f"{text}.*use tiles.pick"):
-        tiles.pick_folded(**wanted)
+        tiles.pick_folded(problem)
 
 
 # ----------------------------------------------------------------------------------------------- planted faults
 
 FAULTS = {   # what stands exactly once in folded.py, and what it becomes
-    "groups passed down": ("            s0 = s1\n", "            s0 = s2\n"),
-    "two groups passed down": ("            s0 = s2\n", "            s0 = s1\n"),
+    "groups passed down": ("return scales[1], scales[2],", "return scales[2], scales[2],"),
+    "two groups passed down": ("return scales[2], scales[3],", "return scales[1], scales[3],"),
     "next quad of scales": ("tl.minimum(quad + 1, (G", "tl.minimum(quad, (G"),
     "next quad of zero points": ("tl.minimum(4 * quad + i, G", "tl.minimum(i, G"),
     "next quad of noise": ("base4 + quad.to(tl.int64) * N", "base4 + quad.to(tl.int64)"),
-    "third group of a tile": ("_halves(s2, z, group + 2,", "_halves(s1, z, group + 2,"),
-    "zero point of the last": ("_halves(s3, z, group + 3,", "_halves(s3, z, group + 2,"),
+    "third group of a tile": ("_halves(scales[i],", "_halves(scales[i - i // 2 * (3 - i)],"),
+    "zero point of the last": ("zeros, group + i,", "zeros, group + i - i // 3,"),
     "zero point": (".to(tl.int16, bitcast=True)\n        word = (", ".to(tl.int16)\n        word = ("),
-    "lanes": ("tl.arange(0, LANES) // (LANES // BN)", "tl.arange(0, LANES) % BN"),
+    "lanes": ("tl.arange(0, C.LANES) // (C.LANES // BN)", "tl.arange(0, C.LANES) % BN"),
     "low half": ("low = (p - high.to(tl.float32)).to(DT)", "low = (p - p).to(DT)"),
-    "rounding of P": ("+ (1 << 23 - KEPT)", "+ 0"),
+    "rounding of P": ("+ (1 << 23 - C.KEPT)", "+ 0"),
     "sign of the low half": ("(c * low).to(DT).to(tl.float32)", "(c * -low).to(DT).to(tl.float32)"),
     "factor of a row": ("factor(k0, coef)", "factor(k0, -coef)"),
     "rows of the first evaluation": ("xp = x_ptr + (e * R + first)", "xp = x_ptr + (0 * R + first)"),
     "seed of the first evaluation": ("tl.load(seeds_ptr + e)", "tl.load(seeds_ptr)"),
     "coefficient of the first evaluation": ("tl.load(coefs_ptr + e)", "tl.load(coefs_ptr)"),
-    "inputs past the last": ("mask=(t * 128 + h * DEPTH + k < K)", "mask=(t * 0 + h * 0 + k < K)"),
+    "inputs past the last": ("mask=(t * 128 + at + k < K)", "mask=(t * 0 + at * 0 + k < K)"),
     "bias": ("bias_ptr + n).to", "bias_ptr + n * 0).to"),
-    "factor of all": ("tl.full((BN,), 1 / LIFT_,", "tl.full((BN,), 2 / LIFT_,"),
+    "factor of all": ("tl.full((BN,), 1 / _LIFT,", "tl.full((BN,), 2 / _LIFT,"),
     "twin: rounding of P": ("+ (1 << drop - 1)", "+ 0"),
     "twin: low half": ("(p - high).to(dtype)", "(p - p).to(dtype)"),
-    "twin: zero points": ("c = c - (zeros", "c = c + (zeros"),
+    "twin: zero points": ("c = c - (weight.zeros", "c = c + (weight.zeros"),
     "twin: noise of a row": ("at[0])[:, 0]", "at[0])[:, 1]"),
     "twin: noise of the first evaluation": ("perturbation.seeds[e], at), coef", "perturbation.seeds[0], at), coef"),
 }
@@ -319,8 +321,9 @@ def copy_with(fault, folder):
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_seen(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "qzo.kernels.folded_copy", None)
+    module = copy_with(FAULTS[name], tmp_path)
     with pytest.raises(AssertionError):
-        check(copy_with(FAULTS[name], tmp_path))
+        check(module)
 
 
 def test_a_copy_without_a_fault_is_green(tmp_path, monkeypatch):
@@ -333,9 +336,8 @@ def test_a_copy_without_a_fault_is_green(tmp_path, monkeypatch):
 def picked(matmul, n=None):
     """The tile that the package would run, were there n outputs, and whether it unpacks with inline PTX."""
     arch = tiles.architecture(torch.device("cuda"))
-    points = None if matmul.zero_points is None else matmul.zero_points.dtype
-    tile = tiles.pick_folded(matmul.rows, n or matmul.n, matmul.k, matmul.group, matmul.dtype, arch, points,
-                             matmul.bits, None if matmul.table is None else "table")
+    problem = tiles.Problem.of(matmul.rows, matmul.operands()[0], matmul.dtype, arch)
+    tile = tiles.pick_folded(dataclasses.replace(problem, n=n or matmul.n))
     return dict(tile=tile, device="cuda", asm=arch.startswith("sm_"))
 
 

@@ -4,7 +4,6 @@ import torch
 
 from qzo.kernels import noise, perturb, tiles, update
 from qzo.kernels.table import NF4
-from qzo.nn import ops
 from tests import oracle
 from tests.kernels.test_qmm import changed
 from tests.kernels.test_update import rows_run, scales_of
@@ -18,9 +17,7 @@ pytestmark = pytest.mark.gpu
 def picked(matmul):
     """The tile that the package would run, and whether it unpacks with inline PTX."""
     arch = tiles.architecture(torch.device("cuda"))
-    points = None if matmul.zero_points is None else matmul.zero_points.dtype
-    tile = tiles.pick(matmul.rows, matmul.n, matmul.k, matmul.width, matmul.dtype, arch, points, matmul.bits,
-                      ops.lookup_of(matmul.table, matmul.exact, matmul.codebooks))
+    tile = tiles.pick(tiles.Problem.of(matmul.rows, matmul.operands()[0], matmul.dtype, arch, matmul.exact))
     return dict(tile=tile, device="cuda", asm=arch.startswith("sm_"))
 
 

@@ -20,7 +20,8 @@ SPLIT = dataclasses.replace(TILE, splits=4)
 
 def plan_of(matmul, tile=SPLIT):
     weight, perturbation = matmul.operands()
-    return plan.Plan(weight, perturbation, len(matmul.x), matmul.x.dtype, tile=tile, asm=False), perturbation
+    return plan.Plan(weight, perturbation, len(matmul.x), matmul.x.dtype,
+                     plan.Options(tile, asm=False)), perturbation
 
 
 def run(made, matmul, perturbation):
@@ -46,7 +47,7 @@ def test_a_plan_that_runs_again_finds_its_counters_at_zero():
     matmul = Matmul(k=1024, group=64)
     made, perturbation = plan_of(matmul)
     first = run(made, matmul, perturbation)
-    counters = made.tensors[-1]
+    counters = made.arguments["counters_ptr"]
     assert counters.dtype == torch.int32
     assert counters.numel() == made.grid[0] * made.grid[1]
     assert not counters.any()
@@ -62,8 +63,8 @@ class Recorder:
         self.arg_names, self.fn, self.calls = kernel.arg_names, kernel.fn, []
 
     def __getitem__(self, grid):
-        def launch(*arguments, **constants):
-            self.calls.append((grid, arguments, constants))
+        def launch(*packed, **named):
+            self.calls.append((grid, packed, named))
             return self
         return launch
 
@@ -75,15 +76,15 @@ def test_later_launches_say_the_same_in_the_order_of_the_kernels_arguments(monke
     matmul = Matmul(k=1024, group=64, zeros="uint8", bias=True)
     weight, perturbation = matmul.operands()
     more = [dataclasses.replace(matmul, n=n, base4=n + 1).operands()[0] for n in (20, 40)[:others]]
-    made = plan.Plan(weight, perturbation, len(matmul.x), torch.float16, tile=SPLIT, asm=False, others=more)
+    made = plan.Plan(weight, perturbation, len(matmul.x), torch.float16, plan.Options(SPLIT, asm=False), more)
     ys = [torch.empty(len(matmul.x), member.out_features) for member in (weight, *more)]
     for _ in range(2):
         made(matmul.x, perturbation.seeds, perturbation.coefs, *ys)
-    (grid, arguments, constants), (later_grid, packed, named) = recorder.calls
+    (grid, positional, first), (later_grid, packed, named) = recorder.calls
     assert later_grid == grid == made.grid
+    assert not positional
     assert not named
-    assert len(packed) == len(recorder.arg_names)
-    first = dict(zip(recorder.arg_names, arguments, strict=False)) | constants
+    assert set(first) - set(made.options) == set(recorder.arg_names)
     later = dict(zip(recorder.arg_names, packed, strict=True))
     fresh = {"partials_ptr"}            # allocated anew by each call
     for name in set(later) - fresh:

@@ -75,7 +75,7 @@ def llama(kv_heads):
 @pytest.mark.parametrize(("kv_heads", "a_block"), [(4, [3, 1, 2, 1]), (2, [1, 2, 1, 2, 1])])
 def test_steps_of_a_llama_have_the_same_bits(kv_heads, a_block, launches, monkeypatch, tmp_path):
     pick = tiles.pick
-    monkeypatch.setattr(tiles, "pick", lambda rows, n, *a: dataclasses.replace(pick(rows, n, *a), splits=1 + (n < 64)))
+    monkeypatch.setattr(tiles, "pick", lambda p: dataclasses.replace(pick(p), splits=1 + (p.n < 64)))
     ids = torch.arange(16).view(2, 8) + 3
     found = []
     for shared in (True, False):

@@ -1,6 +1,6 @@
 """tiles.pick: a pure function of the rows of one evaluation, the layer and the chip."""
 
-import inspect
+import dataclasses
 import itertools
 import json
 
@@ -22,11 +22,11 @@ def every_pick():
     for arch, rows, (n, k, group), zeros in itertools.product(
         ARCHES, ROWS, SHAPES, (None, torch.uint8, torch.float32)
     ):
-        yield arch, rows, n, k, group, tiles.pick(rows, n, k, group, torch.float16, arch, zeros)
+        yield arch, rows, n, k, group, tiles.pick(tiles.Problem(rows, n, k, group, torch.float16, arch, zeros))
 
 
 def test_the_number_of_evaluations_is_no_argument():
-    assert set(inspect.signature(tiles.pick).parameters) == {
+    assert {field.name for field in dataclasses.fields(tiles.Problem)} == {
         "rows",
         "n",
         "k",
@@ -84,7 +84,8 @@ def sweep():
 def pick(case):
     """The tile of a benchmark case on an H100."""
     dtype = cases.DTYPES[case.dtype]
-    return tiles.pick(case.rows, case.n, case.k, case.group, dtype, "sm_90", None, case.form.bits, case.form.lookup)
+    return tiles.pick(tiles.Problem(case.rows, case.n, case.k, case.group, dtype, "sm_90", bits=case.form.bits,
+                                    lookup=case.form.lookup))
 
 
 SWEPT = {  # rows, group, dtype, codes, all of 4096 inputs and 11008 outputs -> the tile
@@ -143,7 +144,7 @@ def test_the_rounds_that_choose_between_tiles_are_those_of_the_sweep(sweep):
     ],
 )
 def test_many_rows_take_the_tile_whose_rounds_take_least(rows, n, zeros, wanted):
-    tile = tiles.pick(rows, n, 4096, 128, torch.bfloat16, "sm_90", zeros)
+    tile = tiles.pick(tiles.Problem(rows, n, 4096, 128, torch.bfloat16, "sm_90", zeros))
     assert (tile.rows, tile.outputs) == wanted
 
 
@@ -156,12 +157,12 @@ def test_many_rows_take_the_tile_whose_rounds_take_least(rows, n, zeros, wanted)
     ],
 )
 def test_few_rows_split_k_until_the_chip_is_full(rows, n, k, wanted):
-    assert tiles.pick(rows, n, k, 128, torch.bfloat16, "sm_90").splits == wanted
+    assert tiles.pick(tiles.Problem(rows, n, k, 128, torch.bfloat16, "sm_90")).splits == wanted
 
 
 def test_many_rows_do_not_split_k():
     assert {
-        tiles.pick(rows, 192, 4096, 128, torch.bfloat16, arch).splits
+        tiles.pick(tiles.Problem(rows, 192, 4096, 128, torch.bfloat16, arch)).splits
         for rows in (65, 512)
         for arch in tiles.PROCESSORS
     } == {1}
@@ -179,25 +180,28 @@ def test_many_rows_do_not_split_k():
 )
 def test_an_unlisted_chip_runs_as_its_elder(arch, elder):
     for rows in ROWS:
-        assert tiles.pick(rows, 4096, 4096, 128, torch.float16, arch) == tiles.pick(
-            rows, 4096, 4096, 128, torch.float16, elder
+        found, wanted = (
+            tiles.pick(tiles.Problem(rows, 4096, 4096, 128, torch.float16, chip)) for chip in (arch, elder)
         )
+        assert found == wanted
 
 
 def test_a_chip_without_bf16_tensor_cores_is_refused():
+    problem = tiles.Problem(1, 4096, 4096, 128, torch.float16, "sm_75")
     with pytest.raises(ValueError, match=r"sm_75 has no bf16 tensor cores.*sm_80 or newer"):
-        tiles.pick(1, 4096, 4096, 128, torch.float16, "sm_75")
+        tiles.pick(problem)
 
 
 @pytest.mark.parametrize("group", [0, 16, 48, 256, 2048])
 def test_a_group_that_no_kernel_has_is_refused(group):
+    problem = tiles.Problem(1, 4096, 4096, group, torch.float16, "sm_90")
     with pytest.raises(
         ValueError, match=rf"group_size={group}: .*\(32, 64, 128\) or the whole row \(4096 here\)"
     ):
-        tiles.pick(1, 4096, 4096, group, torch.float16, "sm_90")
+        tiles.pick(problem)
 
 
 def test_float32_runs_without_tensor_core_tiles():
     for arch in tiles.PROCESSORS:
-        tile = tiles.pick(512, 4096, 4096, 128, torch.float32, arch)
+        tile = tiles.pick(tiles.Problem(512, 4096, 4096, 128, torch.float32, arch))
         assert (tile.deep, tile.ratio, tile.outputs) == (False, False, 32)

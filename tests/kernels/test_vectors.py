@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qzo.kernels import dequantize, lookup, plan, qmm, tiles, vectors
+from qzo.kernels import dequantize, forms, plan, qmm, tiles, vectors
 from tests import oracle
 from tests.support.close import assert_same_bits
 from tests.support.matmuls import TILE, Matmul
@@ -108,10 +108,10 @@ def test_inline_ptx(books, bits, dtype):
     low[:1 << bits, 0, 0] = torch.arange(1 << bits)
     high[:1 << bits, 0, -1] = torch.arange(1 << bits)
     packed = [vectors.pack_vectors(c, bits)[0, :, ::16].to(torch.int64) & 0xFFFF for c in (low, high)]
-    head, step, table, last = vectors.vector_texts(books, bits, dtype, "the_parameter")
-    ones, count = torch.ones(1, len(low), dtype=torch.float64), vectors.words_of(books, bits)
-    for w in range(count):
-        text = head + step * w + (table if w < count - 1 else last)
+    texts = vectors.vector_texts(books, bits, dtype, "the_parameter")
+    ones = torch.ones(1, len(low), dtype=torch.float64)
+    assert len(texts) == vectors.words_of(books, bits)
+    for w, text in enumerate(texts):
         found = run_ptx(text, (packed[0][:, w] | packed[1][:, w] << 16).numpy(), memory)
         mine = slice(2 * w, 2 * w + 2) if bits <= 8 else slice(w, w + 1)
         for codes, registers in ((low, found[:4]), (high, found[4:])):
@@ -122,10 +122,11 @@ def test_inline_ptx(books, bits, dtype):
 
 @pytest.mark.parametrize("kernel", [qmm._qmm_kernel, dequantize._dequantize_kernel], ids=lambda k: k.fn.__name__)
 def test_the_parameter_that_assembly_names_is_the_codebooks(kernel):
-    """PTX numbers what is passed at run time: pointers only stand before this one, none of which Triton leaves out."""
+    """PTX numbers what is passed at run time: pointers only stand before this one, none of which Triton leaves out.
+    bench/sass.py holds the name against the parameters of every kernel that is compiled."""
     books = torch.zeros(2, 256, 8, dtype=torch.float16)
-    _, constants = lookup.lookups(kernel, None, torch.float16, None, False, books)
-    name, number = re.search(r"\[(\w+)_param_(\d+)\]", constants["HEAD"]).groups()
+    _, constants = forms.Vectors(books, 8).lookup(kernel, torch.float16, False, None)
+    name, number = re.search(r"\[(\w+)_param_(\d+)\]", constants["TEXTS"][0]).groups()
     assert name == kernel.fn.__name__
     before = kernel.arg_names[:int(number) + 1]
     assert before[-1] == "entries_ptr"
@@ -145,7 +146,7 @@ def test_one_program_reads_the_codes_of_a_pair(monkeypatch, rows):
             return lambda *a, **k: None
     monkeypatch.setattr(plan, "_qmm_kernel", Recorder())
     for arch in tiles.PROCESSORS:
-        matmul.kernel(tiles.pick(rows, matmul.n, 512, 512, torch.float16, arch, bits=8, lookup="vectors"))
+        matmul.kernel(tiles.pick(tiles.Problem.of(rows, matmul.operands()[0], torch.float16, arch)))
     assert len(grids) == len(tiles.PROCESSORS)
     assert {row_blocks for _, row_blocks, _ in grids} == {1}
 

@@ -132,7 +132,7 @@ def test_exact_tables_are_nearer(backend):
 def test_exact_tables_run_tiles_of_their_own(monkeypatch):
     layer = qzo.QZOLinear.from_linear(torch.nn.Linear(64, 16), group_size=64, table="nf4")
     asked, pick = [], ops.tiles.pick
-    monkeypatch.setattr(ops.tiles, "pick", lambda *a: (asked.append(a[-1]), pick(*a))[1])
+    monkeypatch.setattr(ops.tiles, "pick", lambda p: (asked.append(p.lookup), pick(p))[1])
     with qzo.backend("triton", tables="exact"):
         layer(torch.randn(2, 64).half())
     with qzo.backend("triton"):
@@ -144,7 +144,7 @@ def test_exact_tables_run_tiles_of_their_own(monkeypatch):
 def test_a_tile_that_is_asked_for_is_the_one_that_runs(monkeypatch):
     ran, layer = [], asymmetric()
     made = ops.plan.Plan
-    monkeypatch.setattr(ops.plan, "Plan", lambda *a, tile, **k: (ran.append(tile), made(*a, tile=tile, **k))[1])
+    monkeypatch.setattr(ops.plan, "Plan", lambda *a: (ran.append(a[4].tile), made(*a))[1])
     x, tile = torch.randn(4, layer.in_features), Tile(16, 16, 4, 1)
     with qzo.backend("triton"):
         plain = layer(x)

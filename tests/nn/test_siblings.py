@@ -119,7 +119,7 @@ def test_where_nothing_is_shared(choice, launches):
 def test_layers_with_a_tile_of_their_own_are_multiplied_alone(monkeypatch, launches):
     """With grouped queries k and v are narrower than q, which may mean other splits."""
     pick = tiles.pick
-    monkeypatch.setattr(tiles, "pick", lambda rows, n, *a: dataclasses.replace(pick(rows, n, *a), splits=1 + (n < 44)))
+    monkeypatch.setattr(tiles, "pick", lambda p: dataclasses.replace(pick(p), splits=1 + (p.n < 44)))
     model = attention(sizes=(48, 40, 40))
     want = model(*xs())
     launches.clear()

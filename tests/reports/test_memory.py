@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 import qzo
 from qzo.bench.cases import CODES
 from qzo.cli import main as command
-from qzo.kernels import noise, qmm_torch, update
+from qzo.kernels import qmm_torch, update
 from qzo.kernels.table import NF4
 from qzo.nn.choice import group_for, quantizable
-from qzo.nn.layers import arena_of, layers
+from qzo.nn.layers import layers
 from qzo.reports import footprint, memory, models
 from tests.support.paths import ROOT
 
@@ -291,9 +291,7 @@ def test_the_cpu_matmuls_scratch_is_as_its_formula(law, dtype):
     with qzo.evaluating(model, evaluations):
         model(x)
         held = highest(lambda: model(x)) - m * n * dtype.itemsize
-    formula = qmm_torch.scratch_bytes(
-        m, n, k, group, 2, dtype, noise.law_number(law), False, arena_of(model).data.nbytes, 1
-    )
+        formula = qmm_torch.scratch_bytes(m, dtype, model[0].kernel_weight(), evaluations.perturbation, 1)
     assert 0.6 * formula < held < 1.2 * formula
 
 

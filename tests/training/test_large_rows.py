@@ -61,7 +61,7 @@ def test_a_layer_runs_the_folded_kernel_where_it_is_asked_for(monkeypatch):
         assert not ran
         with qzo.backend("triton", large_rows="folded"):
             rounded = model(x)
-        assert ran == [tiles.pick_folded(128, 32, 128, 64, HALF, "interpreter")]
+        assert ran == [tiles.pick_folded(tiles.Problem(128, 32, 128, 64, HALF, "interpreter"))]
         with qzo.backend("torch", large_rows="folded"):
             assert float((model(x).float() - exact.float()).abs().max()) < 2e-2
     assert len(ran) == 1
