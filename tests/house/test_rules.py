@@ -132,6 +132,7 @@ FIXED = {("optim/optimizer.py", "__init__")}
 LEFT = {
     ("ops.py", "qmm_op"),
     ("ops.py", "_"),
+    ("footprint.py", "_qmm_scratch"),  # counts what the operator takes, argument for argument
     ("quantize_folder.py", "quantize_folder"),
     ("inspect.py", "report"),
     ("inspect.py", "table"),
