@@ -11,12 +11,10 @@ import warnings
 import torch
 from torch import nn
 
-from ..checkpoints.empty import build_empty, check_depth, gguf_config, read_config
-from ..checkpoints.formats import gguf, hqq, of_method, told
-from ..checkpoints.formats.gguf_file import GGUFFile
+from ..checkpoints.empty import build_empty
 from ..checkpoints.load import from_pretrained
 from ..checkpoints.names import Names
-from ..checkpoints.source import locate
+from ..checkpoints.source import open_checkpoint
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.head import has_encoder
 from ..nn.choice import group_for, quantizable
@@ -86,26 +84,6 @@ class ScaleSurvey:
 # ---------------------------------------------------------------------------------------------- what it holds
 
 
-def opened(path_or_id, trust_remote_code=False):
-    """(name of the format, transformers config, entries as a reader yields them, or None for a float checkpoint, types
-    of stored tensors by their Hugging Face names where the entries' dtypes do not tell them)."""
-    path = locate(path_or_id)
-    if path.is_file():
-        file = GGUFFile(path)
-        types = {gguf.hf_name(file, info.name): (info.type_name, info.nbytes) for info in file.tensors.values()}
-        return "gguf", gguf_config(file), gguf.weights(file, torch.float16), types
-    quantization = told.quantization_of(path)
-    config = read_config(path, trust_remote_code)
-    if quantization is None:
-        return "float", config, None, {}
-    method = quantization.get("quant_method") if quantization else hqq.METHOD
-    form = of_method(method, path)
-    form.check_config(quantization, path)
-    told.forget(config)
-    check_depth(config, path, sum(file.stat().st_size for file in form.weight_files(path)))
-    return method, config, form.weights(path, quantization, None), {}
-
-
 def survey(entries, types):
     """({name of a weight: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, codebooks,
     scales and zeros)."""
@@ -125,13 +103,15 @@ def survey(entries, types):
     return wanted, scales, dense, held
 
 
-def would_be(model, bits, group_size, config):
-    """({layer: Form} of what from_pretrained would quantize, {type: [tensors, bytes]} of what stays dense)."""
+def would_be(model, bits, group_size, stored):
+    """({layer: Form} of what from_pretrained would quantize, {type: [tensors, bytes]} of what stays dense).
+
+    stored: dtype of the checkpoint's tensors
+    """
     check_bits(bits)
     linears = quantizable(model)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize")
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     taken = {id(linear.weight) for linear in linears.values()}
     rest = [p.numel() * stored.itemsize for p in model.parameters() if id(p) not in taken]
     form = models.Form(group_for(model, group_size), bits=bits)
@@ -141,22 +121,22 @@ def would_be(model, bits, group_size, config):
 def report(options):
     """The dict that --json prints. ValueError for a checkpoint that from_pretrained would refuse too."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, config, entries, types = opened(options.model, bool(options.trust_remote_code))
+    checkpoint = open_checkpoint(options.model, bool(options.trust_remote_code))
     dtype = torch.float16 if device == "cuda" else torch.float32
-    model = build_empty(config, dtype, trust_remote_code=bool(options.trust_remote_code)).eval()
+    model = build_empty(checkpoint.config, dtype, trust_remote_code=checkpoint.trust_remote_code).eval()
     found = {
         "model": options.model,
-        "format": kind,
-        "quantized": entries is not None,
+        "format": checkpoint.format.method,
+        "quantized": checkpoint.quantized,
         "scales": None,
         "bytes": None,
         "class": type(model).__name__,
     }
-    if entries is None:
+    if not checkpoint.quantized:
         split_experts_(model)
-        wanted, dense = would_be(model, options.bits, options.group_size, config)
+        wanted, dense = would_be(model, options.bits, options.group_size, checkpoint.dtype)
     else:
-        weights, scales, dense, held = survey(entries, types)
+        weights, scales, dense, held = survey(checkpoint.read(None), checkpoint.stored_types())
         names = Names(model)
         wanted = {names(name).removesuffix(".weight"): form for name, form in weights.items()}
         found["scales"] = scales.report()

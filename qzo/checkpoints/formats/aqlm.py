@@ -14,7 +14,7 @@ from ...kernels.vectors import LENGTH, MOST_BITS
 from ...nn.weights import PackedWeight
 from . import files, safetensors_file
 from .folder import copy_all, read_weights, tensor_places
-from .folder import weight_files as weight_files
+from .folder_format import FolderFormat
 from .rounding import stored_scales
 
 METHOD = "aqlm"
@@ -97,3 +97,6 @@ def rounded(folder, find):
             yield name, values, None
         else:
             yield name.removesuffix(".scales"), values.view(1, -1), None
+
+
+FORMAT = FolderFormat(METHOD, check_config, weights, save, rounded)

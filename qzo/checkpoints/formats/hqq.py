@@ -12,6 +12,7 @@ import torch
 from ...nn.weights import PackedWeight
 from . import files
 from .folder import copy_all
+from .folder_format import FolderFormat
 from .rounding import stored_scales
 from .safetensors_file import to_bytes
 from .torch_file import TorchFile
@@ -163,3 +164,6 @@ def _unpack(words, bits, rows):
     top = 27 if bits == 3 else 8 - bits
     planes = [((words >> shift) & (1 << bits) - 1).to(torch.uint8) for shift in range(top, -1, -bits)]
     return torch.cat(planes)[:rows]
+
+
+FORMAT = FolderFormat(METHOD, check_config, weights, save, rounded, weight_files=weight_files)
