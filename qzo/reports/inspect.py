@@ -124,23 +124,14 @@ def report(options):
     checkpoint = open_checkpoint(options.model, bool(options.trust_remote_code))
     dtype = torch.float16 if device == "cuda" else torch.float32
     model = build_empty(checkpoint.config, dtype, trust_remote_code=checkpoint.trust_remote_code).eval()
+    wanted, dense, told = _holds(checkpoint, model, options)
     found = {
         "model": options.model,
         "format": checkpoint.format.method,
         "quantized": checkpoint.quantized,
-        "scales": None,
-        "bytes": None,
+        **told,
         "class": type(model).__name__,
     }
-    if not checkpoint.quantized:
-        split_experts_(model)
-        wanted, dense = would_be(model, options.bits, options.group_size, checkpoint.dtype)
-    else:
-        weights, scales, dense, held = survey(checkpoint.read(None), checkpoint.stored_types())
-        names = Names(model)
-        wanted = {names(name).removesuffix(".weight"): form for name, form in weights.items()}
-        found["scales"] = scales.report()
-        found["bytes"] = {**held, "dense": sum(nbytes for _, nbytes in dense.values())}
     for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):
         split_(model, stack)
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -171,15 +162,32 @@ def report(options):
         "tokens": options.seq_len,
         "directions": options.directions,
     }
-    found["memory"], found["memory_unknown"] = None, None
+    found |= _memory(model, options, device)
+    found["signal"] = signal(options, wanted) if options.signal else None
+    return found
+
+
+def _holds(checkpoint, model, options):
+    """({layer: Form}, {type: [tensors, bytes]} of what stays dense, {"scales", "bytes"} as they are reported), of what
+    the checkpoint holds or of what would be quantized of it."""
+    if not checkpoint.quantized:
+        split_experts_(model)
+        return *would_be(model, options.bits, options.group_size, checkpoint.dtype), {"scales": None, "bytes": None}
+    weights, scales, dense, held = survey(checkpoint.read(None), checkpoint.stored_types())
+    names = Names(model)
+    wanted = {names(name).removesuffix(".weight"): form for name, form in weights.items()}
+    held["dense"] = sum(nbytes for _, nbytes in dense.values())
+    return wanted, dense, {"scales": scales.report(), "bytes": held}
+
+
+def _memory(model, options, device):
+    """{"memory", "memory_unknown"}: bytes of a step, or why they cannot be predicted."""
     run = memory.Run(options.batch_size, options.seq_len, directions=options.directions)
     try:
         predicted = memory.predict(model, run, device, memory.this_chip())
-        found["memory"] = {part: predicted[part] for part in (*memory.PARTS, "total")}
     except (ValueError, RuntimeError) as error:  # no language model, or one whose code needs values, not only shapes
-        found["memory_unknown"] = str(error).splitlines()[0]
-    found["signal"] = signal(options, wanted) if options.signal else None
-    return found
+        return {"memory": None, "memory_unknown": str(error).splitlines()[0]}
+    return {"memory": {part: predicted[part] for part in (*memory.PARTS, "total")}, "memory_unknown": None}
 
 
 def _kinds(model):
@@ -290,19 +298,20 @@ def table(found):
         f"a step      on {step['device']}, {step['rows']} x {step['tokens']} tokens, {2 * step['directions']} "
         f"evaluations at once: {total}"
     )
-    if found["signal"]:
-        lines += [
-            "",
-            f"eps {found['signal']['eps']:g}, {found['signal']['directions']} directions: what rounding the "
-            "activations does to the derivatives",
-            f"            {'error':>8}{'cosine':>8}",
-        ]
-        lines += [
-            f"{name:12}{of['error']:8.3f}{of['cosine']:8.3f}"
-            for name, of in found["signal"].items()
-            if isinstance(of, dict)
-        ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_signal_lines(found["signal"])])
+
+
+def _signal_lines(signal):
+    """What is shown of `signal`'s report; nothing where it was not asked for."""
+    if not signal:
+        return []
+    return [
+        "",
+        f"eps {signal['eps']:g}, {signal['directions']} directions: what rounding the activations does to the "
+        "derivatives",
+        f"            {'error':>8}{'cosine':>8}",
+        *(f"{name:12}{of['error']:8.3f}{of['cosine']:8.3f}" for name, of in signal.items() if isinstance(of, dict)),
+    ]
 
 
 def _number(value):
