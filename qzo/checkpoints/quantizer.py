@@ -112,8 +112,12 @@ class QZOQuantizer(HfQuantizer):
         self._linears: dict[str, nn.Linear] = {}  # those that are quantized or, in a 4-bit folder, may be
         self._packed: dict[str, tuple[PackedWeight, str]] = {}  # name of a weight -> it, where it came from
         self._errors: list[str] = []
-        self._names: Any = None
-        self._files = self._make = self._info = self._kept_in_float32 = self._trimmer = None  # type: Any
+        self._files: list[Path] = []
+        self._names: Any = None  # of a 4-bit folder's tensors: Names
+        self._make: Any = None  # what makes its layers: protocol.Make
+        self._info: Any = None  # transformers' own, of what is missing and what is left
+        self._kept_in_float32: Any = None
+        self._trimmer: Any = None
 
     is_trainable = is_qat_trainable = True
 

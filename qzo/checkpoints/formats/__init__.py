@@ -8,15 +8,20 @@ format has to have; folder_format.py makes one of a few functions. A new one is 
 from pathlib import Path
 
 from . import aqlm, auto_round, awq, bnb, compressed_tensors, floats, gguf, gptq, hqq
-from .protocol import Copied, Format, Gathered, Quantization, Target
+from .protocol import Copied, Format, Gathered, Quantization
 
-FOLDERS: dict[str, Format] = {
-    module.METHOD: module.FORMAT for module in (aqlm, auto_round, awq, bnb, compressed_tensors, gptq, hqq)
-}
-FORMATS: dict[str, Format] = FOLDERS | {gguf.METHOD: gguf.FORMAT, floats.METHOD: floats.FORMAT}
-COPIED = {method: form for method, form in FORMATS.items() if isinstance(form, Copied)}
-GATHERED = {method: form for method, form in FORMATS.items() if isinstance(form, Gathered)}
-TARGETS: dict[str, Target] = {module.METHOD: module.TARGET for module in (awq, bnb, compressed_tensors, gptq)}
+# typed by what they can do, so that a checker holds each against its protocol; tests/ holds the signatures too
+_GATHERED: tuple[Gathered, ...] = (auto_round.FORMAT, awq.FORMAT, compressed_tensors.FORMAT, gptq.FORMAT)
+_FOLDERS: tuple[Copied, ...] = (aqlm.FORMAT, bnb.FORMAT, hqq.FORMAT, *_GATHERED)
+_FILES: tuple[Copied, ...] = (gguf.FORMAT,)
+_FLOATS: tuple[Format, ...] = (floats.FORMAT,)
+_TARGETS = (awq.TARGET, bnb.TARGET, compressed_tensors.TARGET, gptq.TARGET)
+
+GATHERED = {form.method: form for form in _GATHERED}
+FOLDERS = {form.method: form for form in _FOLDERS}  # by their quant_method
+COPIED = {form.method: form for form in (*_FOLDERS, *_FILES)}
+FORMATS = {form.method: form for form in (*_FOLDERS, *_FILES, *_FLOATS)}
+TARGETS = {target.method: target for target in _TARGETS}
 
 
 def of_method(method: object, where: object) -> Format:

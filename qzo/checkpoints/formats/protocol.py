@@ -9,7 +9,7 @@ Paths are those of source.locate: a folder, or the file of a format whose checkp
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from transformers import PretrainedConfig
@@ -56,7 +56,6 @@ class Checkpoint:
         return self.format.quantized
 
 
-@runtime_checkable
 class Format(Protocol):
     """What every format has.
 
@@ -88,7 +87,6 @@ class Format(Protocol):
         ...
 
 
-@runtime_checkable
 class Copied(Format, Protocol):
     """One that is saved as a copy of its source: the bytes of scales change, and no others.
 
@@ -104,7 +102,6 @@ class Copied(Format, Protocol):
         ...
 
 
-@runtime_checkable
 class Gathered(Copied, Protocol):
     """One that transformers' own from_pretrained and save_pretrained can be taught.
 
