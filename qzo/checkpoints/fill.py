@@ -1,20 +1,26 @@
 """A model on the meta device and what a file holds of it: every entry in its place, none missing, none left."""
 
 import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..nn.experts import stack_of
 from ..nn.linear import QZOLinear
 from ..nn.weights import PackedWeight
 from ..system.memory import Trimmer
+from .formats.protocol import Entry
 from .names import Names
 
 
-def fill(model, entries, path, device):
+def fill(model: Any, entries: Iterable[Entry], path: Path, device: torch.device) -> Names:
     """Put every entry in its place and return the Names; ValueError for an entry that the model lacks and for what
     stays empty."""
-    names, filled, trimmer = Names(model), {}, Trimmer()
+    names, trimmer = Names(model), Trimmer()
+    filled: dict[str, str] = {}
     missing, needless = set(names.known), needless_of(model)
     for name, value, where in entries:
         name = names(name)
@@ -35,9 +41,12 @@ def fill(model, entries, path, device):
             )
         missing.discard(name)
         filled[name] = where
-        put = put_packed if isinstance(value, PackedWeight) else _put_dense
-        put(model, name, value, where, device)
-        trimmer.took((value.codes if isinstance(value, PackedWeight) else value).nbytes)
+        if isinstance(value, PackedWeight):
+            put_packed(model, name, value, where, device)
+            trimmer.took(value.codes.nbytes)
+        else:
+            _put_dense(model, name, value, where, device)
+            trimmer.took(value.nbytes)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
         raise ValueError(
@@ -51,7 +60,7 @@ def fill(model, entries, path, device):
     return names
 
 
-def needless_of(model):
+def needless_of(model: Any) -> Callable[[str], bool]:
     """needless(name): whether a tensor of a file is one that the model computes by itself, or its class leaves out.
 
     Older files hold angles of rotary embeddings, and numbers of positions, that transformers keeps as plain buffers.
@@ -73,7 +82,7 @@ def _empty_bias(name, value, model):
     return isinstance(dict(model.named_modules()).get(owner), nn.Linear | QZOLinear)
 
 
-def put_packed(model, name, packed, where, device):
+def put_packed(model: Any, name: str, packed: PackedWeight, where: str, device: torch.device) -> None:
     """Replace the nn.Linear whose weight has this name by a QZOLinear. ValueError if it is none or of other shape."""
     owner, _, leaf = name.rpartition(".")
     linear = model.get_submodule(owner)

@@ -1,6 +1,9 @@
 """transformers models with QZOLinear inside: a checkpoint is loaded."""
 
 import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -9,21 +12,27 @@ from ..kernels.table import named_table
 from ..nn.choice import quantizable_, quantize_
 from ..nn.layers import arena_of, layers
 from ..nn.quantize import check_form, quantize_weight
-from .empty import auto_class, build_empty, check_depth, gguf_config, read_config, reading
+from .empty import auto_class, build_empty
 from .fill import fill, needless_of
-from .formats import gguf, gptq, hqq, of_method, safetensors_file, told
 from .formats.folder import tensor_places
-from .formats.gguf_file import GGUFFile
+from .formats.protocol import Checkpoint, Entry
+from .formats.reading import reading
 from .names import Names
 from .quantizer import attach
-from .source import Source, locate
-
-_QUANTIZED = (".qweight", ".weight_packed", ".W_q", ".weight.absmax", ".weight.quant_map", ".SCB")
+from .source import Source, open_checkpoint, set_source
 
 
 def from_pretrained(
-    path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True, table=None, trust_remote_code=False
-):
+    path_or_id: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    table: Any = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
     path_or_id : a checkpoint folder, a .gguf file, a folder holding exactly one, or a Hugging Face Hub id
@@ -41,27 +50,23 @@ def from_pretrained(
     check_form(bits, symmetric, table)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    path, quantization = locate(path_or_id), None
-    if path.is_file():
-        model, source = _load_gguf(path, device, dtype)
+    checkpoint = open_checkpoint(path_or_id, trust_remote_code)
+    if checkpoint.quantized:
+        model, names = _load_codes(checkpoint, device, dtype)
     else:
-        quantization = told.quantization_of(path)
-        config = read_config(path, trust_remote_code)
-        if quantization is None:
-            options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
-            model, source = _load_float(path, config, trust_remote_code, options, device, dtype)
-        else:
-            model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)
+        options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
+        model, names = _load_float(checkpoint, options, device, dtype), None
     if not layers(model, trainable=None):
         raise ValueError(
-            f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit or a float checkpoint"
+            f"{checkpoint.path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit or a float "
+            "checkpoint"
         )
     _cast(model, dtype)
     model.to(device=device)
     model.requires_grad_(False).eval()
     arena_of(model, exact=True)
-    model._qzo_source = source
-    attach(model, quantization)
+    set_source(model, Source.of(checkpoint, names))
+    attach(model, checkpoint.quantization)
     return model
 
 
@@ -74,33 +79,24 @@ def _cast(model, dtype):
                 tensor.data = tensor.data.to(dtype)
 
 
-def _load_float(folder, config, trust_remote_code, options, device, dtype):
-    stored = {name for file in folder.glob("*.safetensors") for name in safetensors_file.places(file)}
-    for name in sorted(stored):  # transformers would put random weights in the place of these
-        vectors = name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in stored  # AQLM's
-        if name.endswith(_QUANTIZED) or vectors:
-            raise ValueError(
-                f"{folder} holds the quantized tensor {name}, and its config.json has no "
-                "quantization_config that tells how to read it; add the one that this model is published "
-                f"with, there or as {gptq.CONFIG} (GPTQ) or {told.AWQ_CONFIG} (AWQ)"
-            )
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = _quantize_streamed(folder, config, trust_remote_code, options, device, dtype)
+def _load_float(checkpoint: Checkpoint, options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A float checkpoint's model, quantized with `options`."""
+    model = _quantize_streamed(checkpoint, options, device, dtype)
     if model is None:
-        model = _whole_float(folder, config, trust_remote_code)
+        model = _whole_float(checkpoint)
         quantize_(model, **options, skip=("lm_head", *_heads(model)))
-    sizes = (("config.json", (folder / "config.json").stat().st_size),)
-    return model, Source("float", folder, sizes, stored, tuple(sorted(options.items())))
+    return model
 
 
-def _whole_float(folder, config, trust_remote_code):
+def _whole_float(checkpoint: Checkpoint) -> Any:
     """The float model as transformers loads it. ValueError where it would put random weights in the place of tensors
     that the files lack; a warning where the files have others."""
+    folder = checkpoint.path
     with reading(folder, "it cannot be loaded"):
-        model, info = auto_class(config).from_pretrained(
+        model, info = auto_class(checkpoint.config).from_pretrained(
             folder,
             dtype="auto",
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=checkpoint.trust_remote_code,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -120,7 +116,7 @@ def _whole_float(folder, config, trust_remote_code):
     return model
 
 
-def warn_left(names, model, folder):
+def warn_left(names: Iterable[str], model: Any, folder: Path) -> None:
     """Warn of the tensors of these names, which no part of the model takes."""
     needless = needless_of(model)
     left = sorted(name for name in names if not needless(name))
@@ -138,16 +134,19 @@ def _heads(model):
     return [name for name, module in model.named_modules() if module is output and output is not None]
 
 
-def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype):
+def _quantize_streamed(
+    checkpoint: Checkpoint, options: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> Any | None:
     """The model, each weight quantized when it is read: the float model never is in memory.
 
     None where transformers has more to do than to take tensors by the model's own names (prefixes, other layouts,
     pickles): that is left to it.
     """
+    folder = checkpoint.path
     if not any(folder.glob("*.safetensors")):
         return None
     places = tensor_places(folder)
-    model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
+    model = build_empty(checkpoint.config, dtype, trust_remote_code=checkpoint.trust_remote_code)
     heads = _heads(model)
     linears = quantizable_(model, options["group_size"], ("lm_head", *heads))
     names, wanted = Names(model), {name: value.shape for name, value in model.state_dict().items()}
@@ -156,14 +155,14 @@ def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype
     if absent or any(wanted.get(there.get(name)) != torch.Size(place[1]) for name, (_, place) in places.items()):
         return None
 
-    def entries():
-        for name, (file, place) in places.items():
-            tensor, layer = safetensors_file.read(file, place), there[name].removesuffix(".weight")
+    def entries() -> Iterator[Entry]:
+        for name, value, where in checkpoint.read(None):
+            layer = there[name].removesuffix(".weight")
             if layer in linears and name.endswith(".weight"):
-                tensor = quantize_weight(tensor, **options)
-            elif tensor.is_floating_point():
-                tensor = tensor.to(dtype)
-            yield name, tensor, f"{name} in {file.name}"
+                value = quantize_weight(value, **options)  # the same name: the float one is let go here
+            elif isinstance(value, torch.Tensor) and value.is_floating_point():
+                value = value.to(dtype)
+            yield name, value, where
 
     fill(model, entries(), folder, device)
     _take_generation_config(model, folder)
@@ -176,24 +175,10 @@ def _take_generation_config(model, folder):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def _load_gguf(path, device, dtype):
-    file = GGUFFile(path)
-    model = build_empty(gguf_config(file), dtype)
-    fill(model, gguf.weights(file, dtype), path, device)
-    return model, Source("gguf", path, ((path.name, file.size),), torch.float16)
-
-
-def _load_quantized(folder, config, quantization, trust_remote_code, device, dtype):
-    method = quantization.get("quant_method") if quantization else hqq.METHOD
-    form = of_method(method, folder)
-    form.check_config(quantization, folder)
-    told.forget(config)
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
-    used = {*form.weight_files(folder), folder / "config.json"}
-    sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
-    check_depth(config, folder, sum(size for _, size in sizes))
-    model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
-    names = fill(model, form.weights(folder, quantization, dtype), folder, device)
+def _load_codes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Any, Names]:
+    """A quantized checkpoint's model as it is, and the Names of the files' tensors in it."""
+    model = build_empty(checkpoint.config, dtype, trust_remote_code=checkpoint.trust_remote_code)
+    names = fill(model, checkpoint.read(dtype), checkpoint.path, device)
     model._weight_conversions = names.used()
-    _take_generation_config(model, folder)
-    return model, Source(method, folder, sizes, stored, names=tuple(names.changed.items()))
+    _take_generation_config(model, checkpoint.path)
+    return model, names

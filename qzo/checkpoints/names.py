@@ -4,6 +4,8 @@ Vision-language models changed theirs (language_model.model.layers.0 is model.la
 published folders have the old ones. Each model class of transformers has its renamings; they are asked, not copied.
 """
 
+from typing import Any
+
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -18,15 +20,16 @@ class Names:
         {name in the file: name in the model} of those that no part of the file owns
     """
 
-    def __init__(self, model):
-        self.model, self.changed = model, {}
-        self.known = dict.fromkeys(model.state_dict(), True)
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.changed: dict[str, str] = {}
+        self.known: dict[str, bool] = dict.fromkeys(model.state_dict(), True)
         transforms = get_model_conversion_mapping(model, add_legacy=False)
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._own = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._renamings = [*self._own, *(get_checkpoint_conversion_mapping("legacy") or ())]
 
-    def __call__(self, name):
+    def __call__(self, name: str) -> str:
         """The name in the model of a file's tensor; as it is where the model has none of this name."""
         plain = model_name(name)
         found = plain
@@ -45,7 +48,7 @@ class Names:
     def _has(self, name):
         return name in self.known or (".experts." in name and stack_of(self.model, name) is not None)
 
-    def converted(self, name):
+    def converted(self, name: str) -> bool:
         """Whether transformers has more to do for this tensor of a file than to rename it."""
         name = model_name(name)
         if name in self.known:
@@ -55,7 +58,7 @@ class Names:
     def _renamed(self, name, converters):
         return rename_source_key(name, self._renamings, converters, self.model.base_model_prefix, self.known)
 
-    def split(self, stack):
+    def split(self, stack: str) -> tuple[set[str], set[str]]:
         """Split the stacked experts of this name, which a file has one by one; returns (the old names, the new)."""
         module = self.model.get_submodule(stack)
         old = {f"{stack}.{part}" for part in module.state_dict()}
@@ -64,6 +67,6 @@ class Names:
         self.known = {name: True for name in self.known if name not in old} | dict.fromkeys(new, True)
         return old, new
 
-    def used(self):
+    def used(self) -> list[WeightRenaming]:
         """The renamings of this class that changed a name: what transformers undoes when it saves."""
         return [renaming for renaming in self._own if renaming.was_used()]

@@ -4,9 +4,12 @@ Round to nearest with a least-squares refit of the scales (quantize.py): no data
 in memory; where the file's tensors are not named as the model's are, it has to, and transformers loads it.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ..kernels.table import named_table
 from ..nn.choice import group_for, quantizable
@@ -14,42 +17,53 @@ from ..nn.experts import file_name, split_experts_
 from ..nn.layers import layers
 from ..nn.quantize import quantize_weight
 from ..nn.weights import PackedWeight, check_bits, check_group_size
-from .empty import build_empty, read_config
-from .formats import TARGETS, files, folder, safetensors_file, told
+from .empty import build_empty
+from .formats import TARGETS, files, folder, safetensors_file
+from .formats.protocol import Checkpoint, NewTensor, Place, Quantization, Target
 from .load import from_pretrained, warn_left
-from .save import copy_companions, export, write_into
-from .source import locate
+from .new_folder import write_into
+from .save import export
+from .source import open_checkpoint
+
+T = TypeVar("T")
 
 
 class Quantizing:
     """The entries of a new file, made when their turn comes: a layer is read and quantized for its codes, and its
     scales and zero points, a few percent of it, are kept until they are written.
 
-    places: tensor -> where it lies, of the float folder; shapes: layer -> PackedWeight on the meta device; form: module
-    of the new format
+    places: tensor -> where it lies, of the float folder; shapes: layer -> PackedWeight on the meta device; target: the
+    new format
     """
 
-    def __init__(self, places, shapes, form, quantization, symmetric):
-        self.places, self.shapes, self.form = places, shapes, form
+    def __init__(
+        self,
+        places: Mapping[str, tuple[Path, Place]],
+        shapes: Mapping[str, PackedWeight],
+        target: Target,
+        quantization: Quantization,
+        symmetric: bool,
+    ) -> None:
+        self.places, self.shapes, self.target = places, shapes, target
         self.quantization, self.symmetric = quantization, symmetric
-        self._made = {}
+        self._made: dict[str, Callable[[], torch.Tensor]] = {}
         self.squares = [0.0, 0.0]  # of the errors of the weights, and of the weights
 
-    def entries(self):
+    def entries(self) -> list[NewTensor]:
         """(name, dtype, shape, make) of every tensor of every layer."""
-        found = []
+        found: list[NewTensor] = []
         for layer, shape in self.shapes.items():
             for name, dtype, size, make in self._entries(layer, shape):
                 known = dtype == torch.int64  # N and K: they stand before all codes in the file, and need none
                 found.append((name, dtype, size, make if known else self._later(layer, name)))
         return found
 
-    def error(self):
+    def error(self) -> float:
         """The error of all weights over their size, once everything is written."""
         return (self.squares[0] / self.squares[1]) ** 0.5 if self.squares[1] else 0.0
 
     def _entries(self, layer, weight):
-        return self.form.entries(layer, weight, self.quantization, torch.float16)
+        return self.target.entries(layer, weight, self.quantization, torch.float16)
 
     def _later(self, layer, name):
         return lambda: self._give(layer, name)
@@ -72,8 +86,16 @@ class Quantizing:
 
 
 def quantize_folder(
-    path_or_id, out, *, bits=4, group_size=None, symmetric=True, format=None, table=None, trust_remote_code=False
-):
+    path_or_id: str | Path,
+    out: str | Path,
+    *,
+    bits: int = 4,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    format: str | None = None,
+    table: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Write a quantized copy of a float checkpoint, every linear layer but the output head, to the folder `out`.
 
     bits, symmetric : as in qzo.quantize_
@@ -86,61 +108,77 @@ def quantize_folder(
     not there, is quantized already or cannot be read, a group size that does not fit and a format that is unknown or
     cannot hold these codes.
     """
-
     check_bits(bits)
-    entries = named_table(table)
+    named_table(table)
     format = format or ("compressed-tensors" if table is None else "bitsandbytes")
     if format not in TARGETS:
         raise ValueError(f"format {format!r} is not known; there are {', '.join(TARGETS)}")
-    path, out = locate(path_or_id), Path(out)
-    known = None if path.is_file() else read_config(path, trust_remote_code)
-    if known is None or told.quantization_of(path) is not None:
+    checkpoint, out = open_checkpoint(path_or_id, trust_remote_code), Path(out)
+    if checkpoint.quantized:
         raise ValueError(
             f"{path_or_id} is quantized already; qzo export writes it in another format, and a float "
             "checkpoint can be quantized"
         )
-    if out.resolve() == path:
+    if out.resolve() == checkpoint.path:
         raise ValueError(f"{out} is where the float model is; the source is never overwritten, give another folder")
-    model = build_empty(known, torch.float32, trust_remote_code=trust_remote_code)
+    model = build_empty(checkpoint.config, torch.float32, trust_remote_code=trust_remote_code)
     split_experts_(model)
-    linears = {file_name(name, known.model_type): m for name, m in quantizable(model).items()}
-    if not linears:
+    if not quantizable(model):
         raise ValueError(f"{path_or_id}: {type(model).__name__} has no nn.Linear to quantize")
     group_size = group_for(model, group_size if table is None else group_size or 64)
-    result = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table, "format": format}
-    places = folder.tensor_places(path) if any(path.glob("*.safetensors")) else {}
-    wanted = {file_name(name, known.model_type): value.shape for name, value in model.state_dict().items()}
-    tied = {file_name(name, known.model_type) for name in model.all_tied_weights_keys}
-    whole = wanted.keys() - places.keys() <= tied and all(
-        torch.Size(places[name][1][1]) == shape for name, shape in wanted.items() if name in places
-    )
-    if not whole:  # by other names; or damaged, which is told there
-        model = from_pretrained(
-            path,
-            device="cpu",
-            bits=bits,
-            group_size=group_size,
-            symmetric=symmetric,
-            table=table,
-            trust_remote_code=trust_remote_code,
-        )
-        export(model, out, format)
-        return {"layers": len(layers(model)), **result, "error": None}
-    zeros = None if symmetric or table is not None else torch.uint8
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
+    places = _places(checkpoint, model)
+    if places is None:
+        loaded = from_pretrained(checkpoint.path, device="cpu", trust_remote_code=trust_remote_code, **options)
+        export(loaded, out, format)
+        return {"layers": len(layers(loaded)), **options, "format": format, "error": None}
+    count, error = _write_streamed(checkpoint, model, places, out, TARGETS[format], options)
+    return {"layers": count, **options, "format": format, "error": error}
+
+
+def _file_names(model: Any, named: Mapping[str, T]) -> dict[str, T]:
+    """What is named as the model has it, by its names in files."""
+    return {file_name(name, model.config.model_type): value for name, value in named.items()}
+
+
+def _places(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[Path, Place]] | None:
+    """tensor -> where it lies; None where the files have other names, which transformers knows, or no safetensors; or
+    are damaged, which is told when the model is loaded."""
+    if not any(checkpoint.path.glob("*.safetensors")):
+        return None
+    places, wanted = folder.tensor_places(checkpoint.path), _file_names(model, model.state_dict())
+    there = all(torch.Size(places[name][1][1]) == value.shape for name, value in wanted.items() if name in places)
+    absent = wanted.keys() - places.keys() - _file_names(model, model.all_tied_weights_keys).keys()
+    return places if there and not absent else None
+
+
+def _write_streamed(
+    checkpoint: Checkpoint,
+    model: Any,
+    places: dict[str, tuple[Path, Place]],
+    out: Path,
+    target: Target,
+    options: dict[str, Any],
+) -> tuple[int, float]:
+    """(number of layers, their error) of a float folder that is quantized from file to file."""
+    linears = _file_names(model, quantizable(model))
+    bits, size, table = options["bits"], options["group_size"], named_table(options["table"])
+    zeros = None if options["symmetric"] or table is not None else torch.uint8
     shapes = {
         name: PackedWeight.on_meta(
-            (m.out_features, m.in_features), check_group_size(group_size, m.in_features), bits, zeros, table=entries
+            (m.out_features, m.in_features), check_group_size(size, m.in_features), bits, zeros, table=table
         )
         for name, m in linears.items()
     }
-    warn_left(places.keys() - wanted.keys(), model, path)
-    dense_names = wanted.keys() - {f"{name}.weight" for name in linears}
-    heads = {file_name(name, known.model_type) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    form = TARGETS[format]
-    quantization = form.quantization_config(shapes, sorted(heads - set(linears)))
-    made = Quantizing(places, shapes, form, quantization, symmetric)
+    wanted = _file_names(model, model.state_dict()).keys()
+    warn_left(places.keys() - wanted, model, checkpoint.path)
+    dense_names = wanted - {f"{name}.weight" for name in linears}
+    stay = {name for name, m in _file_names(model, dict(model.named_modules())).items() if isinstance(m, nn.Linear)}
+    quantization = target.quantization_config(shapes, sorted(stay - set(linears)))
+    made = Quantizing(places, shapes, target, quantization, options["symmetric"])
     with files.staged(out) as staging:
-        copy_companions(path, staging)
-        dense = folder.dense_entries(path, dense_names.__contains__)
-        write_into(staging, form, [*dense, *made.entries()], files.read_object(path / "config.json"), quantization)
-    return {"layers": len(shapes), **result, "error": made.error()}
+        checkpoint.format.take_along(checkpoint.path, staging)
+        dense = folder.dense_entries(checkpoint.path, dense_names.__contains__)
+        config = files.read_object(checkpoint.path / "config.json")
+        write_into(staging, target, [*dense, *made.entries()], config, quantization)
+    return len(shapes), made.error()

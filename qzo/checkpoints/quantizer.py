@@ -10,8 +10,11 @@ import contextlib
 import copy
 import math
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, _IdentityOp
 from transformers.quantizers.auto import (
@@ -27,13 +30,15 @@ from ..kernels.tiles import GROUPS
 from ..nn.experts import stack_widths
 from ..nn.layers import arena_of, layers
 from ..nn.quantize import quantize_weight
-from ..nn.weights import check_bits, check_group_size
+from ..nn.weights import PackedWeight, check_bits, check_group_size
 from ..system.memory import Trimmer
-from . import save
+from . import state
 from .fill import put_packed
-from .formats import GATHERED, safetensors_file
+from .formats import GATHERED, floats, safetensors_file
+from .formats.protocol import Gathered, Quantization
 from .names import Names
-from .source import Source
+from .new_folder import own_config
+from .source import Source, set_source, source_of
 
 METHOD = "qzo"
 _SETTINGS = ("bits", "group_size", "symmetric", "skip")
@@ -52,7 +57,9 @@ class QZOConfig(QuantizationConfigMixin):
     model is saved in. ValueError for other bits or group sizes, TypeError for a skip that is no list of names.
     """
 
-    def __init__(self, bits=4, group_size=128, symmetric=True, skip=("lm_head",)):
+    def __init__(
+        self, bits: int = 4, group_size: int = 128, symmetric: bool = True, skip: Sequence[str] = ("lm_head",)
+    ) -> None:
         check_bits(bits)
         check_group_size(group_size, math.lcm(*GROUPS))
         if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
@@ -60,10 +67,10 @@ class QZOConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.skip = list(skip)
-        self.source = None
+        self.source: dict[str, Any] | None = None
 
     @classmethod
-    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From what `to_dict` gave: its own arguments, or the quantization_config of another format."""
         own = config_dict.get("quant_method", METHOD) == METHOD
         arguments = {name: value for name, value in config_dict.items() if own and name != "quant_method"}
@@ -74,7 +81,7 @@ class QZOConfig(QuantizationConfigMixin):
         (made[0] if return_unused_kwargs else made).source = None if own else copy.deepcopy(config_dict)
         return made
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The arguments, or the source's own dictionary."""
         if self.source is not None:
             return copy.deepcopy(self.source)
@@ -82,7 +89,7 @@ class QZOConfig(QuantizationConfigMixin):
 
 
 @contextlib.contextmanager
-def loading():
+def loading() -> Iterator[None]:
     """Inside, transformers loads folders of GPTQ, AWQ, auto-round and compressed-tensors weights with QZOLinear.
 
     That is everything that calls from_pretrained: AutoModel classes, pipelines, trainers that are given a path.
@@ -100,28 +107,38 @@ def loading():
 class QZOQuantizer(HfQuantizer):
     """What transformers calls while it loads and saves a model; QZOConfig and `loading` lead here."""
 
-    def __init__(self, quantization_config, **kwargs):
+    def __init__(self, quantization_config: QZOConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._linears = {}  # name -> nn.Linear that is quantized or, in a 4-bit folder, may be
-        self._packed = {}  # name of a weight -> (PackedWeight, where it came from)
-        self._errors, self._names = [], None
-        self._files = self._make = self._info = self._kept_in_float32 = self._trimmer = None
+        self._linears: dict[str, nn.Linear] = {}  # those that are quantized or, in a 4-bit folder, may be
+        self._packed: dict[str, tuple[PackedWeight, str]] = {}  # name of a weight -> it, where it came from
+        self._errors: list[str] = []
+        self._files: list[Path] = []
+        self._names: Any = None  # of a 4-bit folder's tensors: Names
+        self._make: Any = None  # what makes its layers: protocol.Make
+        self._info: Any = None  # transformers' own, of what is missing and what is left
+        self._kept_in_float32: Any = None
+        self._trimmer: Any = None
 
     is_trainable = is_qat_trainable = True
 
-    def is_serializable(self):
+    @property
+    def _form(self) -> Gathered:
+        """The format of a 4-bit folder."""
+        return GATHERED[self.quantization_config.source["quant_method"]]
+
+    def is_serializable(self) -> bool:
         return True
 
     # ------------------------------------------------------------------------------------------ before the weights
 
-    def validate_environment(self, device_map=None, **_):
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
         source = self.quantization_config.source
         if self.pre_quantized and source is None:
             raise ValueError(
                 "config.json: quant_method 'qzo' is no format of weights; save such a model with qzo.save_pretrained"
             )
         if self.pre_quantized:
-            self._make = GATHERED[source["quant_method"]].packer(source, "config.json")
+            self._make = self._form.packer(source, "config.json")
         if isinstance(device_map, dict):
             _check_one(device_map.values())
 
@@ -159,10 +176,10 @@ class QZOQuantizer(HfQuantizer):
             *(rf"^{re.escape(name)}\.weight$" for name in self._linears),
         }
 
-    def param_needs_quantization(self, model, param_name, **_):
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         return not self.pre_quantized and param_name.removesuffix(".weight") in self._linears
 
-    def param_element_size(self, model, param_name, param):
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         linear = self._linears.get(param_name.removesuffix(".weight"))
         if linear is None or param is not linear.weight:
             return super().param_element_size(model, param_name, param)
@@ -173,20 +190,19 @@ class QZOQuantizer(HfQuantizer):
 
     # ------------------------------------------------------------------------------------------ each weight
 
-    def get_quantize_ops(self):
+    def get_quantize_ops(self) -> "_Quantize":
         return _Quantize(self)
 
-    def get_weight_conversions(self):
+    def get_weight_conversions(self) -> list["_Stored"]:
         if not self.pre_quantized:
             return []
-        form = GATHERED[self.quantization_config.source["quant_method"]]
         # on the CPU until they are packed: a device would hold all of the file's tensors beside the packed ones
-        return [_Stored([rf"\.{part}$" for part in form.PARTS], ".weight", [_IdentityOp()], force_cpu=True)]
+        return [_Stored([rf"\.{part}$" for part in self._form.parts], ".weight", [_IdentityOp()], force_cpu=True)]
 
-    def get_new_dtype(self, converter, param, dtype):
+    def get_new_dtype(self, converter: Any, param: torch.Tensor, dtype: Any) -> Any:
         return None if isinstance(converter, _Stored) else super().get_new_dtype(converter, param, dtype)
 
-    def take(self, model, name, make, where, missing):
+    def take(self, model: Any, name: str, make: Callable[[], PackedWeight], where: str, missing: set[str]) -> None:
         """Hold the PackedWeight that make() gives for the weight `name`, one of the `missing` until now.
 
         A ValueError of it is raised after loading: here transformers would make a report of many lines of it.
@@ -200,10 +216,10 @@ class QZOQuantizer(HfQuantizer):
         model.get_parameter(name)._is_hf_initialized = True  # it stays on the meta device
         missing.discard(name)
 
-    def take_stored(self, model, name, source, parts, info):
+    def take_stored(self, model: Any, name: str, source: str, parts: dict[str, torch.Tensor], info: Any) -> None:
         """The same for the tensors {part: tensor} of the layer that the file calls `source`."""
         self._info, layer = info, name.removesuffix(".weight")
-        first = GATHERED[self.quantization_config.source["quant_method"]].PARTS[0]
+        first = self._form.parts[0]
         if source != layer:
             self._names.changed[source] = layer
 
@@ -236,9 +252,9 @@ class QZOQuantizer(HfQuantizer):
         arena_of(model, exact=True)
         source = self._source(model)
         if source is not None:
-            model._qzo_source = source
+            set_source(model, source)
         if not self.pre_quantized:
-            self.quantization_config = QZOConfig.from_dict(save.own_config(model))
+            self.quantization_config = QZOConfig.from_dict(own_config(model))
             model.config.quantization_config = self.quantization_config
 
     def _check_homes(self, model):
@@ -261,16 +277,16 @@ class QZOQuantizer(HfQuantizer):
         config = self._files[0].parent / "config.json" if self._files else None
         if config is None or not config.is_file():
             return None
-        kind = self.quantization_config.source["quant_method"] if self.pre_quantized else "float"
-        used = {config, *self._files} if self.pre_quantized else {config}
-        sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
+        folder, used = config.parent.resolve(), {config, *self._files} if self.pre_quantized else {config}
+        sizes = tuple((folder / file.name, file.stat().st_size) for file in sorted(used))
         for name in (name for file in self._files if self.pre_quantized for name in safetensors_file.places(file)):
             self._names(name)
         names = tuple(self._names.changed.items()) if self.pre_quantized else ()
-        return Source(kind, config.parent.resolve(), sizes, model.dtype, names=names)
+        method = self._form.method if self.pre_quantized else floats.METHOD
+        return Source(method, folder, sizes, model.dtype, names)
 
-    def get_state_dict_and_metadata(self, model):
-        return save.tensors(model), {}
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return state.tensors(model), {}
 
 
 class _Quantize(ConversionOps):
@@ -325,16 +341,15 @@ def _device(model):
     return held[0]
 
 
-def attach(model, quantization):
-    """Let transformers' save_pretrained write a model that qzo.from_pretrained loaded: `save.tensors` tells how.
+def attach(model: Any, quantization: Quantization | None) -> None:
+    """Let transformers' save_pretrained write a model that qzo.from_pretrained loaded: `state.tensors` tells how.
 
     quantization: the quantization_config of its folder; None or empty where there is none.
     """
-    if model._qzo_source.kind == "float":
-        quantization = save.own_config(model)
-    if model._qzo_source.kind == "float" or not hasattr(model, "_weight_conversions"):
-        model._weight_conversions = []  # the model's names, which `save_pretrained` here writes too
-    config = QZOConfig.from_dict(quantization or {})
+    source = source_of(model)
+    if source is None or source.copied is None:  # saved as a new folder, by the model's own names
+        quantization, model._weight_conversions = own_config(model), []
+    config = QZOConfig.from_dict(dict(quantization or {}))
     if quantization:
         model.config.quantization_config = config
     model.hf_quantizer = QZOQuantizer(config)

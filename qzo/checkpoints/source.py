@@ -1,40 +1,71 @@
-"""Where a model is, and where it came from: a folder, a GGUF file, or a Hub id that is fetched."""
+"""Where a model is, what is there, and where it came from: a folder, a GGUF file, or a Hub id that is fetched."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..system import disk
-from .formats import hqq
+from .formats import COPIED, FORMATS, format_of, hqq, told
+from .formats.protocol import Checkpoint, Copied, Format
+from .names import Names
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", hqq.FILE]
+_ATTRIBUTE = "_qzo_source"  # of a model; copied along with it
+
+
+def open_checkpoint(path_or_id: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    """The checkpoint of a folder, GGUF file or Hub id, quantized or not; no weight of it is read.
+
+    Raises FileNotFoundError for a path that is not there, ValueError for what cannot be read; the message names the
+    format, file or key.
+    """
+    path = locate(path_or_id)
+    quantization = None if path.is_file() else told.quantization_of(path)
+    checkpoint = format_of(path, quantization).open(path, quantization, trust_remote_code)
+    told.forget(checkpoint.config)
+    return checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model came from: what `save_pretrained` copies.
+    """Where a model came from: what saving it copies.
 
-    kind: a quant_method that formats.FOLDERS knows, "gguf", or "float" (quantized on the way in, with `options`)
+    method: of its format, one of formats.FORMATS; a name, since copies of a model and pickles of it hold it
     path: the GGUF file or the folder
-    sizes: (file name, bytes) of the files that the result is copied from
+    files: (path, bytes) of the files that the result is copied from
     dtype: of dense tensors in a file written anew
     names: (owner of tensors in the files, the same in the model) where transformers names them differently
     """
 
-    kind: str
+    method: str
     path: Path
-    sizes: tuple
+    files: tuple[tuple[Path, int], ...]
     dtype: torch.dtype
-    options: tuple = ()
-    names: tuple = ()
+    names: tuple[tuple[str, str], ...] = ()
 
-    def check(self):
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, names: Names | None = None) -> "Source":
+        """Of a checkpoint that was loaded; names: of its tensors in the model."""
+        changed = tuple(names.changed.items()) if names is not None else ()
+        return cls(checkpoint.format.method, checkpoint.path, checkpoint.files, checkpoint.dtype, changed)
+
+    @property
+    def format(self) -> Format:
+        """Its format."""
+        return FORMATS[self.method]
+
+    @property
+    def copied(self) -> Copied | None:
+        """Its format if a copy of it can hold what was trained, else None: it is saved as a new folder."""
+        return COPIED.get(self.method)
+
+    def check(self) -> None:
         """FileNotFoundError or ValueError when the files are not those that were loaded."""
-        for name, size in self.sizes:
-            file = self.path if self.kind == "gguf" else self.path / name
+        for file, size in self.files:
             if not file.exists():
                 raise FileNotFoundError(
                     f"{file}, which this model was loaded from, is gone; saving copies it, put it back"
@@ -46,7 +77,17 @@ class Source:
                 )
 
 
-def locate(path_or_id):
+def source_of(model: Any) -> Source | None:
+    """Where a model came from; None for one that was not loaded from files."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def set_source(model: Any, source: Source) -> None:
+    """Remember where a model came from: `source_of` tells it."""
+    setattr(model, _ATTRIBUTE, source)
+
+
+def locate(path_or_id: str | Path) -> Path:
     """The GGUF file or checkpoint folder meant; a link keeps its own name: those of a Hub cache lead to hashes."""
     path = Path(path_or_id).expanduser()
     if path.is_file():

@@ -1,14 +1,16 @@
 """The tokenizer that a checkpoint brings along."""
 
-from transformers import AutoTokenizer
+from pathlib import Path
 
-from .empty import reading
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from .formats import gguf_tokenizer
 from .formats.gguf_file import GGUFFile
+from .formats.reading import reading
 from .source import locate
 
 
-def load_tokenizer(path_or_id, trust_remote_code=False):
+def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, GGUF file or Hub id, with its chat template. ValueError if there is none.
 
     trust_remote_code : whether code that the folder brings along is run

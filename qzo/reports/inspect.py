@@ -11,12 +11,10 @@ import warnings
 import torch
 from torch import nn
 
-from ..checkpoints.empty import build_empty, check_depth, gguf_config, read_config
-from ..checkpoints.formats import gguf, hqq, of_method, told
-from ..checkpoints.formats.gguf_file import GGUFFile
+from ..checkpoints.empty import build_empty
 from ..checkpoints.load import from_pretrained
 from ..checkpoints.names import Names
-from ..checkpoints.source import locate
+from ..checkpoints.source import open_checkpoint
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.head import has_encoder
 from ..nn.choice import group_for, quantizable
@@ -87,26 +85,6 @@ class ScaleSurvey:
 # ---------------------------------------------------------------------------------------------- what it holds
 
 
-def opened(path_or_id, trust_remote_code=False):
-    """(name of the format, transformers config, entries as a reader yields them, or None for a float checkpoint, types
-    of stored tensors by their Hugging Face names where the entries' dtypes do not tell them)."""
-    path = locate(path_or_id)
-    if path.is_file():
-        file = GGUFFile(path)
-        types = {gguf.hf_name(file, info.name): (info.type_name, info.nbytes) for info in file.tensors.values()}
-        return "gguf", gguf_config(file), gguf.weights(file, torch.float16), types
-    quantization = told.quantization_of(path)
-    config = read_config(path, trust_remote_code)
-    if quantization is None:
-        return "float", config, None, {}
-    method = quantization.get("quant_method") if quantization else hqq.METHOD
-    form = of_method(method, path)
-    form.check_config(quantization, path)
-    told.forget(config)
-    check_depth(config, path, sum(file.stat().st_size for file in form.weight_files(path)))
-    return method, config, form.weights(path, quantization, None), {}
-
-
 def survey(entries, types):
     """({name of a weight: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, codebooks,
     scales and zeros)."""
@@ -126,13 +104,15 @@ def survey(entries, types):
     return wanted, scales, dense, held
 
 
-def would_be(model, bits, group_size, config):
-    """({layer: Form} of what from_pretrained would quantize, {type: [tensors, bytes]} of what stays dense)."""
+def would_be(model, bits, group_size, stored):
+    """({layer: Form} of what from_pretrained would quantize, {type: [tensors, bytes]} of what stays dense).
+
+    stored: dtype of the checkpoint's tensors
+    """
     check_bits(bits)
     linears = quantizable(model)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize")
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     taken = {id(linear.weight) for linear in linears.values()}
     rest = [p.numel() * stored.itemsize for p in model.parameters() if id(p) not in taken]
     form = models.Form(group_for(model, group_size), bits=bits)
@@ -142,26 +122,17 @@ def would_be(model, bits, group_size, config):
 def report(options):
     """The dict that --json prints. ValueError for a checkpoint that from_pretrained would refuse too."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, config, entries, types = opened(options.model, bool(options.trust_remote_code))
+    checkpoint = open_checkpoint(options.model, bool(options.trust_remote_code))
     dtype = torch.float16 if device == "cuda" else torch.float32
-    model = build_empty(config, dtype, trust_remote_code=bool(options.trust_remote_code)).eval()
+    model = build_empty(checkpoint.config, dtype, trust_remote_code=checkpoint.trust_remote_code).eval()
+    wanted, dense, told = _holds(checkpoint, model, options)
     found = {
         "model": options.model,
-        "format": kind,
-        "quantized": entries is not None,
-        "scales": None,
-        "bytes": None,
+        "format": checkpoint.format.method,
+        "quantized": checkpoint.quantized,
+        **told,
         "class": type(model).__name__,
     }
-    if entries is None:
-        split_experts_(model)
-        wanted, dense = would_be(model, options.bits, options.group_size, config)
-    else:
-        weights, scales, dense, held = survey(entries, types)
-        names = Names(model)
-        wanted = {names(name).removesuffix(".weight"): form for name, form in weights.items()}
-        found["scales"] = scales.report()
-        found["bytes"] = {**held, "dense": sum(nbytes for _, nbytes in dense.values())}
     for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):
         split_(model, stack)
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -192,15 +163,32 @@ def report(options):
         "tokens": options.seq_len,
         "directions": options.directions,
     }
-    found["memory"], found["memory_unknown"] = None, None
+    found |= _memory(model, options, device)
+    found["signal"] = signal(options, wanted) if options.signal else None
+    return found
+
+
+def _holds(checkpoint, model, options):
+    """({layer: Form}, {type: [tensors, bytes]} of what stays dense, {"scales", "bytes"} as they are reported), of what
+    the checkpoint holds or of what would be quantized of it."""
+    if not checkpoint.quantized:
+        split_experts_(model)
+        return *would_be(model, options.bits, options.group_size, checkpoint.dtype), {"scales": None, "bytes": None}
+    weights, scales, dense, held = survey(checkpoint.read(None), checkpoint.stored_types())
+    names = Names(model)
+    wanted = {names(name).removesuffix(".weight"): form for name, form in weights.items()}
+    held["dense"] = sum(nbytes for _, nbytes in dense.values())
+    return wanted, dense, {"scales": scales.report(), "bytes": held}
+
+
+def _memory(model, options, device):
+    """{"memory", "memory_unknown"}: bytes of a step, or why they cannot be predicted."""
     run = memory.Run(options.batch_size, options.seq_len, directions=options.directions)
     try:
         predicted = memory.predict(model, run, device, memory.this_chip())
-        found["memory"] = {part: predicted[part] for part in (*memory.PARTS, "total")}
     except (ValueError, RuntimeError) as error:  # no language model, or one whose code needs values, not only shapes
-        found["memory_unknown"] = str(error).splitlines()[0]
-    found["signal"] = signal(options, wanted) if options.signal else None
-    return found
+        return {"memory": None, "memory_unknown": str(error).splitlines()[0]}
+    return {"memory": {part: predicted[part] for part in (*memory.PARTS, "total")}, "memory_unknown": None}
 
 
 def _kinds(model):
@@ -311,19 +299,20 @@ def table(found):
         f"a step      on {step['device']}, {step['rows']} x {step['tokens']} tokens, {2 * step['directions']} "
         f"evaluations at once: {total}"
     )
-    if found["signal"]:
-        lines += [
-            "",
-            f"eps {found['signal']['eps']:g}, {found['signal']['directions']} directions: what rounding the "
-            "activations does to the derivatives",
-            f"            {'error':>8}{'cosine':>8}",
-        ]
-        lines += [
-            f"{name:12}{of['error']:8.3f}{of['cosine']:8.3f}"
-            for name, of in found["signal"].items()
-            if isinstance(of, dict)
-        ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_signal_lines(found["signal"])])
+
+
+def _signal_lines(signal):
+    """What is shown of `signal`'s report; nothing where it was not asked for."""
+    if not signal:
+        return []
+    return [
+        "",
+        f"eps {signal['eps']:g}, {signal['directions']} directions: what rounding the activations does to the "
+        "derivatives",
+        f"            {'error':>8}{'cosine':>8}",
+        *(f"{name:12}{of['error']:8.3f}{of['cosine']:8.3f}" for name, of in signal.items() if isinstance(of, dict)),
+    ]
 
 
 def _number(value):

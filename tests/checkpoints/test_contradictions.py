@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM
 
 import qzo
 from qzo.checkpoints.formats import FOLDERS
+from qzo.checkpoints.source import source_of
 from tests.checkpoints.formats.test_bnb import TENSOR, folder_of, packed_tensors
 from tests.support.checkpoints import pack_stream, quantized, write_compressed
 from tests.support.close import assert_same_bits
@@ -380,5 +381,5 @@ def test_every_tools_own_folder_contradicts_nothing(tmp_path):
         shutil.copytree(folder, tmp_path / folder.name)
         model, told = loaded(tmp_path / folder.name)
         assert not [text for text in told if "config" in text or "checkpoint_format" in text], folder
-        seen.add(model._qzo_source.kind)
+        seen.add(source_of(model).method)
     assert seen == set(FOLDERS)

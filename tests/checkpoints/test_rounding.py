@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import qzo
-from qzo.checkpoints import save
+from qzo.checkpoints import rounding_cost
 from tests.checkpoints.formats.test_compressed_groups import GROUPS, SCHEMES, write_compressed
 from tests.checkpoints.formats.test_hqq import write as write_hqq
 from tests.support.checkpoints import TYPES, quantized, scale_randomly, write_gguf
@@ -74,14 +74,14 @@ def test_nothing_to_round_costs_nothing(model, tmp_path):
 
 @few
 def test_without_a_batch_nothing_is_run(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(save, "losses", None)
+    monkeypatch.setattr(rounding_cost, "losses", None)
     assert qzo.save_pretrained(model, tmp_path / "out") is None
 
 
 @few
 def test_the_model_is_as_before_when_the_second_forward_fails(model, tmp_path, monkeypatch):
     scale_randomly(model)
-    before, calls, real = copy.deepcopy(model.state_dict()), [], save.losses
+    before, calls, real = copy.deepcopy(model.state_dict()), [], rounding_cost.losses
 
     def fail_at_the_second(*arguments):
         calls.append(arguments)
@@ -89,7 +89,7 @@ def test_the_model_is_as_before_when_the_second_forward_fails(model, tmp_path, m
             raise RuntimeError("planted")
         return real(*arguments)
 
-    monkeypatch.setattr(save, "losses", fail_at_the_second)
+    monkeypatch.setattr(rounding_cost, "losses", fail_at_the_second)
     with pytest.raises(RuntimeError, match="planted"):
         qzo.save_pretrained(model, tmp_path / "out", BATCH)
     for name, tensor in model.state_dict().items():

@@ -133,9 +133,6 @@ LEFT = {
     ("ops.py", "qmm_op"),
     ("ops.py", "_"),
     ("footprint.py", "_qmm_scratch"),  # counts what the operator takes, argument for argument
-    ("quantize_folder.py", "quantize_folder"),
-    ("inspect.py", "report"),
-    ("inspect.py", "table"),
 }
 
 

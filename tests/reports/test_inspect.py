@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import qzo
+from qzo.checkpoints.formats import gguf
 from qzo.cli import main as command
 from qzo.nn.layers import layers
 from qzo.nn.weights import PackedWeight
@@ -143,7 +144,7 @@ def test_one_layer_is_held_at_a_time(tmp_path, monkeypatch, capsys):
     """Readers are followed tensor by tensor: what was yielded before is gone when the next one comes."""
     write_gguf(tmp_path / "m.gguf", layers=4)
     alive, most = [], []
-    plain = inspect.gguf.weights
+    plain = gguf.weights
 
     def watched(*arguments):
         for name, value, where in plain(*arguments):
@@ -153,7 +154,7 @@ def test_one_layer_is_held_at_a_time(tmp_path, monkeypatch, capsys):
             del value
             most.append(sum(found() is not None for found in alive))
 
-    monkeypatch.setattr(inspect.gguf, "weights", watched)
+    monkeypatch.setattr(gguf, "weights", watched)
     look(capsys, tmp_path / "m.gguf")
     assert len(alive) == 28
     assert max(most) <= 1

@@ -8,13 +8,17 @@ with config.json's quantization_config {nbits_per_codebook, num_codebooks, in_gr
 train; codebooks too where asked for (qzo.train_codebooks_), and are written back then.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 
 from ...kernels.vectors import LENGTH, MOST_BITS
 from ...nn.weights import PackedWeight
 from . import files, safetensors_file
 from .folder import copy_all, read_weights, tensor_places
-from .folder import weight_files as weight_files
+from .folder_format import FolderFormat
+from .protocol import Entry, Find, Quantization, Rounded
 from .rounding import stored_scales
 
 METHOD = "aqlm"
@@ -22,7 +26,7 @@ _PARTS = ("codes", "codebooks", "scales")
 _FIELDS = {"in_group_size": LENGTH, "out_group_size": 1}
 
 
-def check_config(quantization, where):
+def check_config(quantization: Quantization, where: object) -> None:
     """ValueError naming what of a quantization_config cannot be read."""
     for field, wanted in _FIELDS.items():
         if type(quantization.get(field)) is not int or quantization[field] != wanted:
@@ -36,7 +40,7 @@ def check_config(quantization, where):
             raise ValueError(f"{where}: {field} is {value!r:.40}; a whole number from 1 to {most} is wanted")
 
 
-def weights(folder, quantization, dtype):
+def weights(folder: Path, quantization: Quantization, dtype: torch.dtype | None) -> Iterator[Entry]:
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
     check_config(quantization, folder)
     return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(parts, quantization))
@@ -81,7 +85,7 @@ def _changes(folder, find):
         yield name, stored_scales(new.cpu().to(torch.float32).reshape(old.shape), old, name), file, place
 
 
-def save(folder, staging, find):
+def save(folder: Path, staging: Path, find: Find) -> None:
     """Copy all of `folder` to `staging` with the scales, and trained codebooks, of the PackedWeight (or None) that
     `find(name)` gives."""
     copy_all(folder, staging)
@@ -89,7 +93,7 @@ def save(folder, staging, find):
         files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(new))])
 
 
-def rounded(folder, find):
+def rounded(folder: Path, find: Find) -> Iterator[Rounded]:
     """Yield (layer, float32 scales [G, N], None) and (layer.codebooks, float32, None) as `save` would write them."""
     for name, new, _, _ in _changes(folder, find):
         values = new.to(torch.float32)
@@ -97,3 +101,6 @@ def rounded(folder, find):
             yield name, values, None
         else:
             yield name.removesuffix(".scales"), values.view(1, -1), None
+
+
+FORMAT = FolderFormat(METHOD, check_config, weights, save, rounded)

@@ -4,21 +4,19 @@ Half of the scales of a symmetric one are negative.
 """
 
 import re
+from types import ModuleType
+from typing import Any
 
 from . import awq, gptq
-from .folder import weight_files as weight_files
-from .gptq import PARTS as PARTS  # AWQ's and a g_idx that is never there
-from .gptq import changed_scales as changed_scales  # both layouts have scales of one name and order
-from .gptq import rounded as rounded
-from .gptq import save as save
+from .folder_format import gathered
+from .protocol import Make, Quantization
 
 METHOD = "auto-round"
-SCALES = gptq.SCALES
 _FORMS = {"auto_round:auto_gptq": gptq, "auto_round:auto_awq": awq}
 _PATTERN = set("*+?^$()[]{}|\\")  # a name of extra_config with one of these is a pattern, found anywhere
 
 
-def check_config(quantization, where):
+def check_config(quantization: Quantization, where: object) -> tuple[ModuleType, dict[str, Any]]:
     """(module, quantization_config as that module reads it). ValueError naming what cannot be read."""
     packing, kind = str(quantization.get("packing_format")), quantization.get("data_type", "int")
     if packing not in _FORMS or kind != "int":
@@ -47,13 +45,11 @@ def _dynamic(extra, where):
     return names | {f".*(?:{name})": changes for name, changes in extra.items() if _PATTERN & set(name)}
 
 
-def weights(folder, quantization, dtype):
-    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    form, plain = check_config(quantization, folder)
-    return form.weights(folder, plain, dtype)
-
-
-def packer(quantization, where):
+def packer(quantization: Quantization, where: object) -> Make:
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     form, plain = check_config(quantization, where)
     return form.packer(plain, where)
+
+
+# GPTQ's parts are AWQ's and a g_idx that is never there; both layouts have scales of one name and order
+FORMAT = gathered(METHOD, check_config, packer, gptq.PARTS, gptq.SCALES)

@@ -10,13 +10,10 @@ that of the model it was made from.
 import torch
 
 from ...nn.weights import PackedWeight
-from .folder import read_weights
-from .folder import weight_files as weight_files
-from .gptq import changed_scales as changed_scales  # scales have GPTQ's name and order
+from .folder_format import gathered
 from .gptq import check_bits_and_group, check_groups, check_matrix, check_there, integer_zeros
-from .gptq import rounded as rounded
-from .gptq import save as save
 from .limits import check_integers, check_order, check_whole_words, group_sizes
+from .protocol import Target
 from .rounding import new_scales
 from .words import pack, unpack
 
@@ -51,11 +48,6 @@ def _one_of(quantization, names, where):
             f"{where}: the quantization_config says {said}, which are two names of one setting; remove the wrong one"
         )
     return next(iter(found.values()), None)
-
-
-def weights(folder, quantization, dtype):
-    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
 
 
 def packer(quantization, where):
@@ -136,3 +128,7 @@ def entries(name, weight, quantization, dtype):
 def _words(columns):
     """Inverse of _columns."""
     return pack(columns.unflatten(1, (-1, 8))[..., list(_COLUMN)].flatten(1))
+
+
+FORMAT = gathered(METHOD, check_config, packer, PARTS, SCALES)
+TARGET = Target(METHOD, quantization_config, entries)

@@ -19,7 +19,8 @@ from ...kernels.tiles import GROUPS
 from ...nn.weights import PackedWeight
 from . import files, safetensors_file
 from .folder import INDEX, copy_all, read_weights, tensor_places
-from .folder import weight_files as weight_files
+from .folder_format import FolderFormat
+from .protocol import Target
 from .rounding import stored_scales
 
 METHOD = "bitsandbytes"
@@ -277,3 +278,7 @@ def entries(name, weight, quantization, dtype):
 def _nibbles(weight):
     codes = weight.unpacked().cpu().flatten()
     return (codes[0::2] << 4 | codes[1::2]).unsqueeze(1)
+
+
+FORMAT = FolderFormat(METHOD, check_config, weights, save, rounded, SCALES)
+TARGET = Target(METHOD, quantization_config, entries)

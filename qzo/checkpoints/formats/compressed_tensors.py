@@ -19,10 +19,10 @@ import torch
 
 from ...kernels.codes import middle
 from ...nn.weights import PackedWeight
-from .folder import read_weights, save_scales, scale_changes
-from .folder import weight_files as weight_files
+from .folder_format import gathered
 from .limits import check_integers, check_order, group_sizes
 from .order import perm_of
+from .protocol import Target
 from .rounding import new_scales
 from .words import pack, unpack, word_count
 
@@ -105,11 +105,6 @@ def _arguments(layer, by_target):
     )
 
 
-def weights(folder, quantization, dtype):
-    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
-
-
 def packer(quantization, where):
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     by_target, told = check_config(quantization, where), []
@@ -127,22 +122,6 @@ def packer(quantization, where):
         return packed
 
     return make
-
-
-def changed_scales(folder, find):
-    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
-    return scale_changes(folder, find, SCALES, transposed=True)
-
-
-def save(folder, staging, find):
-    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
-    save_scales(folder, staging, changed_scales(folder, find))
-
-
-def rounded(folder, find):
-    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in changed_scales(folder, find):
-        yield layer, new.T.to(torch.float32), None
 
 
 def _packed(parts, arguments):
@@ -258,3 +237,7 @@ def entries(name, weight, quantization, dtype):
 def _packed_zeros(weight):
     zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
     return pack(zeros.to(torch.uint8).cpu(), weight.bits).T
+
+
+FORMAT = gathered(METHOD, check_config, packer, PARTS, SCALES, transposed=True)
+TARGET = Target(METHOD, quantization_config, entries)

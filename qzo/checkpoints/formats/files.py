@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ...system.disk import naming
 
 
 @contextlib.contextmanager
-def staged(folder):
+def staged(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder to write into; its files move to `folder` when the block ends without an error.
 
     They are synced to disk first and then renamed one by one, config.json last, so every name in `folder`
@@ -52,13 +54,13 @@ def _sync(path):
         os.close(handle)
 
 
-def copy(source, target):
+def copy(source: str | Path, target: str | Path) -> None:
     """Copy bytes, not permissions: a read-only source gives a writable copy."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
 
 
-def read_object(path):
+def read_object(path: Path) -> dict[str, Any]:
     """The dictionary that a JSON file holds. ValueError for a file that holds none."""
     try:
         content = json.loads(path.read_text())
@@ -70,7 +72,7 @@ def read_object(path):
     return content
 
 
-def patch(path, chunks):
+def patch(path: str | Path, chunks: Iterable[tuple[int, bytes]]) -> None:
     """Overwrite (offset, bytes) chunks of an existing file in place."""
     with open(path, "r+b") as file:
         for offset, data in chunks:

@@ -1,15 +1,23 @@
 """What every folder of safetensors files shares: where tensors lie, dense ones in, new scales out."""
 
 import functools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
+
+from ...nn.weights import PackedWeight
 from . import files, safetensors_file
+from .protocol import Change, Entry, Find, NewTensor, Place
 from .rounding import stored_scales
 
 INDEX = "model.safetensors.index.json"
+# what a new folder does not take over: weights, and the quantization_config of the source's own format
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+CONFIGS = ("quantize_config.json", "quantization_config.json", "quant_config.json")  # GPTQ's, ..., AWQ's
 
 
-def tensor_places(folder):
+def tensor_places(folder: Path) -> dict[str, tuple[Path, Place]]:
     """name -> (file, place) of every tensor in the folder's safetensors files.
 
     FileNotFoundError for a file that the index names and the folder lacks; ValueError for an index that is
@@ -21,7 +29,7 @@ def tensor_places(folder):
         names = ["model.safetensors"]
     if not names:
         raise FileNotFoundError(f"{folder} holds a config.json but no safetensors file")
-    found = {}
+    found: dict[str, tuple[Path, Place]] = {}
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -42,7 +50,7 @@ def tensor_places(folder):
     return found
 
 
-def _index(folder):
+def _index(folder: Path) -> dict[str, str]:
     """tensor -> file name from the index of a folder that has one, else an empty dictionary."""
     path = folder / INDEX
     if not path.exists():
@@ -58,12 +66,17 @@ def _index(folder):
     return names
 
 
-def weight_files(folder):
+def weight_files(folder: Path) -> set[Path]:
     """The files that hold the weights."""
     return {file for file, _ in tensor_places(folder).values()}
 
 
-def read_weights(folder, dtype, parts, make):
+def read_weights(
+    folder: Path,
+    dtype: torch.dtype | None,
+    parts: tuple[str, ...],
+    make: Callable[[str, dict[str, torch.Tensor]], PackedWeight | torch.Tensor],
+) -> Iterator[Entry]:
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor.
 
     parts: the names of a layer's tensors; a layer is where the first of them is. make(layer, {part: tensor})
@@ -80,23 +93,35 @@ def read_weights(folder, dtype, parts, make):
             yield f"{layer}.weight", make(layer, tensors), where
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-    for name, (file, place) in found.items():
+    yield from _dense(found, dtype, taken)
+
+
+def read_dense(folder: Path, dtype: torch.dtype | None) -> Iterator[Entry]:
+    """Yield every tensor, floats in `dtype` or, with None, as they are stored; in the order of `tensor_places`."""
+    return _dense(tensor_places(folder), dtype, ())
+
+
+def _dense(places, dtype, taken):
+    for name, (file, place) in places.items():
         if name not in taken:
-            tensor = safetensors_file.read(file, place)
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor, f"{name} in {file.name}"
+            yield name, _in_dtype(safetensors_file.read(file, place), dtype), f"{name} in {file.name}"
+
+
+def _in_dtype(tensor, dtype):
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def save_scales(folder, staging, changes):
+def save_scales(folder: Path, staging: Path, changes: Iterable[Change]) -> None:
     """Copy all of `folder` to `staging` with the scales that `scale_changes` gives."""
     copy_all(folder, staging)
     for _, new, file, place in changes:
         files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(new))])
 
 
-def scale_changes(folder, find, part, transposed=False):
+def scale_changes(folder: Path, find: Find, part: str, transposed: bool = False) -> Iterator[Change]:
     """Yield (layer, its scales in the file's dtype and order, file, place).
 
     part: the name of a layer's scales, [G, N] in the file or, transposed, [N, G]. find(name of a weight) gives
@@ -110,7 +135,7 @@ def scale_changes(folder, find, part, transposed=False):
             yield layer, stored_scales(scales.cpu(), safetensors_file.read(file, place), name), file, place
 
 
-def dense_entries(folder, is_dense):
+def dense_entries(folder: Path, is_dense: Callable[[str], bool]) -> list[NewTensor]:
     """The tensors for whose names `is_dense(name)`, as safetensors_file.write takes them, unchanged."""
     return [
         (name, safetensors_file.DTYPES[place[0]], place[1], functools.partial(safetensors_file.read, file, place))
@@ -119,7 +144,7 @@ def dense_entries(folder, is_dense):
     ]
 
 
-def scale_dtypes(folder, part):
+def scale_dtypes(folder: Path, part: str) -> dict[str, torch.dtype]:
     """layer -> dtype of its scales; part: their name."""
     return {
         name.removesuffix(f".{part}"): safetensors_file.DTYPES[place[0]]
@@ -128,9 +153,17 @@ def scale_dtypes(folder, part):
     }
 
 
-def copy_all(folder, staging):
+def copy_all(folder: Path, staging: Path) -> None:
     """Every file but hidden ones; other folders' staging and version control are not the checkpoint."""
     for path in folder.rglob("*"):
         inside = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in inside.parts):
             files.copy(path, staging / inside)
+
+
+def copy_companions(folder: Path, staging: Path) -> None:
+    """Tokenizer, generation settings, licence and the like: every plain file that holds no weights."""
+    for path in folder.iterdir():
+        weights = path.name.endswith(_WEIGHT_SUFFIXES) or path.name in CONFIGS
+        if path.is_file() and not path.name.startswith(".") and not weights:
+            files.copy(path, staging / path.name)

@@ -10,24 +10,33 @@ rotary embedding there, in halves in transformers: both ways permute them.
 """
 
 import collections
+import json
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from ...kernels.codes import pack_rows, row_shape
 from ...nn.weights import PackedWeight
-from . import files
+from . import files, gguf_tokenizer
 from .gguf_blocks import NAMES, Q4_0, Q4_1, Q8_0, codes, halves
 from .gguf_config import config, family, heads, kv_heads
+from .gguf_file import GGUFFile
 from .gguf_models import ROPE_TENSORS, TOP
+from .protocol import Checkpoint, Entry, Find, Quantization, Rounded
+from .reading import make_config
 from .rounding import stored_scales
 
-__all__ = ["TRAINED", "config", "hf_name", "save", "weights"]
+__all__ = ["FORMAT", "METHOD", "TRAINED", "config", "hf_name", "rounded", "save", "weights"]
+METHOD = "gguf"
 TRAINED = {Q4_0: 4, Q4_1: 4, Q8_0: 8}  # bits of a code
 _HEADS = {"attn_q": heads, "attn_k": kv_heads}
 
 
-def hf_name(file, name):
+def hf_name(file: GGUFFile, name: str) -> str | None:
     """The Hugging Face name of a tensor, None for one that the configuration takes in.
 
     ValueError for one that no model of the file's architecture has.
@@ -55,7 +64,7 @@ def _row_order(file, info):
     return torch.arange(info.shape[0]).view(count(file), -1, 2).transpose(1, 2).flatten()
 
 
-def weights(file, dtype):
+def weights(file: GGUFFile, dtype: torch.dtype) -> Iterator[Entry]:
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor.
 
     Warns once of the layers that stay frozen, by count and type. ValueError if nothing in the file trains.
@@ -130,24 +139,25 @@ def _packed(file, info, order, where):
     return PackedWeight(rows, scales.T.contiguous(), zeros, k, bits)
 
 
-def save(file, target, find):
+def save(file: GGUFFile, target: Path, find: Find) -> None:
     """Copy `file` to `target` with the scales of the PackedWeight (or None) that `find(Hugging Face name)`
     gives."""
     files.copy(file.path, target)
     for info in file.tensors.values():
-        packed = find(hf_name(file, info.name)) if _trains(info) else None
+        name = hf_name(file, info.name) if _trains(info) else None
+        packed = find(name) if name else None
         if packed is not None:
             raw = file.raw(info)
             if _patch(info.blocks(raw), info, packed, _row_order(file, info)):
                 files.patch(target, [(info.offset, raw.numpy().tobytes())])
 
 
-def rounded(file, find):
+def rounded(file: GGUFFile, find: Find) -> Iterator[Rounded]:
     """Yield (layer, float32 scales [G, N], zero points or None) as `save` writes them: -m / d moves too."""
     for info in file.tensors.values():
         name = hf_name(file, info.name)
         packed = find(name) if name and len(info.shape) == 2 else None
-        if packed is not None:
+        if name and packed is not None:
             blocks, order = info.blocks(file.raw(info)), _row_order(file, info)
             _patch(blocks, info, packed, order)
             blocks = blocks if order is None else blocks[order]
@@ -174,3 +184,52 @@ def _patch(blocks, info, packed, order):
             )
         blocks[..., 2:4][changed] = m[changed].unsqueeze(-1).view(torch.uint8)
     return True
+
+
+# ---------------------------------------------------------------------------------------------- as a format
+
+
+class GGUFFormat:
+    """A protocol.Copied of single files, which bring their configuration and tokenizer as metadata."""
+
+    method, quantized, scales = METHOD, True, None
+
+    def open(self, path: Path, quantization: Quantization | None, trust_remote_code: bool) -> Checkpoint:
+        """As protocol.Format."""
+        file = GGUFFile(path)
+        return Checkpoint(
+            format=self,
+            path=path,
+            config=make_config(path, config(file)),
+            quantization=None,
+            trust_remote_code=trust_remote_code,
+            files=((path, file.size),),
+            dtype=torch.float16,
+            read=lambda dtype: weights(file, dtype or torch.float16),
+            stored_types=lambda: {
+                name: (info.type_name, info.nbytes)
+                for info in file.tensors.values()
+                if (name := hf_name(file, info.name)) is not None
+            },
+        )
+
+    def take_along(self, path: Path, staging: Path) -> None:
+        """As protocol.Format: the tokenizer, where the file has one."""
+        file = GGUFFile(path)
+        if gguf_tokenizer.present(file):
+            gguf_tokenizer.load(file).save_pretrained(staging)
+
+    def new_config(self, path: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+        """As protocol.Format."""
+        return json.loads(config.to_json_string()) | {"dtype": str(dtype).removeprefix("torch.")}
+
+    def save(self, path: Path, target: Path, find: Find) -> None:
+        """As protocol.Copied."""
+        save(GGUFFile(path), target, find)
+
+    def rounded(self, path: Path, find: Find) -> Iterator[Rounded]:
+        """As protocol.Copied: -m / d moves too."""
+        return rounded(GGUFFile(path), find)
+
+
+FORMAT = GGUFFormat()

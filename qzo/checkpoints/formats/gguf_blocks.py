@@ -65,19 +65,19 @@ _FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 _LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of IQ4_NL
 
 
-def halves(blocks, at):
+def halves(blocks: torch.Tensor, at: int) -> torch.Tensor:
     """The float16 that begins at byte `at` of every block: [rows, blocks of a row]."""
     return blocks[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1)
 
 
-def codes(blocks, kind):
+def codes(blocks: torch.Tensor, kind: int) -> torch.Tensor:
     """uint8 [N, K] of Q4_0, Q4_1 or Q8_0 blocks [N, blocks of a row, bytes of a block]."""
     if kind == Q8_0:
         return blocks[..., 2:].bitwise_xor(128).flatten(1)  # int8 plus 128 is its top bit turned
     return _fields(blocks[..., 2 if kind == Q4_0 else 4 :], 16, 4).flatten(1)
 
 
-def values(data, kind):
+def values(data: torch.Tensor, kind: int) -> torch.Tensor:
     """float32 (or the type's own floats) [rows, K] of rows' bytes, uint8 [rows, bytes of a row].
 
     ValueError for a quantized type's NaN or infinity.

@@ -5,14 +5,16 @@ name.
 """
 
 import math
+from typing import Any
 
 import torch
 
-from .gguf_models import FAMILIES, NEEDED, ROPE_TENSORS
+from .gguf_file import GGUFFile
+from .gguf_models import FAMILIES, NEEDED, ROPE_TENSORS, Family
 from .gguf_vocabulary import token_ids
 
 
-def family(file):
+def family(file: GGUFFile) -> Family:
     """The Family of a GGUFFile's architecture. ValueError naming those that can be read."""
     architecture = file.metadata.get("general.architecture")
     if architecture not in FAMILIES:
@@ -22,7 +24,7 @@ def family(file):
     return FAMILIES[architecture]
 
 
-def config(file):
+def config(file: GGUFFile) -> dict[str, Any]:
     """Arguments of transformers.AutoConfig.for_model for a GGUFFile.
 
     ValueError naming what the file lacks or what cannot be read.
@@ -71,12 +73,12 @@ def config(file):
     )
 
 
-def heads(file):
+def heads(file: GGUFFile) -> int:
     """The number of query heads."""
     return _need(file, "attention.head_count", int)
 
 
-def kv_heads(file):
+def kv_heads(file: GGUFFile) -> int:
     """The number of key and value heads: as many as query heads where the file has none of its own."""
     key = "attention.head_count_kv"
     return heads(file) if _get(file, key) is None else _need(file, key, int)

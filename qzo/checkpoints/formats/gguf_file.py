@@ -9,6 +9,7 @@ import functools
 import itertools
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,14 +32,14 @@ class TensorInfo:
     nbytes: int
 
     @property
-    def type_name(self):
+    def type_name(self) -> str:
         return NAMES.get(self.type, f"type {self.type}")
 
     @property
-    def quantized(self):
+    def quantized(self) -> bool:
         return BLOCKS[self.type][0] > 1
 
-    def blocks(self, raw):
+    def blocks(self, raw: torch.Tensor) -> torch.Tensor:
         """Its bytes as uint8 [rows, blocks of a row, bytes of a block]."""
         weights, size = BLOCKS[self.type]
         return raw.view(-1, self.shape[-1] // weights, size)
@@ -47,7 +48,7 @@ class TensorInfo:
 class GGUFFile:
     """metadata: key -> value; tensors: name -> TensorInfo in file order. ValueError for a damaged file."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.size = self.path.stat().st_size
         with open(self.path, "rb") as file:
@@ -58,14 +59,14 @@ class GGUFFile:
             if version not in (2, 3):
                 raise ValueError(f"{self.path}: GGUF version {version}; only 2 and 3, little-endian, can be read")
             tensors, keys = cursor.scalar("Q"), cursor.scalar("Q")
-            self.metadata = {}
+            self.metadata: dict[str, Any] = {}
             for _ in range(keys):
                 key = cursor.string()
                 self._once(key, self.metadata, "metadata")
                 self.metadata[key] = cursor.value(cursor.scalar("I"))
             entries = [self._entry(cursor) for _ in range(tensors)]
             start = file.tell() + -file.tell() % self._alignment()
-        self.tensors = {}
+        self.tensors: dict[str, TensorInfo] = {}
         for name, shape, kind, offset in entries:
             self._once(name, self.tensors, "tensor")
             self.tensors[name] = self._info(name, shape, kind, start + offset)
@@ -123,11 +124,13 @@ class GGUFFile:
             )
         return TensorInfo(name, kind, shape, offset, nbytes)
 
-    def raw(self, info):
+    def raw(self, info: TensorInfo) -> torch.Tensor:
         """The tensor's bytes, uint8 [nbytes], read into memory of their own."""
         return torch.from_numpy(np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset))
 
-    def dense(self, info, dtype, order=None, minus=0.0):
+    def dense(
+        self, info: TensorInfo, dtype: torch.dtype, order: torch.Tensor | None = None, minus: float = 0.0
+    ) -> torch.Tensor:
         """A matrix or vector as `dtype`, row order[i] of the file as row i, `minus` taken off in float32.
 
         Read and converted in blocks of rows, so that what is needed besides the result stays small.

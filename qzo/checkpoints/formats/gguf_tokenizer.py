@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from . import gguf_words
+from .gguf_file import GGUFFile
 from .gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, entries, flag, key, read
 
 _BLANK = "\u2581"
@@ -25,12 +26,12 @@ _SPM_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # where a SentencePiece file name
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
-def present(file):
+def present(file: GGUFFile) -> bool:
     """Whether the GGUFFile carries a tokenizer."""
     return key("tokens") in file.metadata
 
 
-def load(file):
+def load(file: GGUFFile) -> PreTrainedTokenizerFast:
     """A transformers tokenizer from a GGUFFile.
 
     ValueError where the file holds none, one of a kind or with a word rule that is not known here, or metadata that

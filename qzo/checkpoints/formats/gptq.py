@@ -21,10 +21,10 @@ import torch
 
 from ...kernels.codes import middle
 from ...nn.weights import PackedWeight
-from .folder import read_weights, save_scales, scale_changes
-from .folder import weight_files as weight_files
+from .folder_format import gathered
 from .limits import check_integers, check_whole_words, group_sizes
 from .order import g_idx_of, perm_of
+from .protocol import Target
 from .rounding import new_scales
 from .stored_zeros import NAMES, StoredZeros
 from .words import pack, unpack, word_count
@@ -96,11 +96,6 @@ def _plain(pattern):
     return pattern.removeprefix(_SKIPPED).removeprefix(_CHANGED)
 
 
-def weights(folder, quantization, dtype):
-    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
-    return read_weights(folder, dtype, PARTS, packer(quantization, folder))
-
-
 def packer(quantization, where):
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     settings = check_config(quantization, where)
@@ -119,23 +114,6 @@ def packer(quantization, where):
         return packed
 
     return make
-
-
-def changed_scales(folder, find):
-    """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None."""
-    return scale_changes(folder, find, SCALES)
-
-
-def save(folder, staging, find):
-    """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
-    gives."""
-    save_scales(folder, staging, changed_scales(folder, find))
-
-
-def rounded(folder, find):
-    """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
-    for layer, new, _, _ in changed_scales(folder, find):
-        yield layer, new.to(torch.float32), None
 
 
 def _arguments(layer, settings):
@@ -279,3 +257,7 @@ def integer_zeros(weight):
     """uint8 [G, N] on the CPU."""
     zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
     return zeros.to(torch.uint8).cpu()
+
+
+FORMAT = gathered(METHOD, check_config, packer, PARTS, SCALES)
+TARGET = Target(METHOD, quantization_config, entries, repeated_in=CONFIG)

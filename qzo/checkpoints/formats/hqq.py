@@ -7,11 +7,16 @@
 Other modules hold their tensors as they are. Saving changes scales only: a zero point, in codes, stays.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 
 from ...nn.weights import PackedWeight
 from . import files
 from .folder import copy_all
+from .folder_format import FolderFormat
+from .protocol import Entry, Find, Quantization, Rounded
 from .rounding import stored_scales
 from .safetensors_file import to_bytes
 from .torch_file import TorchFile
@@ -22,7 +27,7 @@ _PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
 _WANTED = {"axis": 1, "channel_wise": True, "quant_scale": False, "quant_zero": False}
 
 
-def check_config(quantization, where):
+def check_config(quantization: Quantization | None, where: object) -> None:
     """ValueError for HQQ weights that are not in HQQ's own files."""
     if quantization:
         raise ValueError(
@@ -31,12 +36,12 @@ def check_config(quantization, where):
         )
 
 
-def weight_files(folder):
+def weight_files(folder: Path) -> set[Path]:
     """The file that holds the weights."""
     return {folder / FILE}
 
 
-def weights(folder, quantization, dtype):
+def weights(folder: Path, quantization: Quantization | None, dtype: torch.dtype | None) -> Iterator[Entry]:
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
     check_config(quantization, folder)
     file = TorchFile(folder / FILE)
@@ -55,7 +60,7 @@ def weights(folder, quantization, dtype):
                 yield f"{module}.{name}", tensor, f"{module}.{name} in {FILE}"
 
 
-def save(folder, staging, find):
+def save(folder: Path, staging: Path, find: Find) -> None:
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
     gives."""
     copy_all(folder, staging)
@@ -64,7 +69,7 @@ def save(folder, staging, find):
     files.patch(staging / FILE, file.patches(chunks))
 
 
-def rounded(folder, find):
+def rounded(folder: Path, find: Find) -> Iterator[Rounded]:
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
     for module, new, _, packed in _changes(TorchFile(folder / FILE), find):
         yield module, new.view(packed.scales.T.shape).T.to(torch.float32), None
@@ -163,3 +168,6 @@ def _unpack(words, bits, rows):
     top = 27 if bits == 3 else 8 - bits
     planes = [((words >> shift) & (1 << bits) - 1).to(torch.uint8) for shift in range(top, -1, -bits)]
     return torch.cat(planes)[:rows]
+
+
+FORMAT = FolderFormat(METHOD, check_config, weights, save, rounded, weight_files=weight_files)

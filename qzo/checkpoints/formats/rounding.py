@@ -3,7 +3,7 @@
 import torch
 
 
-def stored_scales(scales, stored, name):
+def stored_scales(scales: torch.Tensor, stored: torch.Tensor, name: str) -> torch.Tensor:
     """float32 `scales` in the dtype of `stored` (the file's tensor of the same shape), rounded once.
 
     A scale that equals the stored one keeps its bits. One too small for the dtype becomes its smallest value
@@ -24,6 +24,6 @@ def stored_scales(scales, stored, name):
     return torch.where(scales == stored.to(torch.float32), stored, rounded)
 
 
-def new_scales(scales, dtype, name):
+def new_scales(scales: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """float32 `scales` in the dtype of a file that is written anew; as `stored_scales`."""
     return stored_scales(scales, torch.zeros_like(scales, dtype=dtype), name)

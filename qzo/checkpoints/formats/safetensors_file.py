@@ -3,8 +3,13 @@
 import json
 import math
 import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from .protocol import NewTensor, Place
 
 DTYPES = {
     "F16": torch.float16,
@@ -23,7 +28,7 @@ _MOST_DIMENSIONS = 64  # torch's own limit
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def places(path):
+def places(path: Path) -> dict[str, Place]:
     """name -> (dtype code, shape, file offset, bytes) of every tensor.
 
     ValueError for a damaged file: a header that is cut off, longer than 100 MB or no JSON object, and a
@@ -43,7 +48,7 @@ def places(path):
     return found
 
 
-def metadata(path):
+def metadata(path: Path) -> dict[str, str] | None:
     """The file's own {text: text}, or None."""
     with open(path, "rb") as file:
         header, _ = _header(file, path.stat().st_size)
@@ -97,7 +102,7 @@ def _whole(value):
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def read(path, place):
+def read(path: Path, place: Place) -> torch.Tensor:
     """The tensor at a place that `places` gave, in memory of its own."""
     code, shape, offset, nbytes = place
     if code not in DTYPES:
@@ -111,14 +116,15 @@ def read(path, place):
     return torch.frombuffer(data, dtype=DTYPES[code]).view(shape)
 
 
-def write(path, entries, metadata):
+def write(path: Path, entries: Iterable[NewTensor], metadata: dict[str, str] | None) -> None:
     """Write (name, dtype, shape, make) entries; `make()` gives a tensor when its turn comes: one is held at a
     time.
 
     Wide elements come first: every tensor then begins at a multiple of its element size.
     """
     entries = sorted(entries, key=lambda entry: -entry[1].itemsize)
-    header, at = {} if metadata is None else {"__metadata__": metadata}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    at = 0
     for name, dtype, shape, _ in entries:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, at + nbytes]}
@@ -133,6 +139,6 @@ def write(path, entries, metadata):
             file.write(to_bytes(tensor))
 
 
-def to_bytes(tensor):
+def to_bytes(tensor: torch.Tensor) -> bytes:
     """A tensor's elements as the file holds them."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
