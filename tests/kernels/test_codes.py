@@ -116,7 +116,7 @@ def test_a_faulty_unpacker_is_not_used(monkeypatch, bits):
     codes._row_unpacker.cache_clear()
 
 
-# --------------------------------------------------------------------------------------------- the plain twin
+# --------------------------------------------------------------------------------------------- the plain reference
 
 @triton.jit
 def _unpack_kernel(words_ptr, out_ptr, BITS: tl.constexpr, DT: tl.constexpr, COUNT: tl.constexpr):

@@ -31,11 +31,11 @@ def name_of(matmul):
 def test_a_chunk_has_the_bits_of_its_twin_and_is_true(matmul, start):
     weight, perturbation = matmul.operands()
     rows = min(24, matmul.n - start)
-    ours, twin = (torch.empty(rows, matmul.k, dtype=matmul.dtype) for _ in range(2))
+    ours, reference = (torch.empty(rows, matmul.k, dtype=matmul.dtype) for _ in range(2))
     for e in range(len(perturbation)):
         dequantize.launch(weight, perturbation, ours, e=e, start=start, asm=False)
-        dequantize.dequantize_torch(weight, perturbation, twin, e=e, start=start)
-        assert_same_bits(ours, twin)
+        dequantize.dequantize_torch(weight, perturbation, reference, e=e, start=start)
+        assert_same_bits(ours, reference)
         p = oracle.perturbed(matmul.scales, matmul.raw_noise[e], float(perturbation.coefs[e]), matmul.relative)
         want = oracle.weight(matmul.codes, p, matmul.zero_points, matmul.bits)[start:start + rows]
         size = (oracle.weight(matmul.codes, p, None, matmul.bits).abs()
@@ -126,10 +126,10 @@ def test_compiled_chunks_have_the_twins_bits(dtype, law, zeros):
     for group in (32, 64, 128, 0):
         matmul = Matmul(k=640, n=200, rows=2, group=group, law=law, zeros=zeros, dtype=dtype)
         operands = matmul.operands("cuda")
-        ours, twin = (torch.empty(150, 640, dtype=dtype, device="cuda") for _ in range(2))
+        ours, reference = (torch.empty(150, 640, dtype=dtype, device="cuda") for _ in range(2))
         dequantize.launch(*operands, ours, e=1, start=50, asm=True)
-        dequantize.dequantize_torch(*operands, twin, e=1, start=50)
-        assert_same_bits(ours.cpu(), twin.cpu())
+        dequantize.dequantize_torch(*operands, reference, e=1, start=50)
+        assert_same_bits(ours.cpu(), reference.cpu())
         y, want = matmul.chunked("cuda", asm=True), matmul.want()
         assert float((y - want).norm() / want.norm()) < {2: 1e-2, 4: 1e-3}[dtype.itemsize]
     assert noise.LAWS[law]

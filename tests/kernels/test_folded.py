@@ -1,4 +1,4 @@
-"""The folded form: kernel (interpreted) and twin share every weight's bits, and err as its docstring says."""
+"""The folded form: kernel (interpreted) and reference share every weight's bits, and err as its docstring says."""
 import dataclasses
 import importlib.util
 import sys
@@ -30,7 +30,7 @@ def kernel(matmul, tile=TILE, out_dtype=torch.float32, device="cpu", asm=False, 
     return y.cpu()
 
 
-def twin(matmul, form=pack_planes, out_dtype=torch.float32, module=folded):
+def reference(matmul, form=pack_planes, out_dtype=torch.float32, module=folded):
     y = torch.empty(len(matmul.x), matmul.n, dtype=out_dtype)
     module.folded_torch(matmul.x, *matmul.operands(form=form), y)
     return y
@@ -84,7 +84,7 @@ def test_kernel_is_true_on_other_tiles(name, tile):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_twin_is_true(name):
-    planes, rows = twin(FORMS[name]), twin(FORMS[name], pack_rows)
+    planes, rows = reference(FORMS[name]), reference(FORMS[name], pack_rows)
     assert_true(FORMS[name], planes)
     assert_same_bits(planes, rows)
 
@@ -92,7 +92,7 @@ def test_twin_is_true(name):
 def test_twin_over_several_chunks():
     matmul = Matmul(k=640, n=700, rows=2, group=32, law="ih4", zeros="uint8", bias=True)
     assert folded.chunk_rows(matmul.n, matmul.k) < matmul.n / 1.5
-    assert_true(matmul, twin(matmul))
+    assert_true(matmul, reference(matmul))
 
 
 # ---------------------------------------------------------------------------------------------- bits of a weight
@@ -115,7 +115,7 @@ def test_kernel_and_twin_have_the_same_weights(form, size):
     matmul = weights(**form)
     matmul.__dict__["scales"] = matmul.scales * size
     matmul.__dict__["raw_coefs"] = matmul.raw_coefs * (1.0 if matmul.relative else size)
-    assert_same_bits(kernel(matmul), twin(matmul))
+    assert_same_bits(kernel(matmul), reference(matmul))
 
 
 @pytest.mark.parametrize("form", WEIGHTS[:-2], ids=str)
@@ -123,7 +123,7 @@ def test_a_weight_is_rounded_once(form):
     """w / 256 is float16 of c * P, P being p rounded to B bits: written here by frexp, in float64 and Python."""
     matmul = weights(**form)
     bits = {2: 21, 4: 19, 8: 15}[matmul.bits]
-    y = twin(matmul).double().split(matmul.k)
+    y = reference(matmul).double().split(matmul.k)
     for got, k, coef in zip(y, matmul.raw_noise, matmul.raw_coefs.tolist(), strict=True):
         p = oracle.perturbed(matmul.scales, k, coef, matmul.relative)
         p = (oracle._float32(matmul.scales.double() * oracle._float32(1 + coef * k)) if matmul.relative
@@ -141,15 +141,16 @@ def test_error_of_a_weight(dtype, table, bits, rms):
     matmul = weights(group=64, table=table, bits=bits, dtype=dtype)
     want = matmul.want()
     unit = want.abs().clamp(min=1e-12)
-    assert_close(twin(matmul), want, unit, HALF_ULP[dtype] * (1.3 if table or dtype == torch.bfloat16 else 1.1), rms)
+    assert_close(reference(matmul), want, unit,
+                 HALF_ULP[dtype] * (1.3 if table or dtype == torch.bfloat16 else 1.1), rms)
 
 
 def test_weights_below_and_above_the_range():
     matmul = weights(group=64, seeds=(5,), coefs=(0.0,))
     matmul.__dict__["scales"] = matmul.scales * 1e-7
-    assert_close(twin(matmul), matmul.want(), 2.0**-33 + 16 * 2.0**-32, 1)
+    assert_close(reference(matmul), matmul.want(), 2.0**-33 + 16 * 2.0**-32, 1)
     matmul.__dict__["scales"] = matmul.scales * 0 + 255.9
-    assert not twin(matmul).isfinite().all()        # 8 * 255.9 is no number here, and shows
+    assert not reference(matmul).isfinite().all()        # 8 * 255.9 is no number here, and shows
 
 
 # ------------------------------------------------------------------------------------------------- the derivative
@@ -165,7 +166,7 @@ def derivative_error(dtype, eps, run):
     return (error.square().mean() / want.square().mean()).sqrt().item()
 
 
-@pytest.mark.parametrize("run", [kernel, twin])
+@pytest.mark.parametrize("run", [kernel, reference])
 def test_derivative(run):
     """1.5 % at eps 0.01, inversely with eps."""
     assert 0.010 < derivative_error(torch.float16, 1e-2, run) < 0.018
@@ -173,7 +174,7 @@ def test_derivative(run):
 
 
 def test_derivative_in_bfloat16_is_worth_asking_for():
-    assert 0.09 < derivative_error(torch.bfloat16, 1e-2, twin) < 0.14
+    assert 0.09 < derivative_error(torch.bfloat16, 1e-2, reference) < 0.14
 
 
 # ------------------------------------------------------------------------------------------------ coefficient zero
@@ -181,7 +182,7 @@ def test_derivative_in_bfloat16_is_worth_asking_for():
 @pytest.mark.parametrize("form", [
     dict(), dict(zeros="uint8", group=32, bias=True), dict(law="gaussian"), dict(shared=True), dict(bits=8),
     dict(relative=False), dict(table=NF4), dict(law="ih4", group=128, k=384), dict(bits=2, zeros="uint8")], ids=str)
-@pytest.mark.parametrize("run", [kernel, twin])
+@pytest.mark.parametrize("run", [kernel, reference])
 def test_zero_coefficient_is_the_plain_forward(form, run):
     assert_zero_block_is_plain(Matmul(**{"rows": 5, "coefs": (0.1, 0.0, -0.1), **form}), 1, run)
 
@@ -282,11 +283,12 @@ FAULTS = {   # what stands exactly once in folded.py, and what it becomes
     "inputs past the last": ("mask=(t * 128 + at + k < K)", "mask=(t * 0 + at * 0 + k < K)"),
     "bias": ("bias_ptr + n).to", "bias_ptr + n * 0).to"),
     "factor of all": ("tl.full((BN,), 1 / _LIFT,", "tl.full((BN,), 2 / _LIFT,"),
-    "twin: rounding of P": ("+ (1 << drop - 1)", "+ 0"),
-    "twin: low half": ("(p - high).to(dtype)", "(p - p).to(dtype)"),
-    "twin: zero points": ("c = c - (weight.zeros", "c = c + (weight.zeros"),
-    "twin: noise of a row": ("at[0])[:, 0]", "at[0])[:, 1]"),
-    "twin: noise of the first evaluation": ("perturbation.seeds[e], at), coef", "perturbation.seeds[0], at), coef"),
+    "reference: rounding of P": ("+ (1 << drop - 1)", "+ 0"),
+    "reference: low half": ("(p - high).to(dtype)", "(p - p).to(dtype)"),
+    "reference: zero points": ("c = c - (weight.zeros", "c = c + (weight.zeros"),
+    "reference: noise of a row": ("at[0])[:, 0]", "at[0])[:, 1]"),
+    "reference: noise of the first evaluation":
+        ("perturbation.seeds[e], at), coef", "perturbation.seeds[0], at), coef"),
 }
 
 
@@ -297,11 +299,11 @@ def check(module):
                    Matmul(k=640, group=64, zeros="uint8", **common), Matmul(k=640, group=128, **common),
                    Matmul(k=96, group=32, zeros="uint8", relative=False, **common | {"coefs": (0.02, -0.02)}),
                    Matmul(k=256, group=64, shared=True, **common)):
-        for run in (kernel, twin):
+        for run in (kernel, reference):
             assert_true(matmul, run(matmul, module=module))
     bits = weights(group=64, k=128, n=80)
-    assert_same_bits(kernel(bits, module=module), twin(bits, module=module))
-    assert_same_bits(twin(bits, module=module), twin(bits))
+    assert_same_bits(kernel(bits, module=module), reference(bits, module=module))
+    assert_same_bits(reference(bits, module=module), reference(bits))
 
 
 def copy_with(fault, folder):
@@ -347,7 +349,7 @@ def picked(matmul, n=None):
 def test_compiled_kernel_and_twin_have_the_same_weights(form, dtype):
     """With x one-hot a sum is one weight; the integer laws, so every bit."""
     matmul = weights(**form, dtype=dtype)
-    assert_same_bits(kernel(matmul, **picked(matmul)) + 0.0, twin(matmul) + 0.0)        # -0 is 0
+    assert_same_bits(kernel(matmul, **picked(matmul)) + 0.0, reference(matmul) + 0.0)        # -0 is 0
 
 
 @pytest.mark.gpu

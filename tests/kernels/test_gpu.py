@@ -76,10 +76,10 @@ def test_compiled_vectors_are_true(dtype, books, bits, k, rows):
 def test_compiled_codebooks_have_the_oracles_bits(law):
     values, base4 = torch.randn(300, 4, generator=torch.Generator().manual_seed(1)), 2**32 - 10
     seeds, coefs = torch.tensor([-7]), torch.tensor([oracle.raw_coef(law, -0.3)])
-    ours, twin = torch.empty(300, 4, device="cuda"), torch.empty(300, 4)
+    ours, reference = torch.empty(300, 4, device="cuda"), torch.empty(300, 4)
     perturb.launch(values.cuda(), seeds.cuda(), coefs.cuda(), ours, base4=base4, law=noise.LAWS[law], relative=True)
-    perturb.perturb_codebooks_torch(values, seeds, coefs, twin, base4=base4, law=noise.LAWS[law], relative=True)
-    assert_same_bits(ours.cpu(), twin)
+    perturb.perturb_codebooks_torch(values, seeds, coefs, reference, base4=base4, law=noise.LAWS[law], relative=True)
+    assert_same_bits(ours.cpu(), reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

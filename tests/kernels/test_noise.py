@@ -1,4 +1,4 @@
-"""The noise law: one definition, the same bits from the torch twin, both kernels and the CPU backend."""
+"""The noise law: one definition, the same bits from the torch reference, both kernels and the CPU backend."""
 import numpy as np
 import pytest
 import torch
@@ -92,8 +92,8 @@ def from_update(run):
     return read
 
 
-ROADS = {"twin": from_twin, "matmul kernel": from_matmul_kernel, "cpu backend": from_cpu_backend,
-         "update kernel": from_update(update.launch), "update twin": from_update(update.update_torch)}
+ROADS = {"reference": from_twin, "matmul kernel": from_matmul_kernel, "cpu backend": from_cpu_backend,
+         "update kernel": from_update(update.launch), "update reference": from_update(update.update_torch)}
 
 
 @pytest.mark.parametrize("law", ["rademacher", "ih4"])
@@ -106,7 +106,7 @@ def test_integer_laws_have_the_same_bits_on_every_road(law, road, index):
     assert torch.equal(ROADS[road](law, seed, at).double(), oracle.raw_at(law, seed, at))
 
 
-@pytest.mark.parametrize("road", ["twin", "matmul kernel", "update kernel"])
+@pytest.mark.parametrize("road", ["reference", "matmul kernel", "update kernel"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_all_64_bits_of_the_seed_count(road, seed):
     at = quad_indices(40)
@@ -123,9 +123,9 @@ def test_noise_reaches_a_zero_scale_only_when_absolute(road):
 def test_gaussian_within_tolerance(index):
     at = quad_indices(index)
     want = oracle.raw_at("gaussian", 3, at)
-    twin = from_twin("gaussian", 3, at)
-    assert_close(twin, want, 1.0, GAUSSIAN_TOLERANCE)
-    assert_close(from_matmul_kernel("gaussian", 3, at, relative=False), twin, 1.0, GAUSSIAN_BETWEEN_DEVICES)
+    reference = from_twin("gaussian", 3, at)
+    assert_close(reference, want, 1.0, GAUSSIAN_TOLERANCE)
+    assert_close(from_matmul_kernel("gaussian", 3, at, relative=False), reference, 1.0, GAUSSIAN_BETWEEN_DEVICES)
 
 
 def test_gaussian_tails_and_every_quarter_turn():
@@ -136,7 +136,7 @@ def test_gaussian_tails_and_every_quarter_turn():
     assert (want < -1).any()
 
 
-# -------------------------------------------------------------------------------------------- the public twin
+# -------------------------------------------------------------------------------------------- the public reference
 
 @pytest.mark.parametrize("law", laws.VERSIONS)
 def test_noise_has_the_unit_of_the_law_and_the_shape_of_the_index(law):

@@ -114,10 +114,10 @@ def test_a_pair_has_the_bits_of_single_evaluations():
 @pytest.mark.parametrize("matmul", [m for m in MATMULS if m.dtype == torch.float16], ids=name)
 def test_a_chunk_has_the_bits_of_its_twin(matmul):
     weight, perturbation = matmul.operands()
-    ours, twin = (torch.empty(20, matmul.k, dtype=matmul.dtype) for _ in range(2))
+    ours, reference = (torch.empty(20, matmul.k, dtype=matmul.dtype) for _ in range(2))
     dequantize.launch(weight, perturbation, ours, e=1, start=7, asm=False, exact=matmul.exact)
-    dequantize.dequantize_torch(weight, perturbation, twin, e=1, start=7, exact=matmul.exact)
-    assert_same_bits(ours, twin)
+    dequantize.dequantize_torch(weight, perturbation, reference, e=1, start=7, exact=matmul.exact)
+    assert_same_bits(ours, reference)
     p = oracle.perturbed(matmul.scales, matmul.raw_noise[1], float(perturbation.coefs[1]), matmul.relative)
     want = oracle.weight(matmul.codes, p, None, 4, matmul.entries)[7:27]
     assert bool(((ours.double() - want).abs() <= 2.0**-10 * want.abs() + 6e-8).all())

@@ -1,4 +1,4 @@
-"""The step on the scales: kernel and torch twin have the oracle's bits, projection included."""
+"""The step on the scales: kernel and torch reference have the oracle's bits, projection included."""
 import pytest
 import torch
 
@@ -8,7 +8,7 @@ from tests.support.close import assert_close, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
-RUNS = {"kernel": update.launch, "twin": update.update_torch}
+RUNS = {"kernel": update.launch, "reference": update.update_torch}
 FLOOR = 2.0**-24
 PAIRS = [((3,), (0.05,)), ((3, -1, 2**63 - 1, 3), (0.05, -0.3, 1e-4, 0.02))]
 
@@ -137,10 +137,10 @@ def test_noise_shared_by_rows_has_the_oracles_bits(run, law, floor):
 
 def test_the_twins_blocks_of_rows_do_not_show(monkeypatch):
     monkeypatch.setattr(update, "BLOCK_QUADS", 100)
-    assert_same_bits(*rows_run("twin"))
+    assert_same_bits(*rows_run("reference"))
 
 
 def test_the_twins_blocks_do_not_show(monkeypatch):
-    whole, _ = run_both("twin", scales_of(300), (5, 6), (0.1, 0.2), "ih4")
+    whole, _ = run_both("reference", scales_of(300), (5, 6), (0.1, 0.2), "ih4")
     monkeypatch.setattr(update, "BLOCK_QUADS", 7)
-    assert_same_bits(run_both("twin", scales_of(300), (5, 6), (0.1, 0.2), "ih4")[0], whole)
+    assert_same_bits(run_both("reference", scales_of(300), (5, 6), (0.1, 0.2), "ih4")[0], whole)

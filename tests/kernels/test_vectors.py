@@ -178,11 +178,11 @@ def test_cpu_backend_is_true(matmul):
 @pytest.mark.parametrize("matmul", [m for m in MATMULS if m.dtype == torch.float16], ids=name)
 def test_a_chunk_has_the_bits_of_its_twin(matmul):
     weight, perturbation = matmul.operands()
-    ours, twin = (torch.empty(20, matmul.k, dtype=matmul.dtype) for _ in range(2))
+    ours, reference = (torch.empty(20, matmul.k, dtype=matmul.dtype) for _ in range(2))
     for e in (0, 1):
         dequantize.launch(weight, perturbation, ours, e=e, start=7, asm=False)
-        dequantize.dequantize_torch(weight, perturbation, twin, e=e, start=7)
-        assert_same_bits(ours, twin)
+        dequantize.dequantize_torch(weight, perturbation, reference, e=e, start=7)
+        assert_same_bits(ours, reference)
         p = oracle.perturbed(matmul.scales, matmul.raw_noise[e], float(perturbation.coefs[e]), matmul.relative)
         want = matmul.weight(p)[7:27]
         assert bool(((ours.double() - want).abs() <= 2.0**-10 * want.abs() + 6e-8).all())
