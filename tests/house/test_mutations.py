@@ -140,7 +140,7 @@ def verdicts(tmp_path_factory):
     copies = [copy_with(FAULTS.get(name), root / str(i)) for i, name in enumerate(names)]
     script = Path(__file__).with_name("quick_check.py")
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, copies)], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, str(script), *map(str, copies)], capture_output=True, text=True, timeout=1800, check=True
     )
     return dict(zip(names, done.stdout.splitlines(), strict=True))
 
