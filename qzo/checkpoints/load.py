@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..kernels.table import named_table
-from ..nn.choice import quantizable_, quantize_
+from ..nn.choice import choose_, quantize_
 from ..nn.layers import arena_of, layers
 from ..nn.quantize import check_form, quantize_weight
 from .empty import auto_class, build_empty, check_depth, gguf_config, read_config, reading
@@ -22,7 +22,16 @@ _QUANTIZED = (".qweight", ".weight_packed", ".W_q", ".weight.absmax", ".weight.q
 
 
 def from_pretrained(
-    path_or_id, *, device=None, dtype=None, bits=4, group_size=128, symmetric=True, table=None, trust_remote_code=False
+    path_or_id,
+    *,
+    device=None,
+    dtype=None,
+    bits=4,
+    group_size=128,
+    symmetric=True,
+    table=None,
+    trust_remote_code=False,
+    strict=False,
 ):
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
@@ -32,6 +41,8 @@ def from_pretrained(
     bits, group_size, symmetric, table : how float weights are quantized, as in QZOLinear.from_linear; a quantized
         checkpoint loads as it is
     trust_remote_code : whether code that the folder brings along is run
+    strict : refuse a group_size that does not divide the inputs of each layer (nn/choice.py tells which are quantized),
+        instead of another for that layer and a warning
 
     Returns a transformers.PreTrainedModel that needs no gradients. Raises FileNotFoundError for a path that
     is not there, ValueError for a checkpoint that cannot be read; the message names the format, tensor or
@@ -49,7 +60,7 @@ def from_pretrained(
         config = read_config(path, trust_remote_code)
         if quantization is None:
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
-            model, source = _load_float(path, config, trust_remote_code, options, device, dtype)
+            model, source = _load_float(path, config, trust_remote_code, options | {"strict": strict}, device, dtype)
         else:
             model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)
     if not layers(model, trainable=None):
@@ -88,7 +99,7 @@ def _load_float(folder, config, trust_remote_code, options, device, dtype):
     model = _quantize_streamed(folder, config, trust_remote_code, options, device, dtype)
     if model is None:
         model = _whole_float(folder, config, trust_remote_code)
-        quantize_(model, **options, skip=("lm_head", *_heads(model)))
+        quantize_(model, **options)
     sizes = (("config.json", (folder / "config.json").stat().st_size),)
     return model, Source("float", folder, sizes, stored, tuple(sorted(options.items())))
 
@@ -132,12 +143,6 @@ def warn_left(names, model, folder):
         )
 
 
-def _heads(model):
-    """Names of the output head's module."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [name for name, module in model.named_modules() if module is output and output is not None]
-
-
 def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype):
     """The model, each weight quantized when it is read: the float model never is in memory.
 
@@ -148,8 +153,8 @@ def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype
         return None
     places = tensor_places(folder)
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
-    heads = _heads(model)
-    linears = quantizable_(model, options["group_size"], ("lm_head", *heads))
+    chosen = choose_(model, options["group_size"], strict=options["strict"], table=options["table"])
+    own = {name: options[name] for name in ("symmetric", "bits", "table")}
     names, wanted = Names(model), {name: value.shape for name, value in model.state_dict().items()}
     there = {name: names(name) for name in places if not names.converted(name)}
     absent = wanted.keys() - set(there.values()) - set(model.all_tied_weights_keys)
@@ -159,8 +164,8 @@ def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype
     def entries():
         for name, (file, place) in places.items():
             tensor, layer = safetensors_file.read(file, place), there[name].removesuffix(".weight")
-            if layer in linears and name.endswith(".weight"):
-                tensor = quantize_weight(tensor, **options)
+            if layer in chosen and name.endswith(".weight"):
+                tensor = quantize_weight(chosen[layer].matrix(tensor), chosen[layer].group_size, **own)
             elif tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             yield name, tensor, f"{name} in {file.name}"

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from ..kernels.table import named_table
-from ..nn.choice import group_for, quantizable
+from ..nn.choice import choose, group_for
 from ..nn.experts import file_name, split_experts_
 from ..nn.layers import layers
 from ..nn.quantize import quantize_weight
-from ..nn.weights import PackedWeight, check_bits, check_group_size
+from ..nn.weights import PackedWeight, check_bits
 from .empty import build_empty, read_config
 from .formats import TARGETS, files, folder, safetensors_file, told
 from .load import from_pretrained, warn_left
@@ -25,12 +25,12 @@ class Quantizing:
     """The entries of a new file, made when their turn comes: a layer is read and quantized for its codes, and its
     scales and zero points, a few percent of it, are kept until they are written.
 
-    places: tensor -> where it lies, of the float folder; shapes: layer -> PackedWeight on the meta device; form: module
-    of the new format
+    places: tensor -> where it lies, of the float folder; chosen: layer -> Chosen; shapes: layer -> PackedWeight on the
+    meta device; form: module of the new format
     """
 
-    def __init__(self, places, shapes, form, quantization, symmetric):
-        self.places, self.shapes, self.form = places, shapes, form
+    def __init__(self, places, chosen, shapes, form, quantization, symmetric):
+        self.places, self.chosen, self.shapes, self.form = places, chosen, shapes, form
         self.quantization, self.symmetric = quantization, symmetric
         self._made = {}
         self.squares = [0.0, 0.0]  # of the errors of the weights, and of the weights
@@ -57,7 +57,7 @@ class Quantizing:
     def _give(self, layer, name):
         if name not in self._made:
             shape = self.shapes[layer]
-            weight = safetensors_file.read(*self.places[f"{layer}.weight"])
+            weight = self.chosen[layer].matrix(safetensors_file.read(*self.places[f"{layer}.weight"]))
             try:
                 packed = quantize_weight(weight, shape.group_size, self.symmetric, shape.bits, shape.table)
             except ValueError as error:
@@ -72,12 +72,22 @@ class Quantizing:
 
 
 def quantize_folder(
-    path_or_id, out, *, bits=4, group_size=None, symmetric=True, format=None, table=None, trust_remote_code=False
+    path_or_id,
+    out,
+    *,
+    bits=4,
+    group_size=None,
+    symmetric=True,
+    format=None,
+    table=None,
+    trust_remote_code=False,
+    strict=False,
 ):
-    """Write a quantized copy of a float checkpoint, every linear layer but the output head, to the folder `out`.
+    """Write a quantized copy of a float checkpoint, the layers that from_pretrained quantizes, to the folder `out`.
 
-    bits, symmetric : as in qzo.quantize_
-    group_size : 32, 64, 128 or -1, the whole row; None: the largest of 128, 64, 32 that divides every layer
+    bits, symmetric, strict : as in qzo.quantize_
+    group_size : 32, 64, 128 or -1, the whole row; None: the largest of 128, 64, 32 that divides the inputs of every
+        layer, those apart that none divides
     format : "compressed-tensors" (the default), "gptq" or "awq"; "bitsandbytes" with a table
     table : None, or "nf4" or "fp4", whose groups are 64 by default
 
@@ -103,10 +113,11 @@ def quantize_folder(
         raise ValueError(f"{out} is where the float model is; the source is never overwritten, give another folder")
     model = build_empty(known, torch.float32, trust_remote_code=trust_remote_code)
     split_experts_(model)
-    linears = {file_name(name, known.model_type): m for name, m in quantizable(model).items()}
-    if not linears:
-        raise ValueError(f"{path_or_id}: {type(model).__name__} has no nn.Linear to quantize")
     group_size = group_for(model, group_size if table is None else group_size or 64)
+    chosen = {
+        file_name(name, known.model_type): layer
+        for name, layer in choose(model, group_size, strict=strict, table=entries).items()
+    }
     result = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table, "format": format}
     places = folder.tensor_places(path) if any(path.glob("*.safetensors")) else {}
     wanted = {file_name(name, known.model_type): value.shape for name, value in model.state_dict().items()}
@@ -123,22 +134,21 @@ def quantize_folder(
             symmetric=symmetric,
             table=table,
             trust_remote_code=trust_remote_code,
+            strict=strict,
         )
         export(model, out, format)
         return {"layers": len(layers(model)), **result, "error": None}
     zeros = None if symmetric or table is not None else torch.uint8
     shapes = {
-        name: PackedWeight.on_meta(
-            m.out_features, m.in_features, check_group_size(group_size, m.in_features), bits, zeros, table=entries
-        )
-        for name, m in linears.items()
+        name: PackedWeight.on_meta(layer.out_features, layer.in_features, layer.group_size, bits, zeros, table=entries)
+        for name, layer in chosen.items()
     }
     warn_left(places.keys() - wanted.keys(), model, path)
-    dense_names = wanted.keys() - {f"{name}.weight" for name in linears}
+    dense_names = wanted.keys() - {f"{name}.weight" for name in chosen}
     heads = {file_name(name, known.model_type) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     form = TARGETS[format]
-    quantization = form.quantization_config(shapes, sorted(heads - set(linears)))
-    made = Quantizing(places, shapes, form, quantization, symmetric)
+    quantization = form.quantization_config(shapes, sorted(heads - set(chosen)))
+    made = Quantizing(places, chosen, shapes, form, quantization, symmetric)
     with files.staged(out) as staging:
         copy_companions(path, staging)
         dense = folder.dense_entries(path, dense_names.__contains__)
