@@ -32,6 +32,7 @@ def from_pretrained(
     table=None,
     trust_remote_code=False,
     strict=False,
+    weight_only=False,
 ):
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
@@ -43,6 +44,8 @@ def from_pretrained(
     trust_remote_code : whether code that the folder brings along is run
     strict : refuse a group_size that does not divide the inputs of each layer (nn/choice.py tells which are quantized),
         instead of another for that layer and a warning
+    weight_only : train the weights of a folder whose layers' inputs are quantized too (W4A8) as if they were not: a
+        server rounds them, and what is learned meets that rounding there for the first time
 
     Returns a transformers.PreTrainedModel that needs no gradients. Raises FileNotFoundError for a path that
     is not there, ValueError for a checkpoint that cannot be read; the message names the format, tensor or
@@ -62,7 +65,8 @@ def from_pretrained(
             options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
             model, source = _load_float(path, config, trust_remote_code, options | {"strict": strict}, device, dtype)
         else:
-            model, source = _load_quantized(path, config, quantization, trust_remote_code, device, dtype)
+            read = _as_weights(path, quantization) if weight_only else quantization
+            model, source = _load_quantized(path, config, read, trust_remote_code, device, dtype)
     if not layers(model, trainable=None):
         raise ValueError(
             f"{path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit or a float checkpoint"
@@ -74,6 +78,18 @@ def from_pretrained(
     model._qzo_source = source
     attach(model, quantization)
     return model
+
+
+def _as_weights(folder, quantization):
+    """A quantization_config without what it says of inputs; a warning tells what is left out."""
+    read, left = told.weight_only(quantization)
+    if left:
+        warnings.warn(
+            f"{folder}: {left} of its quantization_config are left out, as weight_only asks: what goes into each layer "
+            "is rounded where the model is served, not here; measure the tuned model there",
+            stacklevel=3,
+        )
+    return read
 
 
 def _cast(model, dtype):

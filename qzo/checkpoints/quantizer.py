@@ -89,12 +89,21 @@ def loading():
     That is everything that calls from_pretrained: AutoModel classes, pipelines, trainers that are given a path.
     It holds for the whole process; transformers' own quantizers are back on exit, also after an error.
     """
-    before = {method: AUTO_QUANTIZATION_CONFIG_MAPPING.get(method) for method in GATHERED}
-    AUTO_QUANTIZATION_CONFIG_MAPPING.update(dict.fromkeys(GATHERED, QZOConfig))
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING
+    named = {name for method in GATHERED for name in (method, method.upper(), method.title(), method.capitalize())}
+    before = {name: known[name] for name in named if name in known}
+    known.update(dict.fromkeys(named, QZOConfig))
     try:
         yield
     finally:
-        AUTO_QUANTIZATION_CONFIG_MAPPING.update(before)
+        for name in named - before.keys():
+            known.pop(name, None)
+        known.update(before)
+
+
+def _form(source):
+    """The module of a quantization_config, whose quant_method may be written in capitals."""
+    return GATHERED[source["quant_method"].lower()]
 
 
 @register_quantizer(METHOD)
@@ -123,7 +132,7 @@ class QZOQuantizer(HfQuantizer):
                 "config.json: quant_method 'qzo' is no format of weights; save such a model with qzo.save_pretrained"
             )
         if self.pre_quantized:
-            self._make = GATHERED[source["quant_method"]].packer(source, "config.json")
+            self._make = _form(source).packer(source, "config.json")
         if isinstance(device_map, dict):
             _check_one(device_map.values())
 
@@ -169,7 +178,7 @@ class QZOQuantizer(HfQuantizer):
     def get_weight_conversions(self):
         if not self.pre_quantized:
             return []
-        form = GATHERED[self.quantization_config.source["quant_method"]]
+        form = _form(self.quantization_config.source)
         # on the CPU until they are packed: a device would hold all of the file's tensors beside the packed ones
         return [_Stored([rf"\.{part}$" for part in form.PARTS], ".weight", [_IdentityOp()], force_cpu=True)]
 
@@ -198,7 +207,7 @@ class QZOQuantizer(HfQuantizer):
     def take_stored(self, model, name, source, parts, info):
         """The same for the tensors {part: tensor} of the layer that the file calls `source`."""
         self._info, layer = info, name.removesuffix(".weight")
-        first = GATHERED[self.quantization_config.source["quant_method"]].PARTS[0]
+        first = _form(self.quantization_config.source).PARTS[0]
         if source != layer:
             self._names.changed[source] = layer
 
@@ -256,7 +265,7 @@ class QZOQuantizer(HfQuantizer):
         config = self._files[0].parent / "config.json" if self._files else None
         if config is None or not config.is_file():
             return None
-        kind = self.quantization_config.source["quant_method"] if self.pre_quantized else "float"
+        kind = _form(self.quantization_config.source).METHOD if self.pre_quantized else "float"
         used = {config, *self._files} if self.pre_quantized else {config}
         sizes = tuple(sorted((file.name, file.stat().st_size) for file in used))
         for name in (name for file in self._files if self.pre_quantized for name in safetensors_file.places(file)):

@@ -255,7 +255,8 @@ def _dense(model, source, packed):
 
         def is_dense(name):
             owner, _, leaf = _renamed(model, source, name).rpartition(".")
-            return owner not in packed or (leaf == "bias" and owner in biased)
+            served = source.kind == compressed_tensors.METHOD and compressed_tensors.is_for_servers(name)
+            return not served and (owner not in packed or (leaf == "bias" and owner in biased))
 
         dense = [(_renamed(model, source, name), *rest) for name, *rest in dense_entries(source.path, is_dense)]
         stored = scale_dtypes(source.path, scales)
@@ -332,7 +333,7 @@ def tensors(model):
         inside = f"{owner}.{leaf}"
         if inside in state:
             stored[id(state[inside])] = _as_stored(state[inside], file, place)
-        elif owner in packed:
+        elif owner in packed or (source.kind == compressed_tensors.METHOD and compressed_tensors.is_for_servers(name)):
             new = scales.get((file, place))
             state[inside] = safetensors_file.read(file, place) if new is None else new
     return {file_name(name, kind): stored.get(id(tensor), tensor) for name, tensor in state.items()}

@@ -100,7 +100,7 @@ def test_an_export_has_the_new_names_everywhere(tmp_path, by_transformers):
     assert stored == {name.rpartition(".")[0] for name in tensors(tmp_path / "new")}
     skipped = json.loads((tmp_path / "gptq/config.json").read_text())["quantization_config"]["dynamic"]
     dense = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith("lm_head")]
-    assert list(skipped) == [f"-:^{re.escape(name)}$" for name in dense]
+    assert set(skipped) == {f"-:^{re.escape(name)}$" for name in dense}
     assert "model.vision_tower.head.attention.out_proj" in dense
     report = qzo.save_pretrained(model, tmp_path / "out", batch={"input_ids": IDS, "labels": IDS})
     assert report["loss_before"] == report["loss_after"]
