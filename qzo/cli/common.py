@@ -22,6 +22,12 @@ def add_model_options(parser):
     model.add_argument(
         "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
     )
+    model.add_argument(
+        "--weight-only",
+        action="store_true",
+        default=None,
+        help="of a checkpoint whose layers' inputs are quantized too (W4A8): train the weights as if they were not",
+    )
 
 
 def load(path, own):
@@ -35,6 +41,7 @@ def load(path, own):
         "group_size": own["group_size"],
         "dtype": getattr(torch, own["dtype"]) if own["dtype"] else None,
         "trust_remote_code": bool(own["trust_remote_code"]),
+        "weight_only": bool(own["weight_only"]),
     }
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})
 

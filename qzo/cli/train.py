@@ -32,7 +32,18 @@ CUDA_GRAPH = dict(
     help="run the steps of each shape of batch as one CUDA graph: "
     "the same bits, sooner (default: where the model is on a CUDA device)",
 )
-OWN_OPTIONS = ("model", "data", "output_dir", "resume", "recipe", "device", "dtype", "group_size", "trust_remote_code")
+OWN_OPTIONS = (
+    "model",
+    "data",
+    "output_dir",
+    "resume",
+    "recipe",
+    "device",
+    "dtype",
+    "group_size",
+    "trust_remote_code",
+    "weight_only",
+)
 
 
 def add_options(parser):

@@ -7,11 +7,16 @@
     weight_g_idx       int32 [K], the group of each column, in old files only (actorder "group")
 Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight holds, 3 bits as 4.
 
+What a server quantizes while it runs is no business of the weights: kv_cache_scheme with its k_scale and v_scale, and
+the scales of inputs, are left alone in training and stay in a saved folder byte for byte (`is_for_servers`). A folder
+whose inputs are quantized too is read on request only (told.weight_only).
+
 A layer is quantized where these tensors exist, whatever `ignore` says; bits, strategy and group size are those
 of the config group whose target names it exactly, else by a pattern ("re:..."), else by its class ("Linear").
 A layer that the config calls symmetric may have zero points if they say the same; a g_idx is read whatever it says.
 """
 
+import dataclasses
 import re
 import warnings
 
@@ -19,6 +24,7 @@ import torch
 
 from ...kernels.codes import middle
 from ...nn.weights import PackedWeight
+from .folder import read_weights
 from .folder_format import gathered
 from .limits import check_integers, check_order, group_sizes
 from .order import perm_of
@@ -30,6 +36,8 @@ METHOD = "compressed-tensors"
 SCALES = "weight_scale"
 _BITS = (2, 3, 4, 8)
 _PATTERN = "re:"
+_CACHE = re.compile(r"\.[kvq]_(scale|zero_point|global_scale)$")
+_ACTIVATIONS = re.compile(r"\.(input|output)_(scale|zero_point|global_scale)$")
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -44,9 +52,11 @@ def check_config(quantization, where):
         weights = _check_group(group, group.get("format") or quantization.get("format"), f"{where}: {name}")
         for target in group["targets"]:
             found[target] = weights  # the last of two groups counts, as in the library
-    for name in ("kv_cache_scheme", "transform_config"):
-        if quantization.get(name):
-            raise ValueError(f"{where}: quantization_config has a {name}, which is not supported")
+    if quantization.get("transform_config"):
+        raise ValueError(
+            f"{where}: quantization_config has a transform_config (rotated weights), which is not supported; quantize "
+            "the model again without transforms"
+        )
     sparsity = quantization.get("sparsity_config")
     if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"):
         raise ValueError(f"{where}: sparse weights (sparsity_config) are not supported; save them dense")
@@ -73,7 +83,12 @@ def _check_group(group, layout, where):
         raise ValueError(f"{where}: group_size is {size!r:.40}; strategy group needs a whole number above 0")
     for name in ("input_activations", "output_activations"):
         if group.get(name):
-            raise ValueError(f"{where}: {name} are quantized too; only weights can be")
+            raise ValueError(
+                f"{where}: {name} are quantized too ({_described(group[name])}): a server rounds what goes "
+                f"{'into' if name.startswith('input') else 'out of'} each layer, which qzo does not compute; "
+                "qzo.from_pretrained(..., weight_only=True), on the command line --weight-only, trains the weights as "
+                "if it were not rounded"
+            )
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(
@@ -92,6 +107,20 @@ def _check_group(group, layout, where):
     }
 
 
+def _described(arguments):
+    """Words for the arguments of quantized activations."""
+    if not isinstance(arguments, dict):
+        return f"{arguments!r:.80}"
+    told = {name: arguments[name] for name in ("num_bits", "type", "strategy", "dynamic") if name in arguments}
+    return ", ".join(f"{name} {value!r:.20}" for name, value in told.items()) or "nothing more is said of it"
+
+
+def is_for_servers(name, cache=True):
+    """Whether a tensor is read by servers only, which quantize what goes into a layer or, if there is a scheme for that
+    (`cache`), the attention's cache."""
+    return bool(_ACTIVATIONS.search(name) or (cache and _CACHE.search(name)))
+
+
 def _arguments(layer, by_target):
     """The arguments of a layer by its name, in the library's order of precedence."""
     patterns = sorted(target for target in by_target if target.startswith(_PATTERN))
@@ -103,6 +132,21 @@ def _arguments(layer, by_target):
         f"no target of the config_groups fits {layer} (they are {', '.join(by_target)[:200]}), "
         "so its bits and group size are unknown"
     )
+
+
+def weights(folder, quantization, dtype):
+    """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
+    scheme = quantization.get("kv_cache_scheme")
+    if scheme:
+        warnings.warn(
+            f"{folder}: kv_cache_scheme ({_described(scheme)}): servers round the attention's cache, with the k_scale "
+            "and v_scale of these files; training computes it without rounding, what is saved in this format keeps "
+            "them as they are, and another format leaves them out",
+            stacklevel=2,
+        )
+    for entry in read_weights(folder, dtype, PARTS, packer(quantization, folder)):
+        if not is_for_servers(entry[0], bool(scheme)):
+            yield entry
 
 
 def packer(quantization, where):
@@ -239,5 +283,7 @@ def _packed_zeros(weight):
     return pack(zeros.to(torch.uint8).cpu(), weight.bits).T
 
 
-FORMAT = gathered(METHOD, check_config, packer, PARTS, SCALES, transposed=True)
+FORMAT = dataclasses.replace(
+    gathered(METHOD, check_config, packer, PARTS, SCALES, transposed=True), weights=weights, for_servers=is_for_servers
+)
 TARGET = Target(METHOD, quantization_config, entries)
