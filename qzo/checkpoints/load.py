@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..kernels.table import named_table
-from ..nn.choice import choose_, quantize_
+from ..nn.choice import choose, choose_, quantize_
 from ..nn.layers import arena_of, layers
 from ..nn.quantize import check_form, quantize_weight
 from .empty import auto_class, build_empty, check_depth, gguf_config, read_config, reading
@@ -169,13 +169,16 @@ def _quantize_streamed(folder, config, trust_remote_code, options, device, dtype
         return None
     places = tensor_places(folder)
     model = build_empty(config, dtype, trust_remote_code=trust_remote_code)
-    chosen = choose_(model, options["group_size"], strict=options["strict"], table=options["table"])
+    asked = {name: options[name] for name in ("group_size", "strict", "table")}
+    choose_(model, **asked, quiet=True)
     own = {name: options[name] for name in ("symmetric", "bits", "table")}
     names, wanted = Names(model), {name: value.shape for name, value in model.state_dict().items()}
     there = {name: names(name) for name in places if not names.converted(name)}
     absent = wanted.keys() - set(there.values()) - set(model.all_tied_weights_keys)
     if absent or any(wanted.get(there.get(name)) != torch.Size(place[1]) for name, (_, place) in places.items()):
         return None
+
+    chosen = choose(model, **asked)  # again, for what it has to tell
 
     def entries():
         for name, (file, place) in places.items():

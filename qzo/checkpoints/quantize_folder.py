@@ -114,10 +114,6 @@ def quantize_folder(
     model = build_empty(known, torch.float32, trust_remote_code=trust_remote_code)
     split_experts_(model)
     group_size = group_for(model, group_size if table is None else group_size or 64)
-    chosen = {
-        file_name(name, known.model_type): layer
-        for name, layer in choose(model, group_size, strict=strict, table=entries).items()
-    }
     result = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table, "format": format}
     places = folder.tensor_places(path) if any(path.glob("*.safetensors")) else {}
     wanted = {file_name(name, known.model_type): value.shape for name, value in model.state_dict().items()}
@@ -138,6 +134,10 @@ def quantize_folder(
         )
         export(model, out, format)
         return {"layers": len(layers(model)), **result, "error": None}
+    chosen = {
+        file_name(name, known.model_type): layer
+        for name, layer in choose(model, group_size, strict=strict, table=entries).items()
+    }
     zeros = None if symmetric or table is not None else torch.uint8
     shapes = {
         name: PackedWeight.on_meta(layer.out_features, layer.in_features, layer.group_size, bits, zeros, table=entries)

@@ -88,13 +88,13 @@ def quantize_(module, bits=4, group_size=128, symmetric=True, skip=HEADS, table=
     return module
 
 
-def choose_(module, group_size=128, skip=HEADS, strict=False, table=None):
+def choose_(module, group_size=128, skip=HEADS, strict=False, table=None, quiet=False):
     """name -> Chosen of all that `quantize_` replaces; experts are split for that, in place. Raises as it does."""
     if sizes_of(module):
         raise ValueError("quantize_ replaces the Linears inside a module; for a bare one use QZOLinear.from_linear")
     choose(module, group_size, skip, strict, table, quiet=True)
     split_experts_(module, _Skipped(module, skip).by_name)
-    return choose(module, group_size, skip, strict, table)
+    return choose(module, group_size, skip, strict, table, quiet)
 
 
 def choose(module, group_size=128, skip=HEADS, strict=False, table=None, quiet=False):
