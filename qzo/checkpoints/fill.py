@@ -92,7 +92,7 @@ def put_packed(model: Any, name: str, packed: PackedWeight, where: str, device: 
     if sizes is None or leaf != "weight":
         raise ValueError(
             f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only nn.Linear and transformers' "
-            "Conv1D can be replaced"
+            "Conv1D can be replaced: quantize the model again, and leave this layer out"
         )
     tied = model.all_tied_weights_keys.get(name)
     if tied is not None:

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..kernels.table import named_table
-from ..nn.choice import choose_, quantize_
+from ..nn.choice import choose, choose_, quantize_
 from ..nn.layers import arena_of, layers
 from ..nn.quantize import check_form, quantize_weight
 from .empty import auto_class, build_empty
@@ -147,7 +147,8 @@ def _quantize_streamed(
         return None
     places = tensor_places(folder)
     model = build_empty(checkpoint.config, dtype, trust_remote_code=checkpoint.trust_remote_code)
-    chosen = choose_(model, options["group_size"], strict=options["strict"], table=options["table"])
+    asked = {name: options[name] for name in ("group_size", "strict", "table")}
+    choose_(model, **asked, quiet=True)
     own = {name: options[name] for name in ("symmetric", "bits", "table")}
     names, wanted = Names(model), {name: value.shape for name, value in model.state_dict().items()}
     there = {name: names(name) for name in places if not names.converted(name)}
@@ -155,12 +156,15 @@ def _quantize_streamed(
     if absent or any(wanted.get(there.get(name)) != torch.Size(place[1]) for name, (_, place) in places.items()):
         return None
 
+    chosen = choose(model, **asked)  # again, for what it has to tell
+
     def entries() -> Iterator[Entry]:
         for name, value, where in checkpoint.read(None):
             layer = there[name].removesuffix(".weight")
+            assert isinstance(value, torch.Tensor), where  # a float checkpoint has no others
             if layer in chosen and name.endswith(".weight"):  # the same name: the float weight is let go here
                 value = quantize_weight(chosen[layer].matrix(value), chosen[layer].group_size, **own)
-            elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            elif value.is_floating_point():
                 value = value.to(dtype)
             yield name, value, where
 

@@ -128,7 +128,6 @@ def quantize_folder(
     split_experts_(model)
     group_size = group_for(model, group_size if table is None else group_size or 64)
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
-    chosen = choose(model, group_size, strict=strict, table=named_table(table))
     places = _places(checkpoint, model)
     if places is None:
         loaded = from_pretrained(
@@ -136,6 +135,7 @@ def quantize_folder(
         )
         export(loaded, out, format)
         return {"layers": len(layers(loaded)), **options, "format": format, "error": None}
+    chosen = choose(model, group_size, strict=strict, table=named_table(table))
     error = _write_streamed(checkpoint, model, chosen, places, out, TARGETS[format], options)
     return {"layers": len(chosen), **options, "format": format, "error": error}
 

@@ -17,7 +17,10 @@ import functools
 import inspect
 import re
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..kernels.table import named_table
@@ -28,6 +31,7 @@ from .linear import QZOLinear
 from .quantize import check_form, quantize_weight
 from .weights import check_group_size
 
+Skip = Sequence[str | Callable[[str], bool]]  # how names end, and for `choose` functions of a name
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 _OTHER_INPUTS = {"image", "video", "audio", "time"}
 _STRICT = "; without strict=True this layer alone takes another"
@@ -41,30 +45,38 @@ class Chosen:
     transposed: the module holds W^T, as Conv1D does
     """
 
-    module: nn.Module
+    module: Any
     in_features: int
     out_features: int
     group_size: int
     transposed: bool = False
 
-    def matrix(self, weight):
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """W of the tensor that the module or a file holds."""
         return weight.T.contiguous() if self.transposed else weight
 
 
-def sizes_of(module):
+def sizes_of(module: Any) -> tuple[int, int] | None:
     """(out_features, in_features) of a module that a QZOLinear can stand for, else None."""
     if type(module) is nn.Linear:
         return module.out_features, module.in_features
     return (module.nf, module.nx) if is_transposed(module) else None
 
 
-def is_transposed(module):
+def is_transposed(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D; by name: nothing here imports transformers."""
     return (type(module).__name__, type(module).__module__) == ("Conv1D", "transformers.pytorch_utils")
 
 
-def quantize_(module, bits=4, group_size=128, symmetric=True, skip=HEADS, table=None, strict=False):
+def quantize_(
+    module: nn.Module,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    skip: Skip = HEADS,
+    table: str | Sequence[float] | None = None,
+    strict: bool = False,
+) -> nn.Module:
     """Replace the layers of `module` that the page above tells by QZOLinears, in place, and return the module.
 
     Stacked experts are split into Linears first (experts.py). skip: what has a name that ends in one of these (a whole
@@ -88,16 +100,30 @@ def quantize_(module, bits=4, group_size=128, symmetric=True, skip=HEADS, table=
     return module
 
 
-def choose_(module, group_size=128, skip=HEADS, strict=False, table=None):
+def choose_(
+    module: nn.Module,
+    group_size: int | None = 128,
+    skip: Skip = HEADS,
+    strict: bool = False,
+    table: Sequence[float] | None = None,
+    quiet: bool = False,
+) -> dict[str, Chosen]:
     """name -> Chosen of all that `quantize_` replaces; experts are split for that, in place. Raises as it does."""
     if sizes_of(module):
         raise ValueError("quantize_ replaces the Linears inside a module; for a bare one use QZOLinear.from_linear")
     choose(module, group_size, skip, strict, table, quiet=True)
     split_experts_(module, _Skipped(module, skip).by_name)
-    return choose(module, group_size, skip, strict, table)
+    return choose(module, group_size, skip, strict, table, quiet)
 
 
-def choose(module, group_size=128, skip=HEADS, strict=False, table=None, quiet=False):
+def choose(
+    module: nn.Module,
+    group_size: int | None = 128,
+    skip: Skip = HEADS,
+    strict: bool = False,
+    table: Sequence[float] | None = None,
+    quiet: bool = False,
+) -> dict[str, Chosen]:
     """name -> Chosen of what is quantized of a module whose experts, if it has some, are split already.
 
     A module under several names is there under each. skip: as `quantize_` takes it, or functions of a name among them.
@@ -110,16 +136,16 @@ def choose(module, group_size=128, skip=HEADS, strict=False, table=None, quiet=F
     if not found and not stacks and not layers(module, trainable=None):
         raise ValueError(_nothing(module, skip))
     if group_size is None:
-        group_size = _common([k for _, k in map(sizes_of, found.values())])
+        group_size = _common([k for _, _, k in found.values()])
     if strict or group_size not in (-1, *GROUPS):
-        for name, width in ({name: sizes_of(m)[1] for name, m in found.items()} | stacks).items():
+        for name, width in ({name: k for name, (_, _, k) in found.items()} | stacks).items():
             try:
                 check_group_size(group_size, width)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}{_STRICT if strict else ''}") from None
-    chosen, other = {}, {}
-    for name, layer in found.items():
-        n, k = sizes_of(layer)
+    chosen: dict[str, Chosen] = {}
+    other: dict[int, list] = {}
+    for name, (layer, n, k) in found.items():
         size = fitting_group(group_size, k, table)
         if size:
             chosen[name] = Chosen(layer, k, n, size, is_transposed(layer))
@@ -130,7 +156,7 @@ def choose(module, group_size=128, skip=HEADS, strict=False, table=None, quiet=F
     return chosen
 
 
-def fitting_group(group_size, in_features, table=None):
+def fitting_group(group_size: int, in_features: int, table: Sequence[float] | None = None) -> int:
     """The number of inputs of a layer that share a scale where `group_size` is asked for; 0: it stays dense."""
     if group_size in (-1, in_features):
         return in_features
@@ -140,7 +166,7 @@ def fitting_group(group_size, in_features, table=None):
     return 0 if table is not None and in_features % _TABLE_BLOCK else in_features
 
 
-def group_for(model, group_size=None):
+def group_for(model: nn.Module, group_size: int | None = None) -> int:
     """The group size given, or the largest of 128, 64, 32 that divides the inputs of every layer to quantize, those
     apart that no group divides."""
     return _common([layer.in_features for layer in choose(model, None, quiet=True).values()], group_size)
@@ -152,7 +178,7 @@ def _common(widths, group_size=None):
     return next(fitting) if group_size is None else group_size
 
 
-def quantizable(model):
+def quantizable(model: nn.Module) -> dict[str, nn.Module]:
     """name -> module of all that from_pretrained would quantize, each once."""
     once = {id(layer.module): (name, layer.module) for name, layer in reversed(choose(model, quiet=True).items())}
     return dict(reversed(once.values()))
@@ -161,14 +187,14 @@ def quantizable(model):
 # ---------------------------------------------------------------------------------------------- what stays dense
 
 
-def text_parts(model):
+def text_parts(model: Any) -> list[str] | None:
     """Names of the parts that read text, of a transformers model of several parts; None of a model that is one.
 
     It has several parts where its config has a text config inside, of another class than its own. Text parts are its
     decoder and every model inside with a config and a vocabulary of its own that is given tokens and no pictures or
     sound; the rest is towers and projectors. A model with one config (Whisper) is one part, whatever it reads.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or type(config.get_text_config(decoder=True)) is type(config):
         return None
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -218,9 +244,13 @@ def _is_read(owner, child):
 
 
 def _candidates(module, skipped):
+    """name -> (module, out_features, in_features) of what is not skipped."""
     modules = dict(module.named_modules(remove_duplicate=False))
+    sizes = {name: sizes_of(m) for name, m in modules.items()}
     return {
-        name: m for name, m in modules.items() if sizes_of(m) and not skipped(name, modules[name.rpartition(".")[0]])
+        name: (modules[name], *found)
+        for name, found in sizes.items()
+        if found and not skipped(name, modules[name.rpartition(".")[0]])
     }
 
 

@@ -1,13 +1,15 @@
 """`qzo train` on float folders of many makes: it trains and saves what loads again, or refuses the model by name."""
 
 import json
+import warnings
 
 import pytest
 import torch
 import transformers as t
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qzo
+from qzo.checkpoints.quantize_folder import quantize_folder
 from qzo.cli.main import main
 from qzo.nn.layers import layers
 from tests.support.gptq_checkpoints import contents
@@ -177,3 +179,20 @@ def test_transformers_own_way_quantizes_the_same(tmp_path, name):
     model.save_pretrained(tmp_path / "out")
     again = qzo.from_pretrained(tmp_path / "out", device="cpu")
     assert set(layers(again)) == set(layers(want))
+
+
+@pytest.mark.parametrize("way", ["streamed", "pickled", "renamed"])
+def test_what_does_not_fit_is_told_once(tmp_path, way):
+    """Also where transformers has to load the model first."""
+    source = folder(tmp_path / "in", llama(), pickled=way == "pickled")
+    if way == "renamed":
+        file = source / "model.safetensors"
+        save_file({name.removeprefix("model."): t for name, t in load_file(file).items()}, file, {"format": "pt"})
+    for make in (
+        lambda: qzo.from_pretrained(source, device="cpu", group_size=128),
+        lambda: quantize_folder(source, tmp_path / "out", group_size=128),
+    ):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            make()
+        assert len([w for w in told if "does not divide" in str(w.message)]) == 1

@@ -221,7 +221,10 @@ def test_a_conv1d_is_quantized_as_the_linear_of_its_transposed_weight():
     with torch.no_grad():
         linear.weight.copy_(old.weight.T)
         linear.bias.copy_(old.bias)
+    square = model.transformer.h[0].attn.c_proj.weight.T.clone()
     qzo.quantize_(model, group_size=32)
+    error = model.transformer.h[0].attn.c_proj.dequantize() - square
+    assert float(error.detach().norm()) < 0.15 * float(square.detach().norm())
     layer, want, x = model.transformer.h[1].mlp.c_fc, QZOLinear.from_linear(linear, group_size=32), torch.randn(3, 64)
     assert len(layers(model)) == 8
     assert_same_bits(layer.dequantize(), want.dequantize())

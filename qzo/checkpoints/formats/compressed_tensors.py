@@ -5,6 +5,8 @@
     weight_zero_point  int32 [ceil(N*b/32), G], packed along N, if not symmetric
     weight_shape       int64 [2] = N, K
     weight_g_idx       int32 [K], the group of each column, in old files only (actorder "group")
+Format int-quantized, which llm-compressor writes where inputs are quantized too (W4A8), has int8 `weight` [N, K] and
+`weight_zero_point` [N, G] instead, the signed numbers themselves.
 Stored codes and zero points are the signed ones plus 2^(b-1): what PackedWeight holds, 3 bits as 4.
 
 What a server quantizes while it runs is no business of the weights: kv_cache_scheme with its k_scale and v_scale, and
@@ -39,6 +41,7 @@ _PATTERN = "re:"
 _CACHE = re.compile(r"\.[kvq]_(scale|zero_point|global_scale)$")
 _ACTIVATIONS = re.compile(r"\.(input|output)_(scale|zero_point|global_scale)$")
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_LAYOUTS = {"pack-quantized": PARTS, "int-quantized": ("weight_scale", "weight", "weight_zero_point", "weight_g_idx")}
 
 
 def check_config(quantization, where):
@@ -72,11 +75,11 @@ def _check_group(group, layout, where):
     strategy = weights.get("strategy") or ("group" if type(size) is int and size > 0 else "channel")
     bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
     held = type(bits) is int and bits in _BITS
-    if layout != "pack-quantized" or not held or kind != "int" or strategy not in ("group", "channel"):
+    if layout not in tuple(_LAYOUTS) or not held or kind != "int" or strategy not in ("group", "channel"):
         found = {"num_bits": bits, "type": kind, "strategy": strategy}
         raise ValueError(
             f"{where}: compressed-tensors format {layout!r:.60} with {found!r:.200}; supported "
-            f"is 'pack-quantized' with num_bits {', '.join(map(str, _BITS))}, type int, strategy "
+            f"are {' and '.join(map(repr, _LAYOUTS))} with num_bits {', '.join(map(str, _BITS))}, type int, strategy "
             "group or channel"
         )
     if strategy == "group" and (type(size) is not int or size < 1):
@@ -104,6 +107,7 @@ def _check_group(group, layout, where):
         "group_size": None if strategy == "channel" else size,
         "symmetric": weights.get("symmetric", True),
         "ordered": strategy == "group" and weights.get("actorder") in (True, "group"),
+        "layout": layout,
     }
 
 
@@ -144,13 +148,25 @@ def weights(folder, quantization, dtype):
             "them as they are, and another format leaves them out",
             stacklevel=2,
         )
-    for entry in read_weights(folder, dtype, PARTS, packer(quantization, folder)):
+    layouts = {arguments["layout"] for arguments in check_config(quantization, folder).values()}
+    if len(layouts) > 1:
+        raise ValueError(
+            f"{folder}: config_groups of {' and '.join(sorted(layouts))}; one format for all is read: save it as one"
+        )
+    for entry in read_weights(folder, dtype, _LAYOUTS[layouts.pop()], _packer(quantization, folder)):
         if not is_for_servers(entry[0], bool(scheme)):
             yield entry
 
 
 def packer(quantization, where):
-    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
+    """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config,
+    and for a layout whose layers have no tensor of PARTS[0]."""
+    if any(arguments["layout"] != "pack-quantized" for arguments in check_config(quantization, where).values()):
+        raise ValueError(f"{where}: compressed-tensors format 'int-quantized' is read by qzo.from_pretrained only")
+    return _packer(quantization, where)
+
+
+def _packer(quantization, where):
     by_target, told = check_config(quantization, where), []
 
     def make(layer, parts):
@@ -169,19 +185,18 @@ def packer(quantization, where):
 
 
 def _packed(parts, arguments):
-    missing = [part for part in ("weight_scale", "weight_shape") if part not in parts]
+    layout = arguments["layout"]
+    needed = ("weight_scale", "weight_shape") if layout == "pack-quantized" else ("weight",)
+    missing = [part for part in needed if part not in parts]
     if not arguments["symmetric"] and "weight_zero_point" not in parts:
         missing.append("weight_zero_point")
     if arguments["ordered"] and "weight_g_idx" not in parts:
         missing.append("weight_g_idx")
     if missing:
         raise ValueError(f"no {' and no '.join(missing)} beside it: the checkpoint is incomplete")
-    shape = parts["weight_shape"]
-    if shape.is_floating_point() or shape.numel() != 2 or int(shape.min()) < 1:
-        raise ValueError(f"weight_shape must be two whole numbers above 0, got {shape.flatten()[:4].tolist()}")
-    n, k = shape.flatten().tolist()
-    words, scales, bits = parts["weight_packed"], parts["weight_scale"], arguments["bits"]
-    _check(words, "", [n, word_count(k, bits)])
+    bits, scales = arguments["bits"], parts["weight_scale"]
+    codes = (_from_words if layout == "pack-quantized" else _from_integers)(parts, bits)
+    n, k = codes.shape
     group = arguments["group_size"] or k
     if not scales.is_floating_point():
         raise ValueError(f"weight_scale is {scales.dtype}; scales are floats")
@@ -191,15 +206,13 @@ def _packed(parts, arguments):
         )
     zeros = None
     if "weight_zero_point" in parts:
-        _check(parts["weight_zero_point"], "weight_zero_point ", [word_count(n, bits), k // group])
-        zeros = unpack(parts["weight_zero_point"].T, n, bits)
+        zeros = _zeros(parts["weight_zero_point"], n, k // group, bits, layout)
         if arguments["symmetric"] and bool((zeros != middle(bits)).any()):
             raise ValueError(
                 "the config says symmetric, and weight_zero_point beside it has others than "
                 f"{middle(bits)}; if they are what is meant, set symmetric to false in the "
                 "quantization_config"
             )
-    codes = unpack(words, k, bits)
     perm, g_idx = None, parts.get("weight_g_idx")
     if g_idx is not None and not bool((g_idx == -1).all()):  # -1 everywhere: no order at all
         perm = perm_of(g_idx, k, group, "weight_g_idx")
@@ -207,6 +220,41 @@ def _packed(parts, arguments):
     if bits == 3:  # in 4-bit codes the same weight is 4 higher
         codes, zeros, bits = codes + 4, None if zeros is None else zeros + 4, 4
     return PackedWeight.from_codes(codes, scales.T, zeros, bits, perm)
+
+
+def _from_words(parts, bits):
+    """uint8 [N, K] of format pack-quantized."""
+    shape, words = parts["weight_shape"], parts["weight_packed"]
+    if shape.is_floating_point() or shape.numel() != 2 or int(shape.min()) < 1:
+        raise ValueError(f"weight_shape must be two whole numbers above 0, got {shape.flatten()[:4].tolist()}")
+    n, k = shape.flatten().tolist()
+    _check(words, "", [n, word_count(k, bits)])
+    return unpack(words, k, bits)
+
+
+def _from_integers(parts, bits):
+    """uint8 [N, K] of format int-quantized."""
+    weight = parts["weight"]
+    if weight.dtype != torch.int8 or weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"weight must be an int8 matrix, got {weight.dtype} {list(weight.shape)}")
+    return _unsigned(weight, "weight", bits)
+
+
+def _zeros(stored, n, groups, bits, layout):
+    """uint8 [G, N]."""
+    if layout == "pack-quantized":
+        _check(stored, "weight_zero_point ", [word_count(n, bits), groups])
+        return unpack(stored.T, n, bits)
+    if stored.dtype != torch.int8 or list(stored.shape) != [n, groups]:
+        raise ValueError(f"weight_zero_point must be int8 {[n, groups]}, got {stored.dtype} {list(stored.shape)}")
+    return _unsigned(stored, "weight_zero_point", bits).T
+
+
+def _unsigned(signed, name, bits):
+    codes = signed.to(torch.int16) + middle(bits)
+    if int(codes.min()) < 0 or int(codes.max()) >> bits:
+        raise ValueError(f"{name} goes from {int(signed.min())} to {int(signed.max())}, which {bits} bits do not hold")
+    return codes.to(torch.uint8)
 
 
 def _check(tensor, name, shape):

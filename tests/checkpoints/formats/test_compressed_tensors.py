@@ -137,10 +137,19 @@ def put(part, tensor):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        (weights(num_bits=5), None, "'num_bits': 5.*supported is 'pack-quantized' with num_bits 2, 3, 4, 8"),
+        (
+            weights(num_bits=5),
+            None,
+            "'num_bits': 5.*supported are 'pack-quantized' and 'int-quantized' with num_bits 2, 3, 4, 8",
+        ),
         (weights(type="float"), None, "'type': 'float'"),
         (weights(strategy="tensor_group"), None, "'strategy': 'tensor_group'"),
-        (lambda q: q["config_groups"]["group_0"].update(format="int-quantized"), None, "format 'int-quantized'"),
+        (lambda q: q["config_groups"]["group_0"].update(format="float-quantized"), None, "format 'float-quantized'"),
+        (
+            lambda q: q["config_groups"]["group_0"].update(format="int-quantized"),
+            None,
+            r"weight_scale in .*: no weight bes",
+        ),
         (
             lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}),
             None,

@@ -12,6 +12,7 @@ import qzo
 from qzo.checkpoints.formats import told
 from qzo.checkpoints.formats.compressed_tensors import is_for_servers
 from qzo.cli.main import main
+from qzo.nn.layers import layers
 from tests.checkpoints.test_told import change
 from tests.checkpoints.test_vision import same_state
 from tests.support.gptq_checkpoints import contents, step
@@ -20,6 +21,7 @@ from tests.support.tiny import RECORDS, save_checkpoint, write_jsonl
 
 SYM = FIXTURES / "ct-w4a16-sym-g64-bias-tied"
 CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+UP = "model.layers.0.mlp.up_proj"
 INPUTS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
 
 
@@ -205,3 +207,89 @@ def test_the_command_line(tmp_path, capsys):
     assert main(replay) == 2
     assert main([*replay, "--weight-only"]) == 0
     assert contents(tmp_path / "again") == contents(tmp_path / "out/model")
+
+
+# ---------------------------------------------------------------------------------------------- W4A8 as it is written
+
+
+def to_integers(folder, change_tensors=lambda tensors: None):
+    """The folder in format int-quantized: the same weights, one int8 each."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for layer, packed in layers(load(folder)).items():
+        codes = packed.packed().unpacked().to(torch.int16)
+        tensors[f"{layer}.weight"] = (codes - 2 ** (packed.bits - 1)).to(torch.int8)
+        if packed.zeros is not None:
+            zeros = packed.zeros.to(torch.int16) - 2 ** (packed.bits - 1)
+            tensors[f"{layer}.weight_zero_point"] = zeros.T.to(torch.int8).contiguous()
+        for part in ("weight_packed", "weight_shape"):
+            tensors.pop(f"{layer}.{part}")
+    change_tensors(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    change(folder, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(format="int-quantized"))
+    quantize_inputs(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*as weight_only asks")
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 8}, {"bits": 8, "symmetric": False}])
+def test_integers_in_bytes(tmp_path, options):
+    save_checkpoint(tmp_path / "float")
+    qzo.save_pretrained(load(tmp_path / "float", group_size=32, **options), tmp_path / "in")
+    want = load(tmp_path / "in")
+    folder = to_integers(tmp_path / "in")
+    model = load(folder, weight_only=True)
+    same_state(model, want)
+    qzo.save_pretrained(model, tmp_path / "same")
+    assert contents(tmp_path / "same") == contents(folder)
+    step_of_words(model)
+    qzo.save_pretrained(model, tmp_path / "out")
+    model.save_pretrained(tmp_path / "by-transformers")
+    stored = load_file(folder / "model.safetensors")
+    for out in ("out", "by-transformers"):
+        tuned = load_file(tmp_path / out / "model.safetensors")
+        assert set(tuned) == set(stored)
+        assert {n.rpartition(".")[2] for n in stored if not torch.equal(tuned[n], stored[n])} == {"weight_scale"}
+    qzo.export(model, tmp_path / "gptq", "gptq")
+    exported = layers(load(tmp_path / "gptq"))
+    assert all(torch.equal(exported[name].codes, layer.codes) for name, layer in layers(model).items())
+
+
+def step_of_words(model):
+    batch = {"input_ids": torch.arange(3, 27).view(2, 12), "labels": torch.arange(3, 27).view(2, 12)}
+    qzo.QZO(model, lr=1e-1, directions=2).step(lambda: qzo.losses(model, batch, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*as weight_only asks")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"] * 2}),
+            "weight goes from -1[46] to 14, which 4 bits do not",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].half()}),
+            "weight must be an int8 matrix, got torch.float16",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight_scale": torch.ones(3)}),
+            r"weight_scale is \[3\], which is not 64 rows of 64",
+        ),
+        (lambda t: t.update({f"{UP}.weight_zero_point": torch.zeros(3)}), r"weight_zero_point must be int8 \[64, 2\]"),
+        (lambda t: t.pop(f"{UP}.weight"), "weight_scale in model.safetensors: no weight beside it"),
+    ],
+)
+def test_integers_that_cannot_be_read(tmp_path, spoil, message):
+    save_checkpoint(tmp_path / "float")
+    qzo.save_pretrained(load(tmp_path / "float", group_size=32), tmp_path / "in")
+    folder = to_integers(tmp_path / "in", spoil)
+    with pytest.raises(ValueError, match=message):
+        load(folder, weight_only=True)
+
+
+def test_integers_through_transformers_are_refused(tmp_path, plain):
+    folder = to_integers(plain)
+    quantize_inputs(folder, None)
+    with qzo.loading(), pytest.raises(ValueError, match=r"'int-quantized' is read by qzo\.from_pretrained only"):
+        AutoModelForCausalLM.from_pretrained(folder)
