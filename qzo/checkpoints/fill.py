@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn.choice import sizes_of
 from ..nn.experts import stack_of
 from ..nn.linear import QZOLinear
 from ..nn.weights import PackedWeight
@@ -83,12 +84,15 @@ def _empty_bias(name, value, model):
 
 
 def put_packed(model: Any, name: str, packed: PackedWeight, where: str, device: torch.device) -> None:
-    """Replace the nn.Linear whose weight has this name by a QZOLinear. ValueError if it is none or of other shape."""
+    """Replace the nn.Linear, or Conv1D, whose weight has this name by a QZOLinear. ValueError if it is none or of other
+    shape."""
     owner, _, leaf = name.rpartition(".")
     linear = model.get_submodule(owner)
-    if type(linear) is not nn.Linear or leaf != "weight":
+    sizes = sizes_of(linear)
+    if sizes is None or leaf != "weight":
         raise ValueError(
-            f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only nn.Linear can be replaced"
+            f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only nn.Linear and transformers' "
+            "Conv1D can be replaced: quantize the model again, and leave this layer out"
         )
     tied = model.all_tied_weights_keys.get(name)
     if tied is not None:
@@ -96,10 +100,9 @@ def put_packed(model: Any, name: str, packed: PackedWeight, where: str, device: 
             f"{where}: {owner} is quantized, but the config ties it to {tied}; if the quantized one is "
             "meant, set tie_word_embeddings to false in config.json"
         )
-    if (packed.out_features, packed.in_features) != (linear.out_features, linear.in_features):
+    if (packed.out_features, packed.in_features) != sizes:
         raise ValueError(
-            f"{where}: has shape {[packed.out_features, packed.in_features]}, {owner} of this "
-            f"model needs {[linear.out_features, linear.in_features]}"
+            f"{where}: has shape {[packed.out_features, packed.in_features]}, {owner} of this model needs {list(sizes)}"
         )
     layer = QZOLinear.from_packed(packed).to(device)
     layer.bias = linear.bias  # filled by its own entry, before or after this one

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..kernels.table import named_table
-from ..nn.choice import quantizable_, quantize_
+from ..nn.choice import choose, choose_, quantize_
 from ..nn.layers import arena_of, layers
 from ..nn.quantize import check_form, quantize_weight
 from .empty import auto_class, build_empty
@@ -32,6 +32,8 @@ def from_pretrained(
     symmetric: bool = True,
     table: Any = None,
     trust_remote_code: bool = False,
+    strict: bool = False,
+    weight_only: bool = False,
 ) -> Any:
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
@@ -41,6 +43,10 @@ def from_pretrained(
     bits, group_size, symmetric, table : how float weights are quantized, as in QZOLinear.from_linear; a quantized
         checkpoint loads as it is
     trust_remote_code : whether code that the folder brings along is run
+    strict : refuse a group_size that does not divide the inputs of each layer (nn/choice.py tells which are quantized),
+        instead of another for that layer and a warning
+    weight_only : train the weights of a folder whose layers' inputs are quantized too (W4A8) as if they were not: a
+        server rounds them, and what is learned meets that rounding there for the first time
 
     Returns a transformers.PreTrainedModel that needs no gradients. Raises FileNotFoundError for a path that
     is not there, ValueError for a checkpoint that cannot be read; the message names the format, tensor or
@@ -50,11 +56,11 @@ def from_pretrained(
     check_form(bits, symmetric, table)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    checkpoint = open_checkpoint(path_or_id, trust_remote_code)
+    checkpoint = open_checkpoint(path_or_id, trust_remote_code, weight_only)
     if checkpoint.quantized:
         model, names = _load_codes(checkpoint, device, dtype)
     else:
-        options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
+        options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table, "strict": strict}
         model, names = _load_float(checkpoint, options, device, dtype), None
     if not layers(model, trainable=None):
         raise ValueError(
@@ -84,7 +90,7 @@ def _load_float(checkpoint: Checkpoint, options: dict[str, Any], device: torch.d
     model = _quantize_streamed(checkpoint, options, device, dtype)
     if model is None:
         model = _whole_float(checkpoint)
-        quantize_(model, **options, skip=("lm_head", *_heads(model)))
+        quantize_(model, **options)
     return model
 
 
@@ -128,12 +134,6 @@ def warn_left(names: Iterable[str], model: Any, folder: Path) -> None:
         )
 
 
-def _heads(model):
-    """Names of the output head's module."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [name for name, module in model.named_modules() if module is output and output is not None]
-
-
 def _quantize_streamed(
     checkpoint: Checkpoint, options: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Any | None:
@@ -147,20 +147,24 @@ def _quantize_streamed(
         return None
     places = tensor_places(folder)
     model = build_empty(checkpoint.config, dtype, trust_remote_code=checkpoint.trust_remote_code)
-    heads = _heads(model)
-    linears = quantizable_(model, options["group_size"], ("lm_head", *heads))
+    asked = {name: options[name] for name in ("group_size", "strict", "table")}
+    choose_(model, **asked, quiet=True)
+    own = {name: options[name] for name in ("symmetric", "bits", "table")}
     names, wanted = Names(model), {name: value.shape for name, value in model.state_dict().items()}
     there = {name: names(name) for name in places if not names.converted(name)}
     absent = wanted.keys() - set(there.values()) - set(model.all_tied_weights_keys)
     if absent or any(wanted.get(there.get(name)) != torch.Size(place[1]) for name, (_, place) in places.items()):
         return None
 
+    chosen = choose(model, **asked)  # again, for what it has to tell
+
     def entries() -> Iterator[Entry]:
         for name, value, where in checkpoint.read(None):
             layer = there[name].removesuffix(".weight")
-            if layer in linears and name.endswith(".weight"):
-                value = quantize_weight(value, **options)  # the same name: the float one is let go here
-            elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert isinstance(value, torch.Tensor), where  # a float checkpoint has no others
+            if layer in chosen and name.endswith(".weight"):  # the same name: the float weight is let go here
+                value = quantize_weight(chosen[layer].matrix(value), chosen[layer].group_size, **own)
+            elif value.is_floating_point():
                 value = value.to(dtype)
             yield name, value, where
 

@@ -94,7 +94,7 @@ def _dense(
     """(entries of all tensors that are not in codes, layer -> dtype of its scales where it is not float16)."""
     if source.format.scales is None:
         return _dense_of_model(trained, source.dtype), {}
-    dense = dense_entries(source.path, _is_dense(trained, packed))
+    dense = dense_entries(source.path, _is_dense(trained, source, packed))
     stored = scale_dtypes(source.path, source.format.scales)
     return (
         [(trained.renamed(name), dtype, shape, make) for name, dtype, shape, make in dense],
@@ -102,13 +102,14 @@ def _dense(
     )
 
 
-def _is_dense(trained: Trained, packed: Mapping[str, PackedWeight]) -> Callable[[str], bool]:
+def _is_dense(trained: Trained, source: Source, packed: Mapping[str, PackedWeight]) -> Callable[[str], bool]:
     """is_dense(name): whether a tensor of the source's files is no part of a layer's codes; a bias is none."""
     biased = {name for name in packed if trained.model.get_submodule(model_name(name)).bias is not None}
 
     def is_dense(name):
         owner, _, leaf = trained.renamed(name).rpartition(".")
-        return owner not in packed or (leaf == "bias" and owner in biased)
+        served = source.format.for_servers(name)
+        return not served and (owner not in packed or (leaf == "bias" and owner in biased))
 
     return is_dense
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from ..kernels.table import named_table
-from ..nn.choice import group_for, quantizable
+from ..nn.choice import Chosen, choose, group_for
 from ..nn.experts import file_name, split_experts_
 from ..nn.layers import layers
 from ..nn.quantize import quantize_weight
-from ..nn.weights import PackedWeight, check_bits, check_group_size
+from ..nn.weights import PackedWeight, check_bits
 from .empty import build_empty
 from .formats import TARGETS, files, folder, safetensors_file
 from .formats.protocol import Checkpoint, NewTensor, Place, Quantization, Target
@@ -32,19 +32,20 @@ class Quantizing:
     """The entries of a new file, made when their turn comes: a layer is read and quantized for its codes, and its
     scales and zero points, a few percent of it, are kept until they are written.
 
-    places: tensor -> where it lies, of the float folder; shapes: layer -> PackedWeight on the meta device; target: the
-    new format
+    places: tensor -> where it lies, of the float folder; chosen: layer -> Chosen; shapes: layer -> PackedWeight on the
+    meta device; target: the new format
     """
 
     def __init__(
         self,
         places: Mapping[str, tuple[Path, Place]],
+        chosen: Mapping[str, Chosen],
         shapes: Mapping[str, PackedWeight],
         target: Target,
         quantization: Quantization,
         symmetric: bool,
     ) -> None:
-        self.places, self.shapes, self.target = places, shapes, target
+        self.places, self.chosen, self.shapes, self.target = places, chosen, shapes, target
         self.quantization, self.symmetric = quantization, symmetric
         self._made: dict[str, Callable[[], torch.Tensor]] = {}
         self.squares = [0.0, 0.0]  # of the errors of the weights, and of the weights
@@ -71,7 +72,7 @@ class Quantizing:
     def _give(self, layer, name):
         if name not in self._made:
             shape = self.shapes[layer]
-            weight = safetensors_file.read(*self.places[f"{layer}.weight"])
+            weight = self.chosen[layer].matrix(safetensors_file.read(*self.places[f"{layer}.weight"]))
             try:
                 packed = quantize_weight(weight, shape.group_size, self.symmetric, shape.bits, shape.table)
             except ValueError as error:
@@ -95,11 +96,13 @@ def quantize_folder(
     format: str | None = None,
     table: str | None = None,
     trust_remote_code: bool = False,
+    strict: bool = False,
 ) -> dict[str, Any]:
-    """Write a quantized copy of a float checkpoint, every linear layer but the output head, to the folder `out`.
+    """Write a quantized copy of a float checkpoint, the layers that from_pretrained quantizes, to the folder `out`.
 
-    bits, symmetric : as in qzo.quantize_
-    group_size : 32, 64, 128 or -1, the whole row; None: the largest of 128, 64, 32 that divides every layer
+    bits, symmetric, strict : as in qzo.quantize_
+    group_size : 32, 64, 128 or -1, the whole row; None: the largest of 128, 64, 32 that divides the inputs of every
+        layer, those apart that none divides
     format : "compressed-tensors" (the default), "gptq" or "awq"; "bitsandbytes" with a table
     table : None, or "nf4" or "fp4", whose groups are 64 by default
 
@@ -123,17 +126,18 @@ def quantize_folder(
         raise ValueError(f"{out} is where the float model is; the source is never overwritten, give another folder")
     model = build_empty(checkpoint.config, torch.float32, trust_remote_code=trust_remote_code)
     split_experts_(model)
-    if not quantizable(model):
-        raise ValueError(f"{path_or_id}: {type(model).__name__} has no nn.Linear to quantize")
     group_size = group_for(model, group_size if table is None else group_size or 64)
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table}
     places = _places(checkpoint, model)
     if places is None:
-        loaded = from_pretrained(checkpoint.path, device="cpu", trust_remote_code=trust_remote_code, **options)
+        loaded = from_pretrained(
+            checkpoint.path, device="cpu", trust_remote_code=trust_remote_code, strict=strict, **options
+        )
         export(loaded, out, format)
         return {"layers": len(layers(loaded)), **options, "format": format, "error": None}
-    count, error = _write_streamed(checkpoint, model, places, out, TARGETS[format], options)
-    return {"layers": count, **options, "format": format, "error": error}
+    chosen = choose(model, group_size, strict=strict, table=named_table(table))
+    error = _write_streamed(checkpoint, model, chosen, places, out, TARGETS[format], options)
+    return {"layers": len(chosen), **options, "format": format, "error": error}
 
 
 def _file_names(model: Any, named: Mapping[str, T]) -> dict[str, T]:
@@ -155,30 +159,28 @@ def _places(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[Path, Place]]
 def _write_streamed(
     checkpoint: Checkpoint,
     model: Any,
+    found: dict[str, Chosen],
     places: dict[str, tuple[Path, Place]],
     out: Path,
     target: Target,
     options: dict[str, Any],
-) -> tuple[int, float]:
-    """(number of layers, their error) of a float folder that is quantized from file to file."""
-    linears = _file_names(model, quantizable(model))
-    bits, size, table = options["bits"], options["group_size"], named_table(options["table"])
+) -> float:
+    """Quantize a float folder from file to file; returns the error of its layers."""
+    chosen, bits, table = _file_names(model, found), options["bits"], named_table(options["table"])
     zeros = None if options["symmetric"] or table is not None else torch.uint8
     shapes = {
-        name: PackedWeight.on_meta(
-            (m.out_features, m.in_features), check_group_size(size, m.in_features), bits, zeros, table=table
-        )
-        for name, m in linears.items()
+        name: PackedWeight.on_meta((layer.out_features, layer.in_features), layer.group_size, bits, zeros, table=table)
+        for name, layer in chosen.items()
     }
     wanted = _file_names(model, model.state_dict()).keys()
     warn_left(places.keys() - wanted, model, checkpoint.path)
-    dense_names = wanted - {f"{name}.weight" for name in linears}
+    dense_names = wanted - {f"{name}.weight" for name in chosen}
     stay = {name for name, m in _file_names(model, dict(model.named_modules())).items() if isinstance(m, nn.Linear)}
-    quantization = target.quantization_config(shapes, sorted(stay - set(linears)))
-    made = Quantizing(places, shapes, target, quantization, options["symmetric"])
+    quantization = target.quantization_config(shapes, sorted(stay - set(chosen)))
+    made = Quantizing(places, chosen, shapes, target, quantization, options["symmetric"])
     with files.staged(out) as staging:
         checkpoint.format.take_along(checkpoint.path, staging)
         dense = folder.dense_entries(checkpoint.path, dense_names.__contains__)
         config = files.read_object(checkpoint.path / "config.json")
         write_into(staging, target, [*dense, *made.entries()], config, quantization)
-    return len(shapes), made.error()
+    return made.error()

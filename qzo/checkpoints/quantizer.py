@@ -8,6 +8,7 @@ The package is imported without transformers, this module when one of its names 
 
 import contextlib
 import copy
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, _IdentityOp
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -27,6 +27,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..kernels.tiles import GROUPS
+from ..nn.choice import HEADS, Chosen, choose, sizes_of
 from ..nn.experts import stack_widths
 from ..nn.layers import arena_of, layers
 from ..nn.quantize import quantize_weight
@@ -41,7 +42,7 @@ from .new_folder import own_config
 from .source import Source, set_source, source_of
 
 METHOD = "qzo"
-_SETTINGS = ("bits", "group_size", "symmetric", "skip")
+_SETTINGS = ("bits", "group_size", "symmetric", "skip", "strict")
 HELD_ELEMENT_BYTES = 0.625  # of a stored weight: 4 bits and a float32 scale for each 32
 
 
@@ -49,23 +50,28 @@ HELD_ELEMENT_BYTES = 0.625  # of a stored weight: 4 bits and a float32 scale for
 class QZOConfig(QuantizationConfigMixin):
     """How from_pretrained quantizes the Linears of a float checkpoint while it loads.
 
-    bits, group_size, symmetric : as in qzo.from_pretrained
-    skip : layers that stay dense, beside the output head and what is tied to the embedding: how their names end,
-        or regular expressions of how they begin
+    bits, group_size, symmetric, strict : as in qzo.from_pretrained
+    skip : layers that stay dense, beside those that nn/choice.py tells (heads, what is tied, towers, projectors):
+        how their names end, or regular expressions of how they begin
 
     The config of a model that is loaded holds one with a `source`: the quantization_config of the format that the
     model is saved in. ValueError for other bits or group sizes, TypeError for a skip that is no list of names.
     """
 
     def __init__(
-        self, bits: int = 4, group_size: int = 128, symmetric: bool = True, skip: Sequence[str] = ("lm_head",)
+        self,
+        bits: int = 4,
+        group_size: int = 128,
+        symmetric: bool = True,
+        skip: Sequence[str] = ("lm_head",),
+        strict: bool = False,
     ) -> None:
         check_bits(bits)
         check_group_size(group_size, math.lcm(*GROUPS))
         if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
             raise TypeError(f"skip={skip!r}: a list of names is wanted, such as ('lm_head',)")
         self.quant_method = METHOD
-        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.bits, self.group_size, self.symmetric, self.strict = bits, group_size, symmetric, strict
         self.skip = list(skip)
         self.source: dict[str, Any] | None = None
 
@@ -95,12 +101,16 @@ def loading() -> Iterator[None]:
     That is everything that calls from_pretrained: AutoModel classes, pipelines, trainers that are given a path.
     It holds for the whole process; transformers' own quantizers are back on exit, also after an error.
     """
-    before = {method: AUTO_QUANTIZATION_CONFIG_MAPPING.get(method) for method in GATHERED}
-    AUTO_QUANTIZATION_CONFIG_MAPPING.update(dict.fromkeys(GATHERED, QZOConfig))
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING
+    named = {name for method in GATHERED for name in (method, method.upper(), method.title(), method.capitalize())}
+    before = {name: known[name] for name in named if name in known}
+    known.update(dict.fromkeys(named, QZOConfig))
     try:
         yield
     finally:
-        AUTO_QUANTIZATION_CONFIG_MAPPING.update(before)
+        for name in named - before.keys():
+            known.pop(name, None)
+        known.update(before)
 
 
 @register_quantizer(METHOD)
@@ -109,7 +119,8 @@ class QZOQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QZOConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._linears: dict[str, nn.Linear] = {}  # those that are quantized or, in a 4-bit folder, may be
+        self._chosen: dict[str, Chosen] = {}  # what is quantized
+        self._stored: set[torch.nn.Parameter] = set()  # weights that a 4-bit folder may hold as codes
         self._packed: dict[str, tuple[PackedWeight, str]] = {}  # name of a weight -> it, where it came from
         self._errors: list[str] = []
         self._files: list[Path] = []
@@ -123,8 +134,8 @@ class QZOQuantizer(HfQuantizer):
 
     @property
     def _form(self) -> Gathered:
-        """The format of a 4-bit folder."""
-        return GATHERED[self.quantization_config.source["quant_method"]]
+        """The format of a 4-bit folder, whose quant_method may be written in capitals."""
+        return GATHERED[self.quantization_config.source["quant_method"].lower()]
 
     def is_serializable(self) -> bool:
         return True
@@ -146,47 +157,35 @@ class QZOQuantizer(HfQuantizer):
         self._files, self._trimmer = [Path(file) for file in checkpoint_files or ()], Trimmer()
         if self.pre_quantized and not all(file.suffix == ".safetensors" for file in self._files):
             raise ValueError(f"{self._files[0]}: 4-bit weights are read from safetensors files only; fetch those")
-        skip = self.get_modules_to_not_convert(model, self.quantization_config.skip, add_default_skips=True)
-        self._linears = {
-            name: module
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear and should_convert_module(name, skip)
-        }
+        config = self.quantization_config
         if self.pre_quantized:
             self._names = Names(model)
+            head = model.get_output_embeddings()
+            self._stored = {m.weight for m in model.modules() if sizes_of(m) and m is not head}
             return
         if stack_widths(model):
             raise ValueError(
                 f"{type(model).__name__} keeps its experts in one tensor, which cannot be quantized while "
                 "transformers loads it; use qzo.from_pretrained"
             )
-        if not self._linears:
-            raise ValueError(
-                f"{type(model).__name__} has no nn.Linear to quantize (skip={self.quantization_config.skip})"
-            )
-        for name, linear in self._linears.items():
-            try:
-                check_group_size(self.quantization_config.group_size, linear.in_features)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+        self._chosen = choose(model, config.group_size, (*HEADS, _Patterns(config.skip)), config.strict)
         # a weight is quantized from the numbers in the file, not from what they are in the model's dtype
         self._kept_in_float32 = model._keep_in_fp32_modules_strict
         model._keep_in_fp32_modules_strict = {
             *(self._kept_in_float32 or ()),
-            *(rf"^{re.escape(name)}\.weight$" for name in self._linears),
+            *(rf"^{re.escape(name)}\.weight$" for name in self._chosen),
         }
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        return not self.pre_quantized and param_name.removesuffix(".weight") in self._linears
+        return not self.pre_quantized and param_name.removesuffix(".weight") in self._chosen
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        linear = self._linears.get(param_name.removesuffix(".weight"))
-        if linear is None or param is not linear.weight:
-            return super().param_element_size(model, param_name, param)
-        if self.pre_quantized:
+        if param in self._stored:
             return HELD_ELEMENT_BYTES
-        group = check_group_size(self.quantization_config.group_size, linear.in_features)
-        return self.quantization_config.bits / 8 + 4 / group
+        chosen = self._chosen.get(param_name.removesuffix(".weight"))
+        if chosen is None or param is not chosen.module.weight:
+            return super().param_element_size(model, param_name, param)
+        return self.quantization_config.bits / 8 + 4 / chosen.group_size
 
     # ------------------------------------------------------------------------------------------ each weight
 
@@ -201,6 +200,11 @@ class QZOQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: torch.Tensor, dtype: Any) -> Any:
         return None if isinstance(converter, _Stored) else super().get_new_dtype(converter, param, dtype)
+
+    def quantized(self, name: str, tensor: torch.Tensor) -> PackedWeight:
+        """The PackedWeight of a float weight that was read."""
+        chosen, config = self._chosen[name.removesuffix(".weight")], self.quantization_config
+        return quantize_weight(chosen.matrix(tensor.cpu()), chosen.group_size, config.symmetric, config.bits)
 
     def take(self, model: Any, name: str, make: Callable[[], PackedWeight], where: str, missing: set[str]) -> None:
         """Hold the PackedWeight that make() gives for the weight `name`, one of the `missing` until now.
@@ -245,7 +249,7 @@ class QZOQuantizer(HfQuantizer):
             name, (packed, where) = self._packed.popitem()
             put_packed(model, name, packed, where, device)
             self._trimmer.took(packed.codes.nbytes)
-        self._linears, self._info, self._trimmer = {}, None, None
+        self._chosen, self._stored, self._info, self._trimmer = {}, set(), None, None
         if not layers(model, trainable=None):
             raise ValueError(f"{type(model).__name__}: the checkpoint holds no 4-bit linear layer of this model")
         model.requires_grad_(False)
@@ -289,6 +293,19 @@ class QZOQuantizer(HfQuantizer):
         return state.tensors(model), {}
 
 
+class _Patterns:
+    """Whether transformers' patterns fit a name."""
+
+    def __init__(self, patterns):
+        self.patterns = patterns
+
+    def __call__(self, name):
+        return not should_convert_module(name, self.patterns)
+
+    def __repr__(self):
+        return ", ".join(map(repr, self.patterns))
+
+
 class _Quantize(ConversionOps):
     """Quantizes each weight that transformers has read, on the CPU: the same bits on every machine."""
 
@@ -296,19 +313,12 @@ class _Quantize(ConversionOps):
         self.quantizer = quantizer
 
     def convert(self, input_dict, model=None, missing_keys=None, **_):
-        options, rest = self.quantizer.quantization_config, {}
+        rest = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             if self.quantizer.param_needs_quantization(model, name):
-                self.quantizer.take(
-                    model,
-                    name,
-                    lambda tensor=tensor: quantize_weight(
-                        tensor.cpu(), options.group_size, options.symmetric, options.bits
-                    ),
-                    name,
-                    missing_keys,
-                )
+                make = functools.partial(self.quantizer.quantized, name, tensor)
+                self.quantizer.take(model, name, make, name, missing_keys)
             else:
                 rest[name] = value
         return rest

@@ -1,6 +1,7 @@
 """Where a model is, what is there, and where it came from: a folder, a GGUF file, or a Hub id that is fetched."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,32 @@ _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py",
 _ATTRIBUTE = "_qzo_source"  # of a model; copied along with it
 
 
-def open_checkpoint(path_or_id: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(path_or_id: str | Path, trust_remote_code: bool = False, weight_only: bool = False) -> Checkpoint:
     """The checkpoint of a folder, GGUF file or Hub id, quantized or not; no weight of it is read.
+
+    trust_remote_code, weight_only : as in qzo.from_pretrained
 
     Raises FileNotFoundError for a path that is not there, ValueError for what cannot be read; the message names the
     format, file or key.
     """
     path = locate(path_or_id)
     quantization = None if path.is_file() else told.quantization_of(path)
-    checkpoint = format_of(path, quantization).open(path, quantization, trust_remote_code)
+    read = _as_weights(path, quantization) if weight_only and quantization else quantization
+    checkpoint = format_of(path, quantization).open(path, read, trust_remote_code)
     told.forget(checkpoint.config)
-    return checkpoint
+    return dataclasses.replace(checkpoint, quantization=quantization)
+
+
+def _as_weights(folder: Path, quantization: dict[str, Any]) -> dict[str, Any]:
+    """A quantization_config without what it says of inputs; a warning tells what is left out."""
+    read, left = told.weight_only(quantization)
+    if left:
+        warnings.warn(
+            f"{folder}: {left} of its quantization_config are left out, as weight_only asks: what goes into each layer "
+            "is rounded where the model is served, not here; measure the tuned model there",
+            stacklevel=4,
+        )
+    return read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _copied(model: Any, source: Source, form: Gathered) -> dict[str, torch.Tenso
         inside = f"{owner}.{leaf}"
         if inside in state:
             stored[id(state[inside])] = _as_stored(state[inside], file, place)
-        elif owner in packed:
+        elif owner in packed or form.for_servers(name):
             new = scales.get((file, place))
             state[inside] = safetensors_file.read(file, place) if new is None else new
     return {trained.outside(name): stored.get(id(tensor), tensor) for name, tensor in state.items()}

@@ -22,6 +22,7 @@ def load(path, own):
         "group_size": own["group_size"],
         "dtype": getattr(torch, own["dtype"]) if own["dtype"] else None,
         "trust_remote_code": bool(own["trust_remote_code"]),
+        "weight_only": bool(own["weight_only"]),
     }
     say(f"loading {path}{_size(path)}")
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})

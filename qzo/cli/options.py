@@ -61,6 +61,12 @@ def add_loading(parser):
         "--group-size", type=int, help="when a float checkpoint is quantized on the way in (default 128)"
     )
     model.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from its folder")
+    model.add_argument(
+        "--weight-only",
+        action="store_true",
+        default=None,
+        help="of a checkpoint whose layers' inputs are quantized too (W4A8): train the weights as if they were not",
+    )
 
 
 def add_overwrite(parser):

@@ -41,6 +41,7 @@ OWN_OPTIONS = (
     "dtype",
     "group_size",
     "trust_remote_code",
+    "weight_only",
 )
 
 

@@ -31,6 +31,12 @@ def check(model, batch, E=1):
     kind = "classes" if "labels" in batch and batch["labels"].dim() == 1 else "tokens"
     if kind in _seen.get(model, ()) or "states" in batch or _cannot_look(model):
         return
+    read = getattr(model, "main_input_name", "input_ids")
+    if has_encoder(model) and read != "input_ids" and not {read, "encoder_outputs"} & set(batch):
+        raise ValueError(
+            f"{type(model).__name__} reads {read}, and this batch has {', '.join(batch)}: text alone does not train "
+            f"it; give qzo.losses(model, batch) batches with {read} and labels, in Python"
+        )
     if "label" in batch:
         count = batch["option_ids"].shape[1] if "option_ids" in batch else batch["options"]
         if not 0 <= int(batch["label"].min()) <= int(batch["label"].max()) < count:

@@ -9,7 +9,6 @@ import math
 import warnings
 
 import torch
-from torch import nn
 
 from ..checkpoints.empty import build_empty
 from ..checkpoints.load import from_pretrained
@@ -17,7 +16,7 @@ from ..checkpoints.names import Names
 from ..checkpoints.source import open_checkpoint
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.head import has_encoder
-from ..nn.choice import group_for, quantizable
+from ..nn.choice import choose, group_for, sizes_of
 from ..nn.experts import split_, split_experts_, stack_of
 from ..nn.layers import layers
 from ..nn.weights import PackedWeight, check_bits
@@ -110,13 +109,11 @@ def would_be(model, bits, group_size, stored):
     stored: dtype of the checkpoint's tensors
     """
     check_bits(bits)
-    linears = quantizable(model)
-    if not linears:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize")
-    taken = {id(linear.weight) for linear in linears.values()}
+    chosen = choose(model, group_for(model, group_size))
+    taken = {id(layer.module.weight) for layer in chosen.values()}
     rest = [p.numel() * stored.itemsize for p in model.parameters() if id(p) not in taken]
-    form = models.Form(group_for(model, group_size), bits=bits)
-    return dict.fromkeys(linears, form), {str(stored).removeprefix("torch."): [len(rest), sum(rest)]}
+    forms = {name: models.Form(layer.group_size, bits=bits) for name, layer in chosen.items()}
+    return forms, {str(stored).removeprefix("torch."): [len(rest), sum(rest)]}
 
 
 def report(options):
@@ -135,12 +132,12 @@ def report(options):
     }
     for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):
         split_(model, stack)
-    linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {name for name, module in model.named_modules() if sizes_of(module)}
     strangers = sorted(set(wanted) - linears)
     if strangers:
         raise ValueError(
             f"{options.model}: quantized weights for {strangers[0]}, which is no nn.Linear of "
-            f"{type(model).__name__}; only nn.Linear can be replaced"
+            f"{type(model).__name__}; only nn.Linear and transformers' Conv1D can be replaced"
         )
     if not wanted:
         raise ValueError(f"{options.model} holds no quantized linear layer, so there is nothing to train")

@@ -14,7 +14,7 @@ from ..checkpoints.load import from_pretrained
 from ..kernels.noise import step_seed
 from ..kernels.tiles import architecture
 from ..kernels.update import scratch_bytes
-from ..nn.choice import group_for, quantizable
+from ..nn.choice import choose, group_for
 from ..nn.evaluations import Evaluations
 from ..nn.experts import split_experts_
 from ..nn.layers import arena_of, evaluating, layers, train_codebooks_, train_only
@@ -340,9 +340,10 @@ def random_model(config, group_size, zeros, device, dtype, codes="int4"):
 
     def empty():
         model = models.empty_model(config, dtype)
-        group = group_for(model, group_size or kind.group)
-        form = models.Form(group, models.ZEROS[zeros], kind.bits, kind.table, books=kind.books)
-        wanted = dict.fromkeys(quantizable(model), form)
+        wanted = {
+            name: models.Form(layer.group_size, models.ZEROS[zeros], kind.bits, kind.table, books=kind.books)
+            for name, layer in choose(model, group_for(model, group_size or kind.group), table=kind.table).items()
+        }
         return models.quantize_empty(model, wanted, cpu=device == "cpu")
 
     return lambda: models.fill_random(empty(), device), empty()

@@ -17,6 +17,7 @@ from ..checkpoints.empty import build_empty, reading
 from ..kernels.vectors import LENGTH
 from ..loss.head import body
 from ..loss.losses import losses, pair
+from ..nn.choice import sizes_of
 from ..nn.experts import split_experts_
 from ..nn.layers import arena_of, layers
 from ..nn.linear import QZOLinear
@@ -146,7 +147,7 @@ def quantize_empty(model, wanted, cpu=False):
     """
     for name, form in wanted.items():
         linear = model.get_submodule(name)
-        k, n = linear.in_features, linear.out_features
+        n, k = sizes_of(linear)
         group = check_group_size(form.group_size, k)
         books = torch.empty(form.books, 1 << form.bits, LENGTH, dtype=form.book_dtype, device="meta")
         packed = PackedWeight.on_meta(

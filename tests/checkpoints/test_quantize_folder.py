@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, ResNetConfig, ResNetForImageClassification
 
 import qzo
 from qzo.checkpoints import quantize_folder
@@ -183,15 +183,16 @@ def test_help_points_to_calibrated_quantizers(capsys):
     [
         ("nowhere", "no such file"),
         ("{words} --bits 3", "bits=3"),
-        ("{words} --group-size 128", "use 32, 64, -1"),
+        ("{words} --group-size 96", "use one of 32, 64, 128, or -1"),
         ("{words} --format awq --bits 8", "4"),
         ("{quantized}", "is quantized already"),
-        ("{gpt2}", "no nn.Linear"),
+        ("{resnet}", "no nn.Linear"),
         ("{nan}", "model.layers.1.mlp.up_proj: the weight holds NaN or infinity"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(words, tmp_path, capsys, arguments, said):
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
     quantize_folder.quantize_folder(words, tmp_path / "quantized")
     (tmp_path / "nan").mkdir()
     tensors = load_file(words / "model.safetensors")
@@ -199,7 +200,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, tmp_path, capsys, argum
     save_file(tensors, tmp_path / "nan" / "model.safetensors")
     (tmp_path / "nan" / "config.json").write_bytes((words / "config.json").read_bytes())
     capsys.readouterr()
-    places = {name: tmp_path / name for name in ("gpt2", "quantized", "nan")}
+    places = {name: tmp_path / name for name in ("resnet", "quantized", "nan")}
     arguments = arguments.format(words=words, **places).split()
     assert command.main(["quantize", *arguments, "--output-dir", str(tmp_path / "out")]) == 2
     shown = capsys.readouterr()

@@ -23,6 +23,7 @@ from transformers.trainer_utils import validate_quantization_for_training
 
 import qzo
 from qzo.checkpoints.quantizer import HELD_ELEMENT_BYTES, QZOQuantizer
+from qzo.nn.choice import Chosen
 from qzo.nn.layers import arena_of, layers
 from qzo.nn.linear import QZOLinear
 from tests.support.checkpoints import scale_randomly
@@ -115,7 +116,7 @@ def test_what_a_plan_of_memory_is_told(tmp_path):
     model = quantize(make("llama", tmp_path / "float"))
     quantizer, linear = model.hf_quantizer, torch.nn.Linear(64, 64, device="meta", dtype=torch.bfloat16)
     quantizer.quantization_config = qzo.QZOConfig(group_size=32)
-    quantizer.pre_quantized, quantizer._linears = False, {"a": linear}
+    quantizer.pre_quantized, quantizer._chosen = False, {"a": Chosen(linear, 64, 64, 32)}
     assert quantizer.param_element_size(model, "a.weight", linear.weight) == 0.5 + 4 / 32
     assert quantizer.param_element_size(model, "a.bias", linear.bias) == 2
     assert quantizer.param_element_size(model, "b.weight", linear.weight) == 2
@@ -258,8 +259,8 @@ def test_settings_that_the_model_refuses_before_a_weight_is_read(tmp_path, monke
     folder = make("llama", tmp_path)
     monkeypatch.setattr("transformers.modeling_utils.safe_open", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=r"layers\.0\.\S+: group_size=128 does not divide in_features=\d+; use 32"):
-        quantize(folder, group_size=128)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no nn\.Linear to quantize \(skip=\['proj'\]\)"):
+        quantize(folder, group_size=128, strict=True)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no nn\.Linear to quantize \(skip: .*'proj'\)"):
         quantize(folder, skip=("proj",))
     quantizer = QZOQuantizer(qzo.QZOConfig(), pre_quantized=False)
     with pytest.raises(ValueError, match=r"device_map spreads the model over 0, cpu: all that trains must be on"):
@@ -333,7 +334,7 @@ def test_the_configuration_as_a_dictionary():
     assert (
         again.to_dict()
         == config.to_dict()
-        == {"quant_method": "qzo", "bits": 8, "group_size": 64, "symmetric": False, "skip": ["a"]}
+        == {"quant_method": "qzo", "bits": 8, "group_size": 64, "symmetric": False, "skip": ["a"], "strict": False}
     )
     source = config_of(GPTQ)["quantization_config"]
     stored, rest = qzo.QZOConfig.from_dict(source, return_unused_kwargs=True, other=1)

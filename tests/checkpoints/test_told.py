@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import qzo
 from qzo.checkpoints.formats import told
@@ -14,7 +15,7 @@ from qzo.nn.layers import layers
 from tests.checkpoints.test_vision import logits, same_state
 from tests.support.checkpoints import quantized
 from tests.support.close import assert_same_bits
-from tests.support.gptq_checkpoints import contents, decode_folder, load, step, write_awq
+from tests.support.gptq_checkpoints import contents, decode_folder, load, step, write_awq, write_gptq
 from tests.support.paths import FIXTURES
 from tests.support.vision_models import build
 
@@ -124,8 +125,8 @@ def test_awqs_own_file(tmp_path, names):
     assert contents(tmp_path / "out") == contents(folder)
     qzo.export(model, tmp_path / "gptq", "gptq")
     assert not (tmp_path / "gptq/quant_config.json").exists()
-    (folder / "quant_config.json").write_text(json.dumps(own | {"version": "GEMV"}))
-    with pytest.raises(ValueError, match="AWQ weights in version 'GEMV'"):
+    (folder / "quant_config.json").write_text(json.dumps(own | {"version": "Marlin"}))
+    with pytest.raises(ValueError, match="AWQ weights in version 'Marlin'"):
         load(folder)
 
 
@@ -140,6 +141,7 @@ SAID = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, 
         ("config.json", SAID | {"version": None, "w_bit": 4}),
         ("quant_config.json", {"w_bit": 4, "q_group_size": 32, "zero_point": True}),
         ("quant_config.json", SAID | {"quant_method": None}),
+        ("quant_config.json", SAID | {"quant_method": "AWQ"}),
         ("quantize_config.json", SAID),
     ],
 )  # AutoGPTQ's name, for weights in AWQ's layout
@@ -188,3 +190,32 @@ def test_nowhere(tmp_path, name):
     ) as caught:
         load(tmp_path / "in")
     assert "fetch" not in str(caught.value)
+
+
+@pytest.mark.parametrize("named", ["GPTQ", "Gptq"])
+@pytest.mark.parametrize("version", [None, "GPTQ", "gptq_V2"])
+def test_gptq_in_capitals(tmp_path, named, version):
+    """And one that names no checkpoint_format is version 1, as AutoGPTQ wrote it."""
+    given = {} if version is None else {"checkpoint_format": version}
+    folder = write_gptq(tmp_path / "in", quant_method=named, **given)
+    want = decode_folder(write_gptq(tmp_path / "plain", **{key: value.lower() for key, value in given.items()}))
+    model = load(folder)
+    for name, layer in quantized(model).items():
+        assert_same_bits(layer.dequantize(), want[name])
+    qzo.save_pretrained(model, tmp_path / "same")
+    assert contents(tmp_path / "same") == contents(folder)
+    with qzo.loading():
+        again = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    same_state(again, model)
+    again.save_pretrained(tmp_path / "again")
+    same_state(load(tmp_path / "again"), model)
+    assert named not in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def test_formats_named_by_another_case_elsewhere(tmp_path):
+    folder = write_gptq(tmp_path / "in")
+    said = change(folder, lambda content: content.pop("quantization_config"))
+    want = decode_folder(write_gptq(tmp_path / "plain"))
+    (folder / "quantize_config.json").write_text(json.dumps(said | {"quant_method": "GPTQ"}))
+    for name, layer in quantized(load(folder)).items():
+        assert_same_bits(layer.dequantize(), want[name])

@@ -31,10 +31,18 @@ def test_nothing_to_quantize():
         qzo.quantize_(nn.Linear(32, 32))
 
 
-def test_a_group_that_does_not_divide_leaves_the_module_unchanged():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 64, "strict": True}, r"down: group_size=64 does not divide in_features=160; use 32, -1"),
+        ({"group_size": 64, "strict": True}, "without strict=True this layer alone takes another"),
+        ({"group_size": 96}, r"up: group_size=96: use one of 32, 64, 128, or -1 for the whole row"),
+    ],
+)
+def test_a_group_that_does_not_divide_leaves_the_module_unchanged(options, message):
     model = Block()
-    with pytest.raises(ValueError, match=r"down: group_size=64 does not divide in_features=160; use 32, -1"):
-        qzo.quantize_(model, group_size=64)
+    with pytest.raises(ValueError, match=message):
+        qzo.quantize_(model, **options)
     assert not any(isinstance(m, QZOLinear) for m in model.modules())
 
 

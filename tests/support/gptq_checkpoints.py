@@ -107,21 +107,21 @@ def write_gptq(
     order=False,
     layer=gptq_layer,
     layers=1,
+    sizes=(),
     **config,
 ):
     """A Llama folder of layers with random codes and scales of both signs.
 
     zeros: "any" number, or "middle"; by_layer: {leaf name: (bits, group size)}; head: quantize lm_head too
     layer(codes, zeros, scales, bits): the tensors of a layer; change(tensors): what to do before they are saved
-    config: of the quantization_config
+    sizes: {argument of LlamaConfig: value}; config: of the quantization_config
     """
     generator = torch.Generator().manual_seed(seed)
+    shape = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_attention_heads": HEADS} | dict(sizes)
     llama = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
+        **shape,
         num_hidden_layers=layers,
         vocab_size=VOCAB,
-        num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         architectures=["LlamaForCausalLM"],
         tie_word_embeddings=False,

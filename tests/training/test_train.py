@@ -199,7 +199,7 @@ def one_line(capsys):
     [
         (["--model", "no/such/model.gguf"], "no such file"),
         (["--data", "nowhere.jsonl"], "no data at nowhere.jsonl"),
-        (["--group-size", "128"], "group_size=128 does not divide in_features=64"),
+        (["--group-size", "96"], "group_size=96: use one of 32, 64, 128, or -1"),
         (["--batch-size", "400"], "batch_size=400, but there are 24"),
         (["--max-steps", "0"], "max_steps=0"),
         (["--eps", "-1"], "eps=-1.0"),

@@ -26,7 +26,9 @@ def check_config(quantization: Quantization, where: object) -> tuple[ModuleType,
         )
     if quantization.get("act_bits") not in (None, 16, 32):
         raise ValueError(
-            f"{where}: activations are quantized too (act_bits {quantization['act_bits']!r:.40}); only weights can be"
+            f"{where}: activations are quantized too (act_bits {quantization['act_bits']!r:.40}), which qzo does not "
+            "compute; qzo.from_pretrained(..., weight_only=True), on the command line --weight-only, trains the "
+            "weights as if they were not"
         )
     form = _FORMS[packing]
     plain = {name: quantization.get(name) for name in ("bits", "group_size", "sym")}

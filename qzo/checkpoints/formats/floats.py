@@ -38,6 +38,10 @@ class FloatFormat:
             read=lambda dtype: read_dense(path, dtype),
         )
 
+    def for_servers(self, name: str) -> bool:
+        """As protocol.Format: none is."""
+        return False
+
     def take_along(self, path: Path, staging: Path) -> None:
         """As protocol.Format."""
         copy_companions(path, staging)

@@ -24,6 +24,7 @@ class FolderFormat:
     check_config: of a quantization_config and the place to name; ValueError for what cannot be read
     weights: yields the entries of (folder, quantization_config, dtype or None)
     weight_files: the files of a folder that hold the weights
+    for_servers: as protocol.Format; none are by default
     """
 
     method: str
@@ -33,6 +34,7 @@ class FolderFormat:
     rounded: Callable[[Path, Find], Iterator[Rounded]]
     scales: str | None = None
     weight_files: Callable[[Path], set[Path]] = weight_files
+    for_servers: Callable[[str], bool] = lambda name: False
     quantized = True
 
     def open(self, path: Path, quantization: Quantization | None, trust_remote_code: bool) -> Checkpoint:

@@ -213,6 +213,10 @@ class GGUFFormat:
             },
         )
 
+    def for_servers(self, name: str) -> bool:
+        """As protocol.Format: none is."""
+        return False
+
     def take_along(self, path: Path, staging: Path) -> None:
         """As protocol.Format: the tokenizer, where the file has one."""
         file = GGUFFile(path)

@@ -47,6 +47,7 @@ def check_config(quantization, where):
     """
     said = [quantization[name] for name in ("checkpoint_format", "format") if quantization.get(name)]
     stored = "marlin" if quantization.get("is_marlin_format") else (said or ["gptq"])[0]
+    stored = stored.lower() if isinstance(stored, str) else stored
     if not isinstance(stored, str) or stored not in _VERSIONS:
         raise ValueError(
             f"{where}: GPTQ weights in checkpoint_format {stored!r:.60}; supported are {' and '.join(_VERSIONS)}"
@@ -75,7 +76,7 @@ def check_config(quantization, where):
         "dynamic": dynamic,
         "version": _VERSIONS[stored],
         "whole_words": "gptqmodel" in quantizer,
-        "unsure": any(isinstance(name, str) and name in _VERSIONS and name != stored for name in said),
+        "unsure": any(isinstance(name, str) and name.lower() in {*_VERSIONS} - {stored} for name in said),
     }
 
 

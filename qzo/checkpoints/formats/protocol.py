@@ -78,6 +78,10 @@ class Format(Protocol):
         """ValueError naming what of it cannot be read."""
         ...
 
+    def for_servers(self, name: str, /) -> bool:
+        """Whether a tensor of its files is read by servers only: a copy keeps it, a model and a new folder lack it."""
+        ...
+
     def take_along(self, path: Path, staging: Path, /) -> None:
         """Write to `staging` what a new folder has beside weights and config.json: the tokenizer, licences."""
         ...

@@ -8,6 +8,7 @@ from . import awq, files, gptq, hqq
 
 AWQ_CONFIG = "quant_config.json"
 _KEY = "quantization_config"
+_ACTIVATIONS = ("input_activations", "output_activations")
 _OLDER_KEY = "compression_config"  # compressed-tensors' first name for it
 
 
@@ -41,7 +42,8 @@ def quantization_of(folder):
     for name, method in ((gptq.CONFIG, gptq.METHOD), (AWQ_CONFIG, awq.METHOD)):
         if (folder / name).is_file():
             said = files.read_object(folder / name)
-            return said | {"quant_method": said.get("quant_method") or method}
+            named = said.get("quant_method") or method
+            return said | {"quant_method": named.lower() if isinstance(named, str) else named}
     return None
 
 
@@ -53,6 +55,20 @@ def _inside(content, path=""):
             if part.get(_KEY) is not None:
                 yield where, part[_KEY]
             yield from _inside(part, where)
+
+
+def weight_only(said):
+    """A quantization_config as if what goes into and out of the layers were not quantized, and None, or what it says of
+    that."""
+    groups = said.get("config_groups")
+    groups = groups if isinstance(groups, dict) else {}
+    named = sorted({n for g in groups.values() if isinstance(g, dict) for n in _ACTIVATIONS if g.get(n)})
+    if said.get("act_bits") not in (None, 16, 32):  # auto-round's
+        named.append("act_bits")
+    if not named:
+        return said, None
+    plain = {key: g | dict.fromkeys(_ACTIVATIONS) if isinstance(g, dict) else g for key, g in groups.items()}
+    return said | ({"config_groups": plain} if groups else {}) | {"act_bits": None}, " and ".join(named)
 
 
 def untold(content):

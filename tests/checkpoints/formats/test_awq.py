@@ -100,8 +100,12 @@ def test_auto_round_in_awqs_layout(tmp_path):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"version": "gemv"}, None, "in: AWQ weights in version 'gemv'; supported is 'gemm'"),
-        ({"version": "gemv_fast"}, None, "'gemv_fast'"),
+        (
+            {"version": "marlin"},
+            None,
+            "in: AWQ weights in version 'marlin'; supported are 'gemm', 'gemv', 'gemv_fast': ",
+        ),
+        ({"version": "gemv_fast"}, None, r"no \S+\.scaled_zeros beside it"),
         ({"version": "marlin"}, None, "'marlin'"),
         ({"w_bit": 8}, None, "in: the quantization_config says bits 4 and w_bit 8, which are two names of one setting"),
         ({"q_group_size": 64}, None, "says group_size 32 and q_group_size 64, which"),

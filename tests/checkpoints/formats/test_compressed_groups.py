@@ -177,7 +177,7 @@ def set_group(name, value):
         (set_group("x", group("Linear")), "x: targets must be a list of names, patterns"),
         (
             set_group("x", group(["Conv"], 4, 32, format="int-quantized")),
-            "x: compressed-tensors format 'int-quantized'",
+            "changed: config_groups of int-quantized and pack-quantized; one format for all is read",
         ),
         (
             set_group("x", group(["Conv"], 4, 0) | {"weights": {"num_bits": 4, "strategy": "group"}}),

@@ -137,16 +137,26 @@ def put(part, tensor):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        (weights(num_bits=5), None, "'num_bits': 5.*supported is 'pack-quantized' with num_bits 2, 3, 4, 8"),
+        (
+            weights(num_bits=5),
+            None,
+            "'num_bits': 5.*supported are 'pack-quantized' and 'int-quantized' with num_bits 2, 3, 4, 8",
+        ),
         (weights(type="float"), None, "'type': 'float'"),
         (weights(strategy="tensor_group"), None, "'strategy': 'tensor_group'"),
-        (lambda q: q["config_groups"]["group_0"].update(format="int-quantized"), None, "format 'int-quantized'"),
+        (lambda q: q["config_groups"]["group_0"].update(format="float-quantized"), None, "format 'float-quantized'"),
+        (
+            lambda q: q["config_groups"]["group_0"].update(format="int-quantized"),
+            None,
+            r"weight_scale in .*: no weight bes",
+        ),
         (
             lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}),
             None,
-            "input_activations are quantized too",
+            r"group_0: input_activations are quantized too \(num_bits 8\): a server rounds what goes into each layer, "
+            r"which qzo does not compute; qzo\.from_pretrained\(\.\.\., weight_only=True\), on the command line",
         ),
-        (lambda q: q.update(kv_cache_scheme={"num_bits": 8}), None, "has a kv_cache_scheme"),
+        (lambda q: q.update(transform_config={"config_groups": {}}), None, r"transform_config \(rotated weights\)"),
         (lambda q: q.update(sparsity_config={"format": "sparse-24"}), None, "sparse weights"),
         (
             lambda q: q.update(quant_method="fp_quant"),

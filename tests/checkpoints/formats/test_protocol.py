@@ -57,7 +57,8 @@ def test_a_format_has_all_that_its_protocols_say(method):
 
 
 def test_members_are_those_of_the_documents():
-    assert set(members(protocol.Format)) == {"method", "quantized", "scales", "open", "take_along", "new_config"}
+    attributes = {"method", "quantized", "scales"}
+    assert set(members(protocol.Format)) == attributes | {"open", "for_servers", "take_along", "new_config"}
     assert set(members(protocol.Copied)) - set(members(protocol.Format)) == {"save", "rounded"}
     assert set(members(protocol.Gathered)) - set(members(protocol.Copied)) == {"parts", "packer", "changed_scales"}
 
@@ -71,6 +72,8 @@ class Planted:
     scales: None = None
 
     def open(self, path, quantization, trust_remote_code): ...
+
+    def for_servers(self, name): ...
 
     def take_along(self, path): ...  # one parameter too few
 
