@@ -196,3 +196,15 @@ def test_what_does_not_fit_is_told_once(tmp_path, way):
             warnings.simplefilter("always")
             make()
         assert len([w for w in told if "does not divide" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "bitsandbytes"])
+def test_transposed_weights_in_other_formats(tmp_path, form):
+    """As AutoGPTQ and transformers' bitsandbytes store a Conv1D: the transposed weight, as a Linear's."""
+    torch.manual_seed(0)
+    table = "nf4" if form == "bitsandbytes" else None
+    model = qzo.from_pretrained(folder(tmp_path / "in", TRAIN["gpt2"][0]()), device="cpu", group_size=32, table=table)
+    qzo.export(model, tmp_path / "out", form)
+    again = layers(qzo.from_pretrained(tmp_path / "out", device="cpu"))
+    assert set(again) == set(layers(model))
+    assert all(torch.equal(layer.dequantize(), again[name].dequantize()) for name, layer in layers(model).items())

@@ -153,7 +153,8 @@ def weights(folder, quantization, dtype):
         raise ValueError(
             f"{folder}: config_groups of {' and '.join(sorted(layouts))}; one format for all is read: save it as one"
         )
-    for entry in read_weights(folder, dtype, _LAYOUTS[layouts.pop()], _packer(quantization, folder)):
+    parts = _LAYOUTS[layouts.pop()] if layouts else PARTS  # groups without a target: no layer's arguments are known
+    for entry in read_weights(folder, dtype, parts, _packer(quantization, folder)):
         if not is_for_servers(entry[0], bool(scheme)):
             yield entry
 

@@ -156,6 +156,7 @@ def put(part, tensor):
             r"group_0: input_activations are quantized too \(num_bits 8\): a server rounds what goes into each layer, "
             r"which qzo does not compute; qzo\.from_pretrained\(\.\.\., weight_only=True\), on the command line",
         ),
+        (lambda q: q["config_groups"]["group_0"].update(targets=[]), None, "no target of the config_groups fits"),
         (lambda q: q.update(transform_config={"config_groups": {}}), None, r"transform_config \(rotated weights\)"),
         (lambda q: q.update(sparsity_config={"format": "sparse-24"}), None, "sparse weights"),
         (
