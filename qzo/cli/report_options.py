@@ -30,6 +30,12 @@ def add_inspect(parser):
     parser.add_argument(
         "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
     )
+    parser.add_argument(
+        "--weight-only",
+        action="store_true",
+        default=None,
+        help="as in qzo train: inputs that are quantized are ignored",
+    )
     step = parser.add_argument_group("the step whose memory is predicted")
     step.add_argument("--batch-size", type=int, default=1, help="rows (default 1)")
     step.add_argument("--seq-len", type=int, default=TOKENS, help=f"tokens a row (default {TOKENS})")

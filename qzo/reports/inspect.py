@@ -119,7 +119,7 @@ def would_be(model, bits, group_size, stored):
 def report(options):
     """The dict that --json prints. ValueError for a checkpoint that from_pretrained would refuse too."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = open_checkpoint(options.model, bool(options.trust_remote_code))
+    checkpoint = open_checkpoint(options.model, bool(options.trust_remote_code), bool(options.weight_only))
     dtype = torch.float16 if device == "cuda" else torch.float32
     model = build_empty(checkpoint.config, dtype, trust_remote_code=checkpoint.trust_remote_code).eval()
     wanted, dense, told = _holds(checkpoint, model, options)

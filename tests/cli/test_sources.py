@@ -66,7 +66,7 @@ TRAIN = {
     "gpt2": (lambda: t.GPT2LMHeadModel(t.GPT2Config(**GPT2)), 4),
     "mamba": (lambda: t.MambaForCausalLM(t.MambaConfig(**MAMBA)), 3),
 }
-COMPLETIONS = [{"prompt": r["prompt"], "completion": r["options"][r["label"]]} for r in RECORDS]
+COMPLETIONS = [{"prompt": r["prompt"], "completion": ("warm", "cold")[r["label"] == 1]} for r in RECORDS]
 REFUSED = {
     "bert-masked": (
         lambda: t.BertForMaskedLM(t.BertConfig(**BERT)),
