@@ -221,6 +221,7 @@ def signal(options, wanted):
         bits=options.bits,
         group_size=next(iter(wanted.values())).group_size,
         trust_remote_code=bool(options.trust_remote_code),
+        weight_only=bool(options.weight_only),
     )
     choose_layers(model, options.train_layers)
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, "all that --signal reads of a line", has_encoder(model))
