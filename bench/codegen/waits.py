@@ -15,7 +15,7 @@ def read_ahead(body):
 def _distance(body, at):
     """Of the read body[at]; None where its value is not used in the loop."""
     wide = re.search(r"\.(64|128)\b", body[at].name)
-    first = int(REGISTER.search(body[at].operands)[1])
+    [first, *_] = map(int, REGISTER.findall(body[at].operands))
     held = set(range(first, first + (int(wide[1]) // 32 if wide else 1)))
     for distance in range(1, len(body) + 1):
         other = body[(at + distance) % len(body)]
