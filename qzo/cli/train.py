@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -32,7 +33,7 @@ def merge_options(options):
     given = {key: value for key, value in vars(options).items() if value is not None}
     if options.checkpoint:
         given["model"] = model_of(options)
-    from_file = {}
+    from_file: dict[str, Any] = {}
     if options.config:
         with open(options.config, encoding="utf-8") as file:
             try:
