@@ -168,19 +168,7 @@ def losses(model: "PreTrainedModel", batch: Inputs, E: int) -> torch.Tensor:
         A batch without labels; labels of another shape or dtype than these; rows that E does not divide; a model
         without a config, or whose own loss is another than the cross entropy above.
     """
-    if not hasattr(model, "config"):
-        raise ValueError(
-            f"{type(model).__name__} has no config: losses are those of transformers models; of a wrapper "
-            "such as DataParallel, give the module inside"
-        )
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"a batch is a mapping of tensors, got {type(batch).__name__}")
-    if not isinstance(batch, Stacked):
-        batch = pair(dict(batch), E)
-    _check_shapes(model, batch)
-    rows = row_count(batch)
-    if rows % E or not rows:
-        raise ValueError(f"the stacked batch has {rows} rows, which {E} evaluations do not divide; use qzo.pair")
+    batch = _stacked(model, batch, E)
     with torch.no_grad():
         own_loss.check(model, batch, E)
         if "option_ids" in batch or "options" in batch:
@@ -193,6 +181,23 @@ def losses(model: "PreTrainedModel", batch: Inputs, E: int) -> torch.Tensor:
                 "-100 where there is none, or option_ids and label"
             )
         return _label_losses(model, batch, E)
+
+
+def _stacked(model: "PreTrainedModel", batch: Inputs, E: int) -> Stacked:
+    """The batch, stacked if it is not yet; ValueError where it, or the model, is none that `losses` takes."""
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"{type(model).__name__} has no config: losses are those of transformers models; of a wrapper "
+            "such as DataParallel, give the module inside"
+        )
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a mapping of tensors, got {type(batch).__name__}")
+    stacked = batch if isinstance(batch, Stacked) else pair(dict(batch), E)
+    _check_shapes(model, stacked)
+    rows = row_count(stacked)
+    if rows % E or not rows:
+        raise ValueError(f"the stacked batch has {rows} rows, which {E} evaluations do not divide; use qzo.pair")
+    return stacked
 
 
 def _check_shapes(model: "PreTrainedModel", batch: Inputs) -> None:
