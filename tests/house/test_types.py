@@ -19,12 +19,12 @@ def with_fault(path):
     lines = (ROOT / path).read_text().splitlines(keepends=True)
     start = max(number for number, line in enumerate(lines) if re.match(r" *def ", line))
     body = start + next(i for i, line in enumerate(lines[start:]) if line.endswith(":\n")) + 1
-    indent = re.match(" *", lines[body])[0]
+    indent = " " * (len(lines[body]) - len(lines[body].lstrip()))
     return "".join([*lines[:body], f"{indent}{FAULT}\n", *lines[body:]])
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """path -> what mypy says of it with the project's settings: of true files, and of planted ones beside them.
 
     Imports are not followed: reading torch takes a minute, and no fault here needs it.
@@ -49,10 +49,19 @@ def told(tmp_path_factory):
                 (tree / folder / "__init__.py").touch()
     (tree / "qzo/bench").symlink_to("../bench")
     shutil.copy(ROOT / "pyproject.toml", tree)
-    command = [sys.executable, "-m", "mypy", "--follow-imports=skip", "--cache-dir", tree / "cache", "qzo", "tests"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--follow-imports=skip",
+        "--cache-dir",
+        str(tree / "cache"),
+        "qzo",
+        "tests",
+    ]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    found = {path: [] for path in texts}
+    found: dict[str, list[str]] = {path: [] for path in texts}
     for line in filter(re.compile(r"[^:]+:\d+: error: ").match, done.stdout.splitlines()):
         path, _, text = line.partition(":")
         found["bench/planted.py" if path == "qzo/bench/planted.py" else path].append(text)
