@@ -30,7 +30,8 @@ LAWS = ("rademacher", "ih4", "gaussian")
 KINDS = ("linear", "step", "update", "noise", "journal", "overhead")
 
 
-BESIDE_INT4 = {  # codes -> model -> rows that are timed beside int4 in the same groups
+# codes -> model -> rows that are timed beside int4 in the same groups
+BESIDE_INT4: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "cuda": {
         "nf4": {"llama-2-7b": (1, 16, 64, 512), "sd3.5-large": (512,)},
         "aqlm-1x16": {"llama-2-7b": (1, 16, 512)},
@@ -160,8 +161,8 @@ def every(device):
     for codes in ("int2", "int8"):
         found += linears(small, (16, 512) if device == "cuda" else (16,), dtypes, codes=codes)
     for codes, models in BESIDE_INT4[device].items():
-        for model, rows in models.items():
-            for case in linears((model,), rows, dtypes, codes=codes):
+        for model, several in models.items():
+            for case in linears((model,), several, dtypes, codes=codes):
                 found += [c for c in (dataclasses.replace(case, codes="int4"), case) if c not in found]
     for model, (_, blocks) in BLOCKS.items():
         for rows in (1, 16, 128, 512, 2048) if device == "cuda" else CPU_ROWS:

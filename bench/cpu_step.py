@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -81,7 +82,7 @@ def measure(name, rows, repeats, noise="rademacher"):
             torch.nn.functional.linear(x[weight.shape[1]][:rows], weight)
             torch.nn.functional.linear(x[weight.shape[1]][rows:], weight)
 
-    times = {step: [], two_dense_forwards: []}
+    times: dict[Callable[[], None], list[float]] = {step: [], two_dense_forwards: []}
     for turn in range(repeats + 1):
         for run, seconds in times.items():
             begun = time.process_time()

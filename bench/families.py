@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import warnings
+from typing import Any
 
 import torch
 import transformers
@@ -111,7 +112,7 @@ TRIES: tuple[dict, ...] = (
     {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32},
 )
 
-OWN = {  # what a family needs beside the sizes
+OWN: dict[str, dict[str, Any]] = {  # what a family needs beside the sizes
     "bailing_hybrid": {"num_expert_group": 2},
     "bamba": {"mamba_d_head": 16},
     "granitemoehybrid": {"mamba_d_head": 16},
@@ -324,8 +325,9 @@ def option_ways(model, ids):
     last = own_output(model, ids).logits[:, -1].float().gather(1, choice)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_ids": choice, "label": right}
     ways = {"options": (float(functional.cross_entropy(last, right)), float(losses(model, batch, 2)[1]))}
-    examples = [Example(tuple(row.tolist()), options=((7, 8, 9), (10, 11)), label=0) for row in ids]
-    scores = [own_score(model, torch.tensor(e.ids + option), len(e.ids)) for e in examples for option in e.options]
+    options = (7, 8, 9), (10, 11)
+    examples = [Example(tuple(row.tolist()), options=options, label=0) for row in ids]
+    scores = [own_score(model, torch.tensor(e.ids + option), len(e.ids)) for e in examples for option in options]
     own = functional.cross_entropy(torch.stack(scores).view(2, 2), torch.tensor([0, 0])).item()
     ways["options of several tokens"] = own, float(losses(model, collate(examples, 0), 2)[1])
     if not why_not(model, examples, 0):
@@ -373,7 +375,7 @@ def main(arguments=None):
     parser.add_argument("--out", help="a JSONL file")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    outcomes = {}
+    outcomes: dict[str, int] = {}
     with open(options.out or os.devnull, "w", encoding="utf-8") as file, warnings.catch_warnings():
         print(json.dumps({"transformers": transformers.__version__, "torch": torch.__version__}), file=file, flush=True)
         warnings.simplefilter("ignore")

@@ -18,6 +18,7 @@ from ..loss.losses import option_scores
 from ..nn.layers import layers
 from ..training import demo
 from ..training import loop as train
+from ..training.settings import Settings
 
 STEPS = 40
 BATCH = 32
@@ -26,6 +27,8 @@ LEARNING_RATE = 3e-3  # relative, falling linearly to a tenth
 
 class Differentiable(torch.nn.Module):
     """A QZOLinear whose weight, float32 [N, K], is kept, and multiplied by one factor [N, G] per scale."""
+
+    weight: torch.Tensor
 
     def __init__(self, layer):
         super().__init__()
@@ -42,7 +45,7 @@ def run(seed=0, say=print):
     """The results as one row of a results file."""
     started = time.perf_counter()
     training, held_out = demo.headlines()
-    settings = train.Settings(max_steps=STEPS, seed=seed, train_layers=demo.TRAIN_LAYERS, batch_size=BATCH)
+    settings = Settings(max_steps=STEPS, seed=seed, train_layers=demo.TRAIN_LAYERS, batch_size=BATCH)
     path = demo.model_file()
     model, tokenizer = from_pretrained(path, device="cpu"), load_tokenizer(path)
     prefix = train.choose_layers(model, demo.TRAIN_LAYERS)
@@ -59,6 +62,7 @@ def run(seed=0, say=print):
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.9 * step / STEPS)
         batch = task.batch(task.indices(step, BATCH, seed), 1)
+        assert prefix is not None
         with prefix.skipped(batch["states"]):
             loss = functional.cross_entropy(option_scores(model, batch), batch["label"])
         optimizer.zero_grad()

@@ -141,6 +141,8 @@ def through_blas(folder, device, tokens=1024):
     for form in ("fused", "blas"):
         optimizer = qzo.QZO(model, lr=0.0, large_rows=form)
         optimizer.step(lambda: qzo.losses(model, {"input_ids": ids, "labels": ids}, 2))
+        if optimizer.last is None:
+            raise Untrue("the optimizer keeps nothing of its step")
         found[form] = torch.tensor(optimizer.last.losses)
     error = relative_error(found["blas"], found["fused"])
     must(error < 2e-3, f"losses {found['blas'].tolist()}, fused {found['fused'].tolist()}")
@@ -270,8 +272,12 @@ def kill_half_way(arguments, path, seconds):
 
 
 def _steps_of(path):
-    found = journal.read(path) if path.exists() else None
-    return len(found[1]) if found else 0
+    return len(_read_steps(path)) if path.exists() else 0
+
+
+def _read_steps(path):
+    found = journal.read(path)
+    return found[1] if found else []
 
 
 def _went(ended):
@@ -290,7 +296,7 @@ def _trained(ended, out):
 
 def _same_steps(first, other):
     """The same records and the same model, bit for bit; headers may tell another option."""
-    one, two = (journal.read(out / "journal.qzo")[1] for out in (first, other))
+    one, two = (_read_steps(out / "journal.qzo") for out in (first, other))
     differ = [step for step, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]]
     must(
         len(one) == len(two) and not differ,

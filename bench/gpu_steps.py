@@ -55,7 +55,8 @@ def steps(check):
                     continue
                 model = build(check) if model is None else model
                 batch = batch_of(model, rows, tokens, check.device)
-                times, note = _timed(*prepare(model, batch, mode), mode, check)
+                run, generators = prepare(model, batch, mode)
+                times, note = _timed(run, generators, mode, check)
                 ms, p20, p80 = times or (None, None, None)
                 row |= {"ms": ms, "p20": p20, "p80": p80, "ratio": None}
                 add_ratios([*(r for r in check.rows if r["kind"] == "whole step"), row])

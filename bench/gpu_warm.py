@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,8 @@ def warm(check, todo, processes=None):
 def run(device, job):
     """One job."""
     kind, *what = job
-    {"case": _case, "tiles": _tiles, "step": _step}[kind](device, *what)
+    jobs: dict[str, Callable[..., None]] = {"case": _case, "tiles": _tiles, "step": _step}
+    jobs[kind](device, *what)
 
 
 def _case(device, name):

@@ -15,7 +15,7 @@ from ..kernels import plan
 from ..nn import ops
 from ..nn.choice import quantize_
 from ..nn.evaluations import Evaluations
-from ..nn.layers import evaluating
+from ..nn.layers import evaluating, layers
 from ..nn.weights import to_planes
 
 WIDTH, WIDER = 1024, 2048  # so many inputs that few rows split them; codes are never read
@@ -68,7 +68,7 @@ class Block(nn.Module):
 def block(rows):
     """(quantized Block with codes as a GPU holds them, its two inputs for a pair of `rows`, evaluations)."""
     model = quantize_(Block(), skip=())
-    for layer in (*model.attention.values(), *model.mlp.values()):
+    for layer in layers(model).values():
         layer.out_dtype = torch.float16
         layer.codes = to_planes(layer.codes, layer.in_features, layer.bits)
     inputs = [torch.randn(2 * rows, width).half() for width in (WIDTH, WIDER)]

@@ -19,6 +19,7 @@ from ..nn.layers import evaluating
 from ..training import demo
 from ..training import loop as train
 from ..training.data import batch_indices
+from ..training.settings import Settings
 
 EXAMPLES = 640
 PHRASES = [
@@ -98,7 +99,7 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true", help="JSON lines")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    settings = train.Settings(max_steps=options.steps, directions=options.directions, packing="auto")
+    settings = Settings(max_steps=options.steps, directions=options.directions, packing="auto")
     model, tokenizer = from_pretrained(demo.model_file(), device="cpu"), load_tokenizer(demo.model_file())
     for name, records in cases().items():
         if options.filter.lower() not in name.lower():

@@ -12,6 +12,7 @@ graph: each replay, too, draws the same noise four times, and other noise than t
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import linear as dense_linear
@@ -22,7 +23,7 @@ from ..kernels.table import table_entries
 from ..kernels.vectors import LENGTH, vector_rows
 from ..nn import ops
 from ..nn.evaluations import Evaluations
-from ..nn.layers import arena_of, evaluating
+from ..nn.layers import arena_of, evaluating, layers
 from ..nn.linear import QZOLinear
 from ..nn.weights import PackedWeight
 from .cases import CODES, DTYPES
@@ -41,9 +42,9 @@ class Built:
     `allowed`; None where nothing is computed. generators: all that the run draws from. host: what is timed is Python's
     own time on the CPU, on every device."""
 
-    run: object
+    run: Callable[..., object]
     passes: int = 1
-    output: object = None
+    output: Callable[[], torch.Tensor] | None = None
     want: torch.Tensor | None = None
     allowed: float = 0.0
     generators: tuple = ()
@@ -101,7 +102,7 @@ class Problem:
         shapes, passes = self.shapes(self.case.form.weight_bits / 8)
         model = torch.nn.ModuleList(QZOLinear.from_packed(self.packed(k, n), dtype=self.dtype) for k, n in shapes)
         arena_of(model, exact=True)
-        for layer in model:  # all are given one x, which in a model they would not be: no launch is shared
+        for layer in layers(model).values():  # all are given one x, which in a model they are not: no launch is shared
             layer._siblings = None
         return model, passes
 
@@ -369,7 +370,7 @@ class Provider:
     """build(problem) -> Built. package: what has to be installed; kinds, codes: the cases it can run."""
 
     name: str
-    build: object
+    build: Callable[..., Built]
     package: str = ""
     kinds: tuple = ("linear", "step")
     cuda_only: bool = False

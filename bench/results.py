@@ -154,7 +154,7 @@ def plot(rows, path):
         intensities += intensity
         look = {"color": f"C{number}", "label": name}
         roof.loglog(intensity, [r["tflops"] for r in mine], "o", markersize=4, **look)
-        by_rows = {}
+        by_rows: dict[int, list[float]] = {}
         for r in mine:
             if r["ratio"] and name != "qzo":
                 by_rows.setdefault(r["rows"], []).append(r["ratio"])

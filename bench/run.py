@@ -91,7 +91,7 @@ def measure(case, device, names=None, least_bytes=None, least=timing.LEAST, seco
     rows = [
         _row(case, p.name, device, mode, times.get((p.name, mode)), errors.get(p.name), notes.get(p.name))
         for p in wanted
-        for mode in [m for m in timing.MODES if (p.name, m) in times] or [None]
+        for mode in [m for m in timing.MODES if (p.name, m) in times] or (None,)
     ]
     add_ratios(rows)
     built.clear()

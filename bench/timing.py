@@ -39,7 +39,8 @@ def percentiles(times):
 
 def interleaved(clocks, least=LEAST, seconds=SECONDS["cpu"]):
     """Milliseconds of each of `clocks` (name -> what `clock` makes): name -> (median, p20, p80)."""
-    times, spent = {name: [] for name in clocks}, dict.fromkeys(clocks, 0.0)
+    times: dict[str, list[float]] = {name: [] for name in clocks}
+    spent = dict.fromkeys(clocks, 0.0)
     for _ in range(WARM_UP):
         for clock in clocks.values():
             clock()
@@ -183,7 +184,10 @@ def roof(device, dtype):
     mode, passes = ("graph", 8) if device == "cuda" else ("eager", 1)
 
     def repeated(once):
-        return clock(lambda part: [once() for _ in range(passes)[part]], device, mode, passes)
+        def run(part: slice):
+            return [once() for _ in range(passes)[part]]
+
+        return clock(run, device, mode, passes)
 
     moved = interleaved(
         {

@@ -320,7 +320,7 @@ def every(arch):
         shapes(), ROWS, GROUPS, (torch.bfloat16, torch.float16), noise.LAWS, ZEROS, (True, False), (False, True)
     )
     for (k, n), rows, group, dtype, law, zeros, relative, bias in flags:
-        case = Case(arch, rows, k, n, group, dtype, law, zeros, relative or law == "none", bias)
+        case = Case(arch, rows, k, n, group, dtype, law, zeros, relative=relative or law == "none", bias=bias)
         many = dataclasses.replace(case, folded=True)
         yield from filter(_fits, (case, many) if rows >= tiles.FOLDED_FROM else (case,))
 

@@ -131,12 +131,20 @@ def _stored_bytes(body):
     return sum(int(w[1]) // 8 if w else 4 for w in widths) + 16 * sum(_is(i, "STSM") for i in body)
 
 
+def _match(pattern, text):
+    """Of what a compiler always prints."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"{pattern!r} is not in what the compiler printed: {text[:200]!r}")
+    return found
+
+
 def measure(launch):
     """Compile a Launch; returns its figures as a dict of numbers (and "mix", a dict)."""
     compiled = compile_launch(launch)
     if launch.arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        read = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
+        read = {key: int(_match(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
         return {
             "registers": read["vgpr_count"],
             "spill": read["vgpr_spill_count"],
@@ -147,7 +155,7 @@ def measure(launch):
         Instruction(int(at, 16), name, operands)
         for at, name, operands in INSTRUCTION.findall(_cuobjdump(compiled.asm["cubin"], "-sass"))
     ]
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(compiled.asm["cubin"], "-res-usage"))
+    usage = _match(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(compiled.asm["cubin"], "-res-usage"))
     tensor_core = TENSOR_CORE[launch.arch]
     body = main_loop(code, tensor_core)
     mix = collections.Counter(next((name for name, pattern in CLASSES if _is(i, pattern)), "other") for i in body)

@@ -16,7 +16,7 @@ def read_ahead(body):
 def _distance(body, at):
     """Of the read body[at]; None where its value is not used in the loop."""
     wide = re.search(r"\.(64|128)\b", body[at].name)
-    first = int(REGISTER.search(body[at].operands)[1])
+    [first, *_] = map(int, REGISTER.findall(body[at].operands))
     held = set(range(first, first + (int(wide[1]) // 32 if wide else 1)))
     for distance in range(1, len(body) + 1):
         other = body[(at + distance) % len(body)]
@@ -35,6 +35,7 @@ def base_argument(ptx, signature):
     The compiled entry lists its parameters in the arguments' order, and behind them Triton's own.
     """
     arguments = [name for name, kind in signature if kind != "constexpr"]
-    entry = re.search(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)[1]
-    named = dict(zip(re.findall(r"(\w+),?\s*(?:\n|$)", entry), arguments, strict=False))
+    entry = re.search(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)
+    assert entry is not None, "compiled code has an entry"
+    named = dict(zip(re.findall(r"(\w+),?\s*(?:\n|$)", entry[1]), arguments, strict=False))
     return " ".join(sorted({named.get(name, name) for name in re.findall(r"ld\.param\.u64 base, \[(\w+)\]", ptx)}))

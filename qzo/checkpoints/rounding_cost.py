@@ -31,7 +31,7 @@ def rounding_losses(model: Any, source: Source, batch: Any) -> dict[str, float]:
                 layer.arena.write(layer.arena_name, scales)
             elif layer.trains_codebooks:
                 layer.arena.quads(codebooks_name(layer.arena_name)).copy_(scales.reshape(1, -1, 4))
-            if zero is not None:
+            if zero is not None and layer.zeros is not None:
                 layer.zeros = zero.contiguous().to(layer.zeros.device)
         after = float(losses(model, batch, 1))
     finally:

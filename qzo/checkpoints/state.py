@@ -70,7 +70,8 @@ def _dense_state(model):
 
     state_dict() would make planes of all codes first.
     """
-    state, detached = {}, {}
+    state: dict[str, torch.Tensor] = {}
+    detached: dict[int, torch.Tensor] = {}
     for owner, module in model.named_modules(remove_duplicate=False):
         held = module._parameters | {
             name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set

@@ -53,7 +53,7 @@ def _line(error):
 def full_disk(error, command, out):
     """One line for a full disk: where, and what to do after this command. out: its --output-dir, or None."""
     where = error.filename or out
-    text = disk.WHAT[disk.full(error)] + (f" ({where})" if where else "")
+    text = disk.WHAT.get(disk.full(error) or 0, str(error)) + (f" ({where})" if where else "")
     if command not in ("train", "demo"):
         kept = "; nothing was changed there: free space, or name an --output-dir elsewhere" if out else ": free space"
         return f"{text}{kept}, and run it again"

@@ -6,6 +6,7 @@ import statistics
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -50,7 +51,7 @@ def merge_options(options):
     given = {key: value for key, value in vars(options).items() if value is not None}
     if options.checkpoint:
         given["model"] = model_of(options)
-    from_file = {}
+    from_file: dict[str, Any] = {}
     if options.config:
         with open(options.config, encoding="utf-8") as file:
             try:
@@ -91,9 +92,9 @@ def execute(options):
     prefix = choose_layers(model, settings.train_layers, settings.train_codebooks)
     task = build_task(model, records["train"], tokenizer, settings, prefix)
     held_out = {
-        split: build_task(model, records[split], tokenizer, settings, prefix)
-        for split in ("valid", "test")
-        if split in records
+        split: build_task(model, lines, tokenizer, settings, prefix)
+        for split, lines in records.items()
+        if split != "train"
     }
     show_plan(task, settings, model, bool(own["trust_remote_code"]))
     before = {split: held.evaluate() for split, held in held_out.items()}

@@ -10,24 +10,32 @@ import functools
 import inspect
 import warnings
 import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
+
+Inputs = Mapping[str, Any]  # what a model's forward is given: tensors, and flags
+
 LOGIT_BYTES = 64 << 20  # float32 logits held at once
 
-_whole: weakref.WeakSet = weakref.WeakSet()  # models whose logits are taken whole
+_whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose logits are taken whole
 
 
-def takes(model, name):
+def takes(model: nn.Module, name: str) -> bool:
     """Whether the model's forward takes an argument of this name."""
-    return any(_takes(type(model), name))
+    return any(_takes(type(model).forward, name))
 
 
-def forward(model, inputs):
+def forward(model: "PreTrainedModel", inputs: Inputs) -> "ModelOutput":
     """The output of a model for its inputs: no cache, no router's loss beside the logits, no dropout in any mode."""
     config = model.config.get_text_config()
-    named, open_ended = _takes(type(model), "use_cache")
+    named, open_ended = _takes(type(model).forward, "use_cache")
     if named or (open_ended and hasattr(config, "use_cache")):
         inputs = {**inputs, "use_cache": False}
     if getattr(config, "output_router_logits", False):
@@ -37,13 +45,20 @@ def forward(model, inputs):
 
 
 @functools.cache
-def _takes(cls, name):
+def _takes(forward: Callable[..., Any], name: str) -> tuple[bool, bool]:
     """(whether the forward of a class names an argument, whether it takes any other)."""
-    parameters = inspect.signature(cls.forward).parameters
+    parameters = inspect.signature(forward).parameters
     return name in parameters, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def logits_at(model, inputs, row, column, E=1, most=None):
+def logits_at(
+    model: "PreTrainedModel",
+    inputs: Inputs,
+    row: torch.Tensor,
+    column: torch.Tensor,
+    E: int = 1,
+    most: int | None = None,
+) -> Iterator[torch.Tensor]:
     """Yield the float32 logits [E, m, V] at positions (row[i], column[i]), m of each evaluation at a time.
 
     row, column: int64 [N], E equal blocks in the order of the evaluations that the rows of `inputs` are stacked for
@@ -69,7 +84,7 @@ def logits_at(model, inputs, row, column, E=1, most=None):
         yield logits.float()
 
 
-def head_input(model, inputs):
+def head_input(model: "PreTrainedModel", inputs: Inputs) -> torch.Tensor:
     """What the output head reads, [rows, T, H]; the logits of a model without a head that is called."""
     head = output_head(model)
     if head is None or is_whole(model):
@@ -77,10 +92,10 @@ def head_input(model, inputs):
     first = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
     reading = _Reading(model, head, first, first)
     logits = reading.run(inputs, 0, 1)
-    return logits if reading.rows is None else reading.states
+    return logits if reading.states is None else reading.states
 
 
-def row_count(batch):
+def row_count(batch: Inputs) -> int:
     """How many rows of tokens a batch has; of one without them (a sound's), what its first tensor has. ValueError for a
     batch that holds none."""
     known = [batch.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids", "labels")]
@@ -92,7 +107,7 @@ def row_count(batch):
 
 
 @contextlib.contextmanager
-def without_dropout(model):
+def without_dropout(model: nn.Module) -> Iterator[None]:
     """Every module as `eval` has it, and then as it was: two losses that are compared may not differ by dropout."""
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -104,12 +119,12 @@ def without_dropout(model):
             module.training = True
 
 
-def has_encoder(model):
+def has_encoder(model: "PreTrainedModel") -> bool:
     """Whether its labels are those of a decoder behind an encoder."""
     return getattr(model.config, "is_encoder_decoder", False)
 
 
-def decoder_inputs(model, labels):
+def decoder_inputs(model: "PreTrainedModel", labels: torch.Tensor) -> torch.Tensor:
     """What the decoder of an encoder-decoder model is fed for labels [rows, T]: they, shifted by one place."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels)
@@ -123,7 +138,7 @@ def decoder_inputs(model, labels):
     return shifted.masked_fill(shifted == -100, config.pad_token_id)
 
 
-def output_head(model):
+def output_head(model: nn.Module) -> nn.Module | None:
     """The module that makes logits of hidden states, or None."""
     try:
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -132,7 +147,7 @@ def output_head(model):
     return head if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList | nn.ModuleDict) else None
 
 
-def body(model):
+def body(model: nn.Module) -> nn.Module:
     """The module whose forward ends before the head begins: the base model, or the largest module beside the head."""
     base = getattr(model, "base_model", model)
     head = output_head(model)
@@ -141,12 +156,12 @@ def body(model):
     return max(_beside(model, head), key=lambda m: sum(p.numel() for p in m.parameters()), default=model)
 
 
-def is_whole(model):
+def is_whole(model: nn.Module) -> bool:
     """Whether the logits of whole batches are computed for this model."""
     return model in _whole
 
 
-def take_whole(model, reason):
+def take_whole(model: nn.Module, reason: str) -> None:
     """From now on the logits of whole batches are computed; one warning says so."""
     if not is_whole(model):
         _whole.add(model)
@@ -163,17 +178,20 @@ class _Reading:
     states: what the head would have read, [rows, T, H]; rows: those at the positions, [E, n, H], or None
     """
 
-    def __init__(self, model, head, row, column, E=1):
+    def __init__(
+        self, model: "PreTrainedModel", head: nn.Module, row: torch.Tensor, column: torch.Tensor, E: int = 1
+    ) -> None:
         self.model, self.head, self.place, self.E = model, head, (row, column), E
-        self.states = self.rows = None
-        self.outputs = {}  # of the modules beside the head, in the first run
+        self.states: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
+        self.outputs: dict[nn.Module, list[Any]] = {}  # of the modules beside the head, in the first run
 
-    def run(self, inputs, start, count, again=False):
+    def run(self, inputs: Inputs, start: int, count: int, again: bool = False) -> torch.Tensor:
         """The logits of rows start to start + count of each evaluation. again: keep what further runs need."""
         read = self.head.forward
         stacked = row_count(inputs)
 
-        def forward_rows(x, *args, **kwargs):
+        def forward_rows(x: Any, *args: Any, **kwargs: Any) -> Any:
             if self.rows is None:
                 if not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() == 3 and len(x) == stacked):
                     return read(x, *args, **kwargs)
@@ -189,17 +207,17 @@ class _Reading:
             return _logits(self.model, inputs)
 
     @functools.cached_property
-    def beside(self):
+    def beside(self) -> list[nn.Module]:
         return _beside(self.model, self.head)
 
-    def _once(self, module):
+    def _once(self, module: nn.Module) -> Callable[..., Any]:
         """A forward that runs the first time, and then gives what it gave."""
         run, seen = module.forward, self.outputs.setdefault(module, [])
         if self.rows is not None:
             left = iter(seen)
             return lambda *args, **kwargs: next(left)
 
-        def remember(*args, **kwargs):
+        def remember(*args: Any, **kwargs: Any) -> Any:
             seen.append(run(*args, **kwargs))
             return seen[-1]
 
@@ -207,7 +225,7 @@ class _Reading:
 
 
 @contextlib.contextmanager
-def _patched(module, forward):
+def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -219,7 +237,7 @@ def _patched(module, forward):
             module.forward = before
 
 
-def _beside(model, head):
+def _beside(model: nn.Module, head: nn.Module) -> list[nn.Module]:
     """The modules beside the way from a model to its head, lists of modules taken apart."""
     name = next(name for name, module in model.named_modules() if module is head)
     beside, owner = [], model
@@ -231,13 +249,13 @@ def _beside(model, head):
     return beside
 
 
-def _called(module):
+def _called(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return [called for child in module.children() for called in _called(child)]
     return [module]
 
 
-def _logits(model, inputs):
+def _logits(model: "PreTrainedModel", inputs: Inputs) -> torch.Tensor:
     output = forward(model, inputs)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, torch.Tensor):
@@ -248,5 +266,5 @@ def _logits(model, inputs):
     return logits
 
 
-def _vocabulary(model, head):
+def _vocabulary(model: "PreTrainedModel", head: nn.Module) -> int:
     return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size

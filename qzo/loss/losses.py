@@ -1,12 +1,19 @@
 """Batches stacked for several evaluations, and their losses: float32, from the labelled positions only (head.py)."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch.nn import functional
 
 from . import own_loss
-from .head import decoder_inputs, forward, has_encoder, head_input, logits_at, row_count
+from .head import Inputs, decoder_inputs, forward, has_encoder, head_input, logits_at, row_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batch = TypeVar("Batch")
+Same = TypeVar("Same", bound=dict[str, Any])
 
 NOT_INPUTS = (
     "labels",
@@ -25,16 +32,34 @@ NOT_INPUTS = (
 )  # the last three: ours to say
 
 
-class Stacked(dict):
+class Stacked(dict[str, Any]):
     """A batch that already holds one copy per evaluation along each tensor's first dimension."""
 
 
-def pair(batch, E):
+@overload
+def pair(batch: Mapping[str, Any], E: int) -> Stacked: ...
+@overload
+def pair(batch: Batch, E: int) -> Batch: ...
+def pair(batch: Any, E: int) -> Any:
     """Stack a batch E times along the first dimension, so that row block e can run under evaluation e.
 
-    batch: a tensor, or a mapping, list or tuple of them; scalars and other values pass through, as does one row of
-    position_ids that serves several; those of several axes [axes, B, T] are stacked along their second. ValueError for
-    E < 1.
+    Parameters
+    ----------
+    batch
+        A tensor, or a mapping, list or tuple of them; scalars and other values pass through, as does one row of
+        position_ids that serves several; those of several axes [axes, B, T] are stacked along their second.
+    E
+        Evaluations.
+
+    Returns
+    -------
+    Stacked, torch.Tensor, list or tuple
+        Tensors [E * B, ...] of the same dtypes; a mapping becomes a dict that `losses` knows as stacked.
+
+    Raises
+    ------
+    ValueError
+        E < 1.
     """
     if E < 1:
         raise ValueError(f"E={E}: a batch is stacked at least once")
@@ -54,13 +79,29 @@ def pair(batch, E):
     return batch
 
 
-def static_batch(batch, targets=None):
-    """The batch with sources, targets and slots in place of its labels [B, T], `static` as `losses` has it.
+def static_batch(batch: Same, targets: int | None = None) -> Same:
+    """The batch with sources, targets and slots in place of its labels, `static` as `losses` has it.
 
-    targets: how many places of each row are read, by default as many as the row with the most labels has; give one
-    number to all batches of a shape, so that one captured step serves them (`QZO.step(closure, batch=batch)`). Where
+    No shape, and nothing on the host, depends on where labels stand in such a batch, as a CUDA graph wants it. Where
     some masks are all ones and others not, leave a token of padding in each: transformers looks for that on the host.
-    ValueError for fewer than there are, and for a batch without a label.
+
+    Parameters
+    ----------
+    batch
+        A dict with labels int64 [B, T], -100 where there is none; stacked by `pair` or not.
+    targets
+        How many places N of each row are read, by default as many as the row with the most labels has; give one number
+        to all batches of a shape, so that one captured step serves them (`QZO.step(closure, batch=batch)`).
+
+    Returns
+    -------
+    dict
+        Of the type of `batch`: sources, targets and slots int64 [B, N] and static True in place of labels.
+
+    Raises
+    ------
+    ValueError
+        Fewer targets than there are labels in a row, more than there are places; a batch without a label.
     """
     labels = batch["labels"][:, 1:]  # position t predicts token t + 1
     most = int((labels != -100).sum(1).max())
@@ -82,47 +123,52 @@ def static_batch(batch, targets=None):
     )
 
 
-def losses(model, batch, E):
-    """Loss of each evaluation, float32 [E]: the mean over the evaluation's rows.
+def losses(model: "PreTrainedModel", batch: Inputs, E: int) -> torch.Tensor:
+    """Loss of each evaluation: the mean over the evaluation's rows, from logits at labelled positions only (head.py).
 
-    batch is a mapping of model inputs [B, T] (stacked here unless `pair` has done it) and one of
+    A batch is a mapping of model inputs [B, T] (stacked here unless `pair` has done it) and one of
 
-    labels [B, T]                  next-token cross entropy where labels are not -100, as in transformers; for an
-                                   encoder-decoder model those of the decoder, its inputs made of them if not given
-    labels [B]                     class labels of a model that returns logits [B, classes]
-    option_ids [B, O], label [B]   cross entropy over O next tokens after each row's last attended position
-    labels [B*O, T], options O, label [B]   cross entropy over O options of several tokens each, one row an option,
-                                   scored by their mean log-likelihood
+    - labels [B, T]: next-token cross entropy where labels are not -100, as in transformers; for an encoder-decoder
+      model those of the decoder, its inputs made of them if not given
+    - labels [B]: class labels of a model that returns logits [B, classes]
+    - option_ids [B, O], label [B]: cross entropy over O next tokens after each row's last attended position
+    - labels [B*O, T], options O, label [B]: cross entropy over O options of several tokens each, one row an option,
+      scored by their mean log-likelihood
 
     or, in place of `labels` [rows, tokens], rows in which options share a prompt or examples stand behind one
     another (packing.py): input_ids, position_ids, seen_until [R, T], R a divisor of B, with
 
-    sources, targets, slots [R, N]   the cross entropies of targets that are not -100, read at sources; with
-                                     options and label, slots are the options of the row that they belong to
-    sources [R, B/R], option_ids, label   options of one token, read at sources
+    - sources, targets, slots [R, N]: the cross entropies of targets that are not -100, read at sources; with options
+      and label, slots are the options of the row that they belong to
+    - sources [R, B/R], option_ids, label: options of one token, read at sources
 
-    static: True beside sources, targets, slots, of plain rows too: no shape and nothing on the host depends on what
+    `static`: True beside sources, targets, slots, of plain rows too: no shape and nothing on the host depends on what
     the tensors hold, as a CUDA graph wants it; targets that are -100 are read and count as nothing.
 
     The model's first batch is checked (own_loss.py): its loss has to be the model's own. Dropout is off, whichever
     mode the model is in.
 
-    Raises ValueError for a batch without labels, for labels of another shape or dtype than these, for rows that E does
-    not divide, and for a model whose own loss is another than the cross entropy above.
+    Parameters
+    ----------
+    model
+        A model of transformers, under `evaluating` or not.
+    batch
+        As above; numbers of tokens, classes and options are int64.
+    E
+        Evaluations that its rows are stacked for, or will be.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 [E], in nats, on the model's device; no gradient.
+
+    Raises
+    ------
+    ValueError
+        A batch without labels; labels of another shape or dtype than these; rows that E does not divide; a model
+        without a config, or whose own loss is another than the cross entropy above.
     """
-    if not hasattr(model, "config"):
-        raise ValueError(
-            f"{type(model).__name__} has no config: losses are those of transformers models; of a wrapper "
-            "such as DataParallel, give the module inside"
-        )
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"a batch is a mapping of tensors, got {type(batch).__name__}")
-    if not isinstance(batch, Stacked):
-        batch = pair(dict(batch), E)
-    _check_shapes(model, batch)
-    rows = row_count(batch)
-    if rows % E or not rows:
-        raise ValueError(f"the stacked batch has {rows} rows, which {E} evaluations do not divide; use qzo.pair")
+    batch = _stacked(model, batch, E)
     with torch.no_grad():
         own_loss.check(model, batch, E)
         if "option_ids" in batch or "options" in batch:
@@ -137,7 +183,24 @@ def losses(model, batch, E):
         return _label_losses(model, batch, E)
 
 
-def _check_shapes(model, batch):
+def _stacked(model: "PreTrainedModel", batch: Inputs, E: int) -> Stacked:
+    """The batch, stacked if it is not yet; ValueError where it, or the model, is none that `losses` takes."""
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"{type(model).__name__} has no config: losses are those of transformers models; of a wrapper "
+            "such as DataParallel, give the module inside"
+        )
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a mapping of tensors, got {type(batch).__name__}")
+    stacked = batch if isinstance(batch, Stacked) else pair(dict(batch), E)
+    _check_shapes(model, stacked)
+    rows = row_count(stacked)
+    if rows % E or not rows:
+        raise ValueError(f"the stacked batch has {rows} rows, which {E} evaluations do not divide; use qzo.pair")
+    return stacked
+
+
+def _check_shapes(model: "PreTrainedModel", batch: Inputs) -> None:
     """ValueError for labels that do not fit the batch, where torch would cut or broadcast them, or name neither."""
     for key in ("labels", "label", "option_ids"):
         if getattr(batch.get(key), "dtype", None if key in batch else torch.int64) != torch.int64:
@@ -161,7 +224,7 @@ def _check_shapes(model, batch):
         _check_options(batch, tokens)
 
 
-def _check_options(batch, tokens):
+def _check_options(batch: Inputs, tokens: torch.Tensor | None) -> None:
     if "label" not in batch:
         raise ValueError("options are given without label [B], the number of the right one")
     count = len(batch["label"])
@@ -179,7 +242,7 @@ def _check_options(batch, tokens):
         )
 
 
-def option_scores(model, batch, E=1):
+def option_scores(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> torch.Tensor:
     """Scores of the options, float32 [B, O]; their softmax is the model's choice. E: evaluations in the batch."""
     if has_encoder(model):
         raise ValueError(
@@ -210,13 +273,13 @@ def option_scores(model, batch, E=1):
     return -(total / tokens).view(-1, batch["options"])
 
 
-def read_states(model, batch, E=1):
+def read_states(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> torch.Tensor:
     """Hidden states that the output head reads for this batch, [positions, H], in the order of the rows."""
     row, column = _ends(batch) if "option_ids" in batch else _labelled(model, batch)[:2]
     return head_input(model, model_inputs(model, batch, E))[row, column]
 
 
-def _ends(batch):
+def _ends(batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, column) of the position that each example's options of one token are read at."""
     if "sources" in batch:
         rows = torch.arange(len(batch["sources"]), device=batch["sources"].device)
@@ -234,7 +297,7 @@ def _ends(batch):
     return torch.arange(len(attended), device=attended.device), attended.shape[1] - 1 - attended.flip(1).argmax(1)
 
 
-def model_inputs(model, batch, E=1):
+def model_inputs(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> dict[str, Any]:
     """What the model takes of a batch; seen_until becomes an additive mask [rows, 1, T, T].
 
     Where each of the E evaluations has one row, its mask [1, 1, T, T] serves them all.
@@ -253,7 +316,7 @@ def model_inputs(model, batch, E=1):
     return inputs
 
 
-def _label_losses(model, batch, count):
+def _label_losses(model: "PreTrainedModel", batch: Inputs, count: int) -> torch.Tensor:
     if "labels" in batch and batch["labels"].dim() == 1:
         logits = forward(model, model_inputs(model, batch)).logits.float()
         each = functional.cross_entropy(logits, batch["labels"], reduction="none").view(count, -1)
@@ -269,11 +332,11 @@ def _label_losses(model, batch, count):
     return total / (len(each) // count)  # every evaluation holds the same labels
 
 
-def _rows(batch):
+def _rows(batch: Inputs) -> int:
     return batch["targets" if "targets" in batch else "labels"].shape[0]
 
 
-def _labelled(model, batch):
+def _labelled(model: "PreTrainedModel", batch: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> (row, place read, token to predict there, option of the row) of each labelled position, row by row."""
     if "targets" in batch:
         if has_encoder(model):
@@ -286,7 +349,7 @@ def _labelled(model, batch):
     return row, column, labels[row, column], torch.zeros_like(row)
 
 
-def _token_losses(model, batch, E):
+def _token_losses(model: "PreTrainedModel", batch: Inputs, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
     row, column, target, slot = _labelled(model, batch)
     counts = [] if row.is_meta else torch.bincount(row // (_rows(batch) // E), minlength=E).tolist()
@@ -298,7 +361,7 @@ def _token_losses(model, batch, E):
     return row, slot, _cross_entropies(model, inputs, row, column, target, E)
 
 
-def _target_losses(model, batch, E):
+def _target_losses(model: "PreTrainedModel", batch: Inputs, E: int) -> torch.Tensor:
     """-> the cross entropy of each target of a batch that is static, float32 [R, N], 0 where there is none."""
     sources, targets = batch["sources"], batch["targets"]
     row = torch.arange(len(sources), device=sources.device).repeat_interleave(sources.shape[1])
@@ -306,7 +369,14 @@ def _target_losses(model, batch, E):
     return _cross_entropies(model, inputs, row, sources.flatten(), targets.flatten(), E).view_as(targets)
 
 
-def _cross_entropies(model, inputs, row, column, target, E):
+def _cross_entropies(
+    model: "PreTrainedModel",
+    inputs: Inputs,
+    row: torch.Tensor,
+    column: torch.Tensor,
+    target: torch.Tensor,
+    E: int,
+) -> torch.Tensor:
     """float32 [N] of what is to be predicted at (row, column) [N], in the order of the evaluations; 0 for -100."""
     parts, start = [], 0
     if not len(target):

@@ -6,12 +6,17 @@ refused; where the logits that `losses` reads are not its own, those of whole ba
 """
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from ..system.memory import is_out_of_memory
-from .head import decoder_inputs, forward, has_encoder, logits_at, take_whole, takes
+from .head import Inputs, decoder_inputs, forward, has_encoder, logits_at, take_whole, takes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS = 16  # of the first row: what is compared
 SAME = 1e-5  # relative, of losses in float32
@@ -19,10 +24,11 @@ MOVED = 1e-3  # of the largest logit: by so much none may move when a later toke
 ROUNDINGS = 2  # of 16-bit numbers, by which those of two shapes of a matmul may differ
 
 _SHAPES = "labels are [rows, tokens] for a language model, [rows] for a classifier (one class of each)"
-_seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> kinds of labels it was checked with
+# model -> kinds of labels it was checked with
+_seen: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-def check(model, batch, E=1):
+def check(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> None:
     """Check a model once, with a batch as `losses` takes it, stacked for E evaluations.
 
     Nothing is checked while a CUDA graph is captured, on the meta device, or where the batch starts behind a frozen
@@ -47,7 +53,7 @@ def check(model, batch, E=1):
         _seen.setdefault(model, set()).add(kind)
 
 
-def _cannot_look(model):
+def _cannot_look(model: nn.Module) -> bool:
     device = next(model.parameters()).device.type
     return (
         device == "meta"
@@ -56,7 +62,7 @@ def _cannot_look(model):
     )
 
 
-def _check_classes(model, batch, E):
+def _check_classes(model: "PreTrainedModel", batch: Inputs, E: int) -> bool:
     """One row of each evaluation, against `losses` of a classifier: cross entropy over its logits."""
     rows = len(batch["labels"])
     first = torch.arange(0, rows, rows // E)
@@ -75,7 +81,7 @@ def _check_classes(model, batch, E):
     return bool(own.isfinite())
 
 
-def _check_tokens(model, batch, E):
+def _check_tokens(model: "PreTrainedModel", batch: Inputs, E: int) -> bool:
     found = _few_tokens(model, batch, E)
     if found is None:
         return False
@@ -137,7 +143,7 @@ def _check_tokens(model, batch, E):
     return True
 
 
-def _in_range(model, target, logits, what):
+def _in_range(model: nn.Module, target: torch.Tensor, logits: torch.Tensor, what: str) -> None:
     """ValueError for labels that no logit stands for: a GPU would end the process."""
     real = target[target != -100]
     if len(real) and not 0 <= int(real.min()) <= int(real.max()) < logits.shape[-1]:
@@ -147,7 +153,9 @@ def _in_range(model, target, logits, what):
         )
 
 
-def _few_tokens(model, batch, E):
+def _few_tokens(
+    model: "PreTrainedModel", batch: Inputs, E: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, int] | None:
     """(inputs, labels, by how many places labels are read earlier) of a short row, once for each evaluation, or None.
 
     The row is the first's first TOKENS tokens. What else a batch has (images, types of tokens) is left out.
@@ -173,7 +181,7 @@ def _few_tokens(model, batch, E):
     return (inputs, labels, 1) if row.shape[1] > 1 else None
 
 
-def _check_order(model, inputs, logits):
+def _check_order(model: "PreTrainedModel", inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
     """ValueError where the last token is seen from those before it: a loss of tokens that are read has no meaning."""
     ids = inputs["input_ids"]
     others = (ids[0] != ids[0, -1]).nonzero()
@@ -191,15 +199,16 @@ def _check_order(model, inputs, logits):
         )
 
 
-def _differ(logits, wanted, target, rounding):
+def _differ(logits: torch.Tensor, wanted: torch.Tensor, target: torch.Tensor, rounding: float) -> bool:
     got = functional.cross_entropy(logits, target, reduction="none")
     return not torch.allclose(got, wanted, rtol=SAME, atol=SAME + rounding)
 
 
-def _compare(model, own, cross_entropy, name, dtype):
-    if own is None:
+def _compare(model: nn.Module, loss: torch.Tensor | None, wanted: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+    """ValueError where a model's own loss is another than the cross entropy wanted."""
+    if loss is None:
         return
-    own, cross_entropy = float(own), float(cross_entropy)
+    own, cross_entropy = float(loss), float(wanted)
     relative = SAME if dtype == torch.float32 else ROUNDINGS * torch.finfo(dtype).eps
     if abs(own - cross_entropy) > relative * abs(own) + SAME:
         raise ValueError(
@@ -208,14 +217,14 @@ def _compare(model, own, cross_entropy, name, dtype):
         )
 
 
-def _rounding(logits):
+def _rounding(logits: torch.Tensor) -> float:
     """By how much logits of 16 bits may differ between two shapes of the same matmul; 0 in float32."""
     if logits.dtype == torch.float32:
         return 0.0
     return ROUNDINGS * torch.finfo(logits.dtype).eps * _largest(logits)
 
 
-def _largest(logits):
+def _largest(logits: torch.Tensor) -> float:
     """The largest of the logits, in absolute value, but for those of tokens that the model rules out."""
     size = logits.float().abs()
     return float(size[size < torch.finfo(logits.dtype).max / 2].max())

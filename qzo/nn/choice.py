@@ -229,7 +229,7 @@ class _Skipped:
         return outside or name in self._heads or any(s(name) if callable(s) else f".{s}." in dotted for s in self._skip)
 
     def __call__(self, name, owner):
-        return self.by_name(name) or f"{name}.weight" in self._tied or _is_read(type(owner), name.rpartition(".")[2])
+        return self.by_name(name) or f"{name}.weight" in self._tied or _is_read(type(owner), name.rpartition(".")[2])  # type: ignore[arg-type]
 
 
 @functools.cache

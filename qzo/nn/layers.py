@@ -1,8 +1,10 @@
 """What is done with all QZOLinear layers of a module: who trains, in which arena, under which evaluations."""
 
 import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
+from torch import nn
 
 from ..system.memory import Trimmer
 from .arena import ScaleArena, codebooks_name
@@ -11,23 +13,23 @@ from .linear import QZOLinear
 from .siblings import Siblings
 
 
-def layers(module, trainable=True):
+def layers(module: nn.Module, trainable: bool | None = True) -> dict[str, QZOLinear]:
     """name -> QZOLinear of every layer that trains (trainable=None: of all of them), in the sorted order of names."""
     found = {name: m for name, m in module.named_modules() if isinstance(m, QZOLinear)}
     return {name: found[name] for name in sorted(found) if trainable is None or found[name].trainable == trainable}
 
 
-def _shapes(found):
+def _shapes(found: Mapping[str, QZOLinear]) -> dict[str, tuple[int, int]]:
     """name -> (groups, outputs) of what trains of these layers; the entries of codebooks lie in quads of four."""
     shapes = {name: (layer.in_features // layer.group_size, layer.out_features) for name, layer in found.items()}
     return shapes | {
-        codebooks_name(name): (4, layer.codebooks.numel() // 4)
+        codebooks_name(name): (4, layer.held_codebooks().numel() // 4)
         for name, layer in found.items()
         if layer.trains_codebooks
     }
 
 
-def arena_of(module, exact=False):
+def arena_of(module: nn.Module, exact: bool = False) -> ScaleArena:
     """The arena of the module's trained layers, made on first use.
 
     exact: it has to hold these layers and no others, so that one launch over it is a step on this module.
@@ -54,13 +56,13 @@ def arena_of(module, exact=False):
         if not arena.data.is_meta:
             arena.write(name, layer.read_scales())
             if layer.trains_codebooks:
-                arena.quads(codebooks_name(name)).copy_(layer.read_codebooks().reshape(1, -1, 4))
+                arena.quads(codebooks_name(name)).copy_(layer.trained_codebooks().reshape(1, -1, 4))
         layer.arena, layer.arena_name = arena, name
         trimmer.took(4 * arena.slots[name].groups * arena.slots[name].outputs)
     return arena
 
 
-def _introduce(module):
+def _introduce(module: nn.Module) -> None:
     """Let layers that are children of one module know each other."""
     for parent in module.modules():
         children = [child for child in parent.children() if isinstance(child, QZOLinear)]
@@ -69,10 +71,27 @@ def _introduce(module):
             child._siblings = siblings
 
 
-def train_only(module, wanted):
-    """Freeze every QZOLinear whose name `wanted(name)` refuses; the others share a new arena. Returns their names.
+def train_only(module: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
+    """Freeze every QZOLinear whose name `wanted(name)` refuses; the others share a new arena.
 
-    Frozen layers leave the arena: no memory traffic, no noise, no journal entry. ValueError if none is left.
+    Frozen layers leave the arena: no memory traffic, no noise, no journal entry.
+
+    Parameters
+    ----------
+    module
+        Holds the layers.
+    wanted
+        Name of a layer in `module`, as in `named_modules` -> whether it trains.
+
+    Returns
+    -------
+    list[str]
+        Names of the layers that train, sorted.
+
+    Raises
+    ------
+    ValueError
+        None is left.
     """
     for name, layer in layers(module, trainable=None).items():
         layer.trainable = bool(wanted(name))
@@ -84,7 +103,7 @@ def train_only(module, wanted):
     return list(layers(module))
 
 
-def train_slots(module, names):
+def train_slots(module: nn.Module, names: Collection[str]) -> None:
     """Train what has these names in an arena, layers and codebooks of layers, as the header of a journal lists them.
     Where some are not the module's, nothing changes: comparing arenas tells that."""
     codebooks = {name for name in layers(module, trainable=None) if codebooks_name(name) in names}
@@ -96,13 +115,30 @@ def train_slots(module, names):
         arena_of(module, exact=True)
 
 
-def train_codebooks_(module, train=True):
-    """Let codebooks (AQLM) of the layers that train train along with the scales, or no longer. Returns their names.
+def train_codebooks_(module: nn.Module, train: bool = True) -> list[str]:
+    """Let codebooks (AQLM, arXiv 2401.06118) of the layers that train train along with the scales, or no longer.
 
     Their entries are then float32 in the arena, beside the layer's own, perturbed and updated as scales are, each
     keeping its sign; a layer's codebooks under one evaluation are held while it runs. Noise is each entry's own:
     sharing="row" is refused. Off by default: a codebook of 2^16 entries has more numbers than a layer has scales by a
-    hundred times. ValueError if no layer that trains has codebooks.
+    hundred times.
+
+    Parameters
+    ----------
+    module
+        Holds the layers.
+    train
+        False: they are frozen again, as they are now.
+
+    Returns
+    -------
+    list[str]
+        Names of the layers whose codebooks these are, sorted.
+
+    Raises
+    ------
+    ValueError
+        No layer that trains has codebooks.
     """
     found = {name: layer for name, layer in layers(module).items() if layer.codebooks is not None}
     if not found:
@@ -116,23 +152,23 @@ def train_codebooks_(module, train=True):
     return list(found)
 
 
-def _freeze_codebooks(layer):
+def _freeze_codebooks(layer: QZOLinear) -> None:
     if layer.trains_codebooks:
-        layer.codebooks.copy_(layer.read_codebooks())
+        layer.held_codebooks().copy_(layer.trained_codebooks())
         _leave(layer, codebooks=False)
 
 
-def _leave(layer, codebooks):
+def _leave(layer: QZOLinear, codebooks: bool) -> None:
     """Give the layer an arena of its own, with its codebooks in it or not."""
     scales = layer.read_scales()
     layer.trains_codebooks = codebooks
     layer.arena, layer.arena_name = ScaleArena.of_shapes(_shapes({"": layer}), scales.device), ""
     layer.arena.write("", scales)
     if codebooks:
-        layer.arena.quads(codebooks_name("")).copy_(layer.codebooks.reshape(1, -1, 4))
+        layer.arena.quads(codebooks_name("")).copy_(layer.held_codebooks().reshape(1, -1, 4))
 
 
-def check_sharing_of(module, sharing):
+def check_sharing_of(module: nn.Module, sharing: str) -> None:
     """ValueError where noise is to be shared by rows and codebooks train, which have none."""
     if sharing == "row" and any(layer.trains_codebooks for layer in layers(module).values()):
         raise ValueError(
@@ -141,11 +177,32 @@ def check_sharing_of(module, sharing):
 
 
 @contextlib.contextmanager
-def evaluating(module, evaluations):
-    """Run forwards of `module` under `evaluations`: row block e of every QZOLinear's input sees scales perturbed by
-    evaluation e. The batch has to be stacked `len(evaluations)` times along its first dimension (`qzo.pair`).
+def evaluating(module: nn.Module, evaluations: Evaluations) -> Iterator[Evaluations]:
+    """Run forwards of `module` under `evaluations`: a context manager.
 
-    Restores the state before on exit, also after an error. TypeError if `evaluations` is no Evaluations.
+    Row block e of every QZOLinear's input sees scales perturbed by evaluation e; layers that do not train see theirs as
+    they are. The batch has to be stacked `len(evaluations)` times along its first dimension (`qzo.pair`). Restores the
+    state before on exit, also after an error.
+
+    Parameters
+    ----------
+    module
+        Holds the layers.
+    evaluations
+        E of them; they are taken to the device of the scales.
+
+    Yields
+    ------
+    Evaluations
+        The evaluations on the device of the scales.
+
+    Raises
+    ------
+    TypeError
+        `evaluations` is no Evaluations.
+    ValueError
+        Nothing in the module trains; noise is shared by rows and codebooks train. In a forward: rows that E does not
+        divide.
     """
     if not isinstance(evaluations, Evaluations):
         raise TypeError(f"evaluating() takes qzo.Evaluations(seeds, coefs), got {type(evaluations).__name__}")
@@ -164,24 +221,67 @@ def evaluating(module, evaluations):
             layer._evaluations = old
 
 
-def scales(model):
-    """dict module name -> float32 [G, N]: a copy of the scales that train, in the sign of the checkpoint."""
+def scales(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the scales that train, in the sign of the checkpoint.
+
+    Parameters
+    ----------
+    model
+        Holds the layers.
+
+    Returns
+    -------
+    dict[str, torch.Tensor]
+        Module name -> float32 [G, N], G groups along the inputs, N outputs; on the layer's device.
+
+    Raises
+    ------
+    ValueError
+        Nothing in the model trains.
+    """
     arena_of(model)
     return {name: layer.read_scales() for name, layer in layers(model).items()}
 
 
-def codebooks(model):
-    """dict module name -> float32 [C, 2^bits, 8]: a copy of the codebooks that train."""
-    return {name: layer.read_codebooks() for name, layer in layers(model).items() if layer.trains_codebooks}
+def codebooks(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the codebooks that train (`train_codebooks_`).
+
+    Parameters
+    ----------
+    model
+        Holds the layers.
+
+    Returns
+    -------
+    dict[str, torch.Tensor]
+        Module name -> float32 [C, 2^bits, 8], C codebooks of vectors of eight weights; empty where none train.
+    """
+    return {name: layer.trained_codebooks() for name, layer in layers(model).items() if layer.trains_codebooks}
 
 
-def scale_index(model):
-    """dict module name -> int64 [G, N]: the global index by which the noise law knows each scale."""
+def scale_index(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The global index by which the noise law knows each scale: what `qzo.noise` takes.
+
+    Parameters
+    ----------
+    model
+        Holds the layers.
+
+    Returns
+    -------
+    dict[str, torch.Tensor]
+        Module name -> int64 [G, N], G groups along the inputs, N outputs; on the layer's device.
+
+    Raises
+    ------
+    ValueError
+        Nothing in the model trains.
+    """
     arena_of(model)
     return {name: layer.arena.index(layer.arena_name) for name, layer in layers(model).items()}
 
 
-def digest_parts(model):
+def digest_parts(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield (name, what, tensor) of everything quantized in a fixed order: what a journal's digest covers."""
     for name, layer in layers(model, trainable=None).items():
         yield name, "codes", layer.packed().unpacked()
@@ -192,5 +292,6 @@ def digest_parts(model):
             yield name, "perm", layer.perm
         if layer.table is not None:
             yield name, "table", torch.tensor(layer.table)
-        if layer.codebooks is not None:
-            yield name, "codebooks", layer.read_codebooks().to(torch.float32)
+        books = layer.read_codebooks()
+        if books is not None:
+            yield name, "codebooks", books.to(torch.float32)

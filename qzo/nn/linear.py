@@ -1,5 +1,8 @@
 """QZOLinear, a drop-in nn.Linear of quantized weights."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,55 +10,69 @@ from ..kernels.operands import Weight, addresses
 from ..kernels.table import named_table
 from . import ops
 from .arena import ScaleArena, codebooks_name
+from .evaluations import Evaluations
+from .no_values import NoValues
 from .quantize import quantize_weight
+from .siblings import Siblings
 from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows
-
-
-class _NoValues(torch.Tensor):
-    """Stands for a matrix that is never made: what it is like can be asked, nothing can be computed with it."""
-
-    @staticmethod
-    def __new__(cls, rows, columns, dtype, device):
-        return torch.Tensor._make_wrapper_subclass(cls, (rows, columns), dtype=dtype, device=device)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function.__name__ in ("__get__", "size", "dim", "numel", "is_floating_point"):
-            return super().__torch_function__(function, types, args, kwargs or {})
-        raise RuntimeError(
-            f"{function.__name__}: the weight of a QZOLinear is codes and scales and has no values of "
-            "its own; layer(x) multiplies by it, layer.dequantize() makes it"
-        )
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise RuntimeError(f"{function}: the weight of a QZOLinear has no values of its own; use layer.dequantize()")
-
-    def __repr__(self):
-        return f"weight of a QZOLinear: {list(self.shape)}, {self.dtype}, no values (see dequantize)"
 
 
 class QZOLinear(nn.Module):
     """A quantized linear layer whose forward runs under perturbed scales inside `evaluating`.
 
     y = x . W^T + bias, W[n, k] = scale[k // group_size, n] * (code[n, k] - zero). Use it wherever an nn.Linear
-    stands; it holds no gradients. Made from random weights like nn.Linear; see also `from_linear`, `from_packed`.
+    stands; it holds no gradients. Made from random weights like nn.Linear; see also `from_linear`, `from_packed`. The
+    scales lie in a `ScaleArena`, in float32 whatever the dtype of the model. Forward under perturbed scales: arXiv
+    2505.13430, section 3.
+
+    Input float16, bfloat16 or float32 [..., in_features]; output [..., out_features].
 
     Parameters
     ----------
-    in_features, out_features, bias : as in nn.Linear
-    bits : 2, 4 or 8
-    group_size : 32, 64, 128 or -1 (whole row); has to divide in_features
-    device : where codes and scales lie
-    dtype : of bias and output; None: the output has the dtype of the input
+    in_features
+        Of the last dimension of the input, K.
+    out_features
+        Of the last dimension of the output, N.
+    bias
+        Whether a bias [out_features] is added, as in nn.Linear. It does not train.
+    bits
+        Of a code: 2, 4 or 8.
+    group_size
+        Inputs that share a scale: 32, 64, 128 or -1 (the whole row); has to divide in_features.
+    device
+        Where codes and scales lie; None: torch's default device.
+    dtype
+        Of bias and output; None: the output has the dtype of the input.
 
-    Input float16, bfloat16 or float32 [..., in_features]; output [..., out_features]. Raises ValueError for a group
-    size that does not fit, for other bits, or in forward for rows that the number of evaluations does not divide.
+    Raises
+    ------
+    ValueError
+        A group size that does not fit, other bits; in forward: rows that the number of evaluations does not divide.
+    TypeError
+        In forward: an input of another dtype.
     """
 
-    _siblings = None  # layers of the same module that may be given the same x (siblings.py)
+    codes: torch.Tensor
+    zeros: torch.Tensor | None
+    perm: torch.Tensor | None
+    codebooks: torch.Tensor | None
+    bias: nn.Parameter | None
+    table: tuple[float, ...] | None
+    out_dtype: torch.dtype | None
+    _evaluations: Evaluations | None
+    _planned: tuple[object, Weight] | None
+    _siblings: Siblings | None = None  # layers of the same module that may be given the same x (siblings.py)
 
-    def __init__(self, in_features, out_features, bias=True, bits=4, group_size=128, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        bits: int = 4,
+        group_size: int = 128,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_bits(bits)
         group_size = check_group_size(group_size, in_features)
@@ -69,7 +86,7 @@ class QZOLinear(nn.Module):
             source_bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         self._take(packed, source_bias, dtype)
 
-    def _take(self, packed, bias, dtype):
+    def _take(self, packed: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype | None) -> None:
         self.in_features, self.out_features, self.bits = packed.in_features, packed.scales.shape[1], packed.bits
         self.group_size, self.table = packed.in_features // packed.scales.shape[0], packed.table
         self.out_dtype = dtype
@@ -81,24 +98,71 @@ class QZOLinear(nn.Module):
         self.trains_codebooks = False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._evaluations = self._planned = None
-        self.arena = ScaleArena.of_shapes({"": tuple(packed.scales.shape)}, packed.scales.device)
+        self.arena = ScaleArena.of_shapes({"": (packed.scales.shape[0], self.out_features)}, packed.scales.device)
         self.arena_name = ""
         if not packed.scales.is_meta:
             self.arena.write("", packed.scales)
 
     @classmethod
-    def from_packed(cls, packed, bias=None, dtype=None):
-        """A layer around a PackedWeight; bias [out_features] or None."""
+    def from_packed(
+        cls, packed: PackedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> "QZOLinear":
+        """A layer around a PackedWeight, whose codes it takes as they are.
+
+        Parameters
+        ----------
+        packed
+            W [N, K], with its scales; a copy of those goes into the layer's arena.
+        bias
+            [N], or None.
+        dtype
+            Of the output; None: that of the input.
+
+        Returns
+        -------
+        QZOLinear
+            On the device of `packed`.
+        """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._take(packed, bias, dtype)
         return layer
 
     @classmethod
-    def from_linear(cls, linear, bits=4, group_size=128, symmetric=True, table=None):
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        bits: int = 4,
+        group_size: int = 128,
+        symmetric: bool = True,
+        table: str | Sequence[float] | None = None,
+    ) -> "QZOLinear":
         """Quantize an nn.Linear: round to nearest with a least-squares refit of the scales (quantize.py).
 
-        table: "nf4", "fp4" or sixteen numbers that the 4-bit codes stand for; None: the codes are integers.
+        Parameters
+        ----------
+        linear
+            With a weight [N, K] of any float dtype, and a bias [N] or none; it stays as it is.
+        bits
+            Of a code: 2, 4 or 8.
+        group_size
+            Inputs that share a scale: 32, 64, 128 or -1 (the whole row); has to divide K.
+        symmetric
+            Whether every zero point is the middle code, 2^(bits - 1); else each group has its own.
+        table
+            "nf4" (arXiv 2305.14314, appendix E), "fp4" or sixteen numbers that the 4-bit codes stand for; None: the
+            codes are integers.
+
+        Returns
+        -------
+        QZOLinear
+            On the device of `linear`, with its bias.
+
+        Raises
+        ------
+        ValueError
+            A group size that does not fit, other bits, a table beside other bits than 4 or zero points, a weight that
+            is not finite.
         """
         check_bits(bits)
         group_size = check_group_size(group_size, linear.in_features)
@@ -107,7 +171,7 @@ class QZOLinear(nn.Module):
             quantize_weight(linear.weight.detach(), group_size, symmetric, bits, named_table(table)), bias
         )
 
-    def packed(self):
+    def packed(self) -> PackedWeight:
         """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
         return PackedWeight(
             self.codes,
@@ -120,28 +184,43 @@ class QZOLinear(nn.Module):
             None if self.codebooks is None else self.read_codebooks(),
         )
 
-    def dequantize(self):
-        """float32 [out_features, in_features] on the layer's device: a whole matrix, for tests and export only."""
+    def dequantize(self) -> torch.Tensor:
+        """The matrix W, for tests and export only: forward never makes it.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 [out_features, in_features] on the layer's device.
+        """
         return self.packed().dequantize()
 
-    def read_scales(self):
+    def read_scales(self) -> torch.Tensor:
         """A copy of the scales, float32 [G, N], in the sign of the checkpoint."""
         return self.arena.read(self.arena_name)
 
-    def read_codebooks(self):
-        """The codebooks [C, 2^bits, 8] as they are now: a copy in float32 if they train, else the layer's own."""
-        if not self.trains_codebooks:
-            return self.codebooks
-        return self.arena.quads(codebooks_name(self.arena_name)).reshape(self.codebooks.shape).clone()
+    def read_codebooks(self) -> torch.Tensor | None:
+        """The codebooks [C, 2^bits, 8]: a copy in float32 if they train, else the layer's own; None: there are none."""
+        return self.trained_codebooks() if self.trains_codebooks else self.codebooks
+
+    def trained_codebooks(self) -> torch.Tensor:
+        """A copy of codebooks that train, float32 [C, 2^bits, 8]."""
+        return self.arena.quads(codebooks_name(self.arena_name)).reshape(self.held_codebooks().shape).clone()
+
+    def held_codebooks(self) -> torch.Tensor:
+        """The layer's own codebooks [C, 2^bits, 8], as they were loaded. ValueError where it has none."""
+        if self.codebooks is None:
+            raise ValueError("the layer has no codebooks: only AQLM's have some")
+        return self.codebooks
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         """Shape, dtype and device, for models that ask a Linear for them as T5 does. It has no values:
         RuntimeError for whatever is computed with it."""
         dtype = self.out_dtype or (torch.float32 if self.bias is None else self.bias.dtype)
-        return _NoValues(self.out_features, self.in_features, dtype, self.codes.device)
+        return NoValues(self.out_features, self.in_features, dtype, self.codes.device)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., N] of x [..., K], in `out_dtype`, or that of x; under the evaluations of `evaluating`, if any."""
         perturbation, evaluations, perm = None, self._evaluations, self._buffers["perm"]
         if evaluations is not None:
             perturbation = evaluations.perturbation if self.trainable else evaluations.unperturbed
@@ -158,7 +237,7 @@ class QZOLinear(nn.Module):
             weight = self.kernel_weight()
         return ops.matmul(x, weight, perturbation, self.out_dtype)
 
-    def kernel_weight(self):
+    def kernel_weight(self) -> Weight:
         """The weight as the kernels take it; the same object, with what was planned for it, until a tensor moves."""
         buffers, arena = self._buffers, self.arena
         now = (
@@ -172,25 +251,23 @@ class QZOLinear(nn.Module):
             self._planned = now, weight
         return self._planned[1]
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Make the kernels' weight known where nothing has run yet: compiled code finds it by its tensors."""
         if self._planned is None and not self.codes.is_meta:
             self.kernel_weight()
 
-    def _let_go(self):
+    def _let_go(self) -> None:
         """Of all that was planned with the layer's tensors."""
         self.__dict__["_planned"] = None
         if self._siblings is not None:
             self._siblings.let_go()
 
-    def _describe(self):
-        name, books = self.arena_name, {"codebooks": self.codebooks}
+    def _describe(self) -> Weight:
+        name, books, book4 = self.arena_name, self.codebooks, -1
         if self.trains_codebooks:
             own = codebooks_name(name)
-            books = {
-                "codebooks": self.arena.quads(own).view(self.codebooks.shape),
-                "book4": self.arena.slots[own].base4,
-            }
+            books = self.arena.quads(own).view(self.held_codebooks().shape)
+            book4 = self.arena.slots[own].base4
         return Weight(
             self.codes,
             self.arena.quads(name),
@@ -201,10 +278,11 @@ class QZOLinear(nn.Module):
             self.arena.slots[name].base4,
             self.bits,
             self.table,
-            **books,
+            books,
+            book4,
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         form = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
         form = "table" if self.table else form if self.codebooks is None else f"{len(self.codebooks)} codebooks"
         order = "" if self.perm is None else "sorted columns, "
@@ -216,15 +294,15 @@ class QZOLinear(nn.Module):
 
     # ------------------------------------------------------------------------------------ moving and saving
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in ("codes", "zeros", "bias", "codebooks", "arena", "perm", "table", "out_dtype"):
             self._let_go()  # or it would keep the memory of what is replaced
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_planned": None}  # a copy makes plans of its own
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QZOLinear":
         if self.out_dtype is not None:
             self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype, device=self.codes.device)).dtype
         self._let_go()
@@ -244,7 +322,7 @@ class QZOLinear(nn.Module):
         self.arena.move(fn)
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         planes = to_planes(self.codes, self.in_features, self.bits)  # words of vectors are what they are
         destination[prefix + "codes"] = planes
@@ -261,8 +339,15 @@ class QZOLinear(nn.Module):
             destination[prefix + "bits"] = torch.tensor(self.bits)
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         own = {
             name: state_dict.pop(prefix + name, None)
             for name in ("codes", "scales", "zeros", "bits", "perm", "table", "codebooks")
@@ -305,8 +390,8 @@ class QZOLinear(nn.Module):
         codes = loaded.codes.to(device)
         form = to_rows if rows else to_planes
         self.codes = form(codes, self.in_features, self.bits).clone()
-        if loaded.books:
-            self.codebooks.copy_(loaded.codebooks)
+        if loaded.codebooks is not None:
+            self.held_codebooks().copy_(loaded.codebooks)
             if self.trains_codebooks:
                 self.arena.quads(codebooks_name(self.arena_name)).copy_(loaded.codebooks.reshape(1, -1, 4))
         self.zeros = None if loaded.zeros is None else loaded.zeros.to(device, copy=True)

@@ -40,26 +40,38 @@ _choice = contextvars.ContextVar("qzo_choice", default=DEFAULT)
 @contextlib.contextmanager
 def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None,
             shared_launches=None):
-    """Choose what runs inside the block; None leaves a choice as it is.
+    """Choose what runs inside the block: a context manager; None leaves a choice as it is.
 
-    name : "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton". "triton" on CPU tensors needs Triton's
+    Parameters
+    ----------
+    name : str or None
+        "auto" (Triton on a GPU, torch on a CPU), "torch" or "triton". "triton" on CPU tensors needs Triton's
         interpreter: set TRITON_INTERPRET=1 before the first import of qzo.
-    large_rows : what the Triton backend does with many rows per evaluation. "fused" (the default) multiplies by the
-        scales in float32, exactly. The others round each perturbed weight once to 16 bits: "folded", from 128 rows
-        on, in registers (kernels/folded.py); "blas", from 512 on, in a chunk of at most 32 MB that the library's
-        matmul then reads. "auto" takes of these two what is thought fastest for the rows, with float16 activations
-        only (bfloat16 would lose an eighth of the signal). The torch backend works by chunks, exactly, whatever is
-        asked.
-    tables : "rounded" (the default): the entries of a table (NF4, FP4) are rounded once to the type of the activations.
+    large_rows : str or None
+        What the Triton backend does with many rows per evaluation. "fused" (the default) multiplies by the scales in
+        float32, exactly. The others round each perturbed weight once to 16 bits: "folded", from 128 rows on, in
+        registers (kernels/folded.py); "blas", from 512 on, in a chunk of at most 32 MB that the library's matmul then
+        reads. "auto" takes of these two what is thought fastest for the rows, with float16 activations only (bfloat16
+        would lose an eighth of the signal). The torch backend works by chunks, exactly, whatever is asked.
+    tables : str or None
+        "rounded" (the default): the entries of a table (NF4, FP4) are rounded once to the type of the activations.
         "exact": they are multiplied as the sum of two such numbers, which leaves 2^-16 of an entry in bfloat16 and
         2^-22 in float16 (or 2^-25, if that is more), and takes a second pass over each tile. float32 activations need
         neither.
-    tile : a kernels.tiles.Tile that every matmul is to run with, in place of the one that tiles.pick chooses
-    shared_launches : whether layers of a module that are given the same x, as q, k and v are, may run in one launch
-        (True); no bit depends on it
-    overlap : whether a launch may begin while the one ahead of it ends, where the chip can (True); no bit depends on it
+    tile : kernels.tiles.Tile or None
+        What every matmul is to run with, in place of the one that tiles.pick chooses.
+    overlap : bool or None
+        Whether a launch may begin while the one ahead of it ends, where the chip can (True); no bit depends on it.
+    shared_launches : bool or None
+        Whether layers of a module that are given the same x, as q, k and v are, may run in one launch (True); no bit
+        depends on it.
 
-    Raises ValueError for another value; for a tile that cannot be, and where a matmul inside would run without it.
+    Raises
+    ------
+    ValueError
+        Another value; a tile that cannot be; inside, a matmul that would run without the tile.
+    RuntimeError
+        Inside: "triton" on CPU tensors without Triton's interpreter.
     """
     if name not in (None, *_BACKENDS):
         raise ValueError(f"backend({name!r}): the backends are {', '.join(map(repr, _BACKENDS))}")

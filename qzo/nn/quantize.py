@@ -3,6 +3,8 @@
 Calibrated methods (GPTQ, AWQ, auto-round) start from better codes; this is the quantizer that needs no data.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ..kernels.codes import middle
@@ -13,7 +15,13 @@ ROUNDS = 3  # of rounding and refitting in turn; the error stops falling after t
 BLOCK = 1 << 19  # weights quantized at a time: temporaries stay a few megabytes, in the cache
 
 
-def quantize_weight(weight, group_size=128, symmetric=True, bits=4, table=None):
+def quantize_weight(
+    weight: torch.Tensor,
+    group_size: int = 128,
+    symmetric: bool = True,
+    bits: int = 4,
+    table: Sequence[float] | None = None,
+) -> PackedWeight:
     """Quantize a float matrix [N, K] to 2, 4 or 8 bits in groups along K.
 
     symmetric: w ~ s * (code - 2^(bits - 1)), the widest magnitude on the first or the last code; else
@@ -42,7 +50,7 @@ def quantize_weight(weight, group_size=128, symmetric=True, bits=4, table=None):
     return PackedWeight.from_codes(codes, scales.T, None if symmetric else zeros.T, bits)
 
 
-def check_form(bits, symmetric, table):
+def check_form(bits: int, symmetric: bool, table: Sequence[float] | None) -> None:
     """ValueError unless weights can be quantized so."""
     check_bits(bits)
     if table is not None and (bits != 4 or not symmetric):
@@ -53,7 +61,7 @@ def check_form(bits, symmetric, table):
         )
 
 
-def _on_table(weight, group, table):
+def _on_table(weight: torch.Tensor, group: int, table: Sequence[float]) -> PackedWeight:
     """Each weight's nearest entry, the lower code of two alike."""
     entries = torch.tensor(table, device=weight.device)
     ordered, order = entries.sort(stable=True)
@@ -68,7 +76,7 @@ def _on_table(weight, group, table):
     return PackedWeight.from_codes(torch.cat(codes), torch.cat(scales).T, table=table)
 
 
-def _quantize_block(w, symmetric, bits):
+def _quantize_block(w: torch.Tensor, symmetric: bool, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """w [N, G, g] -> codes uint8 [N, G*g], scales [N, G], zeros uint8 [N, G]."""
     low, high, most = w.amin(2), w.amax(2), (1 << bits) - 1
     if symmetric:
@@ -89,11 +97,11 @@ def _quantize_block(w, symmetric, bits):
     return codes.flatten(1).to(torch.uint8), scale, zero.to(torch.uint8)
 
 
-def _round(w, scale, zero, most):
+def _round(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: int) -> torch.Tensor:
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     return ((w / safe.unsqueeze(2)).round() + zero.unsqueeze(2)).clamp(0, most)
 
 
-def _representable(scale):
+def _representable(scale: torch.Tensor) -> torch.Tensor:
     """Rounded to float16, kept in its finite range."""
     return scale.clamp(max=65504.0).to(torch.float16).to(torch.float32)

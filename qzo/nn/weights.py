@@ -46,16 +46,35 @@ def check_group_size(group_size, in_features):
 class PackedWeight:
     """A matrix [N, K] of 2-, 4- or 8-bit codes in groups along K, or of codes for vectors of eight.
 
-    codes : uint8 rows (CPU) or int16 planes (GPU): kernels/codes.py tells their shapes; int16 words, on every device,
-        with codebooks: kernels/vectors.py
-    scales : float32 [G, N], in the sign of the file
-    zeros : None (every zero point is 2^(bits - 1)), uint8 [G, N], or float32 [G, N] (a float minimum m is
-        zero = -m / scale)
-    in_features : K, which the padded codes do not tell
-    bits : of a code; with codebooks that of an index, up to 16
-    perm : int64 [K], the input that column j of the codes belongs to, or None: j
-    table : sixteen floats that 4-bit codes stand for, or None; there are no zero points then
-    codebooks : float [C, 2^bits, 8], or None; there are no zero points and no table then, and one scale to an output
+    W[n, perm[j]] = scales[g, n] * (code[n, j] - zero[g, n]), g = j // group_size; with a table (NF4: arXiv 2305.14314,
+    appendix E) scales[g, n] * table[code[n, j]]; with codebooks (AQLM: arXiv 2401.06118, section 3) W[n, 8j + i] =
+    scales[0, n] * the sum over c of codebooks[c, code[n, j, c], i].
+
+    Parameters
+    ----------
+    codes
+        uint8 rows (CPU) or int16 planes (GPU): kernels/codes.py tells their shapes; int16 words, on every device, with
+        codebooks: kernels/vectors.py.
+    scales
+        float32 [G, N], in the sign of the file.
+    zeros
+        None (every zero point is 2^(bits - 1)), uint8 [G, N], or float32 [G, N] (a float minimum m is
+        zero = -m / scale).
+    in_features
+        K, which the padded codes do not tell.
+    bits
+        Of a code: 2, 4 or 8; with codebooks that of an index, up to 16.
+    perm
+        int64 [K], the input that column j of the codes belongs to, or None: j.
+    table
+        Sixteen floats that 4-bit codes stand for, or None; there are no zero points then.
+    codebooks
+        float [C, 2^bits, 8], or None; there are no zero points and no table then, and one scale to an output.
+
+    Raises
+    ------
+    ValueError
+        Shapes, dtypes or values that do not fit one another: what was given and what is wanted are named.
     """
 
     codes: torch.Tensor
@@ -111,8 +130,33 @@ class PackedWeight:
 
     @classmethod
     def from_codes(cls, codes, scales, zeros=None, bits=4, perm=None, table=None):
-        """From plain codes: uint8 [N, K] below 2^bits, scales [G, N], zeros None or [G, N], integers or floats; perm:
-        None or [K]; table: None or sixteen floats."""
+        """From plain codes, one a byte.
+
+        Parameters
+        ----------
+        codes : torch.Tensor
+            uint8 [N, K], below 2^bits.
+        scales : torch.Tensor
+            [G, N], of any float dtype; kept in float32.
+        zeros : torch.Tensor or None
+            [G, N], integers or floats; None, or all of them 2^(bits - 1): none are kept.
+        bits : int
+            Of a code: 2, 4 or 8.
+        perm : torch.Tensor or None
+            int64 [K], the input that each column of `codes` belongs to.
+        table : sequence of float or None
+            Sixteen numbers that 4-bit codes stand for.
+
+        Returns
+        -------
+        PackedWeight
+            Rows on a CPU, planes elsewhere.
+
+        Raises
+        ------
+        ValueError
+            Codes of another dtype, shape or range; what the class refuses.
+        """
         check_bits(bits)
         if codes.dtype != torch.uint8 or codes.dim() != 2 or (codes.numel() and int(codes.max()) >> bits):
             raise ValueError(
@@ -127,8 +171,27 @@ class PackedWeight:
 
     @classmethod
     def from_vectors(cls, codes, scales, codebooks):
-        """From plain codes: integers [N, K/8, C] below the codebooks' 2^bits entries, scales [N], codebooks
-        float [C, 2^bits, 8]. ValueError for a code that is out of the codebook's range."""
+        """From plain codes that stand for vectors of eight weights (AQLM).
+
+        Parameters
+        ----------
+        codes : torch.Tensor
+            Integers [N, K/8, C], below the codebooks' 2^bits entries.
+        scales : torch.Tensor
+            [N], of any float dtype; kept in float32.
+        codebooks : torch.Tensor
+            float [C, 2^bits, 8].
+
+        Returns
+        -------
+        PackedWeight
+            With one scale to an output.
+
+        Raises
+        ------
+        ValueError
+            A code that is out of the codebook's range; shapes or dtypes that do not fit.
+        """
         bits = codebooks.shape[1].bit_length() - 1 if codebooks.dim() == 3 else 0
         check_codebooks(codebooks, bits)
         integers = codes.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -184,9 +247,14 @@ class PackedWeight:
         return unpack_codes(self.codes, self.in_features, self.bits)
 
     def dequantize(self):
-        """float32 [N, K]: scale * (code - zero), the subtraction first; scale * table[code]; or scale * sum of vectors;
-        columns in the order of the inputs."""
-        if self.books:
+        """The matrix: scale * (code - zero), the subtraction first; scale * table[code]; or scale * sum of vectors.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 [N, K], columns in the order of the inputs.
+        """
+        if self.codebooks is not None:
             n, k = self.out_features, self.in_features
             return self.scales.T * vector_rows(self.codes, k, 0, n, self.codebooks.float(), torch.float32)
         g = self.group_size

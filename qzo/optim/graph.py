@@ -11,15 +11,46 @@ import copy
 import functools
 import traceback
 import warnings
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from types import ModuleType
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from torch import nn
 
 from ..kernels.noise import law_number
+from ..nn.arena import ScaleArena
+from ..nn.evaluations import Evaluations
 from .step import project, update
 
 LIMIT = 8  # graphs held at once
 PLAIN = str | int | float | bool | None | torch.dtype | torch.device
 PERIOD = 256  # steps after which earlier uses count half
+
+Closure = Callable[..., torch.Tensor | float]
+Batch = Mapping[str, Any]
+Result = tuple[list[float], list[float], list[float]]  # losses [2 J], derivatives [J], applied [J]
+Returned = TypeVar("Returned")
+
+
+class Optimizer(Protocol):
+    """What is asked of a QZO here (optimizer.py is built on this file)."""
+
+    module: nn.Module
+    arena: ScaleArena
+    param_groups: list[dict[str, Any]]
+    large_rows: str
+    cuda_graph: bool | None
+    graphs: "Graphs | None"
+
+    def evaluations(self) -> Evaluations:
+        """Those of the coming step."""
+
+    def losses(self, closure: Closure, evaluations: Evaluations, paired: bool) -> torch.Tensor:
+        """[2 J] of the evaluations."""
+
+    def rates(self) -> tuple[float, float, float]:
+        """(lr / J, 2 eps, clip) of the coming step."""
 
 
 class Recorder:
@@ -29,13 +60,13 @@ class Recorder:
     result is read to the host before the next replay. cuda: stands for torch.cuda in tests.
     """
 
-    def __init__(self, device, cuda=torch.cuda):
+    def __init__(self, device: torch.device, cuda: ModuleType = torch.cuda) -> None:
         self.device, self.cuda = device, cuda
         with cuda.device(device):
             self.pool = cuda.graph_pool_handle()
             self.side = cuda.Stream(device)
 
-    def warm(self, run, times=2):
+    def warm(self, run: Callable[[], Returned], times: int = 2) -> list[Returned]:
         """Call run() on the stream that will capture it: kernels are compiled, libraries take their memory."""
         current = self.cuda.current_stream(self.device)
         self.side.wait_stream(current)
@@ -44,7 +75,7 @@ class Recorder:
         current.wait_stream(self.side)
         return results
 
-    def record(self, run):
+    def record(self, run: Callable[[], Returned]) -> tuple[torch.cuda.CUDAGraph, Returned]:
         """-> (graph, what run() returned: tensors that each replay fills). RuntimeError for what cannot be captured:
         the first one that was raised, not those that follow from it."""
         graph, first = self.cuda.CUDAGraph(), None
@@ -67,7 +98,7 @@ class Recorder:
         return graph, result
 
 
-def recorder_of(device):
+def recorder_of(device: torch.device) -> Recorder | None:
     """A Recorder of this device; None where there are no graphs."""
     return Recorder(device) if device.type == "cuda" else None
 
@@ -79,7 +110,9 @@ class GraphStep:
     same forward without it, which gave the same twice: its Python code takes another way while it is captured.
     """
 
-    def __init__(self, optimizer, closure, batch, paired, recorder):
+    def __init__(
+        self, optimizer: Optimizer, closure: Closure, batch: Batch | None, paired: bool, recorder: Recorder
+    ) -> None:
         self.optimizer, self.paired = optimizer, paired
         self.batch = None if batch is None else _static(batch)
         self.call = closure if batch is None else functools.partial(closure, self.batch)
@@ -96,7 +129,7 @@ class GraphStep:
                 "captured, or reads what was there then"
             )
 
-    def _step(self):
+    def _step(self) -> torch.Tensor:
         """float64 [4 J]: losses, derivatives, applied."""
         group = self.optimizer.param_groups[0]
         losses = self.optimizer.losses(self.call, self.evaluations, self.paired).double()
@@ -105,15 +138,15 @@ class GraphStep:
         return torch.cat([losses, derivatives, applied.double()])
 
     @staticmethod
-    def _losses(result):
+    def _losses(result: torch.Tensor) -> torch.Tensor:
         """The bits of a result's losses, on the host: NaN equals itself."""
         return result[: len(result) // 2].cpu().view(torch.int64)
 
-    def run(self, batch):
+    def run(self, batch: Batch | None) -> Result:
         """Replay with this step's batch, seeds and rates; (losses, derivatives, applied) as lists."""
-        now = self.optimizer.evaluations()
+        now, held = self.optimizer.evaluations(), _tensors(self.batch)
         for name, tensor in _tensors(batch).items():
-            self.batch[name].copy_(tensor, non_blocking=True)
+            held[name].copy_(tensor, non_blocking=True)
         self.evaluations.seeds.copy_(now.seeds, non_blocking=True)
         self.evaluations.kernel_coefs.copy_(now.kernel_coefs, non_blocking=True)
         self.rates.copy_(torch.tensor(self.optimizer.rates(), dtype=torch.float64), non_blocking=True)
@@ -131,14 +164,16 @@ class Graphs:
     steps), so that more shapes than there is room for cost plain steps, not endless captures.
     """
 
-    def __init__(self, optimizer, recorder, limit=LIMIT):
+    def __init__(self, optimizer: Optimizer, recorder: Recorder, limit: int = LIMIT) -> None:
         self.optimizer, self.recorder, self.limit = optimizer, recorder, limit
-        self.captured, self.uses, self.steps = {}, {}, 0
+        self.captured: dict[Hashable, GraphStep] = {}
+        self.uses: dict[Hashable, int] = {}
+        self.steps = 0
         self.arena_data = optimizer.arena.data  # what the graphs read: they end when the model moves
         self.off = self.said = False
-        self.closure = None
+        self.closure: Closure | None = None
 
-    def step(self, closure, batch, paired):
+    def step(self, closure: Closure, batch: Batch | None, paired: bool) -> Result | None:
         """The (losses, derivatives, applied) of a step that ran as a graph, or None: run it without."""
         if self.off or (batch is None and not self._comes_again(closure)):
             return None
@@ -146,7 +181,8 @@ class Graphs:
             key = (closure, paired, self.optimizer.large_rows, *_recipe(self.optimizer.param_groups[0]), *_form(batch))
             hash(key)
         except TypeError as error:
-            return self.give_up(f"the batch cannot be kept in tensors that stay ({error})")
+            self.give_up(f"the batch cannot be kept in tensors that stay ({error})")
+            return None
         self._count(key, 1 if batch is not None else 2)
         if key not in self.captured:
             if not self._worth_it(key):
@@ -154,25 +190,26 @@ class Graphs:
             try:
                 self.captured[key] = GraphStep(self.optimizer, closure, batch, paired, self.recorder)
             except RuntimeError as error:
-                return self.give_up(
+                self.give_up(
                     f"{where(self.optimizer.module, error, 'the closure')} cannot be captured "
                     f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
                 )
+                return None
         return self.captured[key].run(batch)
 
-    def drop(self):
+    def drop(self) -> None:
         """Give the graphs' memory back."""
         for graph in self.captured.values():
             graph.graph.reset()
         self.captured.clear()
 
-    def give_up(self, why):
+    def give_up(self, why: str) -> None:
         """No graphs any more, after a warning."""
         self.off = True
         self.drop()
         warnings.warn(f"cuda_graph: {why}; the steps run without a graph", stacklevel=5)
 
-    def _comes_again(self, closure):
+    def _comes_again(self, closure: Closure) -> bool:
         """Whether a closure is that of the step before."""
         again, other = closure is self.closure, self.closure is not None and closure is not self.closure
         self.closure = closure
@@ -186,14 +223,14 @@ class Graphs:
             )
         return again
 
-    def _count(self, key, uses):
+    def _count(self, key: Hashable, uses: int) -> None:
         if self.steps >= PERIOD:
             self.steps = 0
             self.uses = {key: count // 2 for key, count in self.uses.items() if count > 1 or key in self.captured}
         self.steps += 1
         self.uses[key] = max(self.uses.get(key, 0) + 1, uses)
 
-    def _worth_it(self, key):
+    def _worth_it(self, key: Hashable) -> bool:
         """Whether to capture a step; makes room for it."""
         if self.uses[key] < 2:
             return False
@@ -206,7 +243,7 @@ class Graphs:
         return True
 
 
-def graphs_of(optimizer):
+def graphs_of(optimizer: Optimizer) -> Graphs | None:
     """The Graphs of an optimizer, new where its model has moved; None where there are none, which is said once if they
     were asked for."""
     arena_data, graphs = optimizer.arena.data, optimizer.graphs
@@ -225,18 +262,18 @@ def graphs_of(optimizer):
     return None if recorder is None else Graphs(optimizer, recorder)
 
 
-def _recipe(group):
+def _recipe(group: dict[str, Any]) -> tuple[Hashable, ...]:
     """What of an optimizer's settings is captured as it is; lr, eps and clip are not."""
     return tuple(group[name] for name in ("directions", "noise", "relative", "sharing", "floor"))
 
 
-def _tensors(batch):
+def _tensors(batch: Batch | None) -> dict[str, torch.Tensor]:
     return {name: value for name, value in (batch or {}).items() if isinstance(value, torch.Tensor)}
 
 
-def _form(batch):
+def _form(batch: Batch | None) -> tuple[Hashable, ...]:
     """Names, shapes, dtypes and other values of a batch, hashable. TypeError for a value that cannot be compared."""
-    form = []
+    form: list[Hashable] = []
     for name, value in sorted((batch or {}).items()):
         if not isinstance(value, torch.Tensor | PLAIN):
             raise TypeError(f"{name} is a {type(value).__name__}, tensors and plain values are wanted")
@@ -244,14 +281,14 @@ def _form(batch):
     return tuple(form)
 
 
-def _static(batch):
+def _static(batch: Batch) -> Batch:
     """A copy of the batch whose tensors stay."""
-    static = copy.copy(batch)
+    static = cast(MutableMapping[str, Any], copy.copy(batch))
     static.update({name: tensor.clone() for name, tensor in _tensors(batch).items()})
     return static
 
 
-def where(module, error, otherwise):
+def where(module: nn.Module, error: BaseException, otherwise: str) -> str:
     """The innermost of a module's own modules in which an error was raised, name and type, for a message; otherwise:
     what is named where it was raised in none."""
     names = {id(m): f"{name or 'the model'} ({type(m).__name__})" for name, m in module.named_modules()}

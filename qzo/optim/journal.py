@@ -13,12 +13,15 @@ whose checksum is wrong means damage and is refused.
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import struct
 import time
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 VERSION = 1
 MAGIC = b"QZOJRNL"
@@ -32,7 +35,11 @@ SYNC_SECONDS = 2.0  # a power failure costs at most this much of a run; a killed
 
 
 class JournalError(ValueError):
-    """A journal that cannot be used; the message names the file, the offset or the field, and what to do."""
+    """A journal that cannot be used; the message names the file, the offset or the field, and what to do.
+
+    It is raised by `replay` and `QZO`: for a file that is no journal, a wrong checksum, a header of another model,
+    noise law or recipe, and for a new journal where one exists.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Record:
     loss_minus: float
     skipped: bool = False
 
-    def pack(self):
+    def pack(self) -> bytes:
         body = RECORD.pack(
             self.step,
             self.direction,
@@ -63,12 +70,12 @@ class Record:
 class Journal:
     """An open journal. `steps` holds the whole steps it was opened with: a list of lists of Record."""
 
-    def __init__(self, path, header, steps, file):
+    def __init__(self, path: Path, header: dict[str, Any], steps: list[list[Record]], file: io.FileIO) -> None:
         self.path, self.header, self.steps, self._file = path, header, steps, file
         self._synced = time.monotonic()
 
     @classmethod
-    def create(cls, path, header):
+    def create(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> "Journal":
         """Start a journal. JournalError if the file exists: it may hold hours of work."""
         path = Path(path)
         if path.exists():
@@ -79,7 +86,7 @@ class Journal:
         return cls(path, header, [], open(path, "ab", buffering=0))
 
     @classmethod
-    def resume(cls, path, header):
+    def resume(cls, path: str | os.PathLike[str], header: dict[str, Any]) -> "Journal":
         """Continue a journal, or start it where there is none or its header was never finished.
 
         Everything in `header` but "versions" has to agree with the file's; JournalError names the first difference.
@@ -96,7 +103,7 @@ class Journal:
         file.seek(end)
         return cls(path, old, steps, file)
 
-    def append(self, records):
+    def append(self, records: Sequence[Record]) -> None:
         """Write all records of a step at once. OSError (a full disk) leaves a tail that the next resume drops."""
         data = b"".join(record.pack() for record in records)
         start = self._file.tell()
@@ -112,7 +119,7 @@ class Journal:
                 os.fsync(self._file.fileno())
             self._synced = now
 
-    def close(self):
+    def close(self) -> None:
         """Flush to the disk and close."""
         if not self._file.closed:
             with _naming(self.path):
@@ -120,7 +127,7 @@ class Journal:
                 self._file.close()
 
 
-def read(path):
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[list[Record]], int] | None:
     """-> (header, whole steps, offset of their end), or None where the header itself was cut off.
 
     Raises JournalError for a file that is no journal, for a damaged header, a record whose checksum is wrong (its
@@ -148,8 +155,8 @@ def read(path):
     return header, steps, end
 
 
-def _read_steps(path, data, start, directions):
-    steps = []
+def _read_steps(path: Path, data: bytes, start: int, directions: int) -> tuple[list[list[Record]], int]:
+    steps: list[list[Record]] = []
     end = start
     whole = (len(data) - start) // RECORD_BYTES
     for i in range(whole):
@@ -175,7 +182,7 @@ def _read_steps(path, data, start, directions):
     return steps, end
 
 
-def check_header(path, old, new):
+def check_header(path: str | os.PathLike[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """JournalError naming the first field in which a journal and this run differ ("versions" may)."""
     new = json.loads(json.dumps(new))  # as the file holds it: tuples are lists
     if old.get("arena") != new.get("arena"):
@@ -197,7 +204,7 @@ def check_header(path, old, new):
         )
 
 
-def _other_layers(old, new):
+def _other_layers(old: Mapping[str, list[int]], new: Mapping[str, list[int]]) -> str:
     """The first difference of two arena maps, in words."""
     for name in sorted({*old, *new}):
         if name not in new:
@@ -210,7 +217,7 @@ def _other_layers(old, new):
     return "its layers lie in another order"
 
 
-def _write_new(path, header):
+def _write_new(path: Path, header: Mapping[str, Any]) -> None:
     body = json.dumps(header, sort_keys=True).encode()
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(body))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +234,7 @@ def _write_new(path, header):
 
 
 @contextlib.contextmanager
-def _naming(path):
+def _naming(path: Path) -> Iterator[None]:
     """An OSError inside has this path: that of a write to an open file has none."""
     try:
         yield

@@ -4,17 +4,21 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..kernels.noise import check_sharing, law_number, step_seed
 from ..nn import ops
+from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
 from ..nn.layers import arena_of, check_sharing_of, evaluating, layers
 from .defaults import CLIP, EPS, FLOOR
-from .graph import graphs_of
+from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
 from .replay import journal_header
 from .step import LARGEST, apply_records, project
@@ -27,61 +31,89 @@ class StepResult:
     """What a step saw and did: losses [E] in the order +, - of each direction, derivatives before clipping and
     coefficients applied to the raw noise, one per direction, and whether the step was skipped."""
 
-    losses: list
-    derivatives: list
-    applied: list
+    losses: list[float]
+    derivatives: list[float]
+    applied: list[float]
     skipped: bool
 
 
 class QZO(torch.optim.Optimizer):
     """Zeroth-order optimizer of a module's quantization scales; forward passes only, no state but the scales.
 
+    Two-point SPSA with directional derivative clipping (DDC): arXiv 2505.13430, algorithm 1 and equation 5. With J
+    directions z_j, d_j = (L(s + eps z_j) - L(s - eps z_j)) / (2 eps), clipped to [-C, C]; s moves by -(lr / J) d_j z_j
+    (step.py has the arithmetic, kernels/update.py the rounding).
+
     Parameters
     ----------
-    module : nn.Module with QZOLinear layers; those that train share its ScaleArena
-    lr : learning rate; relative to the scales if `relative`
-    eps : perturbation, in units of a scale if `relative` (default 1e-2), else absolute
-    clip : bound C on the directional derivative (DDC); math.inf turns it off
-    noise, relative, sharing : as in `Evaluations`
-    directions : J, directions per step; a step makes 2 J evaluations
-    seed : of the run; the seed of direction j at step t is Philox of (seed, t, j)
-    journal : path of the journal to write, or None
-    resume : continue an existing journal: its steps are replayed onto the module, which must be the untouched base
-    paired : whether closures return all losses at once; `step` can override it
-    floor : smallest magnitude of a scale; a scale keeps its sign, a zero stays zero
-    recipe : JSON-able dict for the journal's header: what else a resumed run has to agree on
-    max_skipped : consecutive steps with a NaN or infinite loss before `step` gives up
-    large_rows : "fused", or "blas" for what `qzo.backend` describes, during the steps
-    cuda_graph : run whole steps, update included, as CUDA graphs (graph.py): the same bits, without the cost of
-        launching kernels one by one. None (the default): steps that are given their batch, where the scales are on a
-        CUDA device. True: also those of a closure that comes again, which has to find each batch in the same tensors,
-        and a warning where there is no such device. False: never. What cannot be captured runs without, after one
-        warning that says why.
+    module
+        Holds QZOLinear layers; those that train share its ScaleArena, float32.
+    lr
+        Learning rate; relative to the scales if `relative`.
+    eps
+        Perturbation, in units of a scale if `relative` (default 1e-2), else absolute.
+    clip
+        Bound C on the directional derivative (DDC), in units of the loss over those of eps; math.inf turns it off.
+    noise
+        As in `Evaluations`.
+    relative
+        As in `Evaluations`.
+    sharing
+        As in `Evaluations`.
+    directions
+        J, directions per step; a step makes 2 J evaluations.
+    seed
+        Of the run, 64 bits; the seed of direction j at step t is Philox of (seed, t, j).
+    journal
+        Path of the journal to write, or None.
+    resume
+        Continue an existing journal: its steps are replayed onto the module, which must be the untouched base.
+    paired
+        Whether closures return all losses at once; `step` can override it.
+    floor
+        Smallest magnitude of a scale; a scale keeps its sign, a zero stays zero.
+    max_skipped
+        Consecutive steps with a NaN or infinite loss before `step` gives up.
+    recipe
+        JSON-able dict for the journal's header: what else a resumed run has to agree on.
+    large_rows
+        What `qzo.backend` describes, during the steps: "fused", "folded", "blas" or "auto".
+    cuda_graph
+        Run whole steps, update included, as CUDA graphs (graph.py): the same bits, without the cost of launching
+        kernels one by one. None (the default): steps that are given their batch, where the scales are on a CUDA device.
+        True: also those of a closure that comes again, which has to find each batch in the same tensors, and a warning
+        where there is no such device. False: never. What cannot be captured runs without, after one warning that says
+        why.
 
-    Raises ValueError for values out of range, JournalError (a ValueError) for a journal that exists or does not fit.
+    Raises
+    ------
+    ValueError
+        A value out of range; a module in which nothing trains, or codebooks train under noise shared by rows.
+    JournalError
+        A ValueError: the journal exists and is not resumed, is damaged, or belongs to another model or recipe.
     """
 
     def __init__(
         self,
-        module,
-        lr,
-        eps=EPS,
-        clip=CLIP,
-        noise="rademacher",
-        relative=True,
-        sharing="group",
-        directions=1,
-        seed=0,
-        journal=None,
+        module: nn.Module,
+        lr: float,
+        eps: float = EPS,
+        clip: float = CLIP,
+        noise: str = "rademacher",
+        relative: bool = True,
+        sharing: str = "group",
+        directions: int = 1,
+        seed: int = 0,
+        journal: str | os.PathLike[str] | None = None,
         *,
-        resume=False,
-        paired=True,
-        floor=FLOOR,
-        max_skipped=10,
-        recipe=None,
-        large_rows="fused",
-        cuda_graph=None,
-    ):
+        resume: bool = False,
+        paired: bool = True,
+        floor: float = FLOOR,
+        max_skipped: int = 10,
+        recipe: dict[str, Any] | None = None,
+        large_rows: str = "fused",
+        cuda_graph: bool | None = None,
+    ) -> None:
         _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
         _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
         _check(clip > 0, "clip", clip, "a number > 0 (math.inf: no clipping)")
@@ -99,10 +131,11 @@ class QZO(torch.optim.Optimizer):
         check_sharing_of(module, sharing)
         ops.check_large_rows(large_rows)
         self.module, self.large_rows = module, large_rows
-        self.arena = arena_of(module, exact=True)
+        self.arena: ScaleArena = arena_of(module, exact=True)
         self.paired, self.max_skipped = paired, max_skipped
-        self.cuda_graph, self.graphs = cuda_graph, None
-        self.last = None
+        self.cuda_graph = cuda_graph
+        self.graphs: Graphs | None = None
+        self.last: StepResult | None = None
         self._skipped_in_a_row, self._told = 0, False
         super().__init__(
             [self.arena.data],
@@ -120,7 +153,7 @@ class QZO(torch.optim.Optimizer):
             ),
         )
         _warn_if_rounded_away(module, self.arena, eps, relative)
-        self.journal = None
+        self.journal: Journal | None = None
         if journal is not None:
             header = journal_header(module, self.param_groups[0], recipe)
             self.journal = Journal.resume(journal, header) if resume else Journal.create(journal, header)
@@ -129,10 +162,18 @@ class QZO(torch.optim.Optimizer):
                 self._count_skipped(records[0].skipped)
             self.param_groups[0]["step"] = len(self.journal.steps)
 
-    def evaluations(self):
+    def evaluations(self) -> Evaluations:
         """The Evaluations of the coming step: +eps and -eps of each direction in turn.
 
-        RuntimeError when the layers have moved to another arena, where this optimizer would not reach them.
+        Returns
+        -------
+        Evaluations
+            2 J of them, on the device of the scales; those of a direction share a seed.
+
+        Raises
+        ------
+        RuntimeError
+            The layers have moved to another arena, where this optimizer would not reach them.
         """
         if any(layer.arena is not self.arena for layer in layers(self.module).values()):
             raise RuntimeError(
@@ -145,19 +186,42 @@ class QZO(torch.optim.Optimizer):
         return Evaluations(seeds, coefs, group["noise"], group["relative"], group["sharing"]).to(self.arena.data.device)
 
     @torch.no_grad()
-    def step(self, closure, paired=None, *, batch=None):
-        """One step. closure(), or closure(batch), runs forward only.
+    def step(  # type: ignore[override]  # there is no step without a closure, and it may return a tensor
+        self, closure: Closure, paired: bool | None = None, *, batch: Batch | None = None
+    ) -> float:
+        """One step. A NaN or infinite loss skips it, which the journal records.
 
-        paired (the default): called once, returns the loss of each evaluation, [2 J], of a batch stacked 2 J times.
-        paired=False: called 2 J times, each under one evaluation, returns a scalar.
-        batch: a mapping of tensors and plain values. On a CUDA device a step is captured when (closure, names, shapes,
-        dtypes, values) come for the second time and replayed from then on, with the batch copied into the tensors of
-        the capture: so the closure is the same object in each step and finds all that changes in the batch, and a run
-        has few shapes (`qzo.optim.graph.LIMIT` graphs are held).
+        On a CUDA device a step that is given its batch is captured when (closure, names, shapes, dtypes, values) come
+        for the second time and replayed from then on, with the batch copied into the tensors of the capture: so the
+        closure is the same object in each step and finds all that changes in the batch, and a run has few shapes
+        (`qzo.optim.graph.LIMIT` graphs are held).
 
-        Returns the mean loss, a float. A NaN or infinite loss skips the step, which the journal records;
-        FloatingPointError after `max_skipped` of them in a row. ValueError when the losses have another shape,
-        TypeError when the batch is no mapping.
+        Parameters
+        ----------
+        closure
+            closure(), or closure(batch), runs forward only. Paired it is called once and returns the loss of each
+            evaluation, a tensor [2 J] of any float dtype, of a batch stacked 2 J times (`qzo.pair`, `qzo.losses`); else
+            it is called 2 J times, each under one evaluation, and returns a scalar.
+        paired
+            None: what the optimizer was made with (True unless said otherwise).
+        batch
+            A mapping of tensors and plain values, or None: the closure knows its own.
+
+        Returns
+        -------
+        float
+            The mean loss over the evaluations; `last` has each of them.
+
+        Raises
+        ------
+        FloatingPointError
+            `max_skipped` steps in a row had a NaN or infinite loss; lr times a derivative leaves float32.
+        ValueError
+            The losses have another shape.
+        TypeError
+            The batch is no mapping.
+        OSError
+            The journal cannot be written.
         """
         if batch is not None and not isinstance(batch, Mapping):
             raise TypeError(
@@ -174,16 +238,18 @@ class QZO(torch.optim.Optimizer):
         derivatives, applied = project(losses, self.rates(), law_number(self.param_groups[0]["noise"]))
         return self._finish(losses.tolist(), derivatives.tolist(), applied.tolist())
 
-    def _as_graph(self, closure, batch, paired):
+    def _as_graph(self, closure: Closure, batch: Batch | None, paired: bool) -> Result | None:
         self.graphs = graphs_of(self)
         return None if self.graphs is None else self.graphs.step(closure, batch, paired)
 
-    def rates(self):
+    def rates(self) -> tuple[float, float, float]:
         """(lr / J, 2 eps, clip) of the coming step, what `project` takes."""
         group = self.param_groups[0]
         return group["lr"] / group["directions"], 2 * group["eps"], group["clip"]
 
-    def _finish(self, losses, derivatives, applied, updated=False):
+    def _finish(
+        self, losses: list[float], derivatives: list[float], applied: list[float], updated: bool = False
+    ) -> float:
         """Journal, update (unless a graph has done it) and count one step; returns the mean loss."""
         group = self.param_groups[0]
         count = group["directions"]
@@ -220,7 +286,7 @@ class QZO(torch.optim.Optimizer):
             )
         return sum(losses) / len(losses)
 
-    def _advice(self):
+    def _advice(self) -> str:
         """What to do about losses that are not finite; many models of bfloat16 leave float16's range."""
         group, first = self.param_groups[0], ""
         if any(p.dtype == torch.float16 for p in self.module.parameters()):
@@ -231,12 +297,12 @@ class QZO(torch.optim.Optimizer):
         return f"{first}lower lr ({group['lr']:g}) or eps ({group['eps']:g}), or check the data"
 
     @contextlib.contextmanager
-    def perturbed(self, evaluations):
+    def perturbed(self, evaluations: Evaluations) -> Iterator[None]:
         """What a closure runs in."""
         with ops.backend(large_rows=self.large_rows), evaluating(self.module, evaluations):
             yield
 
-    def losses(self, closure, evaluations, paired):
+    def losses(self, closure: Closure, evaluations: Evaluations, paired: bool) -> torch.Tensor:
         """[2 J] of the evaluations, where the closure left them; what `step` raises for another shape."""
         if paired:
             with self.perturbed(evaluations):
@@ -248,38 +314,38 @@ class QZO(torch.optim.Optimizer):
                     "Stack the batch with qzo.pair and use qzo.losses, or step(closure, paired=False)"
                 )
             return losses
-        losses = []
+        singles = []
         for e in range(len(evaluations)):
             with self.perturbed(evaluations[e : e + 1]):
-                losses.append(torch.as_tensor(closure(), dtype=torch.float64))
-            if losses[-1].numel() != 1:
+                singles.append(torch.as_tensor(closure(), dtype=torch.float64))
+            if singles[-1].numel() != 1:
                 raise ValueError(
                     f"with paired=False the closure must return one number, the loss of the evaluation it "
-                    f"runs under; got {list(losses[-1].shape)}"
+                    f"runs under; got {list(singles[-1].shape)}"
                 )
-        return torch.stack([loss.view(()) for loss in losses])
+        return torch.stack([loss.view(()) for loss in singles])
 
-    def _apply(self, records):
+    def _apply(self, records: Sequence[Record]) -> None:
         """The update of one step from its records: what a replay does, too."""
         self.param_groups[0]["params"] = [self.arena.data]  # the arena may have moved to another device
         if not records[0].skipped:
             apply_records(self.arena, records, self.param_groups[0])
 
-    def _count_skipped(self, skipped):
+    def _count_skipped(self, skipped: bool) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
 
-    def close(self):
+    def close(self) -> None:
         """Flush and close the journal."""
         if self.journal is not None:
             self.journal.close()
 
 
-def _check(good, name, got, wanted):
+def _check(good: bool, name: str, got: object, wanted: str) -> None:
     if not good:
         raise ValueError(f"{name}={got!r}: {wanted} is wanted")
 
 
-def _warn_if_rounded_away(module, arena, eps, relative):
+def _warn_if_rounded_away(module: nn.Module, arena: ScaleArena, eps: float, relative: bool) -> None:
     """Warn when the activations' rounding drowns L+ - L-.
 
     The rms error of L+ - L- over its rms size was measured near 1.25 * u / eps_relative, u the roundoff of the
@@ -288,7 +354,7 @@ def _warn_if_rounded_away(module, arena, eps, relative):
     dtypes = {p.dtype for p in module.parameters() if p.dtype in ROUNDOFF}
     if not dtypes or arena.data.is_meta:
         return
-    dtype = max(dtypes, key=ROUNDOFF.get)
+    dtype = max(dtypes, key=ROUNDOFF.__getitem__)
     size = 1.0
     if not relative:
         read = [layer.read_scales() for layer in layers(module).values()]

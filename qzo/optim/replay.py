@@ -1,22 +1,48 @@
 """What ties a journal to a model, and a journal's steps applied to the model it was written on."""
 
 import hashlib
+import os
 import platform
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..kernels.noise import VERSIONS, law_version
+from ..nn.arena import ScaleArena
 from ..nn.layers import arena_of, digest_parts
 from ..version import __version__
 from .journal import JournalError, check_header, read
 from .step import apply_records
 
 
-def replay(model, journal_path, until=None):
-    """Apply a journal's steps to the base model it was written on, in place; returns the number of steps applied.
+def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | None = None) -> int:
+    """Apply a journal's steps to the base model it was written on, in place.
 
-    until: stop before this step. The scales end bit-equal to the run's (integer noise laws). Raises JournalError, a
-    ValueError, when the journal is damaged or belongs to another model; FileNotFoundError when there is none.
+    No forward runs: noise is made again from the seeds, and scales move along it by the coefficients that the journal
+    holds (kernels/update.py). They end bit-equal to the run's with integer noise laws ("rademacher", "ih4").
+
+    Parameters
+    ----------
+    model
+        The base as it was loaded for the run: same codes, zero points and scales, same layers that train.
+    journal_path
+        A `journal.qzo`; it is only read.
+    until
+        Stop before this step, counted from 0; None: apply all.
+
+    Returns
+    -------
+    int
+        Number of steps applied, skipped ones among them.
+
+    Raises
+    ------
+    JournalError
+        A ValueError: the journal is damaged, belongs to another model, or to a noise law that this version lacks.
+    FileNotFoundError
+        There is no journal.
     """
     found = read(journal_path)
     if found is None:
@@ -34,7 +60,9 @@ def replay(model, journal_path, until=None):
     return len(steps)
 
 
-def journal_header(module, group, recipe=None):
+def journal_header(
+    module: nn.Module, group: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What a journal says before its first record."""
     law = {key: group[key] for key in ("noise", "relative", "sharing", "eps", "clip", "directions", "seed", "floor")}
     return {
@@ -46,7 +74,7 @@ def journal_header(module, group, recipe=None):
     }
 
 
-def model_fields(module, arena):
+def model_fields(module: nn.Module, arena: ScaleArena) -> dict[str, Any]:
     """The fields that tie a journal to a model: the arena map, and a digest of all that was quantized."""
     digest = hashlib.sha256()
     for name, what, tensor in digest_parts(module):

@@ -9,16 +9,20 @@ and the scales move along every z(seed_j) by a_j (kernels/update.py).
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ..kernels.noise import kernel_coefs, law_number
 from ..nn import ops
+from ..nn.arena import ScaleArena
+from .journal import Record
 
 LARGEST = torch.finfo(torch.float32).max
 
 
-def project(losses, rates, law):
+def project(losses: torch.Tensor, rates: torch.Tensor | Sequence[float], law: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses of a step -> derivatives, and what is applied along the raw noise; on any device, the same bits on all.
 
     losses float64 [2 J] in the order +, -; rates: lr / J, 2 eps, clip (numbers, or a float64 tensor [3] for a graph,
@@ -31,7 +35,7 @@ def project(losses, rates, law):
     return derivatives, torch.where((losses.abs() <= LARGEST).all() & applied.isfinite().all(), applied, math.nan)
 
 
-def update(arena, seeds, coefs, recipe):
+def update(arena: ScaleArena, seeds: torch.Tensor, coefs: torch.Tensor, recipe: Mapping[str, Any]) -> None:
     """Update the arena in place with (seed, coefficient) pairs; recipe names noise, relative, sharing and floor."""
     ops.update_op(
         arena.data,
@@ -45,7 +49,7 @@ def update(arena, seeds, coefs, recipe):
     )
 
 
-def apply_records(arena, records, recipe):
+def apply_records(arena: ScaleArena, records: Sequence[Record], recipe: Mapping[str, Any]) -> None:
     """Update the arena with one step's records: what a step and a replay do."""
     device = arena.data.device
     seeds = torch.tensor([r.seed for r in records], dtype=torch.int64, device=device)

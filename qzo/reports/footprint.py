@@ -53,7 +53,7 @@ def rounded(nbytes, device):
 def weights_bytes(model, device):
     """{"codes", "scales", "zeros", "dense"}: what a model holds between steps, each storage once."""
     found = list(layers(model, trainable=None).values())
-    held = {
+    held: dict[str, list[torch.Tensor | None]] = {
         "codes": [layer.codes for layer in found],
         "zeros": [layer.zeros for layer in found],
         "scales": list({id(layer.arena): layer.arena.data for layer in found}.values()),

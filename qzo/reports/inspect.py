@@ -88,7 +88,7 @@ def survey(entries, types):
     """({name of a weight: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, codebooks,
     scales and zeros)."""
     wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "codebooks": 0, "scales": 0, "zeros": 0}
-    dense = collections.defaultdict(lambda: [0, 0])
+    dense: collections.defaultdict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for name, value, _ in entries:
         if isinstance(value, PackedWeight):
             wanted[name] = form_of(value)
@@ -191,7 +191,7 @@ def _memory(model, options, device):
 def _kinds(model):
     """[{"bits", "group_size", "zeros", "table", "codebooks", "layers", "scales", "weights"}] of layers alike, most
     weights first."""
-    alike = {}
+    alike: dict[tuple[object, ...], dict[str, int]] = {}
     for layer in layers(model, trainable=None).values():
         zeros = "none" if layer.zeros is None else "float" if layer.zeros.is_floating_point() else "integer"
         size = "row" if layer.group_size == layer.in_features else layer.group_size

@@ -26,6 +26,7 @@ from .footprint import (
     DeviceMeter,
     Ledger,
     ResidentMeter,
+    Span,
     Spans,
     check_chip,
     library_bytes,
@@ -109,7 +110,7 @@ def _composed(weights, resident, spans):
     top = max(spans.found, key=lambda span: span.peak)
     parts = {**weights, **parts_of(top, resident)}
     parts["workspace"] += resident - sum(weights.values())  # libraries' own, and the batch
-    highest = {}
+    highest: dict[str, Span] = {}
     for span in spans.found:
         if span.phase not in highest or span.peak > highest[span.phase].peak:
             highest[span.phase] = span
@@ -128,6 +129,7 @@ def measure(load, run, device, snapshot=None):
     Also "slack", which no tensor uses: on a GPU what the allocator keeps beyond the peak, on a CPU the libraries' own.
     snapshot: file for the CUDA allocator's history, written also where memory does not suffice.
     """
+    meter: ResidentMeter | DeviceMeter
     if device == "cpu":
         meter = ResidentMeter()
         _step(load, run, device, meter)
@@ -179,7 +181,7 @@ def _released(model, meter):
         freed[part], before = before - now, now
 
     for layer in found:
-        layer.codes = None
+        layer.codes = None  # type: ignore[assignment]  # the layer is of no use afterwards
     done("codes")
     for layer in found:
         layer.zeros = None

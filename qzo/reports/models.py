@@ -147,7 +147,9 @@ def quantize_empty(model, wanted, cpu=False):
     """
     for name, form in wanted.items():
         linear = model.get_submodule(name)
-        n, k = sizes_of(linear)
+        sizes = sizes_of(linear)
+        assert sizes is not None, f"{name} can be quantized"
+        n, k = sizes
         group = check_group_size(form.group_size, k)
         books = torch.empty(form.books, 1 << form.bits, LENGTH, dtype=form.book_dtype, device="meta")
         packed = PackedWeight.on_meta(

@@ -5,6 +5,8 @@ import contextlib
 import errno
 import os
 import re
+from pathlib import Path
+from types import TracebackType
 
 _UNUSABLE = {
     errno.EACCES: "permission denied; give another path, or change whose it is",
@@ -19,7 +21,7 @@ _UNUSABLE = {
 WHAT = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
 
 
-def full(error):
+def full(error: BaseException) -> int | None:
     """The errno of a full disk or an exhausted quota, else None.
 
     safetensors and tokenizers write in Rust, and tell it in their own exceptions' text.
@@ -30,10 +32,11 @@ def full(error):
     return found if found in WHAT else None
 
 
-def unusable(error):
+def unusable(error: BaseException) -> str | None:
     """One line for an OSError of a path that was given and cannot be used, else None."""
-    reason = _UNUSABLE.get(error.errno) if isinstance(error, OSError) and error.filename is not None else None
-    return reason and f"{error.filename2 or error.filename}: {reason}"
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
+        return None
+    return f"{error.filename2 or error.filename}: {_UNUSABLE[error.errno]}"
 
 
 class naming(contextlib.AbstractContextManager):
@@ -42,10 +45,12 @@ class naming(contextlib.AbstractContextManager):
     A full disk elsewhere keeps its own; one of a file in `path`, such as a temporary one, has that of the whole.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         code = None if error is None else full(error)
         if code is not None:
             own = str(getattr(error, "filename2", None) or getattr(error, "filename", None) or self.path)
@@ -54,7 +59,7 @@ class naming(contextlib.AbstractContextManager):
             raise OSError(error.errno, error.strerror, self.path) from None
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:

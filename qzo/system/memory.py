@@ -9,12 +9,12 @@ import torch
 TRIM_EVERY_BYTES = 16 << 20
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch raised this because a device, or the machine, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def explain(error, advice):
+def explain(error: BaseException, advice: str) -> str:
     """One line about such an error; advice: which options ask for less."""
     text = " ".join(str(error).split())
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
@@ -24,7 +24,7 @@ def explain(error, advice):
     return f"out of memory: {wanted}, {left} free; {advice}"
 
 
-def _size(text):
+def _size(text: str) -> str:
     """As torch says it, "2.00 GiB" or "1234 bytes", in GB of 1e9 bytes."""
     number, unit = text.split()
     power = {"bytes": 0, "KiB": 10, "MiB": 20, "GiB": 30}.get(unit)
@@ -38,11 +38,11 @@ class Trimmer:
     blocks of up to 32 MB from there too: without this a load takes up to twice what the model holds.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none and keeps no holes
         self._taken = 0
 
-    def took(self, nbytes):
+    def took(self, nbytes: int) -> None:
         self._taken += nbytes
         if self._taken >= TRIM_EVERY_BYTES and self._trim is not None:
             self._trim(0)

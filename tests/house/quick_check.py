@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -18,7 +19,7 @@ import torch
 import triton  # noqa: F401
 
 
-def check(directory):
+def check(directory: str) -> None:
     """Import qzo from `directory` and compare it with the oracle; raises AssertionError where they differ."""
     sys.path[:0] = [directory, str(Path(__file__).resolve().parent.parent.parent)]
     import qzo
@@ -30,7 +31,7 @@ def check(directory):
 
     assert Path(qzo.__file__).is_relative_to(directory), f"imported {qzo.__file__}"
 
-    common = dict(n=3, rows=2, seeds=(5, 9), coefs=(0.2, -0.1))
+    common: dict[str, Any] = dict(n=3, rows=2, seeds=(5, 9), coefs=(0.2, -0.1))
     for matmul, tile in (
         (Matmul(k=160, group=32, law="ih4", zeros="uint8", bias=True, **common), TILE),
         (Matmul(k=320, group=64, zeros="float32", base4=2**32 - 2, **common), RATIO),

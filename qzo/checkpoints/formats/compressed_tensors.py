@@ -168,7 +168,8 @@ def packer(quantization, where):
 
 
 def _packer(quantization, where):
-    by_target, told = check_config(quantization, where), []
+    told: list[str] = []
+    by_target = check_config(quantization, where)
 
     def make(layer, parts):
         arguments = _arguments(layer, by_target)
@@ -273,15 +274,16 @@ def quantization_config(packed, ignore):
     layers. All have zero points or none has: servers fuse layers, and what they fuse has to be of one kind.
     ValueError for float zero points and for columns in another order.
     """
-    alike, sizes = {}, group_sizes(packed)
+    alike: dict[tuple[int, int], list[str]] = {}
+    sizes = group_sizes(packed)
     for name, weight in packed.items():
         check_order(name, weight, METHOD)
         check_integers(name, weight, METHOD)
         alike.setdefault((weight.bits, sizes[name]), []).append(name)
     symmetric = all(weight.zeros is None for weight in packed.values())
     groups = {
-        f"group_{i}": _config_group(["Linear"] if len(alike) == 1 else names, *kind, symmetric)
-        for i, (kind, names) in enumerate(alike.items())
+        f"group_{i}": _config_group(["Linear"] if len(alike) == 1 else names, bits, size, symmetric)
+        for i, ((bits, size), names) in enumerate(alike.items())
     }
     return {
         "quant_method": METHOD,

@@ -13,6 +13,7 @@ Others (bert, t5, rwkv, plamo2, ...) belong to architectures that gguf_models.py
 
 import math
 import warnings
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -70,10 +71,11 @@ def _rule(file, kind):
 
 def _merged(file, vocabulary, rule):
     merges = _merges(file, vocabulary.tokens)
-    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in rule.regexes]
+    splits: list[Any] = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in rule.regexes]
     if rule.byte_level:
         model = models.BPE(_places(vocabulary), merges, ignore_merges=rule.whole_words)
-        decoder, normalizer = decoders.ByteLevel(), normalizers.NFC() if rule.nfc else None
+        decoder: Any = decoders.ByteLevel()
+        normalizer: Any = normalizers.NFC() if rule.nfc else None
         splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     else:
         model = _text_model(vocabulary, merges)
@@ -178,7 +180,8 @@ def _text_decoder(prefix):
 
 def _merges(file, tokens):
     """[(left, right)], the earliest first. ValueError for one that does not make a token of two."""
-    known, merges = set(tokens), {}
+    merges: dict[Any, Any] = {}
+    known = set(tokens)
     for i, merge in enumerate(entries(file, "merges", (str,))):
         place = merge.find(" ", 1)
         left, right = merge[:place], merge[place + 1 :]

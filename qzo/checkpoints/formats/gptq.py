@@ -100,7 +100,8 @@ def _plain(pattern):
 def packer(quantization, where):
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     settings = check_config(quantization, where)
-    stored, told = StoredZeros(settings["version"], settings["unsure"]), []
+    told: list[str] = []
+    stored = StoredZeros(settings["version"], settings["unsure"])
 
     def make(layer, parts):
         arguments = _arguments(layer, settings)
@@ -119,7 +120,7 @@ def packer(quantization, where):
 
 def _arguments(layer, settings):
     """The settings of a layer by its name; group_size None: the whole row."""
-    changes = next(
+    changes: dict = next(
         (changes for pattern, changes in settings["dynamic"].items() if re.match(_plain(pattern), layer)), {}
     )
     found = settings | {name: changes[name] for name in ("bits", "group_size") if name in changes}
@@ -215,7 +216,9 @@ def quantization_config(packed, ignore):
     sizes = group_sizes(packed)
     kinds = {name: (weight.bits, sizes[name]) for name, weight in packed.items()}
     bits, size = collections.Counter(kinds.values()).most_common(1)[0][0]
-    dynamic = {f"{_SKIPPED}^{re.escape(name)}$": {} for name in ignore if not name.endswith("lm_head")}
+    dynamic: dict[str, dict[str, int]] = {
+        f"{_SKIPPED}^{re.escape(name)}$": {} for name in ignore if not name.endswith("lm_head")
+    }
     dynamic |= {
         f"{_CHANGED}^{re.escape(name)}$": {"bits": kind[0], "group_size": kind[1]}
         for name, kind in kinds.items()

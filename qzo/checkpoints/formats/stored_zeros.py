@@ -18,7 +18,7 @@ class StoredZeros:
 
     def __init__(self, version, unsure=False):
         self._said, self._unsure = version, unsure
-        self._first = None  # (version, layer) that the first layer is read as
+        self._first: tuple[int, str] | None = None  # (version, layer) that the first layer is read as
 
     def version(self, layer, fields, bits, sym):
         """The version of a layer's zero points. fields: they as stored, uint8 [G, N]; sym: what the config says, None
@@ -35,13 +35,13 @@ class StoredZeros:
                 f"{middle(bits) - 1} (gptq) or {middle(bits)} (gptq_v2), and these are {found}; if they "
                 "are what is meant, set sym to false in the quantization_config"
             )
-        told = known is not None and sym is not False
-        if self._unsure and not told:
+        told = None if sym is False else known
+        if self._unsure and told is None:
             raise ValueError(
                 "checkpoint_format and format of the quantization_config read its zero points "
                 "differently; remove the wrong one"
             )
-        version = known if told else self._said
+        version: int = self._said if told is None else told
         if self._first is None:
             self._first = version, layer
             if version != self._said:
