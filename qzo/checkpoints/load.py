@@ -37,20 +37,36 @@ def from_pretrained(
 ) -> Any:
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
-    path_or_id : a checkpoint folder, a .gguf file, a folder holding exactly one, or a Hugging Face Hub id
-    device : where to; a GPU if there is one, else the CPU
-    dtype : of dense tensors and activations; float16 on a GPU, float32 on the CPU
-    bits, group_size, symmetric, table : how float weights are quantized, as in QZOLinear.from_linear; a quantized
-        checkpoint loads as it is
-    trust_remote_code : whether code that the folder brings along is run
-    strict : refuse a group_size that does not divide the inputs of each layer (nn/choice.py tells which are quantized),
-        instead of another for that layer and a warning
-    weight_only : train the weights of a folder whose layers' inputs are quantized too (W4A8) as if they were not: a
-        server rounds them, and what is learned meets that rounding there for the first time
+    Parameters
+    ----------
+    path_or_id
+        A checkpoint folder, a .gguf file, a folder that holds exactly one, or a Hugging Face Hub id.
+    device
+        Where to; a GPU if there is one, else the CPU.
+    dtype
+        Of dense tensors and activations; float16 on a GPU, float32 on the CPU.
+    bits, group_size, symmetric, table
+        How float weights are quantized, as in `QZOLinear.from_linear`; a quantized checkpoint loads as it is.
+    trust_remote_code
+        Whether code that the folder brings along is run.
+    strict
+        Refuse a group_size that does not divide the inputs of each layer (qzo/nn/choice.py says which are quantized),
+        instead of taking another for that layer with a warning.
+    weight_only
+        Train the weights of a folder whose layers' inputs are quantized too (W4A8) as if they were not: a server rounds
+        the inputs, and what is learned meets that rounding there for the first time.
 
-    Returns a transformers.PreTrainedModel that needs no gradients. Raises FileNotFoundError for a path that
-    is not there, ValueError for a checkpoint that cannot be read; the message names the format, tensor or
-    key.
+    Returns
+    -------
+    transformers.PreTrainedModel
+        No parameter of it needs gradients.
+
+    Raises
+    ------
+    FileNotFoundError
+        For a path that is not there.
+    ValueError
+        For a checkpoint that cannot be read; the message names the format, tensor or key.
     """
     table = named_table(table)
     check_form(bits, symmetric, table)

@@ -48,14 +48,25 @@ HELD_ELEMENT_BYTES = 0.625  # of a stored weight: 4 bits and a float32 scale for
 
 @register_quantization_config(METHOD)
 class QZOConfig(QuantizationConfigMixin):
-    """How from_pretrained quantizes the Linears of a float checkpoint while it loads.
-
-    bits, group_size, symmetric, strict : as in qzo.from_pretrained
-    skip : layers that stay dense, beside those that nn/choice.py tells (heads, what is tied, towers, projectors):
-        how their names end, or regular expressions of how they begin
+    """How transformers' from_pretrained quantizes the Linears of a float checkpoint while it loads.
 
     The config of a model that is loaded holds one with a `source`: the quantization_config of the format that the
-    model is saved in. ValueError for other bits or group sizes, TypeError for a skip that is no list of names.
+    model is saved in.
+
+    Parameters
+    ----------
+    bits, group_size, symmetric, strict
+        As in `qzo.from_pretrained`.
+    skip
+        Layers that stay dense, beside those that always do (heads, tied weights, towers, projectors; qzo/nn/choice.py):
+        how their names end, or regular expressions of how they begin.
+
+    Raises
+    ------
+    ValueError
+        For other bits or group sizes.
+    TypeError
+        For a skip that is no list of names.
     """
 
     def __init__(

@@ -17,10 +17,27 @@ def save_pretrained(model: Any, out_dir: str | Path, batch: Any = None) -> dict[
     """Save in the format the model came from: the source's files with new scales, all else byte for byte.
 
     A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized), or as bitsandbytes
-    with NF4 or FP4 codes. Files of other names in out_dir are left alone. Scales are rounded once, to the file's own
-    dtype: with a batch (as `qzo.losses` takes it) returns what that costs, {"loss_before", "loss_after"}, else None.
-    Raises ValueError or FileNotFoundError when the model does not come from `qzo.from_pretrained`, its source has
-    changed or is gone, or out_dir is the source.
+    with NF4 or FP4 codes. Files of other names in out_dir are left alone.
+
+    Parameters
+    ----------
+    model
+        From `qzo.from_pretrained`.
+    out_dir
+        A folder; it is made where it is not there.
+    batch
+        As `qzo.losses` takes it: the cost of rounding the scales to the file's own dtype is measured on it.
+
+    Returns
+    -------
+    dict or None
+        {"loss_before", "loss_after"} of the batch, None without one.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        When the model does not come from `qzo.from_pretrained`, its source has changed or is gone, or out_dir is the
+        source.
     """
     source = _checked_source(model)
     report = None if batch is None else rounding_losses(model, source, batch)
@@ -32,11 +49,24 @@ def save_pretrained(model: Any, out_dir: str | Path, batch: Any = None) -> dict[
 
 
 def export(model: Any, out: str | Path, format: str = "compressed-tensors") -> None:
-    """Save as "awq", "compressed-tensors" or "gptq" (a folder) or, from a GGUF source, "gguf" (a folder or .gguf file).
+    """Save in another format; the new files hold the same weights, exactly, in another arrangement.
 
-    Nothing is quantized again: the new files hold the same weights, exactly, in another arrangement; scales are rounded
-    to the dtype that the source has them in. ValueError naming the layer and the reason where the format cannot hold
-    them: a float minimum, an order of columns, bits, group sizes or sizes of a layer that it does not have.
+    Nothing is quantized again; scales are rounded to the dtype that the source has them in.
+
+    Parameters
+    ----------
+    model
+        From `qzo.from_pretrained`.
+    out
+        A folder, or a .gguf file for "gguf".
+    format
+        "awq", "bitsandbytes", "compressed-tensors", "gptq" or, from a GGUF source, "gguf".
+
+    Raises
+    ------
+    ValueError
+        Naming the layer and the reason where the format cannot hold it: a float minimum, an order of columns, bits,
+        group sizes or sizes of a layer that it does not have.
     """
     source, out = _checked_source(model), Path(out)
     check_format(format)

@@ -11,9 +11,19 @@ from .source import locate
 
 
 def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, GGUF file or Hub id, with its chat template. ValueError if there is none.
+    """The tokenizer of a folder, GGUF file or Hub id, with its chat template.
 
-    trust_remote_code : whether code that the folder brings along is run
+    Parameters
+    ----------
+    path_or_id
+        As in `qzo.from_pretrained`.
+    trust_remote_code
+        Whether code that the folder brings along is run.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or it cannot be read.
     """
     path = locate(path_or_id)
     if path.is_file():

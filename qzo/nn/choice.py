@@ -77,13 +77,27 @@ def quantize_(
     table: str | Sequence[float] | None = None,
     strict: bool = False,
 ) -> nn.Module:
-    """Replace the layers of `module` that the page above tells by QZOLinears, in place, and return the module.
+    """Replace the Linears inside `module` by QZOLinears, in place, and return the module.
 
-    Stacked experts are split into Linears first (experts.py). skip: what has a name that ends in one of these (a whole
-    dotted part, or several), and what lies inside, stays as it is. table: as in QZOLinear.from_linear. strict: refuse a
-    group_size that does not divide a layer's inputs, instead of another for that layer and a warning. Towers of a model
-    of several parts are quantized by a call on the tower itself. Raises ValueError when there is nothing to replace,
-    and where strict refuses; the module is then unchanged.
+    Which ones, qzo/nn/choice.py says above: heads, tied weights, towers and projectors stay dense. Stacked experts are
+    split into Linears first. A tower of a model of several parts is quantized by a call on the tower itself.
+
+    Parameters
+    ----------
+    module
+        Any module; for a bare Linear use `QZOLinear.from_linear`.
+    bits, group_size, symmetric, table
+        As in `QZOLinear.from_linear`.
+    skip
+        What has a name that ends in one of these (a whole dotted part, or several), and what lies inside, stays as it
+        is.
+    strict
+        Refuse a group_size that does not divide a layer's inputs, instead of taking another for it with a warning.
+
+    Raises
+    ------
+    ValueError
+        When there is nothing to replace, and where strict refuses; the module is then unchanged.
     """
     check_form(bits, symmetric, named_table(table))
     replaced = {}
