@@ -180,6 +180,8 @@ class Graphs:
         try:
             key = (closure, paired, self.optimizer.large_rows, *_recipe(self.optimizer.param_groups[0]), *_form(batch))
             hash(key)
+            if batch is not None and not isinstance(batch, MutableMapping):
+                raise TypeError(f"a {type(batch).__name__} cannot be written to")
         except TypeError as error:
             self.give_up(f"the batch cannot be kept in tensors that stay ({error})")
             return None

@@ -4,6 +4,7 @@ Where there is no GPU, tests/graphs.py stands in for the graphs.
 """
 
 import math
+import types
 import warnings
 
 import pytest
@@ -257,6 +258,14 @@ def test_values_that_cannot_be_compared_run_plainly(recorders):
     with pytest.warns(UserWarning, match=r"cuda_graph: the batch cannot be kept .*\(more is a list") as said:
         steps(optimizer, lambda batch: torch.ones(2), [{"more": [torch.ones(1)]}] * 3)
     assert len(said) == 1
+
+
+def test_a_batch_that_cannot_be_written_to_runs_plainly(recorders):
+    optimizer = qzo.QZO(two_layers(), lr=0.1)
+    batch = types.MappingProxyType({"x": torch.ones(2)})
+    with pytest.warns(UserWarning, match=r"cannot be kept .*\(a mappingproxy cannot be written to"):
+        steps(optimizer, lambda batch: batch["x"], [batch] * 3)
+    assert optimizer.param_groups[0]["step"] == 3
 
 
 def test_a_wrong_closure_is_an_error_as_without_a_graph(recorders):
