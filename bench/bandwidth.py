@@ -29,7 +29,7 @@ def _copy_kernel(x, y, BLOCK: tl.constexpr, TURNS: tl.constexpr):
 def sums_of(x):
     """What `read` writes into for x, int32 [programs]; ValueError unless x is whole programs."""
     if x.numel() % (BLOCK * TURNS):
-        raise ValueError(f"{x.numel()} numbers: a multiple of {BLOCK * TURNS} is wanted")
+        raise ValueError(f"{x.numel()} numbers: expected a multiple of {BLOCK * TURNS}")
     return torch.zeros(x.numel() // (BLOCK * TURNS), dtype=torch.int32, device=x.device)
 
 

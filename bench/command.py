@@ -38,7 +38,7 @@ def _run(options):
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
     if options.seconds is not None and not options.seconds > 0:
-        raise ValueError(f"--seconds {options.seconds:g}: more than 0 is wanted")
+        raise ValueError(f"--seconds {options.seconds:g}: expected more than 0")
     names = options.providers.split(",") if options.providers else None
     check_providers(names)
     chosen = cases.choose(device, options.filter)

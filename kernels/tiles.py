@@ -31,7 +31,7 @@ class Tile:
     ratio: one accumulator kept in units of the current scale, instead of a second one for each group's partial sum.
     deep: one dot per group (wgmma) instead of dots of 32 k (mma.sync, tcgen05, mfma).
     registers: most that a thread may hold; without it (0) ptxas may spill a few to fit another block on the chip.
-    splits: programs that share the K dimension; their float32 partial sums are added in order by a second kernel.
+    splits: programs that share the K dimension; their float32 partial sums are added in order inside the kernel.
     in_order: thread i looks after the scales of output i (scales.py): sm_100 keeps accumulators so, in tensor memory,
         and gfx942 has no warps of 32.
     """

@@ -80,7 +80,7 @@ class QZOConfig(QuantizationConfigMixin):
         check_bits(bits)
         check_group_size(group_size, math.lcm(*GROUPS))
         if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
-            raise TypeError(f"skip={skip!r}: a list of names is wanted, such as ('lm_head',)")
+            raise TypeError(f"skip={skip!r}: expected a list of names, such as ('lm_head',)")
         self.quant_method = METHOD
         self.bits, self.group_size, self.symmetric, self.strict = bits, group_size, symmetric, strict
         self.skip = list(skip)

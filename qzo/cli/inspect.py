@@ -11,9 +11,9 @@ def execute(options):
     """Look, and show; exit status. ValueError for bad input."""
     for name, least in {"batch_size": 1, "seq_len": 2, "directions": 1, "signal_directions": 1}.items():
         if getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least} is wanted")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least {least}")
     if not options.eps > 0 or not math.isfinite(options.eps):
-        raise ValueError(f"--eps {options.eps:g}: a number above 0 is wanted")
+        raise ValueError(f"--eps {options.eps:g}: expected a number above 0")
     options.model = model_of(options)
     if not options.model:
         raise ValueError("a model is missing: qzo inspect MODEL, a folder, a .gguf file or a Hub id")

@@ -1,7 +1,7 @@
 """What the commands that make a model can be asked. Nothing here imports torch: `--help` and completion are quick.
 
-What a module further down knows better (noise laws, formats, defaults) is written out here once more; a test holds the
-two alike.
+What a module further down knows better (noise laws, formats, defaults) is written out here once more; a test keeps them
+in sync.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RATE = 2e-2  # learning rate per direction
 A_MODEL = "a checkpoint: a folder, a .gguf file, or a Hub id"
 CUDA_GRAPH = dict(
     action=argparse.BooleanOptionalAction,
-    help="run the steps of each shape of batch as one CUDA graph: the same bits, sooner (default: where the model is "
+    help="run the steps of each shape of batch as one CUDA graph: bit-identical, faster (default: where the model is "
     "on a CUDA device)",
 )
 CALIBRATED = """calibrated quantization starts from better codes, with data and a GPU; qzo reads what these write:
@@ -56,23 +56,27 @@ def add_loading(parser):
     """How the model is loaded."""
     model = parser.add_argument_group("the model")
     model.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    model.add_argument("--dtype", choices=DTYPES, help="of activations (default: float32 on a CPU, float16 on a GPU)")
+    model.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the activations (default: float32 on a CPU, float16 on a GPU)"
+    )
     model.add_argument(
         "--group-size", type=int, help="when a float checkpoint is quantized on the way in (default 128)"
     )
-    model.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from its folder")
+    model.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
+    )
     model.add_argument(
         "--weight-only",
         action="store_true",
         default=None,
-        help="of a checkpoint whose layers' inputs are quantized too (W4A8): train the weights as if they were not",
+        help="of checkpoints with quantized activations (W4A8): train the weights as if those were not quantized",
     )
 
 
 def add_overwrite(parser):
     """Leave to replace files that are there."""
     parser.add_argument(
-        "--overwrite", action="store_true", default=None, help="replace files that are there (default: refuse)"
+        "--overwrite", action="store_true", default=None, help="replace existing files (default: refuse)"
     )
 
 

@@ -18,7 +18,7 @@ def check_folder(folder, overwrite, option="--output-dir"):
     if held and not overwrite:
         names = ", ".join(held[:NAMED]) + (f" and {len(held) - NAMED} more" if len(held) > NAMED else "")
         raise FileExistsError(
-            f"{option} {folder} holds {names} already, and nothing is overwritten unasked; name another folder, or "
+            f"{option} {folder} holds {names} already, and existing files are not overwritten; name another folder, or "
             "add --overwrite to replace files of the same names"
         )
 
@@ -47,7 +47,7 @@ def check_run(folder, resume, overwrite):
         count = 0 if found is None else len(found[1])
         steps = "1 step" if count == 1 else f"{count} steps"
         raise FileExistsError(
-            f"--output-dir {folder} holds a journal of {steps} already; go on with it by --resume, name another "
+            f"--output-dir {folder} holds a journal of {steps} already; continue it with --resume, name another "
             "folder, or delete the journal"
         )
     if not resume:

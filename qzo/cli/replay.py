@@ -10,7 +10,7 @@ from .outputs import check_folder
 def execute(options):
     """Replay, save, and tell; exit status. ValueError for bad input."""
     if options.until is not None and options.until < 0:
-        raise ValueError(f"--until {options.until}: a step number >= 0 is wanted")
+        raise ValueError(f"--until {options.until}: expected a step number >= 0")
     check_folder(options.output_dir, options.overwrite)
     held = steps_of(options.journal)
     if options.until is not None and options.until > held:

@@ -205,19 +205,19 @@ def _check_shapes(model: "PreTrainedModel", batch: Inputs) -> None:
     for key in ("labels", "label", "option_ids"):
         if getattr(batch.get(key), "dtype", None if key in batch else torch.int64) != torch.int64:
             got = str(getattr(batch[key], "dtype", type(batch[key]).__name__)).removeprefix("torch.")
-            raise ValueError(f"{key} are {got}: a tensor is wanted of numbers of tokens, classes or options, int64")
+            raise ValueError(f"{key} are {got}: expected an int64 tensor of token, class or option indices")
     tokens = batch.get("input_ids")
     if tokens is None and batch.get("inputs_embeds") is not None:
         tokens = batch["inputs_embeds"][..., 0]
     if tokens is not None and tokens.dim() < 2:
-        raise ValueError(f"input_ids are {list(tokens.shape)}: [rows, tokens] are wanted")
+        raise ValueError(f"input_ids are {list(tokens.shape)}: expected [rows, tokens]")
     if tokens is not None and "labels" in batch:
         labels, wanted = batch["labels"].shape, tokens.shape
         if len(labels) == 1 or has_encoder(model):  # of a row, or of the decoder's tokens
             wanted = wanted[:1]
         if labels[: len(wanted)] != wanted:
             raise ValueError(
-                f"labels {list(labels)} do not fit {list(tokens.shape)} tokens: as many are wanted, -100 "
+                f"labels {list(labels)} do not fit {list(tokens.shape)} tokens: expected as many, -100 "
                 "where there is none"
             )
     if "option_ids" in batch or "options" in batch:

@@ -142,7 +142,9 @@ def train_codebooks_(module: nn.Module, train: bool = True) -> list[str]:
     """
     found = {name: layer for name, layer in layers(module).items() if layer.codebooks is not None}
     if not found:
-        raise ValueError(f"no layer of {type(module).__name__} that trains has codebooks: only AQLM's have some")
+        raise ValueError(
+            f"no layer of {type(module).__name__} that trains has codebooks: only AQLM layers have codebooks"
+        )
     for layer in found.values():
         if train and not layer.trains_codebooks:
             _leave(layer, codebooks=True)

@@ -209,7 +209,7 @@ class QZOLinear(nn.Module):
     def held_codebooks(self) -> torch.Tensor:
         """The layer's own codebooks [C, 2^bits, 8], as they were loaded. ValueError where it has none."""
         if self.codebooks is None:
-            raise ValueError("the layer has no codebooks: only AQLM's have some")
+            raise ValueError("the layer has no codebooks: only AQLM layers have codebooks")
         return self.codebooks
 
     @property

@@ -30,7 +30,7 @@ RECORD = struct.Struct("<IHHqfff")
 CHECKSUM = struct.Struct("<I")
 RECORD_BYTES = RECORD.size + CHECKSUM.size
 SKIPPED = 1  # flag: a loss was not finite; nothing was applied
-_OTHER_MODEL = "is of another model, or of one that is tuned already"
+_OTHER_MODEL = "belongs to another model, or this model is already tuned"
 SYNC_SECONDS = 2.0  # a power failure costs at most this much of a run; a killed process costs nothing
 
 
@@ -197,7 +197,7 @@ def check_header(path: str | os.PathLike[str], old: Mapping[str, Any], new: Mapp
             name = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
             before, now = before.get(name), now.get(name)
         if name == "data":
-            raise JournalError(f"{path}: the run had other training data, or other tokens of them; go on with those")
+            raise JournalError(f"{path}: the training data or their tokens have changed; resume with the original ones")
         raise JournalError(
             f"{path}: its {name} is {json.dumps(before)}, this run's is {json.dumps(now)}: resume with the settings "
             "that the run began with"

@@ -225,8 +225,7 @@ class QZO(torch.optim.Optimizer):
         """
         if batch is not None and not isinstance(batch, Mapping):
             raise TypeError(
-                f"batch={type(batch).__name__}: a mapping of tensors is wanted, or none and a closure that "
-                "knows its own"
+                f"batch={type(batch).__name__}: expected a mapping of tensors, or none and a closure that knows its own"
             )
         paired = self.paired if paired is None else paired
         if self.cuda_graph or (self.cuda_graph is None and batch is not None):
@@ -342,7 +341,7 @@ class QZO(torch.optim.Optimizer):
 
 def _check(good: bool, name: str, got: object, wanted: str) -> None:
     if not good:
-        raise ValueError(f"{name}={got!r}: {wanted} is wanted")
+        raise ValueError(f"{name}={got!r}: expected {wanted}")
 
 
 def _warn_if_rounded_away(module: nn.Module, arena: ScaleArena, eps: float, relative: bool) -> None:

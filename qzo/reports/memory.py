@@ -268,7 +268,7 @@ def make_report(options):
     dtype = getattr(torch, options.dtype or ("float16" if device == "cuda" else "float32"))
     for name in ("batch_size", "labels", "directions"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is wanted")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
     codes = _codes(options)
     if options.model:
         load, model = _checkpoint(options, codes, device, dtype)

@@ -56,7 +56,7 @@ def read_config(name):
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict) or not ("model_type" in config or config.get("_class_name") == DIFFUSION):
-        raise ValueError(f"{path} is no config: a model_type of transformers, or _class_name {DIFFUSION}, is wanted")
+        raise ValueError(f"{path} is no config: expected a model_type of transformers, or _class_name {DIFFUSION}")
     return config
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from types import TracebackType
 
 _UNUSABLE = {
-    errno.EACCES: "permission denied; give another path, or change whose it is",
-    errno.EPERM: "permission denied; give another path, or change whose it is",
+    errno.EACCES: "permission denied; give another path, or change its owner",
+    errno.EPERM: "permission denied; give another path, or change its owner",
     errno.EROFS: "its file system is read-only; give another path",
-    errno.EEXIST: "it is there already and is no folder; give another path",
+    errno.EEXIST: "it exists and is not a folder; give another path",
     errno.ENOTDIR: "a part of this path is a file, no folder; give another path",
-    errno.EISDIR: "it is a folder, and a file is wanted",
+    errno.EISDIR: "it is a folder, expected a file",
     errno.ENAMETOOLONG: "a name in this path is too long; give a shorter one",
-    errno.ELOOP: "its links lead round in a circle; give another path",
+    errno.ELOOP: "it is a loop of symbolic links; give another path",
 }
 WHAT = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
 

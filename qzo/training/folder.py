@@ -9,13 +9,17 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import statistics
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+import transformers
 from matplotlib.figure import Figure
 
 from ..system import disk
+from ..version import __version__
 from .settings import Settings
 
 
@@ -45,10 +49,20 @@ class Metrics:
 def write_results(out: str | Path, settings: Settings, results: dict[str, Any]) -> None:
     """run.json and curve.png of a finished run."""
     out = Path(out)
-    record = finite({"settings": dataclasses.asdict(settings), **results})
+    record = finite({"settings": dataclasses.asdict(settings), **results, "versions": versions()})
     disk.write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     draw_curve(out / "curve.png", lines, results)
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's result may depend on."""
+    return {
+        "qzo": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def draw_curve(path: Path, lines: list[dict[str, Any]], results: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def form(record: dict[str, Any]) -> set[str] | None:
 def problem(record: Any) -> str | None:
     """What is wrong with a record, or None."""
     if not isinstance(record, dict):
-        return f"a JSON object is wanted, got {type(record).__name__}"
+        return f"expected a JSON object, got {type(record).__name__}"
     keys = form(record)
     if keys is None:
         return (

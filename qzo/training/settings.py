@@ -70,12 +70,12 @@ class Settings:
             try:
                 setattr(self, name, float(getattr(self, name)))  # YAML reads 1e-2 as a text
             except (TypeError, ValueError):
-                raise ValueError(f"{name}={getattr(self, name)!r}: a number is wanted") from None
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number") from None
         for name in ("relative", "sequential", "train_codebooks", "compile", "text_eos"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: true or false is wanted")
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
         if not isinstance(self.cuda_graph, bool | None):
-            raise ValueError(f"cuda_graph={self.cuda_graph!r}: true or false is wanted, or null (on a CUDA device)")
+            raise ValueError(f"cuda_graph={self.cuda_graph!r}: expected true or false, or null (on a CUDA device)")
         self._check_numbers()
         law_number(self.noise)
         check_sharing(self.sharing, self.relative)
@@ -97,11 +97,11 @@ class Settings:
             if name == "train_layers" and value is None:
                 continue
             if not _is_int(value) or not least <= value <= most:
-                raise ValueError(f"{name}={value!r}: {wanted} is wanted")
+                raise ValueError(f"{name}={value!r}: expected {wanted}")
 
     def _check_numbers(self) -> None:
         finite = math.isfinite
-        eps = "a number > 0 and <= 1, a part of each scale," if self.relative else "a finite number > 0"
+        eps = "a number > 0 and <= 1, a part of each scale" if self.relative else "a finite number > 0"
         rate = self.learning_rate
         for name, good, wanted in (
             ("learning_rate", rate is not None and finite(rate) and rate >= 0, "a finite number >= 0"),
@@ -112,7 +112,7 @@ class Settings:
             ("max_cut", 0 <= self.max_cut <= 1, "a share from 0 to 1"),
         ):
             if not good:
-                raise ValueError(f"{name}={getattr(self, name)!r}: {wanted} is wanted")
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {wanted}")
 
 
 def _is_int(value: Any) -> bool:

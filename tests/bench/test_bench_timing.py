@@ -228,7 +228,7 @@ def test_the_kernels_of_the_roof_read_and_copy_all():
     bandwidth.read(x, sums)
     assert torch.equal(x, y)
     assert torch.equal(sums, x.view(3, -1).sum(1, dtype=torch.int32))
-    with pytest.raises(ValueError, match="1000 numbers: a multiple of 32768 is wanted"):
+    with pytest.raises(ValueError, match="1000 numbers: expected a multiple of 32768"):
         bandwidth.sums_of(x[:1000])
 
 
@@ -334,7 +334,7 @@ def test_run_says_how_long_and_leaves_nothing_out_in_silence(tmp_path, capsys, m
     assert said.count("left out") == len(rows) - 1
     assert f"{len(rows)} cases on cpu, about {2 * (len(rows) - 1)}.0 h, --seconds 60;" in said
     assert main(["bench", "run", "--seconds", "0"]) == 2
-    assert "--seconds 0: more than 0 is wanted" in capsys.readouterr().err
+    assert "--seconds 0: expected more than 0" in capsys.readouterr().err
 
 
 def test_a_cpu_without_a_filter_has_ten_minutes(capsys, monkeypatch):

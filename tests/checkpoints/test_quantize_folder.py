@@ -212,6 +212,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, tmp_path, capsys, argum
 
 def test_the_source_is_not_overwritten(words, capsys):
     assert command.main(["quantize", str(words), "--output-dir", str(words)]) == 2
-    assert "nothing is overwritten unasked" in capsys.readouterr().err
+    assert "existing files are not overwritten" in capsys.readouterr().err
     assert command.main(["quantize", str(words), "--output-dir", str(words), "--overwrite"]) == 2
     assert "never overwritten" in capsys.readouterr().err

@@ -247,7 +247,7 @@ def test_a_quantized_folder_keeps_its_own_settings():
     [
         ({"bits": 5}, ValueError, "bits=5: codes have 2, 4, 8 bits here"),
         ({"group_size": 96}, ValueError, "group_size=96: use one of 32, 64, 128, or -1 for the whole row"),
-        ({"skip": "lm_head"}, TypeError, r"skip='lm_head': a list of names is wanted"),
+        ({"skip": "lm_head"}, TypeError, r"skip='lm_head': expected a list of names"),
     ],
 )
 def test_settings_that_cannot_be(options, error, message):

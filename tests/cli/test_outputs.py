@@ -31,8 +31,8 @@ def test_a_folder_that_holds_something(command, tmp_path, capsys):
     assert main(line.replace("OUT", str(mine)).split()) == 2
     said = capsys.readouterr().err
     assert said == (
-        f"qzo {command}: --output-dir {mine} holds {name} already, and nothing is overwritten unasked; name another "
-        "folder, or add --overwrite to replace files of the same names\n"
+        f"qzo {command}: --output-dir {mine} holds {name} already, and existing files are not overwritten; name "
+        "another folder, or add --overwrite to replace files of the same names\n"
     )
     assert [path.name for path in mine.iterdir()] == [name]
     assert (mine / name).read_text() == "mine"
@@ -81,7 +81,7 @@ def test_a_run_begins_once_and_goes_on_when_asked(base, tmp_path, capsys):
     journal = (tmp_path / "out/journal.qzo").read_bytes()
     for more in ((), ("--overwrite",)):
         assert main(arguments(base, tmp_path, *more)) == 2
-        assert "holds a journal of 2 steps already; go on with it by --resume" in capsys.readouterr().err
+        assert "holds a journal of 2 steps already; continue it with --resume" in capsys.readouterr().err
     assert (tmp_path / "out/journal.qzo").read_bytes() == journal
     assert main(arguments(base, tmp_path, "--resume")) == 0
     assert (tmp_path / "out/journal.qzo").read_bytes() == journal
@@ -93,7 +93,9 @@ def test_overwrite_replaces_files_of_the_same_names_and_no_other(base, tmp_path,
     (out / "run.json").write_text("old")
     (out / "notes.txt").write_text("mine")
     assert main(arguments(base, tmp_path, "--overwrite")) == 0
-    assert json.loads((out / "run.json").read_text())["steps"] == 2
+    run = json.loads((out / "run.json").read_text())
+    assert run["steps"] == 2
+    assert set(run["versions"]) == {"qzo", "torch", "transformers", "python"}
     assert (out / "notes.txt").read_text() == "mine"
 
 

@@ -145,7 +145,7 @@ def test_codebooks_train_are_saved_and_replayed(tmp_path):
         assert_same_bits(books, tuned[name])
     other = begin()
     other.model.layers[0].mlp.down_proj.arena.data.view(-1)[-1].mul_(1.5)  # an entry of the last layer's
-    with pytest.raises(ValueError, match="of another model, or of one that is tuned"):
+    with pytest.raises(ValueError, match="belongs to another model, or this model is"):
         qzo.replay(other, tmp_path / "journal.qzo")
     report = qzo.save_pretrained(model, tmp_path / "out", BATCH)
     parts = {name.rpartition(".")[2] for name in changed(path, tmp_path / "out")}
@@ -197,7 +197,7 @@ def test_frozen_codebooks_are_in_the_digest(tmp_path):
     model, other = (qzo.from_pretrained(path, device="cpu") for _ in range(2))
     train(model, 0.1, journal=tmp_path / "journal.qzo")
     other.get_submodule(LAYER).codebooks.mul_(3)
-    with pytest.raises(ValueError, match="of another model, or of one that is tuned"):
+    with pytest.raises(ValueError, match="belongs to another model, or this model is"):
         qzo.replay(other, tmp_path / "journal.qzo")
 
 

@@ -179,14 +179,14 @@ def test_without_a_gpu_nothing_is_said_unless_a_graph_was_asked_for(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["auto", 1, 0])
 def test_cuda_graph_is_none_or_a_bool(wrong):
-    with pytest.raises(ValueError, match=rf"cuda_graph={wrong!r}: None .*, True or False is wanted"):
+    with pytest.raises(ValueError, match=rf"cuda_graph={wrong!r}: expected None .*, True or False"):
         qzo.QZO(two_layers(), lr=0.1, cuda_graph=wrong)
-    with pytest.raises(ValueError, match=f"cuda_graph={wrong!r}: true or false is wanted"):
+    with pytest.raises(ValueError, match=f"cuda_graph={wrong!r}: expected true or false"):
         Settings(cuda_graph=wrong)
 
 
 def test_a_batch_is_a_mapping():
-    with pytest.raises(TypeError, match="batch=Tensor: a mapping of tensors is wanted"):
+    with pytest.raises(TypeError, match="batch=Tensor: expected a mapping of tensors"):
         qzo.QZO(two_layers(), lr=0.1).step(lambda batch: batch, batch=torch.ones(2))
 
 

@@ -75,7 +75,10 @@ def test_an_existing_journal_is_refused(path):
 
 @pytest.mark.parametrize(
     ("field", "value", "hint"),
-    [("digest", "sha256:1", "is of another model"), ("eps", 0.02, r"its eps is .*settings that the run began with")],
+    [
+        ("digest", "sha256:1", "belongs to another model"),
+        ("eps", 0.02, r"its eps is .*settings that the run began with"),
+    ],
 )
 def test_another_header_is_refused_by_field(path, field, value, hint):
     with pytest.raises(JournalError, match=hint):

@@ -191,7 +191,7 @@ def test_resume_and_replay_end_in_the_same_bits(tmp_path, sharing, law):
 
 def test_a_journal_of_another_model_is_refused(tmp_path):
     qzo.QZO(two_layers(), lr=0.1, journal=tmp_path / "j").close()
-    with pytest.raises(qzo.JournalError, match=r"is of another model, .*codes, zero points or scales are not"):
+    with pytest.raises(qzo.JournalError, match=r"belongs to another model, .*codes, zero points or scales are not"):
         qzo.replay(two_layers(seed=1), tmp_path / "j")
     with pytest.raises(qzo.JournalError, match=r"its eps is 0\.01, this run's is 0\.02"):
         qzo.QZO(two_layers(), lr=0.1, eps=0.02, journal=tmp_path / "j", resume=True)

@@ -213,7 +213,7 @@ def test_a_download_that_does_not_fit(tmp_path, capsys, monkeypatch):
     ("code", "reason"),
     [
         (errno.EROFS, "its file system is read-only; give another path"),
-        (errno.EACCES, "permission denied; give another path, or change whose it is"),
+        (errno.EACCES, "permission denied; give another path, or change its owner"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "replay", "export", "quantize"])
@@ -248,7 +248,7 @@ def test_a_path_that_is_no_folder(base, tmp_path, capsys):
     for out, reason in {
         "file": "is a file; name a folder",
         "file/o": "a part of this path is a file",
-        "loop": "it is there already and is no folder",
+        "loop": "it exists and is not a folder",
         "x" * 300: "a name in this path is too long",
     }.items():
         assert main(train(base, tmp_path / out)) == 2

@@ -190,5 +190,5 @@ def test_a_compiled_run_on_a_gpu_has_the_same_bits_in_graphs(loaded, tmp_path):
 
 
 def test_compile_is_a_bool():
-    with pytest.raises(ValueError, match="compile='inductor': true or false is wanted"):
+    with pytest.raises(ValueError, match="compile='inductor': expected true or false"):
         Settings(compile="inductor")

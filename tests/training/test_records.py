@@ -37,14 +37,14 @@ def test_lines_in_a_json_file_are_lines(tmp_path):
     [
         ("[]", "d.json holds no examples"),
         ("", "d.json holds no examples"),
-        ("[[1]]", "d.json, record 1: a JSON object is wanted, got list"),
-        ('[{"text": "a"}, 3]', "d.json, record 2: a JSON object is wanted, got int"),
+        ("[[1]]", "d.json, record 1: expected a JSON object, got list"),
+        ('[{"text": "a"}, 3]', "d.json, record 2: expected a JSON object, got int"),
         ('[{"text": "a"}, {"text": 3}]', "d.json, record 2: 'text' must be a string, got int"),
         ('[{"text": "a"},\n{"text": }]', "d.json begins as a JSON array, and is not JSON (Expecting value: line 2"),
         ('[{"text": "a"}', "d.json begins as a JSON array, and is not JSON (Expecting"),
         ("[" * 100000, "d.json begins as a JSON array, and is not JSON ("),
         (b'[{"text": "\xff"}]', "d.json begins as a JSON array, and is not JSON ("),
-        ('["a"]\n["b"]', "d.json, line 1: a JSON object is wanted, got list"),
+        ('["a"]\n["b"]', "d.json, line 1: expected a JSON object, got list"),
         (
             '{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}',
             "d.json, line 1: has the keys ['data', 'version']; wanted are prompt+completion, messages, text, "

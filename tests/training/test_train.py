@@ -185,7 +185,7 @@ def test_a_value_of_cuda_graph_that_cannot_be_is_one_line(base, corpus, tmp_path
     config = tmp_path / "run.yaml"
     config.write_text("cuda_graph: auto\n")
     assert main(arguments(base, corpus, tmp_path / "out", "--config", str(config))) == 2
-    assert "cuda_graph='auto': true or false is wanted, or null" in one_line(capsys)
+    assert "cuda_graph='auto': expected true or false, or null" in one_line(capsys)
 
 
 def one_line(capsys):
@@ -217,7 +217,7 @@ def test_bad_input_is_one_line_and_status_2(base, corpus, tmp_path, capsys, chan
     ("line", "said"),
     [
         ("{not json", "line 2: not JSON"),
-        ("[1]", "line 2: a JSON object is wanted"),
+        ("[1]", "line 2: expected a JSON object"),
         ('{"question": "x"}', r"line 2: has the keys ['question']"),
         ('{"prompt": "x", "options": ["a", "b"], "label": "c"}', "line 2: label 'c' is not among the options"),
         ('{"prompt": "x", "options": ["a", "b"], "label": 2}', "line 2: label 2 is not among the options"),
@@ -238,7 +238,7 @@ def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
     assert main(arguments(base, corpus, out, "--max-steps", "1")) == 2
     assert "holds a journal of 1 step already" in one_line(capsys)
     assert main(arguments(base, corpus, out, "--max-steps", "1", "--resume", "--group-size", "64")) == 2
-    assert "is of another model, or of one that is tuned already: " in one_line(capsys)
+    assert "belongs to another model, or this model is already tuned: " in one_line(capsys)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monkeypatch):

@@ -37,7 +37,7 @@ def check_config(quantization: Quantization, where: object) -> None:
     for field, most in {"nbits_per_codebook": MOST_BITS, "num_codebooks": 64}.items():
         value = quantization.get(field)
         if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"{where}: {field} is {value!r:.40}; a whole number from 1 to {most} is wanted")
+            raise ValueError(f"{where}: {field} is {value!r:.40}; expected a whole number from 1 to {most}")
 
 
 def weights(folder: Path, quantization: Quantization, dtype: torch.dtype | None) -> Iterator[Entry]:

@@ -111,7 +111,7 @@ def _absmax(parts, state):
     nested = parts["weight.nested_absmax"].flatten().to(torch.float32)
     size, offset = state.get("nested_blocksize", 256), state.get("nested_offset")
     if type(offset) not in (float, int):
-        raise ValueError(f"nested_offset is {offset!r:.40} in its quant_state; a number is wanted, fetch it again")
+        raise ValueError(f"nested_offset is {offset!r:.40} in its quant_state; expected a number, fetch it again")
     entries = parts["weight.nested_quant_map"].flatten().to(torch.float32)
     if entries.numel() != 256 or nested.numel() != -(-absmax.numel() // size):
         raise ValueError(

@@ -282,7 +282,7 @@ def test_a_double_quantized_layer_needs_its_offset(tmp_path):
     del state["nested_offset"]
     tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="nested_offset is None in its quant_state; a number is wanted"):
+    with pytest.raises(ValueError, match="nested_offset is None in its quant_state; expected a number"):
         qzo.from_pretrained(path, device="cpu")
 
 
