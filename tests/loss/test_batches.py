@@ -212,7 +212,7 @@ def test_tokens_that_a_model_rules_out_do_not_hide_what_it_reads(dtype):
         ({"labels": IDS.repeat(1, 2)}, r"labels \[2, 24\] do not fit \[2, 12\] tokens"),
         ({"labels": IDS[:1]}, r"labels \[1, 12\] do not fit \[2, 12\] tokens"),
         ({"labels": IDS.int()}, "labels are int32: .* int64"),
-        ({"labels": None}, "labels are NoneType: a tensor is wan"),
+        ({"labels": None}, "labels are NoneType: expected an int64"),
         ({"labels": IDS.tolist()}, "labels are list: expected an int64 tensor"),
         ({"input_ids": IDS[0], "labels": IDS[0]}, r"input_ids are \[12\]: expected \[rows, tokens\]"),
         ({"input_ids": IDS[:0], "labels": IDS[:0]}, "the stacked batch has 0 rows, which 1 evaluations do not"),

@@ -232,7 +232,7 @@ def test_the_table(words, capsys):
         ("{words} --bits 3", "bits=3"),
         ("{words} --train-layers 9", "has 2 blocks"),
         ("{words} --group-size 48", "group_size=48"),
-        ("{words} --seq-len 1", "--seq-len 1: at least 2"),
+        ("{words} --seq-len 1", "--seq-len 1: expected at least 2"),
         ("{words} --eps 0", "--eps 0"),
         ("{words} --signal --data nowhere", "no data at nowhere"),
     ],

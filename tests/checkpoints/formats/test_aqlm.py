@@ -163,8 +163,8 @@ def test_a_code_beyond_its_codebook(tmp_path):
         ({"in_group_size": 16}, "in_group_size is 16; AQLM vectors of 8 inputs"),
         ({"in_group_size": 8.0}, "in_group_size is 8.0"),
         ({"out_group_size": 2}, "out_group_size is 2; AQLM vectors of 8 inputs of one output"),
-        ({"num_codebooks": 0}, "num_codebooks is 0; a whole number"),
-        ({"nbits_per_codebook": 17}, "nbits_per_codebook is 17; a whole number from 1 to 16"),
+        ({"num_codebooks": 0}, "num_codebooks is 0; expected a whole number"),
+        ({"nbits_per_codebook": 17}, "nbits_per_codebook is 17; expected a whole number from 1 to 16"),
         ({"nbits_per_codebook": "8"}, "nbits_per_codebook is '8'"),
     ],
 )
