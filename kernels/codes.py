@@ -15,6 +15,8 @@ the fragments of all planes of 32 k (with 2 bits: of 16). K is padded to a multi
 Rows (CPU), uint8: code k from bit bits * k % 8 of byte bits * k / 8, then a scale 1 and a bias -2^(bits - 1), float16
 each (float32 with 8 bits): the layout of torch.ops.quantized.embedding_bag_{2bit,4bit,byte}_unpack, which then yields
 code - 2^(bits - 1) exactly.
+
+Terms (codes, plane): docs/glossary.md.
 """
 import functools
 import itertools

@@ -4,6 +4,8 @@ vector from a codebook (Vectors, vectors.py).
 Everything that depends on it is asked of a Weight's `form`, on the host and, by way of Constants, in the kernels: these
 know nothing more of it than the four planes of a tile that `load_planes` gives, once for each pass. A further form is
 a class here, with the modules' functions for its layout, and a branch of `load_planes`.
+
+Terms (form): docs/glossary.md.
 """
 import dataclasses
 

@@ -16,6 +16,8 @@ through logarithms and is only reproducible to a tolerance between devices.
 
 Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. SPSA with regenerated noise: MeZO,
 arXiv 2305.17333; on quantization scales: QZO, arXiv 2505.13430.
+
+Terms (coefficient, law, quad): docs/glossary.md.
 """
 import math
 

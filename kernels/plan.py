@@ -2,6 +2,8 @@
 
 The first launch goes through Triton, which compiles; every later one calls the compiled kernel's own launcher with
 arguments packed ahead: of them only x, y, seeds, coefficients and scratch are new.
+
+Terms (plan): docs/glossary.md.
 """
 import dataclasses
 import math

@@ -33,6 +33,8 @@ not its weight's; codes and scales are by then on their way.
 Order of additions, which makes results reproducible: within a dot as the hardware has it, groups in order of k,
 splits in order 0, 1, ...; no float atomics. Programs that share K leave their parts in partials_ptr, float32
 [splits, M, N] of one weight after another.
+
+Terms (split): docs/glossary.md.
 """
 import inspect
 

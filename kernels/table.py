@@ -7,6 +7,8 @@ Exact tables are an option: the entries as a sum of two numbers of that type, th
 left, each with a pass of its own over the tile. Of an entry 2^-22 is left in float16 (but not less than 2^-25 of 1, the
 half of its smallest number), 2^-16 in bfloat16.
 NF4: QLoRA, arXiv 2305.14314, appendix E; FP4 as bitsandbytes orders its codes.
+
+Terms (codebook): docs/glossary.md.
 """
 import functools
 

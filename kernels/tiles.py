@@ -2,6 +2,8 @@
 
 The number of evaluations never enters: a coef-0 row block must have the bits of a plain forward of the same rows, so
 both have to run the same tile, the same split and the same order of additions.
+
+Terms (tile): docs/glossary.md.
 """
 import dataclasses
 

@@ -14,6 +14,8 @@ skips a loss that is not finite.
 Noise shared by rows (relative): every scale of an output row has the k of the row's first scale, so that a row's
 scales move by one factor. `layers`, int64 [L, 3], then tells where each layer's quads begin and end and how many
 outputs it has.
+
+Terms (projection): docs/glossary.md.
 """
 import torch
 import triton

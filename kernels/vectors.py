@@ -12,6 +12,8 @@ code 0, and x with zeros. A CPU keeps the same words.
 
 Arithmetic: the entries in the type of the activations; those of a word are added and rounded to it once; the sums of
 different words meet in the float32 accumulator.
+
+Terms (codebook): docs/glossary.md.
 """
 import functools
 

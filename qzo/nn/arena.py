@@ -1,4 +1,7 @@
-"""ScaleArena, the one flat tensor of all scales that train: only it knows where a layer's lie."""
+"""ScaleArena, the one flat tensor of all scales that train: only it knows where a layer's lie.
+
+Terms (arena, base4): docs/glossary.md.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -1,4 +1,7 @@
-"""Evaluations: which perturbations of the scales one stacked batch runs under."""
+"""Evaluations: which perturbations of the scales one stacked batch runs under.
+
+Terms (evaluation): docs/glossary.md.
+"""
 
 import copy
 import dataclasses

@@ -3,6 +3,8 @@
 Nobody says which they are: one forward shows it. From the next on the first of them multiplies for the others too, and
 their outputs are kept until they are asked for with that very x. Whatever else happens, a layer multiplies for itself.
 No bit depends on it: each runs the tile, and adds in the order, that it has alone.
+
+Terms (member): docs/glossary.md.
 """
 
 import operator

@@ -8,6 +8,8 @@
 Little-endian. The header is written to a temporary file and renamed, so a journal either has a whole one or does not
 exist. A step counts when all its records are whole: a short tail (a killed run, a full disk) is dropped; a whole record
 whose checksum is wrong means damage and is refused.
+
+Terms (journal): docs/glossary.md.
 """
 
 import contextlib
@@ -22,6 +24,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..system.disk import write_whole
 
 VERSION = 1
 MAGIC = b"QZOJRNL"
@@ -221,16 +225,7 @@ def _write_new(path: Path, header: Mapping[str, Any]) -> None:
     body = json.dumps(header, sort_keys=True).encode()
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(body))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(preamble + CHECKSUM.pack(zlib.crc32(preamble)) + body + CHECKSUM.pack(zlib.crc32(body)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    write_whole(path, preamble + CHECKSUM.pack(zlib.crc32(preamble)) + body + CHECKSUM.pack(zlib.crc32(body)))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ clipping), with J directions per step over one batch:
     d_j = (L_j+ - L_j-) / (2 eps);   d_j <- clip(d_j, -C, C);   a_j = -(lr / J) d_j
 
 and the scales move along every z(seed_j) by a_j (kernels/update.py).
+
+Terms (clip): docs/glossary.md.
 """
 
 import math

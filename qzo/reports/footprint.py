@@ -44,7 +44,7 @@ def library_bytes(device, chip):
     return CUBLAS_BYTES[9 if int(chip.removeprefix("sm_")) >= 90 else 8]
 
 
-def rounded(nbytes, device):
+def allocated(nbytes, device):
     """Bytes that the allocator takes for a tensor: 512 at a time on a GPU; on a CPU pages, large ones being maps."""
     unit = 512 if device == "cuda" else 4096 if nbytes >= 1 << 16 else 64
     return -(-nbytes // unit) * unit
@@ -63,7 +63,7 @@ def weights_bytes(model, device):
     sizes = {}
     for what, tensors in held.items():
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}
-        sizes[what] = sum(rounded(size, device) for size in storages.values())
+        sizes[what] = sum(allocated(size, device) for size in storages.values())
     return {what: sizes[what] for what in ("codes", "scales", "zeros", "dense")}
 
 
@@ -171,7 +171,7 @@ class Ledger(TorchDispatchMode):
 
     def brush(self, nbytes):
         """Bytes that come and go inside an operator."""
-        self.most = max(self.most, self.now + rounded(nbytes, self.device))
+        self.most = max(self.most, self.now + allocated(nbytes, self.device))
 
     def know(self, tensors):
         """Storages that are counted elsewhere."""
@@ -198,7 +198,7 @@ class Ledger(TorchDispatchMode):
         if key in self._known or not storage.nbytes():
             return
         self._known.add(key)
-        size = rounded(storage.nbytes(), self.device)
+        size = allocated(storage.nbytes(), self.device)
         self.hold(size)
         weakref.finalize(storage, self._leave, key, size)
 

@@ -59,12 +59,12 @@ class naming(contextlib.AbstractContextManager):
             raise OSError(error.errno, error.strerror, self.path) from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: into a temporary one beside it, which is on the disk before it is renamed."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -6,9 +6,9 @@ OUT/curve.png      the loss over the steps
 """
 
 import dataclasses
+import io
 import json
 import math
-import os
 import platform
 import statistics
 from pathlib import Path
@@ -35,7 +35,7 @@ class Metrics:
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError, TypeError):
                     break
-        disk.write_text(path, "".join(line + "\n" for line in kept))
+        disk.write_whole(path, ("".join(line + "\n" for line in kept)).encode())
         self.path = path
 
     def __enter__(self) -> TextIO:
@@ -50,7 +50,7 @@ def write_results(out: str | Path, settings: Settings, results: dict[str, Any]) 
     """run.json and curve.png of a finished run."""
     out = Path(out)
     record = finite({"settings": dataclasses.asdict(settings), **results, "versions": versions()})
-    disk.write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
+    disk.write_whole(out / "run.json", (json.dumps(record, indent=1) + "\n").encode())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     draw_curve(out / "curve.png", lines, results)
 
@@ -86,10 +86,9 @@ def draw_curve(path: Path, lines: list[dict[str, Any]], results: dict[str, Any])
             )
     axes.set(xlabel="step", ylabel="loss")
     axes.legend(frameon=False)
-    temporary = path.with_suffix(".tmp.png")
-    with disk.naming(path):
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format="png")
+    disk.write_whole(path, drawn.getvalue())
 
 
 def finite(value: Any) -> Any:

@@ -1,4 +1,7 @@
-"""What a run will do, told before its first step."""
+"""What a run will do, told before its first step.
+
+Terms (plan): docs/glossary.md.
+"""
 
 import statistics
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,8 @@
 """The frozen prefix: when only the top blocks train, the blocks below them need to run once per example, not per step.
 
 Their output is kept per example (rows of float [tokens, hidden]); a forward then starts at the first trained block.
+
+Terms (prefix): docs/glossary.md.
 """
 
 import collections

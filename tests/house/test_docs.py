@@ -1,5 +1,6 @@
 """Every code block of README and docs/ runs, and so does every file of examples/."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -110,3 +111,12 @@ def test_links_lead_somewhere():
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text()
     assert sorted(re.findall(r": (\w+\.md)$", text, re.M)) == sorted(page.name for page in PAGES[1:])
+
+
+def test_modules_and_glossary_name_each_other():
+    """A module that the glossary names says so in its docstring, with the terms."""
+    for paragraph in (ROOT / "docs/glossary.md").read_text().split("\n\n"):
+        term = re.match(r"\*\*([^*,]+)", paragraph)
+        for named in re.findall(r"`((?:qzo|kernels)/[\w/]+\.py)`", paragraph if term else ""):
+            said = ast.get_docstring(ast.parse((ROOT / named).read_text()))
+            assert re.search(rf"Terms \(.*{re.escape(term[1])}.*\): docs/glossary.md", said), f"{named}: {term[1]}"
