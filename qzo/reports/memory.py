@@ -108,14 +108,20 @@ def _evaluations(run):
 def _composed(weights, resident, spans):
     """The report's numbers: what a step's highest moment consists of."""
     top = max(spans.found, key=lambda span: span.peak)
+    most = top.peak
+    if (
+        top.phase == "loss"
+    ):  # its peaks are alike: which is the very highest is noise of a few pages, where it begins not
+        alike = (span for span in spans.found if span.phase == "loss" and span.peak > 0.99 * most)
+        top = max(alike, key=lambda span: span.before)
     parts = {**weights, **parts_of(top, resident)}
-    parts["workspace"] += resident - sum(weights.values())  # libraries' own, and the batch
+    parts["workspace"] += resident - sum(weights.values()) + most - top.peak  # libraries' own, and the batch
     highest: dict[str, Span] = {}
     for span in spans.found:
         if span.phase not in highest or span.peak > highest[span.phase].peak:
             highest[span.phase] = span
     phases = {phase: {"total": span.peak, "layer": span.layer} for phase, span in highest.items()}
-    return {**parts, "total": top.peak, "phases": phases}
+    return {**parts, "total": most, "phases": phases}
 
 
 # ---------------------------------------------------------------------------------------------- measured
