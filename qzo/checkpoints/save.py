@@ -48,7 +48,7 @@ def save_pretrained(model: Any, out_dir: str | Path, batch: Any = None) -> dict[
     return report
 
 
-def export(model: Any, out: str | Path, format: str = "compressed-tensors") -> None:
+def export(model: Any, out: str | Path, format: str = "compressed-tensors") -> None:  # noqa: A002
     """Save in another format; the new files hold the same weights, exactly, in another arrangement.
 
     Nothing is quantized again; scales are rounded to the dtype that the source has them in.
@@ -68,25 +68,26 @@ def export(model: Any, out: str | Path, format: str = "compressed-tensors") -> N
         Naming the layer and the reason where the format cannot hold it: a float minimum, an order of columns, bits,
         group sizes or sizes of a layer that it does not have.
     """
+    method = format  # `format` is the public keyword, though it hides the builtin
     source, out = _checked_source(model), Path(out)
-    check_format(format)
-    if source.copied is not None and source.method == format:
+    check_format(method)
+    if source.copied is not None and source.method == method:
         alone = source.path.is_file() and out.suffix == source.path.suffix  # the name of the file, not of its folder
         folder, name = (out.parent, out.name) if alone else (out, source.path.name)
         _write_copy(model, source, source.copied, folder, name)
-    elif format in TARGETS:
-        write_new(model, source, out, TARGETS[format])
+    elif method in TARGETS:
+        write_new(model, source, out, TARGETS[method])
     else:
         raise ValueError(
-            f"export to {format!r} needs a model that was loaded from a GGUF file, whose metadata and "
+            f"export to {method!r} needs a model that was loaded from a GGUF file, whose metadata and "
             f"tokenizer it copies; this one is {source.method}; use {', '.join(map(repr, TARGETS))}"
         )
 
 
-def check_format(format: str) -> None:
+def check_format(method: str) -> None:
     """ValueError unless it is a format that `export` knows."""
-    if format not in _EXPORTS:
-        raise ValueError(f"export to {format!r} is not supported; supported are {', '.join(map(repr, _EXPORTS))}")
+    if method not in _EXPORTS:
+        raise ValueError(f"export to {method!r} is not supported; supported are {', '.join(map(repr, _EXPORTS))}")
 
 
 def _checked_source(model: Any) -> Source:

@@ -17,7 +17,7 @@ def execute(options):
         bits=options.bits,
         group_size=options.group_size,
         symmetric=not options.asymmetric,
-        format=options.format,
+        method=options.format,
         table=options.table,
         trust_remote_code=options.trust_remote_code,
     )
