@@ -61,7 +61,7 @@ def _size(path):
     return f", {nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else ""
 
 
-def table(rows):
+def scores_as_text(rows):
     """(name, {"loss", "accuracy"}) rows as aligned text."""
     width = max(len(name) for name, _ in rows)
     lines = [f"{'':{width}}  accuracy    loss"]

@@ -7,7 +7,7 @@ from ..checkpoints.tokenizer import load_tokenizer
 from ..training.loop import build_task
 from ..training.records import read_data
 from ..training.settings import Settings
-from .common import load, replayed, say, table
+from .common import load, replayed, say, scores_as_text
 from .options import model_of
 
 
@@ -35,5 +35,5 @@ def execute(options):
     if options.json:
         print(json.dumps({"model": model_name, "steps": steps, "splits": scores, "device": str(task.device)}))
     else:
-        print(table(list(scores.items())))
+        print(scores_as_text(list(scores.items())))
     return 0

@@ -19,7 +19,7 @@ from ..training.loop import build_task, choose_layers, fit
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
-from .common import load, say, table
+from .common import load, say, scores_as_text
 from .options import DTYPES, LARGE_ROWS, NOISES, PACKINGS, RECIPES, SHARINGS, model_of
 from .outputs import check_run
 
@@ -122,7 +122,7 @@ def execute(options):
             (f"{name}, {when}", scores) for name, both in results["splits"].items() for when, scores in both.items()
         ]
         if rows:
-            print(table(rows))
+            print(scores_as_text(rows))
         print(f"tuned model: {model_dir}")
     warn_if_worse(results["splits"])
     return 0

@@ -205,7 +205,7 @@ def _released(model, meter):
 # ---------------------------------------------------------------------------------------------- shown
 
 
-def table(report):
+def as_text(report):
     """The report as text: predicted beside measured, then the phases, the rivals and the cards."""
     predicted, measured = report["predicted"], report["measured"]
     lines = [f"{'':12}{'predicted':>12}" + (f"{'measured':>12}" if measured else "")]

@@ -53,7 +53,7 @@ class Task:
             raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
         self.model, self.examples, self.pad_id = model, examples, pad_id
         self.prefix, self.packing = prefix, packing
-        check_tables(model, examples)
+        check_ids_and_lengths(model, examples)
         if pad_id >= _rows_of(model):
             self.pad_id = 0
         self.device = next(model.parameters()).device
@@ -247,7 +247,7 @@ def _rows_of(model):
         return math.inf
 
 
-def check_tables(model: "PreTrainedModel", examples: Sequence[Example]) -> None:
+def check_ids_and_lengths(model: "PreTrainedModel", examples: Sequence[Example]) -> None:
     """ValueError for a token or a place that the model has no row for: a GPU would end the process."""
     known, longest = _rows_of(model), 0
     for number, example in enumerate(examples, 1):
