@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.load import from_pretrained
-from ..nn.layers import train_slots
+from ..nn.layers import train_slots_
 from ..optim.journal import read
 from ..optim.replay import replay
 
@@ -48,7 +48,7 @@ def replayed(base, journal, until, own):
     """(the model at `base` with the steps of a journal, how many these are); options of the model as for `load`."""
     header, steps = _header_and_steps(journal)
     model = load(base, own)
-    train_slots(model, set(header["arena"]))
+    train_slots_(model, set(header["arena"]))
     say(f"replaying {steps if until is None else min(until, steps)} steps")
     return model, replay(model, journal, until)
 

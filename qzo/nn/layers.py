@@ -71,7 +71,7 @@ def _introduce(module: nn.Module) -> None:
             child._siblings = siblings
 
 
-def train_only(module: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
+def train_only_(module: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
     """Freeze every QZOLinear whose name `wanted(name)` refuses; the others share a new arena.
 
     Frozen layers leave the arena: no memory traffic, no noise, no journal entry.
@@ -103,13 +103,13 @@ def train_only(module: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
     return list(layers(module))
 
 
-def train_slots(module: nn.Module, names: Collection[str]) -> None:
+def train_slots_(module: nn.Module, names: Collection[str]) -> None:
     """Train what has these names in an arena, layers and codebooks of layers, as the header of a journal lists them.
     Where some are not the module's, nothing changes: comparing arenas tells that."""
     codebooks = {name for name in layers(module, trainable=None) if codebooks_name(name) in names}
     trained = set(names) - {codebooks_name(name) for name in codebooks}
     if trained <= set(layers(module, trainable=None)):
-        train_only(module, trained.__contains__)
+        train_only_(module, trained.__contains__)
         for name in codebooks:
             train_codebooks_(module.get_submodule(name))
         arena_of(module, exact=True)

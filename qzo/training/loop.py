@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..loss.head import has_encoder
-from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only
+from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only_
 from ..optim.journal import read
 from ..optim.optimizer import QZO
 from ..system import disk
@@ -49,7 +49,7 @@ def choose_layers(model: "PreTrainedModel", train_layers: int | None, codebooks:
     prefix = None if train_layers is None else FrozenPrefix(model, train_layers)
     if prefix is not None and not any(prefix.trains(name) for name in layers(model, trainable=None)):
         raise ValueError(f"the top {train_layers} blocks hold no 4-bit layer: nothing would train")
-    train_only(model, prefix.trains if prefix else lambda name: True)
+    train_only_(model, prefix.trains if prefix else lambda name: True)
     if codebooks:
         train_codebooks_(model)
     return prefix

@@ -112,7 +112,7 @@ def test_an_evaluation_among_others_has_the_bits_it_has_alone(folder):
 
 def test_only_experts_perturbed_move_the_loss(folder):
     model = load(folder)
-    qzo.train_only(model, lambda name: ".experts." in name)
+    qzo.train_only_(model, lambda name: ".experts." in name)
     with evaluating(model, qzo.Evaluations([3, 3], [1e-2, -1e-2])):
         plus, minus = qzo.losses(model, BATCH, 2).tolist()
     assert plus != minus
