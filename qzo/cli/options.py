@@ -52,6 +52,14 @@ def model_of(options):
     return options.checkpoint or options.model
 
 
+def add_reading(parser, group_size):
+    """How a checkpoint is read; group_size: what the command says of it."""
+    parser.add_argument("--group-size", type=int, help=group_size)
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
+    )
+
+
 def add_loading(parser):
     """How the model is loaded."""
     model = parser.add_argument_group("the model")
@@ -59,12 +67,7 @@ def add_loading(parser):
     model.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the activations (default: float32 on a CPU, float16 on a GPU)"
     )
-    model.add_argument(
-        "--group-size", type=int, help="when a float checkpoint is quantized on the way in (default 128)"
-    )
-    model.add_argument(
-        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
-    )
+    add_reading(model, "when a float checkpoint is quantized on the way in (default 128)")
     model.add_argument(
         "--weight-only",
         action="store_true",
@@ -246,10 +249,8 @@ def add_quantize(parser):
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     add_overwrite(parser)
     parser.add_argument("--bits", type=int, default=4, help="2, 4 or 8 (default 4)")
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        help="32, 64, 128, or -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)",
+    add_reading(
+        parser, "32, 64, 128, or -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)"
     )
     parser.add_argument("--asymmetric", action="store_true", help="with zero points (default: without)")
     parser.add_argument(
@@ -263,4 +264,3 @@ def add_quantize(parser):
         help="4-bit codes that stand for its entries, in groups of 64, as bitsandbytes has them (default: codes are "
         "integers)",
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code from the checkpoint's folder")

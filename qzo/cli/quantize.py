@@ -19,7 +19,7 @@ def execute(options):
         symmetric=not options.asymmetric,
         method=options.format,
         table=options.table,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=bool(options.trust_remote_code),
     )
     if options.json:
         print(json.dumps({**found, "output_dir": options.output_dir}))

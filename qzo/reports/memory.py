@@ -359,7 +359,7 @@ def random_model(config, group_size, zeros, device, dtype, codes="int4"):
 
 def _checkpoint(options, codes, device, dtype):
     """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device)."""
-    kind, trusted = CODES[codes], {"trust_remote_code": options.trust_remote_code}
+    kind, trusted = CODES[codes], {"trust_remote_code": bool(options.trust_remote_code)}
     group = options.group_size or kind.group
     given = {"bits": kind.bits, "table": kind.table, **({"group_size": group} if group else {}), **trusted}
     model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
