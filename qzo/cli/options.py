@@ -14,6 +14,7 @@ SHARINGS = ("group", "row")
 LARGE_ROWS = ("fused", "folded", "blas", "auto")
 PACKINGS = ("off", "auto")
 RECIPES = ("paper",)
+KEEPS = ("last", "best")
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
 TABLES = ("fp4", "nf4")
 DEFAULTS = {  # of training/settings.py
@@ -113,6 +114,7 @@ def add_train(parser):
     )
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))
+    _add_validation(parser.add_argument_group("validation, where the data have a valid split"))
     _add_perturbation(parser.add_argument_group("the perturbation and the update"))
     _add_launching(parser.add_argument_group("how a step is computed"))
     add_loading(parser)
@@ -157,6 +159,27 @@ def _add_run(run):
         choices=RECIPES,
         help="the paper's setting: absolute eps 1e-3, clip 100, lr 1e-7, Gaussian noise, one direction, batch 16, "
         "floor 0; single options still win",
+    )
+
+
+def _add_validation(held_out):
+    held_out.add_argument(
+        "--eval-every",
+        type=int,
+        metavar="STEPS",
+        help="steps between two measurements of it (default: a tenth of the run)",
+    )
+    held_out.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="end the run after N measurements in a row without a lower loss (default: make all steps)",
+    )
+    held_out.add_argument(
+        "--keep",
+        choices=KEEPS,
+        help="what OUT/model is: the last step (the default), or the one with the lowest validation loss, rebuilt from "
+        "the base and the journal (best)",
     )
 
 

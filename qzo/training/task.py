@@ -139,21 +139,22 @@ class Task:
             return self.losses(batch, count)
 
     @torch.no_grad()
-    def scores(self, batch_size: int = 32) -> torch.Tensor:
-        """float32 [examples, options] of a task with options, in the order of the examples."""
+    def scores(self, batch_size: int = 32, first: int | None = None) -> torch.Tensor:
+        """float32 [examples, options] of a task with options, in the order of the examples; first: of so many."""
         parts: dict[int, torch.Tensor] = {}
-        for indices in self._by_length(batch_size):
+        count = len(self.examples[:first])
+        for indices in self._by_length(batch_size, count):
             batch = self.batch(indices, 1)
             with self._starting(batch):
                 parts.update(zip(indices, option_scores(self.model, batch), strict=True))
-        return torch.stack([parts[i] for i in range(len(self.examples))])
+        return torch.stack([parts[i] for i in range(count)])
 
     def evaluate(self, batch_size: int = 32) -> Measure:
         """{"loss", "accuracy"}: mean over examples; accuracy is None for a task without options."""
         if self.examples[0].options is not None:
             return measure(self.scores(batch_size), self.labels())
         total, count = 0.0, 0
-        for indices in self._by_length(batch_size):
+        for indices in self._by_length(batch_size, len(self.examples)):
             total += float(self.closure(indices, 1)()) * len(indices)
             count += len(indices)
         return {"loss": total / count, "accuracy": None}
@@ -162,9 +163,9 @@ class Task:
         """int64 [examples]: the right option of each."""
         return torch.tensor([e.label for e in self.examples], device=self.device)
 
-    def _by_length(self, batch_size):
-        """Batches of similar length: little padding."""
-        order = sorted(range(len(self.examples)), key=lambda i: (len(self.examples[i].ids), i))
+    def _by_length(self, batch_size, count):
+        """Batches of the first `count` examples, of similar length: little padding."""
+        order = sorted(range(count), key=lambda i: (len(self.examples[i].ids), i))
         return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
     def batch(self, indices: Sequence[int], count: int) -> Batch:
