@@ -247,6 +247,12 @@ def add_export(parser):
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     add_overwrite(parser)
     parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    parser.add_argument(
+        "--round-zeros",
+        action="store_true",
+        help="of a GGUF Q4_1 or HQQ model: zero points are rounded to the integers that the format holds and scales "
+        "refitted; how far that moves the weights is told (default: refuse)",
+    )
     add_loading(parser)
 
 

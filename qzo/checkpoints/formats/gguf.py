@@ -211,6 +211,14 @@ class GGUFFormat:
                 for info in file.tensors.values()
                 if (name := hf_name(file, info.name)) is not None
             },
+            float_zeros=lambda: next(
+                (
+                    name.removesuffix(".weight")
+                    for info in file.tensors.values()
+                    if info.type == Q4_1 and _trains(info) and (name := hf_name(file, info.name)) is not None
+                ),
+                None,
+            ),
         )
 
     def for_servers(self, name: str) -> bool:
