@@ -8,6 +8,7 @@ import torch
 from ..kernels.codes import middle
 from ..nn.quantize import BLOCK
 from ..nn.weights import PackedWeight
+from ..system.progress import tracked
 from .formats.rounding import new_scales
 
 
@@ -17,7 +18,8 @@ def with_integer_zeros(packed: Mapping[str, PackedWeight]) -> tuple[dict[str, Pa
 
     error: the norm of what the weights changed by, over their own
     """
-    found = {name: _rounded(name, weight) for name, weight in packed.items() if _is_float(weight)}
+    shown = tracked(packed.items(), "rounding zero points", "layers")
+    found = {name: _rounded(name, weight) for name, weight in shown if _is_float(weight)}
     return {name: found[name][0] if name in found else weight for name, weight in packed.items()}, {
         name: error for name, (_, error) in found.items()
     }
