@@ -6,6 +6,7 @@ from pathlib import Path
 from ..optim.journal import JournalError, read
 from ..system import disk
 from ..system.memory import explain, is_out_of_memory
+from ..system.progress import showing
 from ..training.loop import Interrupted
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -18,7 +19,8 @@ LESS_MEMORY = (
 def reporting(execute, options):
     """The exit status of execute(options); what it raises is one line, but a fault of our own keeps its traceback."""
     try:
-        return execute(options) or 0
+        with showing():
+            return execute(options) or 0
     except Interrupted as stop:
         print(
             f"qzo: stopped after {stop.steps} steps, all of them saved; go on with the same command, its "

@@ -6,7 +6,7 @@ in sync.
 
 import argparse
 
-from ..optim.defaults import CLIP, EPS
+from ..optim.defaults import CLIP, EPS, FLOOR
 
 DTYPES = ("float32", "float16", "bfloat16")
 NOISES = ("rademacher", "ih4", "gaussian")
@@ -23,6 +23,8 @@ DEFAULTS = {  # of training/settings.py
     "directions": 4,
     "max_length": 1024,
     "max_cut": 0.5,
+    "decay": 0.1,
+    "floor": FLOOR,
     "eps": EPS,
     "clip": CLIP,
 }
@@ -187,10 +189,19 @@ def _add_perturbation(step):
     step.add_argument(
         "--learning-rate",
         type=float,
-        help=f"at the first step, falling linearly to a tenth (default {RATE:g} per direction)",
+        help=f"at the first step, falling linearly to a part of it (default {RATE:g} per direction)",
+    )
+    step.add_argument(
+        "--decay", type=float, help=f"the part that it falls to, 1: constant (default {DEFAULTS['decay']})"
     )
     step.add_argument("--eps", type=float, help=f"perturbation, relative to a scale (default {EPS:g})")
+    step.add_argument(
+        "--relative",
+        action=argparse.BooleanOptionalAction,
+        help="eps and learning rate are parts of a scale (default); without: in the units of the scales",
+    )
     step.add_argument("--clip", type=float, help=f"bound on the directional derivative (default {CLIP:g})")
+    step.add_argument("--floor", type=float, help=f"least magnitude of a scale (default {FLOOR:g}, 2**-24)")
     step.add_argument(
         "--directions", type=int, help=f"directions a step, two evaluations each (default {DEFAULTS['directions']})"
     )
@@ -262,6 +273,12 @@ def add_export(parser):
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     add_overwrite(parser)
     parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    parser.add_argument(
+        "--round-zeros",
+        action="store_true",
+        help="of a GGUF Q4_1 or HQQ model: zero points are rounded to the integers that the format holds and scales "
+        "refitted; how far that moves the weights is told (default: refuse)",
+    )
     add_loading(parser)
 
 

@@ -6,9 +6,6 @@ import statistics
 import time
 import warnings
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
@@ -22,66 +19,21 @@ from ..training.settings import PAPER, Settings
 from ..training.task import fit_label_bias, measure
 from ..training.validation import PARTS, Base, Validation
 from .common import load, say, scores_as_text, steps_of
-from .options import DTYPES, KEEPS, LARGE_ROWS, NOISES, PACKINGS, RECIPES, SHARINGS, model_of
+from .options import model_of
 from .outputs import check_run
 
-CHOICES = {
-    "noise": NOISES,
-    "sharing": SHARINGS,
-    "large_rows": LARGE_ROWS,
-    "packing": PACKINGS,
-    "recipe": RECIPES,
-    "keep": KEEPS,
-    "dtype": DTYPES,
-}
 CONTROL_EXAMPLES = 512  # of the training data, that the control's biases are fitted on
-OWN_OPTIONS = (
-    "model",
-    "data",
-    "output_dir",
-    "resume",
-    "overwrite",
-    "recipe",
-    "device",
-    "dtype",
-    "group_size",
-    "trust_remote_code",
-    "weight_only",
-)
 
 
 def merge_options(options):
-    """Command line over YAML over recipe; returns (Settings, the other options). ValueError for an unknown key."""
-    given = {key: value for key, value in vars(options).items() if value is not None}
-    if options.checkpoint:
-        given["model"] = model_of(options)
-    from_file: dict[str, Any] = {}
-    if options.config:
-        with open(options.config, encoding="utf-8") as file:
-            try:
-                from_file = yaml.safe_load(file) or {}
-            except yaml.YAMLError as error:
-                raise ValueError(f"{options.config} is not YAML: {error}") from None
-        if not isinstance(from_file, dict):
-            raise ValueError(f"{options.config} must hold keys and values, got {type(from_file).__name__}")
-        from_file = {str(key).replace("-", "_"): value for key, value in from_file.items()}
-    names = {field.name for field in dataclasses.fields(Settings)}
-    unknown = sorted(map(str, set(from_file) - names - set(OWN_OPTIONS)))
-    if unknown:
-        raise ValueError(
-            f"{options.config}: unknown keys {', '.join(unknown)}; known are "
-            f"{', '.join(sorted(names | set(OWN_OPTIONS)))}"
-        )
-    merged = {**from_file, **given}
-    missing = [f"--{name.replace('_', '-')}" for name in ("model", "data", "output_dir") if not merged.get(name)]
+    """(Settings, all options) of a command line, over the recipe's. ValueError for what is missing or out of range."""
+    own = vars(options) | {"model": model_of(options)}
+    missing = [f"--{name.replace('_', '-')}" for name in ("model", "data", "output_dir") if not own[name]]
     if missing:
         raise ValueError(f"missing {', '.join(missing)} (on the command line or in --config)")
-    for key, wanted in CHOICES.items():
-        if merged.get(key) not in (None, *wanted):
-            raise ValueError(f"{key}: {merged[key]!r} in {options.config}; known are {', '.join(wanted)}")
-    base = PAPER if merged.get("recipe") == "paper" else {}
-    settings = Settings(**{**base, **{key: value for key, value in merged.items() if key in names}})
-    return settings, {key: merged.get(key) for key in OWN_OPTIONS}
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {key: value for key, value in own.items() if key in names and value is not None}
+    return Settings(**{**(PAPER if options.recipe == "paper" else {}), **given}), own
 
 
 def execute(options):

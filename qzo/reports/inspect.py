@@ -20,6 +20,7 @@ from ..nn.choice import choose, group_for, sizes_of
 from ..nn.experts import split_, split_experts_, stack_of
 from ..nn.layers import layers
 from ..nn.weights import PackedWeight, check_bits
+from ..system.progress import tracked
 from ..training.data import collate, tokenize
 from ..training.loop import choose_layers, pad_id, trained_count
 from ..training.records import read_data
@@ -89,7 +90,7 @@ def survey(entries, types):
     scales and zeros)."""
     wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "codebooks": 0, "scales": 0, "zeros": 0}
     dense: collections.defaultdict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for name, value, _ in entries:
+    for name, value, _ in tracked(entries, "reading", "tensors"):
         if isinstance(value, PackedWeight):
             wanted[name] = form_of(value)
             scales.add(value.scales)

@@ -12,6 +12,7 @@ import torch
 from ..loss import own_loss
 from ..loss.head import has_encoder
 from ..loss.losses import losses, model_inputs, option_scores, pair
+from ..system.progress import tracked
 from .buckets import Buckets, next_step
 from .compiled import Compiled
 from .data import IGNORED, Batch, Example, batch_indices, check_one_kind, collate, padded
@@ -143,7 +144,7 @@ class Task:
         """float32 [examples, options] of a task with options, in the order of the examples; first: of so many."""
         parts: dict[int, torch.Tensor] = {}
         count = len(self.examples[:first])
-        for indices in self._by_length(batch_size, count):
+        for indices in tracked(self._by_length(batch_size, count), "evaluating", "batches"):
             batch = self.batch(indices, 1)
             with self._starting(batch):
                 parts.update(zip(indices, option_scores(self.model, batch), strict=True))
@@ -154,7 +155,7 @@ class Task:
         if self.examples[0].options is not None:
             return measure(self.scores(batch_size), self.labels())
         total, count = 0.0, 0
-        for indices in self._by_length(batch_size, len(self.examples)):
+        for indices in tracked(self._by_length(batch_size, len(self.examples)), "evaluating", "batches"):
             total += float(self.closure(indices, 1)()) * len(indices)
             count += len(indices)
         return {"loss": total / count, "accuracy": None}

@@ -25,6 +25,7 @@ class FolderFormat:
     weights: yields the entries of (folder, quantization_config, dtype or None)
     weight_files: the files of a folder that hold the weights
     for_servers: as protocol.Format; none are by default
+    float_zeros: of a folder, as Checkpoint.float_zeros; none are by default
     """
 
     method: str
@@ -35,6 +36,7 @@ class FolderFormat:
     scales: str | None = None
     weight_files: Callable[[Path], set[Path]] = weight_files
     for_servers: Callable[[str], bool] = lambda name: False
+    float_zeros: Callable[[Path], str | None] = lambda folder: None
     quantized = True
 
     def open(self, path: Path, quantization: Quantization | None, trust_remote_code: bool) -> Checkpoint:
@@ -54,6 +56,7 @@ class FolderFormat:
             files=held,
             dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16,
             read=functools.partial(self.weights, path, quantization),
+            float_zeros=functools.partial(self.float_zeros, path),
         )
 
     def take_along(self, path: Path, staging: Path) -> None:

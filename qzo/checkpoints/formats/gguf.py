@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from ...kernels.codes import pack_rows, row_shape
 from ...nn.weights import PackedWeight
+from ...system.progress import tracked
 from . import files, gguf_tokenizer
 from .gguf_blocks import NAMES, Q4_0, Q4_1, Q8_0, codes, halves
 from .gguf_config import config, family, heads, kv_heads
@@ -143,7 +144,7 @@ def save(file: GGUFFile, target: Path, find: Find) -> None:
     """Copy `file` to `target` with the scales of the PackedWeight (or None) that `find(Hugging Face name)`
     gives."""
     files.copy(file.path, target)
-    for info in file.tensors.values():
+    for info in tracked(file.tensors.values(), "saving", "tensors"):
         name = hf_name(file, info.name) if _trains(info) else None
         packed = find(name) if name else None
         if packed is not None:
@@ -211,6 +212,14 @@ class GGUFFormat:
                 for info in file.tensors.values()
                 if (name := hf_name(file, info.name)) is not None
             },
+            float_zeros=lambda: next(
+                (
+                    name.removesuffix(".weight")
+                    for info in file.tensors.values()
+                    if info.type == Q4_1 and _trains(info) and (name := hf_name(file, info.name)) is not None
+                ),
+                None,
+            ),
         )
 
     def for_servers(self, name: str) -> bool:

@@ -60,6 +60,11 @@ def weights(folder: Path, quantization: Quantization | None, dtype: torch.dtype 
                 yield f"{module}.{name}", tensor, f"{module}.{name} in {FILE}"
 
 
+def float_zeros(folder: Path) -> str | None:
+    """The first layer: all of them have float zero points. None where there is no layer."""
+    return next((module for module, state in _modules(TorchFile(folder / FILE)) if "W_q" in state), None)
+
+
 def save(folder: Path, staging: Path, find: Find) -> None:
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)`
     gives."""
@@ -170,4 +175,6 @@ def _unpack(words, bits, rows):
     return torch.cat(planes)[:rows]
 
 
-FORMAT = FolderFormat(METHOD, check_config, weights, save, saved_scales, weight_files=weight_files)
+FORMAT = FolderFormat(
+    METHOD, check_config, weights, save, saved_scales, weight_files=weight_files, float_zeros=float_zeros
+)

@@ -38,6 +38,7 @@ class Checkpoint:
     read: read(dtype) yields every tensor as an Entry, dense ones in `dtype`, with None as they are stored (float16
         where a file's blocks are no dtype); one is held at a time
     stored_types: stored_types() gives {Hugging Face name: (type, bytes)} where the entries' dtypes do not tell them
+    float_zeros: float_zeros() gives the name of a layer whose zero points are no integers, None where there is none
     """
 
     format: "Format"
@@ -49,6 +50,7 @@ class Checkpoint:
     dtype: torch.dtype
     read: Callable[[torch.dtype | None], Iterator[Entry]]
     stored_types: Callable[[], Mapping[str, tuple[str, int]]] = dict
+    float_zeros: Callable[[], str | None] = lambda: None
 
     @property
     def quantized(self) -> bool:
