@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 import qzo
 from qzo.cli.main import main
@@ -175,3 +176,23 @@ def test_a_step_that_is_none_of_the_run(tuned, capsys):
     ):
         assert main([*ask, *more]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_decoders_first_token_counts_too(tmp_path):
+    """Behind an encoder every label is predicted: the mean over tokens is the same in batches of any size."""
+    tiny.save_checkpoint(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).unlink()
+    shape = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=30, **shape))
+    t5.save_pretrained(tmp_path)
+    model = qzo.from_pretrained(tmp_path, device="cpu", group_size=32)
+    lines = [{"prompt": "red", "completion": "one"}, {"prompt": "blue sky", "completion": "ten nine eight seven six"}]
+    held = Task(model, tokenize(lines, qzo.load_tokenizer(tmp_path), encoder=True), 0)
+    total = 0.0
+    for example in held.examples:
+        labels = torch.tensor([example.labels])
+        total += float(model(input_ids=torch.tensor([example.ids]), labels=labels).loss) * len(example.labels)
+    want = total / sum(len(example.labels) for example in held.examples)
+    for size in (1, 2):
+        assert held.evaluate(size)["loss"] == pytest.approx(want, rel=1e-5)
