@@ -242,13 +242,52 @@ def _add_launching(how):
     )
 
 
+def _add_journal(parser):
+    """A run on the model, or the beginning of one: common.py has `check_until` and `replayed` for them."""
+    parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    parser.add_argument("--until", type=int, metavar="N", help="the run's first N steps only (default: all)")
+
+
 def add_eval(parser):
     add_model(parser)
     parser.add_argument(
         "--data", required=True, help="a JSONL file, or a folder with valid.jsonl, test.jsonl, train.jsonl"
     )
-    parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    _add_journal(parser)
+    parser.add_argument(
+        "--control-data",
+        metavar="FILE",
+        help="lines with options to fit the control's label biases on, other than those that are scored (default: "
+        "train.jsonl of the folder --data)",
+    )
     parser.add_argument("--max-length", type=int, help=f"longest example in tokens (default {DEFAULTS['max_length']})")
+    add_loading(parser)
+
+
+def add_generate(parser):
+    add_model(parser)
+    prompt = parser.add_argument_group("the prompt (default: standard input, as --prompt)")
+    asked = prompt.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input")
+    asked.add_argument(
+        "--chat", metavar="TEXT", help="a message to answer, through the model's chat template; - reads standard input"
+    )
+    prompt.add_argument("--system", metavar="TEXT", help="a system message in front of --chat")
+    _add_journal(parser)
+    text = parser.add_argument_group("the text")
+    text.add_argument("--max-new-tokens", type=int, default=256, help="most tokens that are written (default 256)")
+    text.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="above 0: tokens are drawn, the more evenly the higher it is (default 0: the likeliest is taken)",
+    )
+    text.add_argument(
+        "--top-p",
+        type=float,
+        help="draw from the likeliest tokens that have this probability together (default 1: from all)",
+    )
+    text.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
     add_loading(parser)
 
 

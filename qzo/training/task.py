@@ -55,7 +55,7 @@ class Task:
         self.model, self.examples, self.pad_id = model, examples, pad_id
         self.prefix, self.packing = prefix, packing
         check_ids_and_lengths(model, examples)
-        if pad_id >= _rows_of(model):
+        if pad_id >= known_tokens(model):
             self.pad_id = 0
         self.device = next(model.parameters()).device
         self.bucketed = self.device.type == "cuda" if bucketed is None else bucketed
@@ -151,13 +151,15 @@ class Task:
         return torch.stack([parts[i] for i in range(count)])
 
     def evaluate(self, batch_size: int = 32) -> Measure:
-        """{"loss", "accuracy"}: mean over examples; accuracy is None for a task without options."""
+        """{"loss", "accuracy"}: mean over examples; of a task without options over labelled tokens, and accuracy None.
+        So exp(loss) is then the perplexity, and no batch size changes what is meant."""
         if self.examples[0].options is not None:
             return measure(self.scores(batch_size), self.labels())
         total, count = 0.0, 0
         for indices in tracked(self._by_length(batch_size, len(self.examples)), "evaluating", "batches"):
-            total += float(self.closure(indices, 1)()) * len(indices)
-            count += len(indices)
+            tokens = sum(self._targets(self.examples[i], False) for i in indices)
+            total += float(self.closure(indices, 1)()) * tokens
+            count += tokens
         return {"loss": total / count, "accuracy": None}
 
     def labels(self) -> torch.Tensor:
@@ -202,7 +204,8 @@ class Task:
     def _targets(self, example, several):
         """How many places of a row of the example are read to predict a token."""
         if example.options is None:
-            return sum(label != IGNORED for label in example.labels[1:])
+            first = 0 if has_encoder(self.model) else 1  # a decoder behind an encoder predicts its first label too
+            return sum(label != IGNORED for label in example.labels[first:])
         return 0 if not several else (sum if self.shares else max)(map(len, example.options))
 
     def rows(self, example: Example) -> list[tuple[int, ...]]:
@@ -241,7 +244,7 @@ def fit_label_bias(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return (bias - bias.mean()).detach().float()
 
 
-def _rows_of(model):
+def known_tokens(model):
     """How many tokens the model knows; infinity where it does not say."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
@@ -251,7 +254,7 @@ def _rows_of(model):
 
 def check_ids_and_lengths(model: "PreTrainedModel", examples: Sequence[Example]) -> None:
     """ValueError for a token or a place that the model has no row for: a GPU would end the process."""
-    known, longest = _rows_of(model), 0
+    known, longest = known_tokens(model), 0
     for number, example in enumerate(examples, 1):
         behind = example.options or ()
         highest = max(map(max, filter(None, (example.ids, example.labels, *behind))))

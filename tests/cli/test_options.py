@@ -56,7 +56,7 @@ def test_every_command_has_help_with_an_example(capsys, command):
     assert "--json" in text or command == "bench"
 
 
-@pytest.mark.parametrize("command", ["train --data d --output-dir o", "eval --data d", "inspect", "memory"])
+@pytest.mark.parametrize("command", ["train --data d --output-dir o", "eval --data d", "generate", "inspect", "memory"])
 def test_a_model_is_given_once(capsys, command):
     name, *rest = command.split()
     assert main([name, "one", "--model", "two", *rest]) == 2
