@@ -123,13 +123,10 @@ def test_generation_settings_come_along(tmp_path):
 # ------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [("{", r"config\.json is not JSON"), ('{"model_type": "llamb"}', "llamb")]
-)
-def test_bad_config(tmp_path, content, message):
+def test_a_config_that_is_no_json(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         load(tmp_path)
 
 

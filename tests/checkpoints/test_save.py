@@ -108,22 +108,6 @@ def test_failed_write_leaves_everything_as_it_was(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-def test_foreign_files_stay_and_own_ones_are_replaced(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "config.json").write_text("old")
-    qzo.save_pretrained(load(CT), tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "config.json").read_bytes() == (CT / "config.json").read_bytes()
-    assert not any(p.name.startswith(".") for p in tmp_path.iterdir())
-
-
-def test_target_that_is_a_file(tmp_path):
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(ValueError, match="is a file; give a folder"):
-        qzo.save_pretrained(load(CT), tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "mine"
-
-
 def test_source_is_never_overwritten(tmp_path, llama):
     write_gguf(tmp_path / "m.gguf")
     shutil.copytree(CT, tmp_path / "ct")

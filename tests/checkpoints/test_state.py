@@ -1,5 +1,7 @@
 """The tensors that transformers' save_pretrained writes: those of the checkpoint that saving here writes."""
 
+import shutil
+
 import pytest
 from safetensors.torch import load_file
 
@@ -51,15 +53,24 @@ def test_a_float_source_or_none_gives_what_save_pretrained_writes(tmp_path, from
         assert_same_bits(found[name].contiguous(), tensor)
 
 
-def test_a_format_that_transformers_cannot_write_and_a_source_that_is_gone(tmp_path):
+@pytest.mark.parametrize(("name", "method"), [("m.gguf", "gguf"), ("hqq-own-g64", "hqq"), ("bnb-nf4", "bitsandbytes")])
+def test_formats_that_transformers_does_not_write(tmp_path, name, method):
     write_gguf(tmp_path / "m.gguf")
-    model = qzo.from_pretrained(tmp_path / "m.gguf", device="cpu")
-    with pytest.raises(
-        ValueError, match=r"m\.gguf \(gguf\), which transformers' save_pretrained cannot write; use qzo"
-    ):
-        state.tensors(model)
-    qzo.save_pretrained(qzo.from_pretrained(CT, device="cpu"), tmp_path / "copy")
-    model = qzo.from_pretrained(tmp_path / "copy", device="cpu")
-    (tmp_path / "copy/model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors, which this model was loaded from, is gone"):
+    model = qzo.from_pretrained(tmp_path / name if method == "gguf" else FIXTURES / name, device="cpu")
+    with pytest.raises(ValueError, match=rf"{name} \({method}\), which transformers' save_pretrained cannot write"):
+        model.save_pretrained(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_source_that_changed_or_is_gone(tmp_path, gone):
+    shutil.copytree(CT, tmp_path / "copy")
+    model, file = qzo.from_pretrained(tmp_path / "copy", device="cpu"), tmp_path / "copy/model.safetensors"
+    if gone:
+        file.unlink()
+        error, message = FileNotFoundError, r"model\.safetensors, which this model was loaded from, is gone"
+    else:
+        file.write_bytes(file.read_bytes() + b" ")
+        error, message = ValueError, r"model\.safetensors had \d+ bytes when this model was loaded"
+    with pytest.raises(error, match=message):
         state.tensors(model)

@@ -25,11 +25,24 @@ def test_tokenizer_of_a_folder_and_of_a_gguf_without(tmp_path):
         load_tokenizer(tmp_path / "m.gguf")
 
 
-def test_a_folder_of_its_own_and_one_that_cannot_be_read(tmp_path):
-    folder = tiny.save_checkpoint(tmp_path / "in")
-    assert load_tokenizer(folder)("red warm")["input_ids"] == [3, 18]
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=rf"^{folder}: its tokenizer cannot be read: "):
-        load_tokenizer(folder)
+def test_a_folder_and_none(tmp_path):
+    assert load_tokenizer(tiny.save_checkpoint(tmp_path / "in"))("red warm")["input_ids"] == [3, 18]
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_tokenizer(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "[1]"),
+        ("tokenizer.json", '{"version": "1.0", '),
+        ("tokenizer.json", '{"model": {"type": "x"}}'),
+        ("tokenizer.json", None),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(tmp_path, name, content):
+    folder = tiny.save_checkpoint(tmp_path / "in")
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"^{folder}: its tokenizer cannot be read: ") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
