@@ -73,7 +73,7 @@ def test_inputs_of_another_width(weight):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(codes=torch.zeros(N, 64, dtype=torch.int32)), "does not fit 4-bit codes torch.int32"),
+        (dict(codes=torch.zeros(1, N, 32, dtype=torch.int32)), "does not fit 4-bit codes torch.int32"),
         (dict(codes=torch.zeros(N, 60, dtype=torch.uint8)), r"does not fit 4-bit codes torch.uint8 \[6, 60\]"),
         (dict(bits=8), r"does not fit 8-bit codes torch.uint8 \[6, 68\]"),
         (dict(group=48), r"group_size 48 does not divide in_features 128; use one that does, or -1 \(whole row\)"),

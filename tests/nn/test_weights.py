@@ -233,7 +233,7 @@ def test_plain_codes_that_do_not_fit(codes, message):
         (0, torch.zeros(N, K // 8, 2), r"codes must be integers \[N, K/8, 2\], got torch.float32 \[5, 24, 2\]"),
         (0, torch.zeros(N, K // 8, 3, dtype=torch.int64), r"integers \[N, K/8, 2\], got torch.int64 \[5, 24, 3\]"),
         (0, torch.full((N, K // 8, 2), 256), r"codes must be in 0\.\.255, the entries of a codebook; got 256 to 256"),
-        (0, torch.full((N, K // 8, 2), -1), "got -1 to -1"),
+        (0, torch.arange(2 * N * K // 8).view(N, -1, 2) % 200 - 1, "got -1 to 198"),
         (1, torch.ones(N + 1), r"scales must be floats \[5\], got torch.float32 \[6\]"),
         (1, torch.ones(N, dtype=torch.int32), r"scales must be floats \[5\], got torch.int32"),
         (2, torch.zeros(2, 200, 8), r"codebooks must be floats .*\[2, 200, 8\] for 7 bits"),
