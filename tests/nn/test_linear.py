@@ -53,7 +53,7 @@ def test_its_weight_has_shape_dtype_and_device_and_is_in_no_state():
     layer = QZOLinear(64, 8, group_size=32)
     assert isinstance(layer.weight, NoValues)
     assert (layer.weight.shape, layer.weight.dtype, layer.weight.device.type) == ((8, 64), torch.float32, "cpu")
-    assert QZOLinear(64, 8, group_size=32, dtype=torch.float16).weight.dtype == torch.float16
+    assert QZOLinear(64, 8, bias=False, group_size=32, dtype=torch.float16).weight.dtype == torch.float16
     assert QZOLinear(64, 8, group_size=32, device="meta").weight.device.type == "meta"
     assert "weight" not in layer.state_dict()
     assert_same_bits(layer.dequantize(), layer.packed().dequantize())
