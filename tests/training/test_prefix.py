@@ -179,6 +179,8 @@ def test_the_group_that_was_asked_for_longest_ago_goes(model):
         cache.batch([i], [2], 2)
     assert list(cache._held) == [0, 2]
     assert cache._bytes == sum(cache._size(number) for number in cache._held)
+    held = [states for group in cache._held.values() for states in group.values()]
+    assert sum(states.untyped_storage().nbytes() for states in held) == cache._bytes, "nothing else is kept alive"
     cache.batch([0], [2], 2)
     assert len(asked) == 3
     cache.batch([32], [2], 2)
