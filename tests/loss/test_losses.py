@@ -71,6 +71,17 @@ def test_options_of_several_tokens(model):
     assert torch.allclose(qzo.losses(model, batch, 2), want.expand(2), rtol=1e-5)
 
 
+def test_the_head_sees_labelled_rows_only(model):
+    batch, seen = batch_of(), []
+    qzo.losses(model, batch, 2)  # the model's first batch is compared with its own logits
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out[..., 0].numel()))
+    try:
+        qzo.losses(model, batch, 2)
+    finally:
+        handle.remove()
+    assert sum(seen) == 2 * int((batch["labels"][:, 1:] != -100).sum())
+
+
 def test_bad_batches(model):
     with pytest.raises(ValueError, match="has no labels"):
         qzo.losses(model, batch_of(labels=False), 2)
