@@ -36,6 +36,7 @@ def test_what_a_model_holds_counts_each_storage_once():
     model = qzo.quantize_(nn.ModuleDict({"a": Block(), "b": Block()}), group_size=32, symmetric=False)
     model["b"].up = model["a"].up
     model["b"].lm_head.weight = model["a"].lm_head.weight
+    model.register_buffer("view", model["a"].lm_head.weight.detach()[:1])
     arena_of(model)
     found, up, down = weights_bytes(model, "cpu"), model["a"].up, model["a"].down
     assert found["codes"] == allocated(up.codes.nbytes, "cpu") + 2 * allocated(down.codes.nbytes, "cpu")

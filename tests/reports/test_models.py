@@ -49,7 +49,7 @@ def test_a_config_is_found_by_file_by_folder_and_by_part_of_its_name(tmp_path):
             "no-such-model is no file, and no config of that name comes with qzo; there are facebook-opt",
         ),
         ("llama", "llama is no file, and more than one config of that name"),
-        ("", "no config of that name|is no file"),
+        (".json", "no config of that name"),
         ("{folder}/text.json", "text.json is not JSON: "),
         ("{folder}/bytes.json", "bytes.json is not JSON: "),
         ("{folder}/list.json", "list.json is no config: expected a model_type of transformers, or _class_name SD3Tra"),
@@ -85,6 +85,7 @@ def test_an_empty_model_has_shapes_and_no_weights():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     assert not any(buffer.is_meta for buffer in model.buffers()), "what is computed is there: no file holds it"
     assert not model.training
+    assert not hasattr(model.config, "quantization_config"), "how others quantize it is not asked for"
     assert models.dimensions(model, 40) == (64, 2, 48, 40)
     assert (models.usual_tokens(model), models.is_diffusion(model)) == (64, False)
     assert models.body_of(model) is model.model
@@ -155,6 +156,18 @@ def test_a_model_with_random_weights_runs_and_is_the_same_for_a_seed():
     assert losses.isfinite().all()
     assert torch.equal(models.batch_losses(filled(0), batch, 2), losses)
     assert not torch.equal(models.batch_losses(filled(1), batch, 2), losses)
+
+
+def test_parameters_on_meta_are_filled_by_what_they_are():
+    owner = nn.Sequential(nn.LayerNorm(8, device="meta"), nn.Linear(8, 600, device="meta"), nn.Linear(8, 2))
+    kept = owner[2].weight.clone()
+    assert models.fill_parameters(owner, "cpu", torch.Generator().manual_seed(0)) is owner
+    norm, filled, there = owner
+    assert (norm.weight == 1).all()
+    assert not norm.bias.any()
+    assert not filled.bias.any()
+    assert float(filled.weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(there.weight, kept), "what has values keeps them"
 
 
 # ---------------------------------------------------------------------------------------------- a batch
