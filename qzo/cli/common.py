@@ -1,12 +1,15 @@
 """What several commands share: loading a model, results as text."""
 
+import math
 import sys
 from pathlib import Path
 
 import torch
 
 from ..checkpoints.load import from_pretrained
+from ..kernels.tiles import GROUPS
 from ..nn.layers import train_slots
+from ..nn.weights import check_group_size
 from ..optim.journal import read
 from ..optim.replay import replay
 
@@ -23,7 +26,10 @@ def load(path, own):
         "dtype": getattr(torch, own["dtype"]) if own["dtype"] else None,
         "trust_remote_code": bool(own["trust_remote_code"]),
         "weight_only": bool(own["weight_only"]),
+        "strict": bool(own.get("strict")),
     }
+    if own["group_size"] is not None:  # also where the checkpoint is in codes already and none is used
+        check_group_size(own["group_size"], math.lcm(*GROUPS))
     say(f"loading {path}{_size(path)}")
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})
 

@@ -21,7 +21,6 @@ def execute(options):
     records = read_data(options.data)
     if Path(options.data).is_file():
         records = {Path(options.data).stem: records["train"]}
-    say(f"loading {model_name}")
     if options.journal:
         model, steps = replayed(model_name, options.journal, None, own)
     else:

@@ -2,7 +2,8 @@
 
 import json
 
-from ..reports.memory import make_report, plot, table
+from ..reports.memory import make_report
+from ..reports.memory_table import check_picture, plot, table
 from .options import model_of
 from .outputs import check_file
 
@@ -13,6 +14,8 @@ def execute(options):
     for option, path in (("--plot", options.plot), ("--snapshot", options.snapshot)):
         if path:
             check_file(path, options.overwrite, option)
+    if options.plot:
+        check_picture(options.plot)
     report = make_report(options)
     if options.plot:
         plot(report, options.plot)

@@ -14,6 +14,7 @@ SHARINGS = ("group", "row")
 LARGE_ROWS = ("fused", "folded", "blas", "auto")
 PACKINGS = ("off", "auto")
 RECIPES = ("paper",)
+BITS = (2, 4, 8)
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
 TABLES = ("fp4", "nf4")
 DEFAULTS = {  # of training/settings.py
@@ -75,6 +76,16 @@ def add_loading(parser):
     )
 
 
+def add_strict(parser):
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        default=None,
+        help="refuse a group size that does not divide the inputs of each layer (default: such a layer takes another, "
+        "with a warning)",
+    )
+
+
 def add_overwrite(parser):
     """Leave to replace files that are there."""
     parser.add_argument(
@@ -115,6 +126,7 @@ def add_train(parser):
     _add_perturbation(parser.add_argument_group("the perturbation and the update"))
     _add_launching(parser.add_argument_group("how a step is computed"))
     add_loading(parser)
+    add_strict(parser)
 
 
 def _add_run(run):
@@ -262,12 +274,13 @@ def add_quantize(parser):
     parser.add_argument("model", help="a float checkpoint: a folder, or a Hub id")
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     add_overwrite(parser)
-    parser.add_argument("--bits", type=int, default=4, help="2, 4 or 8 (default 4)")
+    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="of a code (default 4)")
     parser.add_argument(
         "--group-size",
         type=int,
         help="32, 64, 128, or -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)",
     )
+    add_strict(parser)
     parser.add_argument("--asymmetric", action="store_true", help="with zero points (default: without)")
     parser.add_argument(
         "--format",

@@ -9,7 +9,7 @@ from .outputs import check_folder
 
 def execute(options):
     """Quantize, and tell; exit status. ValueError for bad input."""
-    check_folder(options.output_dir, options.overwrite)
+    check_folder(options.output_dir, options.overwrite, options.model)
     say(f"quantizing {options.model}")
     found = quantize_folder(
         options.model,
@@ -20,6 +20,7 @@ def execute(options):
         format=options.format,
         table=options.table,
         trust_remote_code=options.trust_remote_code,
+        strict=bool(options.strict),
     )
     if options.json:
         print(json.dumps({**found, "output_dir": options.output_dir}))

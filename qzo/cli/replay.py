@@ -11,7 +11,7 @@ def execute(options):
     """Replay, save, and tell; exit status. ValueError for bad input."""
     if options.until is not None and options.until < 0:
         raise ValueError(f"--until {options.until}: expected a step number >= 0")
-    check_folder(options.output_dir, options.overwrite)
+    check_folder(options.output_dir, options.overwrite, options.base)
     held = steps_of(options.journal)
     if options.until is not None and options.until > held:
         raise ValueError(f"--until {options.until}: {options.journal} has {held} steps")

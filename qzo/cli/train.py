@@ -12,13 +12,13 @@ from ..checkpoints.tokenizer import load_tokenizer
 from ..reports.memory import Run, predict_loaded
 from ..training.data import IGNORED
 from ..training.folder import write_results
-from ..training.loop import build_task, choose_layers, fit
+from ..training.loop import build_task, check_batch_size, choose_layers, fit, planned_steps
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
 from .common import load, say, table
 from .options import model_of
-from .outputs import check_run
+from .outputs import JOURNAL, check_run
 
 
 def merge_options(options):
@@ -36,8 +36,11 @@ def execute(options):
     """Train, and tell; exit status. ValueError for bad input."""
     settings, own = merge_options(options)
     options.output_dir = own["output_dir"]
-    check_run(own["output_dir"], own["resume"], own["overwrite"])
+    check_run(own["output_dir"], own["resume"], own["overwrite"], own["model"])
+    if own["resume"]:
+        planned_steps(settings, Path(own["output_dir"]) / JOURNAL)
     records = read_data(own["data"])
+    check_batch_size(settings, len(records["train"]))
     started = time.perf_counter()
     model = load(own["model"], own)
     tokenizer = load_tokenizer(own["model"], bool(own["trust_remote_code"]))
