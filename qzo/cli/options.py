@@ -14,7 +14,6 @@ SHARINGS = ("group", "row")
 LARGE_ROWS = ("fused", "folded", "blas", "auto")
 PACKINGS = ("off", "auto")
 RECIPES = ("paper",)
-BITS = (2, 4, 8)
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
 TABLES = ("fp4", "nf4")
 DEFAULTS = {  # of training/settings.py
@@ -274,7 +273,7 @@ def add_quantize(parser):
     parser.add_argument("model", help="a float checkpoint: a folder, or a Hub id")
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     add_overwrite(parser)
-    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="of a code (default 4)")
+    parser.add_argument("--bits", type=int, default=4, help="2, 4 or 8 (default 4)")
     parser.add_argument(
         "--group-size",
         type=int,

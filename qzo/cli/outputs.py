@@ -18,12 +18,11 @@ def check_folder(folder, overwrite, source=None, option="--output-dir"):
         raise NotADirectoryError(f"{option} {folder} is a file; name a folder")
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir():
-        raise NotADirectoryError(f"{option} {folder}: {there} is a file, no folder; give another path")
+        raise NotADirectoryError(f"{option} {folder}: a part of this path is a file ({there}); give another path")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(
             f"{option} {folder}: {there} cannot be written to; give another path, or change its owner"
         )
-    check_apart(folder, source, option)
     held = sorted(path.name for path in itertools.islice(folder.iterdir(), 1000)) if folder.is_dir() else []
     if held and not overwrite:
         names = ", ".join(held[:NAMED]) + (f" and {len(held) - NAMED} more" if len(held) > NAMED else "")
@@ -31,14 +30,13 @@ def check_folder(folder, overwrite, source=None, option="--output-dir"):
             f"{option} {folder} holds {names} already, and existing files are not overwritten; name another folder, or "
             "add --overwrite to replace files of the same names"
         )
+    check_apart(folder, source, option)
 
 
 def check_apart(folder, source, option="--output-dir"):
-    """ValueError where a folder is the one of the checkpoint `source`, which is never overwritten."""
-    if source is not None and Path(folder).is_dir() and Path(source).exists() and Path(folder).samefile(source):
-        raise ValueError(
-            f"{option} {folder} is where the model is; the source is never overwritten, give another folder"
-        )
+    """ValueError where it is the folder, or the file, of the checkpoint `source`, which is never overwritten."""
+    if source is not None and Path(folder).exists() and Path(source).exists() and Path(folder).samefile(source):
+        raise ValueError(f"{option} {folder} is where the model is; the source is never overwritten, give another path")
 
 
 def check_file(path, overwrite, option):

@@ -1,7 +1,8 @@
 """What the commands that report on a model, and the benchmark, can be asked; like options.py, without torch."""
 
-from .options import BITS, DTYPES, LARGE_ROWS, add_model, add_overwrite
+from .options import DTYPES, LARGE_ROWS, add_model, add_overwrite
 
+BITS = (2, 4, 8)
 CODES = ("int4", "int2", "int8", "nf4", "aqlm-1x16", "aqlm-2x8")
 ZEROS = ("none", "integer", "float")
 CONFIGS = (
@@ -22,9 +23,7 @@ BENCH_EXAMPLE = "example: qzo bench run --filter 4096x11008 --rows 1 16 --second
 def add_inspect(parser):
     add_model(parser)
     parser.add_argument("--train-layers", type=int, metavar="K", help="as in qzo train: what trains then")
-    parser.add_argument(
-        "--bits", type=int, choices=BITS, default=4, help="when a float checkpoint is quantized (default 4)"
-    )
+    parser.add_argument("--bits", type=int, default=4, help="when a float checkpoint is quantized (default 4)")
     parser.add_argument(
         "--group-size", type=int, help="the same (default: the largest of 128, 64, 32 that fits every layer)"
     )
