@@ -12,6 +12,7 @@ from ..nn.layers import train_slots
 from ..nn.weights import check_group_size
 from ..optim.journal import read
 from ..optim.replay import replay
+from .early import size_of
 
 
 def load(path, own):
@@ -30,7 +31,7 @@ def load(path, own):
     }
     if own["group_size"] is not None:  # also where the checkpoint is in codes already and none is used
         check_group_size(own["group_size"], math.lcm(*GROUPS))
-    say(f"loading {path}{_size(path)}")
+    say(f"loading {path}{size_of(path)}")
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})
 
 
@@ -57,14 +58,6 @@ def replayed(base, journal, until, own):
     train_slots(model, set(header["arena"]))
     say(f"replaying {steps if until is None else min(until, steps)} steps")
     return model, replay(model, journal, until)
-
-
-def _size(path):
-    """ ", 1.2 GB" of a file or folder; nothing for what has to be fetched."""
-    path = Path(path).expanduser()
-    files = [path] if path.is_file() else path.iterdir() if path.is_dir() else []
-    nbytes = sum(file.stat().st_size for file in files if file.is_file())
-    return f", {nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else ""
 
 
 def table(rows):

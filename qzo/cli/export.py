@@ -7,17 +7,11 @@ from ..checkpoints.save import check_format, check_source
 from ..checkpoints.save import export as export_model
 from ..checkpoints.source import open_checkpoint
 from .common import load, replayed
-from .outputs import check_apart, check_file, check_folder
 
 
 def execute(options):
     """Export, and tell; exit status. ValueError for bad input."""
     check_format(options.to, options.round_zeros)
-    if options.to != "gguf" or not options.output_dir.endswith(".gguf"):
-        check_folder(options.output_dir, options.overwrite, options.model)
-    else:
-        check_file(options.output_dir, options.overwrite, "--output-dir")
-        check_apart(options.output_dir, options.model)
     checkpoint = open_checkpoint(options.model, bool(options.trust_remote_code), bool(options.weight_only))
     check_source(checkpoint, options.to, options.round_zeros)
     if options.journal:

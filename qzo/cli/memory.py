@@ -5,15 +5,11 @@ import json
 from ..reports.memory import make_report
 from ..reports.memory_table import check_picture, plot, table
 from .options import model_of
-from .outputs import check_file
 
 
 def execute(options):
     """Predict, measure if asked, and show; exit status. ValueError for bad input."""
     options.model = model_of(options)
-    for option, path in (("--plot", options.plot), ("--snapshot", options.snapshot)):
-        if path:
-            check_file(path, options.overwrite, option)
     if options.plot:
         check_picture(options.plot)
     report = make_report(options)

@@ -4,12 +4,10 @@ import json
 
 from ..checkpoints.quantize_folder import quantize_folder
 from .common import say
-from .outputs import check_folder
 
 
 def execute(options):
     """Quantize, and tell; exit status. ValueError for bad input."""
-    check_folder(options.output_dir, options.overwrite, options.model)
     say(f"quantizing {options.model}")
     found = quantize_folder(
         options.model,

@@ -18,7 +18,7 @@ from ..training.records import read_data
 from ..training.settings import PAPER, Settings
 from .common import load, say, table
 from .options import model_of
-from .outputs import JOURNAL, check_run
+from .outputs import JOURNAL
 
 
 def merge_options(options):
@@ -36,7 +36,6 @@ def execute(options):
     """Train, and tell; exit status. ValueError for bad input."""
     settings, own = merge_options(options)
     options.output_dir = own["output_dir"]
-    check_run(own["output_dir"], own["resume"], own["overwrite"], own["model"])
     if own["resume"]:
         planned_steps(settings, Path(own["output_dir"]) / JOURNAL)
     records = read_data(own["data"])

@@ -1,14 +1,17 @@
 """What can be known before a model is loaded is said before, and nothing is left behind."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from qzo.cli import common
-from qzo.cli.main import main
+from qzo.cli import common, early
+from qzo.cli.main import main, parse
 from qzo.training.task import Task
 from tests.support import tiny
 from tests.support.checkpoints import TYPES, write_gguf
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +100,42 @@ def test_strict_refuses_groups_that_do_not_fit(command, files, tmp_path, capsys)
     assert not (tmp_path / "o").exists()
     assert main(line) == 0
     assert "warning: group_size=128 does not divide" in capsys.readouterr().err
+
+
+def shell(folder, *line):
+    """(exit status, standard error, whether torch was imported) of a command in a process of its own."""
+    start = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom qzo.cli.main import main\n"
+    code = f"status = main({list(line)!r})\nprint(status, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", start + code], cwd=folder, capture_output=True, text=True, check=True, timeout=300
+    )
+    return done.stdout.split("\n")[-2], done.stderr.splitlines()
+
+
+def test_places_are_refused_without_torch(files):
+    for line in (
+        "train w4 --data data.jsonl --output-dir run",
+        "export m.gguf --to gptq --output-dir w4",
+        "demo --output-dir file",
+        "demo --resume",
+        "replay w4 run/journal.qzo --output-dir o --until -1",
+    ):
+        said, errors = shell(files, *line.split())
+        assert said == "2 False", line
+        assert len(errors) == 1
+        assert errors[0].startswith(f"qzo {line.split()[0]}: ")
+
+
+def test_the_model_is_named_before_torch_is_imported(files, monkeypatch, capsys):
+    options = parse(["eval", str(files / "w4"), "--data", "d"])
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        early.announce(options)
+        early.announce(parse(["eval", str(files / "none"), "--data", "d"]))
+        early.announce(parse(["demo"]))
+    early.announce(options)  # then the loader says it at once
+    assert capsys.readouterr().err == f"qzo eval: {files}/w4\nqzo demo: SmolLM2-135M on BBC headlines\n"
+    (files / "large").write_bytes(bytes(12_000_000))
+    assert early.size_of(files / "large") == ", 0.01 GB"
+    said, errors = shell(files, "eval", "w4", "--data", "none")
+    assert (said, errors[0]) == ("2 True", "qzo eval: w4")
