@@ -10,7 +10,7 @@ from qzo.cli import common
 from qzo.nn.layers import layers
 from tests.support import tiny
 
-PLAIN = dict.fromkeys(("device", "dtype", "group_size", "trust_remote_code", "weight_only"))
+PLAIN = dict.fromkeys(("device", "dtype", "group_size", "trust_remote_code", "weight_only", "strict"))
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def base(tmp_path_factory):
 def run(base):
     """(journal of three steps of the upper block, the model after them)."""
     model = qzo.from_pretrained(base, group_size=32, device="cpu")
-    qzo.train_only(model, lambda name: ".layers.1." in name)
+    qzo.train_only_(model, lambda name: ".layers.1." in name)
     optimizer = qzo.QZO(model, lr=0.05, journal=base / "j")
     for first in (1.0, 0.7, 0.4):
         optimizer.step(lambda first=first: torch.tensor([first, 0.5]))
@@ -39,10 +39,17 @@ def test_only_options_that_were_given_are_passed_on(monkeypatch, capsys):
     common.load("nowhere", PLAIN)
     common.load("nowhere", PLAIN | {"device": "cpu", "dtype": "bfloat16", "group_size": -1, "trust_remote_code": True})
     assert seen == [
-        (("nowhere",), {"trust_remote_code": False, "weight_only": False}),
+        (("nowhere",), {"trust_remote_code": False, "weight_only": False, "strict": False}),
         (
             ("nowhere",),
-            dict(device="cpu", dtype=torch.bfloat16, group_size=-1, trust_remote_code=True, weight_only=False),
+            dict(
+                device="cpu",
+                dtype=torch.bfloat16,
+                group_size=-1,
+                trust_remote_code=True,
+                weight_only=False,
+                strict=False,
+            ),
         ),
     ]
     assert capsys.readouterr().err == "loading nowhere\n" * 2
@@ -103,7 +110,7 @@ def test_steps_of_a_journal_and_what_is_none(run, tmp_path):
 
 def test_results_stand_in_columns():
     rows = [("zero-shot", {"loss": 1.23456, "accuracy": 0.5}), ("x", {"loss": 12.5, "accuracy": None})]
-    assert common.table(rows).split("\n") == [
+    assert common.scores_as_text(rows).split("\n") == [
         "           accuracy    loss",
         "zero-shot    50.0 %   1.235",
         "x                 -  12.500",

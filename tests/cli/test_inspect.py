@@ -13,15 +13,15 @@ def asked(monkeypatch):
     """The options that reports were made for."""
     calls = []
     monkeypatch.setattr(inspect, "report", lambda options: calls.append(options) or {"layers": 3})
-    monkeypatch.setattr(inspect, "table", lambda found: f"table of {found}")
+    monkeypatch.setattr(inspect, "as_text", lambda found: f"text of {found}")
     return calls
 
 
-def test_json_is_the_report_and_text_its_table(asked, capsys):
+def test_json_is_the_report_or_as_text(asked, capsys):
     assert main(["inspect", "m.gguf", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"layers": 3}
     assert main(["inspect", "--model", "m.gguf"]) == 0
-    assert capsys.readouterr().out == "table of {'layers': 3}\n"
+    assert capsys.readouterr().out == "text of {'layers': 3}\n"
     assert [options.model for options in asked] == ["m.gguf"] * 2
 
 

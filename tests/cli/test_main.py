@@ -1,6 +1,7 @@
 """The command line's parser: help and completion without torch, wrong usage in one line, a module for each command."""
 
 import importlib
+import shlex
 import subprocess
 import sys
 import warnings
@@ -59,7 +60,7 @@ def test_the_version_is_the_packages(capsys):
 def test_every_command_is_a_module_with_execute_and_an_example_that_parses(name):
     assert callable(importlib.import_module(f"qzo.cli.{name}").execute)
     _, example, _ = COMMANDS[name]
-    options = build_parser().parse_args(example.split()[1:])
+    options = build_parser().parse_args(shlex.split(example)[1:])
     assert options.command == name
 
 

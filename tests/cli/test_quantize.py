@@ -25,8 +25,12 @@ def test_options_are_passed_on(asked, tmp_path, capsys):
     assert main(["quantize", "model", "--output-dir", out]) == 0
     (given, options), (_, plain) = asked[0]
     assert given == ("model", out)
-    assert options == dict(bits=8, group_size=32, symmetric=False, format="awq", table="nf4", trust_remote_code=True)
-    assert plain == dict(bits=4, group_size=None, symmetric=True, format=None, table=None, trust_remote_code=False)
+    assert options == dict(
+        bits=8, group_size=32, symmetric=False, method="awq", table="nf4", trust_remote_code=True, strict=False
+    )
+    assert plain == dict(
+        bits=4, group_size=None, symmetric=True, method=None, table=None, trust_remote_code=False, strict=False
+    )
     shown = capsys.readouterr()
     assert json.loads(shown.out.splitlines()[0]) == FOUND | {"output_dir": out}
     assert shown.err == "quantizing model\n" * 2

@@ -63,14 +63,14 @@ def test_the_journal_is_only_read(run):
 
 def test_only_the_layers_that_trained_move(tmp_path):
     model, path = two_layers(), tmp_path / "j"
-    qzo.train_only(model, lambda name: name == "2")
+    qzo.train_only_(model, lambda name: name == "2")
     optimizer = qzo.QZO(model, lr=0.05, journal=path)
     optimizer.step(lambda: torch.tensor([1.0, 0.5]))
     optimizer.close()
     with pytest.raises(JournalError, match="0 trains here, which did not in its run"):
         replay(two_layers(), path)
     again = two_layers()
-    qzo.train_only(again, lambda name: name == "2")
+    qzo.train_only_(again, lambda name: name == "2")
     replay(again, path)
     assert_same_bits(again[2].read_scales(), model[2].read_scales())
     assert_same_bits(again[0].read_scales(), two_layers()[0].read_scales())
@@ -162,8 +162,8 @@ def test_the_digest_is_of_all_that_was_quantized():
         return model_fields(model, arena_of(model))["digest"]
 
     def freeze_and_change(model):
-        qzo.train_only(model, lambda name: name == "0")
-        assert digest(lambda model: qzo.train_only(model, lambda name: name == "0")) == digest()
+        qzo.train_only_(model, lambda name: name == "0")
+        assert digest(lambda model: qzo.train_only_(model, lambda name: name == "0")) == digest()
         model[2].codes[0].bitwise_xor_(1)
 
     changes = {
