@@ -77,8 +77,9 @@ class StackedModel:
         inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         stacked = pair(inputs, self._E)
         rows = row_count({str(key): value for key, value in stacked.items()})
+        placed = [stacked.pop(i) for i in range(len(args))]
         with _loss_of_each(self._model, self._E, rows):
-            output = self._model(*(stacked.pop(i) for i in range(len(args))), **stacked)
+            output = self._model(*placed, **stacked)
         return output, rows
 
     def _part(self, value: Any, rows: int, name: str) -> Any:
