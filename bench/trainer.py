@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
@@ -124,7 +125,7 @@ def measure(blocks=8, hidden=64, steps=40, turns=3):
     """One row of a results file; times in ms."""
     torch.manual_seed(0)
     model, examples = model_of(blocks, hidden), examples_of(steps * ROWS)
-    found = {bare: [], trained: []}
+    found: dict[Callable[..., list[tuple[float, float]]], list[tuple[float, float]]] = {bare: [], trained: []}
     for _ in range(turns):
         for way, all_steps in found.items():
             with tempfile.TemporaryDirectory() as folder:
