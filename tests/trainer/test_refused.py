@@ -200,6 +200,4 @@ def test_what_is_warned_of(base, tmp_path):
     with pytest.warns(UserWarning, match="learning_rate=5e-05 is the default of TrainingArguments"):
         QZOTrainer(copy.deepcopy(base), arguments(tmp_path, learning_rate=5e-5), train_dataset=rows())
     with pytest.warns(UserWarning, match=r"bf16=True is not followed.*float32"):
-        trainer = QZOTrainer(copy.deepcopy(base), arguments(tmp_path, bf16=True), train_dataset=rows())
-    assert trainer.accelerator.autocast().__enter__() is None
-    assert not torch.is_autocast_enabled("cpu")
+        QZOTrainer(copy.deepcopy(base), arguments(tmp_path, bf16=True), train_dataset=rows())

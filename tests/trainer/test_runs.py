@@ -184,6 +184,13 @@ def test_the_norm_of_gradients_clips_nothing(base, plain, tmp_path):
         assert torch.equal(scales(run), scales(plain))
 
 
+@pytest.mark.filterwarnings("ignore:bf16=True is not followed")
+def test_activations_have_the_models_dtype(base, plain, tmp_path):
+    """Whatever bf16 says: no autocast."""
+    run = trained(base, tmp_path, changes={"bf16": True, "save_strategy": "no"})
+    assert torch.equal(scales(run), scales(plain))
+
+
 def test_dropout_is_off(base, plain, tmp_path):
     """Of attention, and of a layer that a callback has set to train."""
     model = copy.deepcopy(base)
