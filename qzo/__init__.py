@@ -12,6 +12,7 @@ The folders are the floors that data passes through, each built on those above i
     qzo/optim/        losses -> derivative -> clip -> scales, journal
     qzo/checkpoints/  files <-> models
     qzo/training/     lines of text -> batches -> steps
+    qzo/trainer/      transformers' and TRL's trainers over the same step
     qzo/reports/      what a model holds, what a step needs
     bench/            how long it takes, beside others
     qzo/cli/          the commands

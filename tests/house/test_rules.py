@@ -12,7 +12,10 @@ import pytest
 import qzo
 from tests.support.paths import ROOT
 
-FLOORS = ("version", "kernels", "system", "nn", "loss", "optim", "checkpoints", "training", "reports", "bench", "cli")
+FLOORS = (
+    *("version", "kernels", "system", "nn", "loss", "optim", "checkpoints", "training", "trainer", "reports", "bench"),
+    "cli",
+)
 PRODUCT = sorted(
     path
     for path in [*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.glob("qzo/**/*.py")]
@@ -132,6 +135,7 @@ FIXED = {
     ("optim/optimizer.py", "__init__"),
     ("checkpoints/load.py", "from_pretrained"),
     ("checkpoints/quantize_folder.py", "quantize_folder"),
+    ("trainer/mixin.py", "__init__"),
 }
 LEFT = {
     ("ops.py", "qmm_op"),
@@ -262,7 +266,7 @@ def python(code, cwd, *path):
 def test_importing_touches_no_device_and_no_transformers(tmp_path):
     done = python(
         "import qzo\nassert 'torch' not in sys.modules\nimport torch\nqzo.QZOLinear, qzo.QZO, qzo.quantize_\n"
-        "assert not torch.cuda.is_initialized()\nassert 'transformers' not in sys.modules",
+        "assert not torch.cuda.is_initialized()\nassert not {'transformers', 'accelerate'} & set(sys.modules)",
         tmp_path,
         ROOT,
     )
