@@ -20,7 +20,7 @@ from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
 from .common import load, say, table
-from .options import DTYPES, LARGE_ROWS, NOISES, PACKINGS, RECIPES, SHARINGS, model_of
+from .options import CHAT_LOSSES, DTYPES, LARGE_ROWS, NOISES, PACKINGS, RECIPES, SHARINGS, model_of
 from .outputs import check_run
 
 CHOICES = {
@@ -28,6 +28,7 @@ CHOICES = {
     "sharing": SHARINGS,
     "large_rows": LARGE_ROWS,
     "packing": PACKINGS,
+    "chat_loss": CHAT_LOSSES,
     "recipe": RECIPES,
     "dtype": DTYPES,
 }

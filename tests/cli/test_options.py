@@ -14,7 +14,7 @@ from qzo.nn import ops
 from qzo.reports import inspect, models
 from qzo.reports.codes import CODES
 from qzo.reports.memory import Run
-from qzo.training import packing
+from qzo.training import encode, packing
 from qzo.training.settings import LEARNING_RATE_PER_DIRECTION, Settings
 from tests.support.paths import ROOT
 
@@ -24,6 +24,7 @@ def test_choices_are_those_of_the_modules():
     assert options.SHARINGS == noise.SHARINGS
     assert options.LARGE_ROWS == ops.LARGE_ROWS
     assert options.PACKINGS == packing.PACKINGS
+    assert options.CHAT_LOSSES == encode.CHAT_LOSSES
     assert options.FORMATS == tuple(sorted(TARGETS))
     assert options.TABLES == tuple(sorted(table.NAMED))
     assert report_options.BITS == codes.BITS
