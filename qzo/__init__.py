@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .checkpoints.tokenizer import load_tokenizer
     from .kernels.noise import noise
     from .loss.losses import losses, pair, static_batch
+    from .loss.objective import generate_texts, objective
     from .nn.arena import ScaleArena
     from .nn.choice import quantize_
     from .nn.evaluations import Evaluations
@@ -49,6 +50,7 @@ _HOMES = {
     "checkpoints.tokenizer": ("load_tokenizer",),
     "kernels.noise": ("noise",),
     "loss.losses": ("losses", "pair", "static_batch"),
+    "loss.objective": ("generate_texts", "objective"),
     "nn.arena": ("ScaleArena",),
     "nn.evaluations": ("Evaluations",),
     "nn.linear": ("QZOLinear",),
@@ -74,10 +76,12 @@ __all__ = [
     "evaluating",
     "export",
     "from_pretrained",
+    "generate_texts",
     "load_tokenizer",
     "loading",
     "losses",
     "noise",
+    "objective",
     "pair",
     "quantize_",
     "replay",
