@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ..training.demo import run
-from .common import say, table
+from .common import say, scores_as_text
 from .outputs import check_run
 
 
@@ -20,7 +20,7 @@ def execute(options):
         print(json.dumps(results))
         return 0
     print(
-        table(
+        scores_as_text(
             [
                 ("zero-shot", results["zero_shot"]),
                 ("control: label biases only", results["control"]),

@@ -2,7 +2,7 @@
 
 import json
 
-from ..reports.memory import make_report, plot, table
+from ..reports.memory import as_text, make_report, plot
 from .options import model_of
 from .outputs import check_file
 
@@ -16,5 +16,5 @@ def execute(options):
     report = make_report(options)
     if options.plot:
         plot(report, options.plot)
-    print(json.dumps(report) if options.json else f"{report['subject']}\n{table(report)}")
+    print(json.dumps(report) if options.json else f"{report['subject']}\n{as_text(report)}")
     return 0

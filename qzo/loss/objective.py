@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def generate_texts(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], E: int, **options: Any
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], copies: int, **options: Any
 ) -> list[str]:
     """What a model replies to each prompt under each evaluation, all in one call of its `generate`.
 
@@ -28,8 +28,8 @@ def generate_texts(
         Its tokenizer.
     prompts
         B texts; a chat's as its template renders it with a generation prompt.
-    E
-        Evaluations.
+    copies
+        E, one for each evaluation.
     **options
         Of `generate`, such as max_new_tokens=16. Without do_sample the likeliest token is taken. With it every row
         draws by itself, which adds noise to the differences that the method lives on.
@@ -58,14 +58,14 @@ def generate_texts(
         both = zip(rows, rest, strict=True) if encoder else zip(rest, rows, strict=True)
         return torch.tensor([[*front, *back] for front, back in both], device=model.device)
 
-    inputs = pair({"input_ids": padded(ids, filler), "attention_mask": padded([[1] * len(row) for row in ids], 0)}, E)
+    batch = {"input_ids": padded(ids, filler), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
     with torch.no_grad(), without_dropout(model):
-        out = model.generate(**inputs, **{"do_sample": False, "pad_token_id": filler, **options})
+        out = model.generate(**pair(batch, copies), **{"do_sample": False, "pad_token_id": filler, **options})
     out = out if isinstance(out, torch.Tensor) else out.sequences
     return tokenizer.batch_decode(out if encoder else out[:, width:], skip_special_tokens=True)
 
 
-def objective(metric: Callable[[Any], Any], outputs: Any, E: int, *, maximize: bool = False) -> torch.Tensor:
+def objective(metric: Callable[[Any], Any], outputs: Any, copies: int, *, maximize: bool = False) -> torch.Tensor:
     """The loss of each evaluation by any measure of its outputs: what a closure of `QZO.step` returns.
 
     Parameters
@@ -76,8 +76,8 @@ def objective(metric: Callable[[Any], Any], outputs: Any, E: int, *, maximize: b
     outputs
         Of a batch that was stacked E times (`pair`, `generate_texts`): a tensor [E * B, ...], such as a model's logits,
         or a list of E * B texts or other things. A part is the rows of one evaluation.
-    E
-        Evaluations.
+    copies
+        E, one for each evaluation.
     maximize
         The metric is better the larger it is: its negative is the loss.
 
@@ -94,18 +94,20 @@ def objective(metric: Callable[[Any], Any], outputs: Any, E: int, *, maximize: b
         Outputs of another kind; a metric that returns no numbers.
     """
     sign = -1 if maximize else 1
-    return torch.tensor([sign * _number(metric(_part(outputs, e, E))) for e in range(E)], dtype=torch.float32)
+    return torch.tensor([sign * _number(metric(_part(outputs, e, copies))) for e in range(copies)], dtype=torch.float32)
 
 
-def _part(outputs: Any, e: int, E: int) -> Any:
+def _part(outputs: Any, e: int, copies: int) -> Any:
     """The rows of evaluation e."""
     if not isinstance(outputs, torch.Tensor | list | tuple):
         raise TypeError(
             f"outputs must be a tensor or a list, a row for each row of the batch; got {type(outputs).__name__}"
         )
-    if not len(outputs) or len(outputs) % E:
-        raise ValueError(f"the outputs have {len(outputs)} rows, which {E} evaluations do not divide; use qzo.pair")
-    count = len(outputs) // E
+    if not len(outputs) or len(outputs) % copies:
+        raise ValueError(
+            f"the outputs have {len(outputs)} rows, which {copies} evaluations do not divide; use qzo.pair"
+        )
+    count = len(outputs) // copies
     return outputs[e * count : (e + 1) * count]
 
 

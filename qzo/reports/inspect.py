@@ -20,10 +20,11 @@ from ..nn.choice import choose, group_for, sizes_of
 from ..nn.experts import split_, split_experts_, stack_of
 from ..nn.layers import layers
 from ..nn.weights import PackedWeight, check_bits
+from ..system.progress import tracked
 from ..training.data import collate, tokenize
 from ..training.loop import choose_layers, pad_id, trained_count
 from ..training.records import read_data
-from ..training.task import check_tables
+from ..training.task import check_ids_and_lengths
 from . import memory, models
 from .models import form_of
 from .signal import survival
@@ -89,7 +90,7 @@ def survey(entries, types):
     scales and zeros)."""
     wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "codebooks": 0, "scales": 0, "zeros": 0}
     dense: collections.defaultdict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for name, value, _ in entries:
+    for name, value, _ in tracked(entries, "reading", "tensors"):
         if isinstance(value, PackedWeight):
             wanted[name] = form_of(value)
             scales.add(value.scales)
@@ -225,7 +226,7 @@ def signal(options, wanted):
     )
     choose_layers(model, options.train_layers)
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, "all that --signal reads of a line", has_encoder(model))
-    check_tables(model, examples)
+    check_ids_and_lengths(model, examples)
     batch = collate(examples, pad_id(tokenizer), next(model.parameters()).device)
     seeds = range(options.signal_directions)
     survived = survival(model, batch, options.eps, seeds, activations=("float16", "bfloat16"))
@@ -249,7 +250,7 @@ def _enough(eps, error):
 # ---------------------------------------------------------------------------------------------- shown
 
 
-def table(found):
+def as_text(found):
     """The report as text."""
     count = sum(kind["layers"] for kind in found["layers"])
     lines = [

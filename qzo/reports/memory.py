@@ -17,7 +17,7 @@ from ..kernels.update import scratch_bytes
 from ..nn.choice import choose, group_for
 from ..nn.evaluations import Evaluations
 from ..nn.experts import split_experts_
-from ..nn.layers import arena_of, evaluating, layers, train_codebooks_, train_only
+from ..nn.layers import arena_of, evaluating, layers, train_codebooks_, train_only_
 from ..nn.ops import backend
 from ..optim.optimizer import QZO
 from . import models
@@ -95,7 +95,7 @@ def predict_loaded(model, run, trust_remote_code=False):
     split_experts_(empty)
     forms = {name: models.form_of(layer) for name, layer in found.items()}
     models.quantize_empty(empty, forms, cpu=device == "cpu")
-    train_only(empty, lambda name: found[name].trainable)
+    train_only_(empty, lambda name: found[name].trainable)
     return predict(empty, run, device, this_chip())
 
 
@@ -205,7 +205,7 @@ def _released(model, meter):
 # ---------------------------------------------------------------------------------------------- shown
 
 
-def table(report):
+def as_text(report):
     """The report as text: predicted beside measured, then the phases, the rivals and the cards."""
     predicted, measured = report["predicted"], report["measured"]
     lines = [f"{'':12}{'predicted':>12}" + (f"{'measured':>12}" if measured else "")]
@@ -359,7 +359,7 @@ def random_model(config, group_size, zeros, device, dtype, codes="int4"):
 
 def _checkpoint(options, codes, device, dtype):
     """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device)."""
-    kind, trusted = CODES[codes], {"trust_remote_code": options.trust_remote_code}
+    kind, trusted = CODES[codes], {"trust_remote_code": bool(options.trust_remote_code)}
     group = options.group_size or kind.group
     given = {"bits": kind.bits, "table": kind.table, **({"group_size": group} if group else {}), **trusted}
     model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)

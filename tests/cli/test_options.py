@@ -15,7 +15,7 @@ from qzo.reports import inspect, models
 from qzo.reports.codes import CODES
 from qzo.reports.memory import Run
 from qzo.training import encode, packing
-from qzo.training.settings import LEARNING_RATE_PER_DIRECTION, Settings
+from qzo.training.settings import KEEPS, LEARNING_RATE_PER_DIRECTION, Settings
 from tests.support.paths import ROOT
 
 
@@ -25,6 +25,7 @@ def test_choices_are_those_of_the_modules():
     assert options.LARGE_ROWS == ops.LARGE_ROWS
     assert options.PACKINGS == packing.PACKINGS
     assert options.CHAT_LOSSES == encode.CHAT_LOSSES
+    assert options.KEEPS == KEEPS
     assert options.FORMATS == tuple(sorted(TARGETS))
     assert options.TABLES == tuple(sorted(table.NAMED))
     assert report_options.BITS == codes.BITS
@@ -56,7 +57,7 @@ def test_every_command_has_help_with_an_example(capsys, command):
     assert "--json" in text or command == "bench"
 
 
-@pytest.mark.parametrize("command", ["train --data d --output-dir o", "eval --data d", "inspect", "memory"])
+@pytest.mark.parametrize("command", ["train --data d --output-dir o", "eval --data d", "generate", "inspect", "memory"])
 def test_a_model_is_given_once(capsys, command):
     name, *rest = command.split()
     assert main([name, "one", "--model", "two", *rest]) == 2

@@ -241,7 +241,7 @@ def test_frozen_layers_keep_the_codebooks_they_have(tmp_path):
     qzo.train_codebooks_(model)
     train(model, 0.05)
     tuned = qzo.codebooks(model)
-    qzo.train_only(model, lambda name: name.startswith("model.layers.1."))
+    qzo.train_only_(model, lambda name: name.startswith("model.layers.1."))
     file = qzo.from_pretrained(path, device="cpu").get_submodule(LAYER).codebooks
     assert file.dtype == torch.float16
     assert set(qzo.codebooks(model)) == {name for name in tuned if name.startswith("model.layers.1.")}

@@ -100,7 +100,7 @@ def test_a_layers_noise_follows_its_index():
 def test_train_only():
     model = block()
     before = bits(model)
-    assert qzo.train_only(model, lambda name: name == "up") == ["up"]
+    assert qzo.train_only_(model, lambda name: name == "up") == ["up"]
     assert_same(model, before)
     assert list(qzo.scales(model)) == ["up"]
     assert arena_of(model).data.numel() == 4 * 160
@@ -109,10 +109,10 @@ def test_train_only():
     with qzo.evaluating(model, qzo.Evaluations([1, 2], [0.5, -0.5])):
         assert_same_bits(model.down(x), plain)
         assert (model.up(x[:, :64])[0] - model.up(x[:, :64].flip(0))[1]).abs().max() > 0.01
-    assert qzo.train_only(model, lambda name: True) == ["down", "up"]
+    assert qzo.train_only_(model, lambda name: True) == ["down", "up"]
     assert_same(model, before)
     with pytest.raises(ValueError, match="no QZOLinear layer that trains"):
-        qzo.train_only(model, lambda name: False)
+        qzo.train_only_(model, lambda name: False)
 
 
 # --------------------------------------------------------------------------------------------------- contexts

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qzo
-from qzo.cli.main import build_parser, main
+from qzo.cli.main import main, parse
 from qzo.cli.train import merge_options
 from qzo.nn.layers import arena_of, layers
 from qzo.optim.journal import RECORD_BYTES
@@ -166,7 +166,7 @@ def test_yaml_and_the_paper_recipe(base, corpus, tmp_path):
 def test_graph_and_compile_options(base, corpus, tmp_path, given, line, want):
     config = tmp_path / "run.yaml"
     config.write_text(line)
-    options = build_parser().parse_args([*arguments(base, corpus, tmp_path), "--config", str(config), *given])
+    options = parse([*arguments(base, corpus, tmp_path), "--config", str(config), *given])
     settings, _ = merge_options(options)
     assert (settings.cuda_graph, settings.compile) == want
 
