@@ -169,12 +169,14 @@ def _choice(record: dict[str, Any], encoder: Encoder, max_length: int, limit: st
 def _for_an_encoder(record: dict[str, Any], texts: Encoder, max_length: int, limit: str) -> Made:
     """The same for an encoder-decoder model: an Example whose labels are the decoder's."""
     keys = form(record) or set()
-    if "completion" not in keys and "instruction" not in keys:
+    plain = "completion" in keys and isinstance(record["prompt"], str)
+    if not plain and "instruction" not in keys:
+        messages = " of messages" if "completion" in keys else ""
         raise ValueError(
             "an encoder-decoder model learns from lines of prompt and completion, or of instruction and output; this "
-            f"one has {', '.join(sorted(record))}"
+            f"one has {', '.join(sorted(record))}{messages}"
         )
-    both = (record["prompt"], record["completion"]) if "completion" in keys else instruction(record)
+    both = (record["prompt"], record["completion"]) if plain else instruction(record)
     ids, labels, length = texts.both(both[0], both[1], max_length)
     if len(labels) > max_length:
         raise ValueError(f"the completion has {len(labels)} tokens, max_length={max_length} ({limit})")
