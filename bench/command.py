@@ -39,6 +39,8 @@ def _run(options):
         raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
     if options.seconds is not None and not options.seconds > 0:
         raise ValueError(f"--seconds {options.seconds:g}: expected more than 0")
+    if options.rows and min(options.rows) < 1:
+        raise ValueError(f"--rows {' '.join(map(str, options.rows))}: expected rows per evaluation, each at least 1")
     names = options.providers.split(",") if options.providers else None
     check_providers(names)
     chosen = cases.choose(device, options.filter)

@@ -47,7 +47,11 @@ def read(path):
     some were graphs and some were not, so that their ratios say nothing and are left out.
     """
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text; give a results file of qzo bench run --out") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -4,6 +4,7 @@ Round to nearest with a least-squares refit of the scales (quantize.py): no data
 in memory; where the file's tensors are not named as the model's are, it has to, and transformers loads it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,11 +13,12 @@ import torch
 from torch import nn
 
 from ..kernels.table import named_table
+from ..kernels.tiles import GROUPS
 from ..nn.choice import Chosen, choose, group_for
 from ..nn.experts import file_name, split_experts_
 from ..nn.layers import layers
-from ..nn.quantize import quantize_weight
-from ..nn.weights import PackedWeight, check_bits
+from ..nn.quantize import check_form, quantize_weight
+from ..nn.weights import PackedWeight, check_group_size
 from .empty import build_empty
 from .formats import TARGETS, files, folder, safetensors_file
 from .formats.protocol import Checkpoint, NewTensor, Place, Quantization, Target
@@ -111,8 +113,9 @@ def quantize_folder(
     not there, is quantized already or cannot be read, a group size that does not fit and a format that is unknown or
     cannot hold these codes.
     """
-    check_bits(bits)
-    named_table(table)
+    check_form(bits, symmetric, named_table(table))
+    if group_size is not None:
+        check_group_size(group_size, math.lcm(*GROUPS))
     method = method or ("compressed-tensors" if table is None else "bitsandbytes")
     if method not in TARGETS:
         raise ValueError(f"format {method!r} is not known; there are {', '.join(TARGETS)}")

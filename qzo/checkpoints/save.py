@@ -94,11 +94,15 @@ def export(
     elif method in TARGETS:
         errors = write_new(model, source, out, TARGETS[method], round_zeros)
     else:
-        raise ValueError(
-            f"export to {method!r} needs a model that was loaded from a GGUF file, whose metadata and "
-            f"tokenizer it copies; this one is {source.method}; use {', '.join(map(repr, TARGETS))}"
-        )
+        raise _no_gguf(source.method)
     return (errors or {}) if round_zeros else None
+
+
+def _no_gguf(method: str) -> ValueError:
+    return ValueError(
+        f"export to {gguf.METHOD!r} needs a model that was loaded from a GGUF file, whose metadata and tokenizer it "
+        f"copies; this one is {method}; use {', '.join(map(repr, TARGETS))}"
+    )
 
 
 def check_format(method: str, round_zeros: bool = False) -> None:
@@ -112,8 +116,16 @@ def check_format(method: str, round_zeros: bool = False) -> None:
         )
 
 
-def check_zeros(checkpoint: Checkpoint, method: str, round_zeros: bool) -> None:
-    """ValueError for a checkpoint whose float zero points `export` would refuse; its weights are not read."""
+def check_source(checkpoint: Checkpoint, method: str, round_zeros: bool) -> None:
+    """ValueError for a checkpoint that `export` would refuse for its kind or its float zero points; reads no weight."""
+    own = checkpoint.format.method
+    if method == gguf.METHOD != own:
+        raise _no_gguf(own)
+    if method == bnb.METHOD != own:
+        raise ValueError(
+            f"{checkpoint.path} is {own}, and bitsandbytes holds codes of the tables nf4 and fp4 only; qzo quantize "
+            "--table nf4 makes them of a float model"
+        )
     name = checkpoint.float_zeros() if method in _INTEGERS and not round_zeros else None
     if name is not None:
         raise float_zeros(f"{checkpoint.path}: {name}", method)

@@ -1,14 +1,18 @@
 """What several commands share: loading a model, results as text."""
 
+import math
 import sys
 from pathlib import Path
 
 import torch
 
 from ..checkpoints.load import from_pretrained
+from ..kernels.tiles import GROUPS
 from ..nn.layers import train_slots_
+from ..nn.weights import check_group_size
 from ..optim.journal import read
 from ..optim.replay import replay
+from .early import size_of
 
 
 def load(path, own):
@@ -23,8 +27,11 @@ def load(path, own):
         "dtype": getattr(torch, own["dtype"]) if own["dtype"] else None,
         "trust_remote_code": bool(own["trust_remote_code"]),
         "weight_only": bool(own["weight_only"]),
+        "strict": bool(own.get("strict")),
     }
-    say(f"loading {path}{_size(path)}")
+    if own["group_size"] is not None:  # also where the checkpoint is in codes already and none is used
+        check_group_size(own["group_size"], math.lcm(*GROUPS))
+    say(f"loading {path}{size_of(path)}")
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})
 
 
@@ -83,14 +90,6 @@ def replayed(base, journal, until, own):
     journal: None for no run."""
     model = untuned(base, journal, own)
     return model, tune(model, journal, until)
-
-
-def _size(path):
-    """ ", 1.2 GB" of a file or folder; nothing for what has to be fetched."""
-    path = Path(path).expanduser()
-    files = [path] if path.is_file() else path.iterdir() if path.is_dir() else []
-    nbytes = sum(file.stat().st_size for file in files if file.is_file())
-    return f", {nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else ""
 
 
 def scores_as_text(rows):

@@ -3,22 +3,17 @@
 import json
 import statistics
 
-from ..checkpoints.save import check_format, check_zeros
+from ..checkpoints.save import check_format, check_source
 from ..checkpoints.save import export as export_model
 from ..checkpoints.source import open_checkpoint
 from .common import load, replayed
-from .outputs import check_file, check_folder
 
 
 def execute(options):
     """Export, and tell; exit status. ValueError for bad input."""
     check_format(options.to, options.round_zeros)
-    if options.to != "gguf" or not options.output_dir.endswith(".gguf"):
-        check_folder(options.output_dir, options.overwrite)
-    else:
-        check_file(options.output_dir, options.overwrite, "--output-dir")
     checkpoint = open_checkpoint(options.model, bool(options.trust_remote_code), bool(options.weight_only))
-    check_zeros(checkpoint, options.to, options.round_zeros)
+    check_source(checkpoint, options.to, options.round_zeros)
     if options.journal:
         model, steps = replayed(options.model, options.journal, None, vars(options))
     else:

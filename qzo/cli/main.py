@@ -17,7 +17,7 @@ import argcomplete
 
 from ..system import disk
 from ..version import __version__
-from . import options, report_options
+from . import early, options, report_options
 from .config_file import arguments_of
 
 COMMANDS = {  # name: (what it does, an example, its options)
@@ -86,11 +86,20 @@ def main(arguments=None):
     try:
         options = parse(arguments)
     except (OSError, ValueError) as error:  # of --config
-        print(f"qzo train: {disk.unusable(error) or ' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refused("train", error)
+    try:
+        early.check(options)
+    except (OSError, ValueError) as error:
+        return _refused(options.command, error)
+    early.announce(options)
     warnings.showwarning = lambda message, *_: print(f"qzo: warning: {message}", file=sys.stderr)
     command = importlib.import_module(f".{options.command}", __package__)
     return importlib.import_module(".errors", __package__).reporting(command.execute, options)
+
+
+def _refused(command, error):
+    print(f"qzo {command}: {disk.unusable(error) or ' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def parse(arguments=None):

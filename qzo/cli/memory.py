@@ -2,17 +2,16 @@
 
 import json
 
-from ..reports.memory import as_text, make_report, plot
+from ..reports.memory import make_report
+from ..reports.memory_text import as_text, check_picture, plot
 from .options import model_of
-from .outputs import check_file
 
 
 def execute(options):
     """Predict, measure if asked, and show; exit status. ValueError for bad input."""
     options.model = model_of(options)
-    for option, path in (("--plot", options.plot), ("--snapshot", options.snapshot)):
-        if path:
-            check_file(path, options.overwrite, option)
+    if options.plot:
+        check_picture(options.plot)
     report = make_report(options)
     if options.plot:
         plot(report, options.plot)

@@ -80,6 +80,16 @@ def add_loading(parser):
     )
 
 
+def add_strict(parser):
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        default=None,
+        help="refuse a group size that does not divide the inputs of each layer (default: such a layer takes another, "
+        "with a warning)",
+    )
+
+
 def add_overwrite(parser):
     """Leave to replace files that are there."""
     parser.add_argument(
@@ -122,6 +132,7 @@ def add_train(parser):
     _add_perturbation(parser.add_argument_group("the perturbation and the update"))
     _add_launching(parser.add_argument_group("how a step is computed"))
     add_loading(parser)
+    add_strict(parser)
 
 
 def _add_run(run):
@@ -338,6 +349,7 @@ def add_quantize(parser):
     add_reading(
         parser, "32, 64, 128, or -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)"
     )
+    add_strict(parser)
     parser.add_argument("--asymmetric", action="store_true", help="with zero points (default: without)")
     parser.add_argument(
         "--format",

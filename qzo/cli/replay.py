@@ -4,12 +4,10 @@ import json
 
 from ..checkpoints.save import save_pretrained
 from .common import check_until, replayed
-from .outputs import check_folder
 
 
 def execute(options):
     """Replay, save, and tell; exit status. ValueError for bad input."""
-    check_folder(options.output_dir, options.overwrite)
     check_until(options.until, options.journal)
     model, steps = replayed(options.base, options.journal, options.until, vars(options))
     save_pretrained(model, options.output_dir)

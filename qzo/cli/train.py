@@ -12,7 +12,7 @@ from ..checkpoints.tokenizer import load_tokenizer
 from ..reports.memory import Run, predict_loaded
 from ..training.data import IGNORED
 from ..training.folder import write_results
-from ..training.loop import build_task, choose_layers, fit
+from ..training.loop import build_task, check_batch_size, choose_layers, fit, planned_steps
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
@@ -20,7 +20,7 @@ from ..training.task import fit_label_bias, measure
 from ..training.validation import PARTS, Base, Validation
 from .common import load, say, scores_as_text, steps_of
 from .options import model_of
-from .outputs import check_run
+from .outputs import JOURNAL
 
 CONTROL_EXAMPLES = 512  # of the training data, that the control's biases are fitted on
 
@@ -40,12 +40,14 @@ def execute(options):
     """Train, and tell; exit status. ValueError for bad input."""
     settings, own = merge_options(options)
     options.output_dir = own["output_dir"]
-    check_run(own["output_dir"], own["resume"], own["overwrite"])
+    if own["resume"]:
+        planned_steps(settings, Path(own["output_dir"]) / JOURNAL)
     records = read_data(own["data"])
     if settings.patience is not None and "valid" not in records:
         raise ValueError(
             f"--patience needs a validation split: {own['data']} has {', '.join(records)}; add valid.jsonl"
         )
+    check_batch_size(settings, len(records["train"]))
     started = time.perf_counter()
     model = load(own["model"], own)
     tokenizer = load_tokenizer(own["model"], bool(own["trust_remote_code"]))

@@ -17,7 +17,7 @@ from ..checkpoints.source import open_checkpoint
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.head import has_encoder
 from ..nn.choice import choose, group_for, sizes_of
-from ..nn.experts import split_, split_experts_, stack_of
+from ..nn.experts import split_experts_
 from ..nn.layers import layers
 from ..nn.weights import PackedWeight, check_bits
 from ..system.progress import tracked
@@ -131,24 +131,15 @@ def report(options):
         **told,
         "class": type(model).__name__,
     }
-    for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):
-        split_(model, stack)
-    linears = {name for name, module in model.named_modules() if sizes_of(module)}
-    strangers = sorted(set(wanted) - linears)
-    if strangers:
-        raise ValueError(
-            f"{options.model}: quantized weights for {strangers[0]}, which is no nn.Linear of "
-            f"{type(model).__name__}; only nn.Linear and transformers' Conv1D can be replaced"
-        )
-    if not wanted:
-        raise ValueError(f"{options.model} holds no quantized linear layer, so there is nothing to train")
+    models.find_homes(model, wanted, options.model)
+    linears = sum(sizes_of(module) is not None for module in model.modules())
     models.quantize_empty(model, wanted, cpu=device == "cpu")
     prefix = choose_layers(model, options.train_layers)
     found |= {
         "layers": _kinds(model),
         "act_order": sum(form.ordered for form in wanted.values()),
         "dense": {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in sorted(dense.items())},
-        "dense_linears": len(linears) - len(wanted),
+        "dense_linears": linears - len(wanted),
         "trains": {
             "layers": len(layers(model)),
             "scales": trained_count(model),

@@ -70,9 +70,7 @@ def fit(
     JournalError for a journal that exists (without resume) or does not fit.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if settings.batch_size > len(task.examples):
-        raise ValueError(f"batch_size={settings.batch_size}, but there are {len(task.examples)} training examples")
+    check_batch_size(settings, len(task.examples))
     if task.prefix is not None:
         batch = data.collate(task.examples[:2], task.pad_id, task.device)
         task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
@@ -80,6 +78,7 @@ def fit(
     if settings.large_rows == "auto":
         settings.large_rows = _settle_large_rows(task, settings, out / "journal.qzo" if resume else None, show)
     planned = planned_steps(settings, out / "journal.qzo" if resume else None)
+    out.mkdir(parents=True, exist_ok=True)
     optimizer = _optimizer(task, settings, out / "journal.qzo", resume, planned)
     start = optimizer.param_groups[0]["step"]
     try:
@@ -98,6 +97,12 @@ def fit(
     finally:
         optimizer.close()
     return start
+
+
+def check_batch_size(settings: Settings, examples: int) -> None:
+    """ValueError for a batch that needs more examples than there are."""
+    if settings.batch_size > examples:
+        raise ValueError(f"batch_size={settings.batch_size}, but there are {examples} training examples")
 
 
 def _optimizer(task, settings, journal, resume, planned):
