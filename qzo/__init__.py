@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .checkpoints.tokenizer import load_tokenizer
     from .kernels.noise import noise
     from .loss.losses import losses, pair, static_batch
+    from .loss.objective import generate_texts, objective
     from .nn.arena import ScaleArena
     from .nn.choice import quantize_
     from .nn.evaluations import Evaluations
@@ -50,6 +51,7 @@ _HOMES = {
     "checkpoints.tokenizer": ("load_tokenizer",),
     "kernels.noise": ("noise",),
     "loss.losses": ("losses", "pair", "static_batch"),
+    "loss.objective": ("generate_texts", "objective"),
     "nn.arena": ("ScaleArena",),
     "nn.evaluations": ("Evaluations",),
     "nn.linear": ("QZOLinear",),
@@ -75,10 +77,12 @@ __all__ = [
     "evaluating",
     "export",
     "from_pretrained",
+    "generate_texts",
     "load_tokenizer",
     "loading",
     "losses",
     "noise",
+    "objective",
     "pair",
     "quantize_",
     "replay",

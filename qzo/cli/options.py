@@ -13,6 +13,7 @@ NOISES = ("rademacher", "ih4", "gaussian")
 SHARINGS = ("group", "row")
 LARGE_ROWS = ("fused", "folded", "blas", "auto")
 PACKINGS = ("off", "auto")
+CHAT_LOSSES = ("last", "all")
 RECIPES = ("paper",)
 KEEPS = ("last", "best")
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
@@ -112,7 +113,8 @@ def add_train(parser):
     files = parser.add_argument_group("files")
     files.add_argument(
         "--data",
-        help="a JSONL file or JSON array, or a folder with train.jsonl (.json) and perhaps valid.jsonl, test.jsonl; "
+        help="a file (JSONL, JSON array, CSV, TSV, Parquet), or a folder with train.jsonl (or another of these) and "
+        "perhaps valid.jsonl, test.jsonl, or written by save_to_disk of Hugging Face's datasets; "
         "records are prompt+completion, messages, text, prompt+options+label, conversations (ShareGPT), or "
         "instruction+input+output (Alpaca)",
     )
@@ -152,6 +154,11 @@ def _add_run(run):
         action=argparse.BooleanOptionalAction,
         help="put the end-of-text token behind each text, as behind a completion (default); without: for pieces of "
         "longer texts, and to resume a run on texts that was begun before this option was there",
+    )
+    run.add_argument(
+        "--chat-loss",
+        choices=CHAT_LOSSES,
+        help="learn the last message of the assistant in each conversation (default), or all of them",
     )
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument(

@@ -244,6 +244,7 @@ def build_task(
         encoder=has_encoder(model),
         text_eos=settings.text_eos,
         max_cut=settings.max_cut,
+        chat_loss=settings.chat_loss,
     )
     return Task(model, examples, pad_id(tokenizer), prefix, settings.packing, compiled=compiled)
 

@@ -7,6 +7,7 @@ from typing import Any
 from ..kernels.noise import check_sharing, law_number
 from ..nn.ops import check_large_rows
 from ..optim.defaults import CLIP, EPS, FLOOR
+from .encode import CHAT_LOSSES
 from .packing import PACKINGS
 
 PAPER: dict[str, Any] = dict(
@@ -37,6 +38,7 @@ class Settings:
     large_rows : "auto" becomes "fused" in `fit` unless rounded weights are measured to keep the signal (large_rows.py)
     cuda_graph : decides nothing of the result, only how steps are launched; None: as graphs on a CUDA device
     text_eos : whether the end-of-text token stands behind a `text` of the data, as it does behind a completion
+    chat_loss : which messages of the assistant are learned of a conversation, the "last" or "all"
     max_cut : the share of examples that may be cut to max_length, in [0, 1]
     eval_every : steps between two measurements of the validation split; None: a tenth of the run
     patience : measurements in a row without a lower loss after which the run ends; None: it makes all its steps
@@ -65,6 +67,7 @@ class Settings:
     compile: bool = False
     text_eos: bool = True
     max_cut: float = 0.5
+    chat_loss: str = "last"
     eval_every: int | None = None
     patience: int | None = None
     keep: str = "last"
@@ -87,10 +90,9 @@ class Settings:
         law_number(self.noise)
         check_sharing(self.sharing, self.relative)
         check_large_rows(self.large_rows)
-        if self.packing not in PACKINGS:
-            raise ValueError(f"packing={self.packing!r}: known are {', '.join(PACKINGS)}")
-        if self.keep not in KEEPS:
-            raise ValueError(f"keep={self.keep!r}: known are {', '.join(KEEPS)}")
+        for name, known in (("packing", PACKINGS), ("keep", KEEPS), ("chat_loss", CHAT_LOSSES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: known are {', '.join(known)}")
 
     def _check_whole_numbers(self) -> None:
         ranges: dict[str, tuple[int, float, str]] = {

@@ -7,7 +7,7 @@ from qzo.cli import options
 from qzo.cli.main import main
 from qzo.kernels import noise, table
 from qzo.nn import ops
-from qzo.training import packing
+from qzo.training import encode, packing
 from qzo.training.settings import KEEPS, LEARNING_RATE_PER_DIRECTION, Settings
 
 
@@ -16,6 +16,7 @@ def test_choices_are_those_of_the_modules():
     assert options.SHARINGS == noise.SHARINGS
     assert options.LARGE_ROWS == ops.LARGE_ROWS
     assert options.PACKINGS == packing.PACKINGS
+    assert options.CHAT_LOSSES == encode.CHAT_LOSSES
     assert options.KEEPS == KEEPS
     assert options.FORMATS == tuple(sorted(TARGETS))
     assert options.TABLES == tuple(sorted(table.NAMED))

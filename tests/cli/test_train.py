@@ -105,7 +105,7 @@ def test_the_same_seed_gives_the_same_bits_and_resume_goes_on(base, corpus, tmp_
     assert journal("b") == whole
     assert journal("c", "--seed", "1") != whole
     path = tmp_path / "b" / "journal.qzo"
-    path.write_bytes(whole[: -5 * 64 - 7])  # five steps and a torn record short
+    path.write_bytes(whole[: -4 * 64 - 7])  # four steps and a torn record short: it goes on inside the second pass
     assert journal("b", "--resume") == whole
     metrics = (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in metrics] == list(range(12))

@@ -17,6 +17,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 EXAMPLES = {  # file: (arguments, what its last lines say)
     "tune_a_module.py": ((), r"error 0\.01\d+ -> 0\.00\d+ by 288 scales"),
     "an_objective_without_gradient.py": ((), r"wrong predictions: 5\d\.\d% -> [12]\d\.\d%"),
+    "train_on_a_reward.py": (("llama-w4",), r"reward: 0\.[0-2]\d -> (0\.[6-9]|1\.0)"),
+    "train_on_exact_match.py": (("llama-w4",), r"exact matches: [01] of 6 -> [3-6] of 6"),
     "tune_a_language_model.py": (("llama-w4", "spoken"), r"step 9: loss \d"),
     "replay_a_journal.py": (("llama-w4", "run/journal.qzo", "2"), r"2 steps applied; .* moved by \d"),
     "through_transformers.py": (("llama", "through"), r"14 layers of 4 bits\nHeadline : red"),

@@ -21,7 +21,7 @@ PRODUCT = sorted(
     for path in [*ROOT.glob("kernels/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.glob("qzo/**/*.py")]
     if path.relative_to(ROOT).parts[:2] not in (("qzo", "kernels"), ("qzo", "bench"))
 )
-OPTIONAL = {"diffusers", "gemlite", "torchao", "bitsandbytes", "gptqmodel", "hqq", "compressed_tensors"}
+OPTIONAL = {"diffusers", "gemlite", "torchao", "bitsandbytes", "gptqmodel", "hqq", "compressed_tensors", "pyarrow"}
 POSTPONED = {"gpu_check", "gpu_parts", "gpu_warm"}  # of bench: they start before torch may see the device
 
 

@@ -142,6 +142,10 @@ def test_the_encoder_reads_the_prompt_and_the_decoder_the_completion(tmp_path):
         ({"prompt": "red", "options": ["warm", "cold"], "label": 0}, "learns from lines of prompt and completion"),
         ({"prompt": "red", "completion": "one two three four"}, "the completion has 5 tokens, max_length=4"),
         ({"prompt": "", "completion": "one"}, "the text '' has no tokens"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+            "learns from lines of prompt and completion, .*; this one has completion, prompt of messages",
+        ),
     ],
 )
 def test_lines_that_an_encoder_decoder_model_cannot_learn(tmp_path, record, message):
