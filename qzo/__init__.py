@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .nn.arena import ScaleArena
     from .nn.choice import quantize_
     from .nn.evaluations import Evaluations
+    from .nn.generating import generating
     from .nn.layers import codebooks, evaluating, scale_index, scales, train_codebooks_, train_only
     from .nn.linear import QZOLinear
     from .nn.ops import backend
@@ -51,6 +52,7 @@ _HOMES = {
     "loss.losses": ("losses", "pair", "static_batch"),
     "nn.arena": ("ScaleArena",),
     "nn.evaluations": ("Evaluations",),
+    "nn.generating": ("generating",),
     "nn.linear": ("QZOLinear",),
     "nn.choice": ("quantize_",),
     "nn.layers": ("codebooks", "evaluating", "scale_index", "scales", "train_codebooks_", "train_only"),
@@ -74,6 +76,7 @@ __all__ = [
     "evaluating",
     "export",
     "from_pretrained",
+    "generating",
     "load_tokenizer",
     "loading",
     "losses",
