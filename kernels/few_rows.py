@@ -98,12 +98,14 @@ class Turned:
             sums = sums[:, :, :n]
         if sums.shape[1] != weight.groups:                              # a whole row is the only group so long
             sums = sums.sum(1, keepdim=True)
-        out = sums.mul_(self.scales).sum(1)
+        out = y if y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+        torch.sum(sums.mul_(self.scales), 1, out=out)
         if self.shifts is not None:
             out.addmm_(x.view(m, weight.groups, -1).sum(2), self.shifts, alpha=-1)
         if weight.bias is not None:
             out += weight.bias
-        y.copy_(out)
+        if out is not y:
+            y.copy_(out)
 
 
 def multiplies(m, weight, perturbation):

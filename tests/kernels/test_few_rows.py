@@ -1,5 +1,7 @@
 """Few unperturbed rows on a CPU, summed straight from codes, against the oracle."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from qzo.kernels.few_rows import MOST_ROWS, Turned, supports
 from qzo.kernels.table import NF4
 from tests.support.matmuls import Matmul
 
-PLAIN = dict(law=None, seeds=(5,), coefs=(0.0,), dtype=torch.float32)
+PLAIN: dict[str, Any] = dict(law=None, seeds=(5,), coefs=(0.0,), dtype=torch.float32)
 CASES = {
     "symmetric": Matmul(k=256, n=34, **PLAIN),
     "one row, as many groups as fill no quad": Matmul(k=576, n=64, rows=1, group=64, **PLAIN),
