@@ -27,7 +27,7 @@ def execute(options):
                 print(f"{case}, {provider}: {old:.4g} -> {new:.4g} ms, {ratio:.3f}x {mark}".rstrip())
         return 1 if slower else 0
     if options.action == "table":
-        print(results.table(results.read(options.file)))
+        print(results.as_markdown(results.read(options.file)))
         return 0
     results.plot(results.read(options.file), options.out)
     return 0
@@ -39,6 +39,8 @@ def _run(options):
         raise ValueError("--device cuda: there is no CUDA device here; use --device cpu")
     if options.seconds is not None and not options.seconds > 0:
         raise ValueError(f"--seconds {options.seconds:g}: expected more than 0")
+    if options.rows and min(options.rows) < 1:
+        raise ValueError(f"--rows {' '.join(map(str, options.rows))}: expected rows per evaluation, each at least 1")
     names = options.providers.split(",") if options.providers else None
     check_providers(names)
     chosen = cases.choose(device, options.filter)
@@ -75,7 +77,7 @@ def _run(options):
         if out:
             out.close()
     if not options.json:
-        print(results.table(rows))
+        print(results.as_markdown(rows))
     return 0
 
 

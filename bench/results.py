@@ -47,7 +47,11 @@ def read(path):
     some were graphs and some were not, so that their ratios say nothing and are left out.
     """
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text; give a results file of qzo bench run --out") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -104,7 +108,7 @@ def note_of(row):
     return row["note"] and f"{whose}: {row['note']}"
 
 
-def table(rows):
+def as_markdown(rows):
     """Markdown: a line for each case, mode and provider that was timed, then what was not and why."""
     lines = [
         "| case | provider | ms (p20-p80) | roof, ms | GB/s | of bandwidth | TFLOP/s | of dense | x qzo | error |",

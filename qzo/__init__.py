@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .nn.choice import quantize_
     from .nn.evaluations import Evaluations
     from .nn.generating import generating
-    from .nn.layers import codebooks, evaluating, scale_index, scales, train_codebooks_, train_only
+    from .nn.layers import codebooks, evaluating, scale_index, scales, train_codebooks_, train_only_
     from .nn.linear import QZOLinear
     from .nn.ops import backend
     from .nn.weights import PackedWeight
@@ -55,7 +55,7 @@ _HOMES = {
     "nn.generating": ("generating",),
     "nn.linear": ("QZOLinear",),
     "nn.choice": ("quantize_",),
-    "nn.layers": ("codebooks", "evaluating", "scale_index", "scales", "train_codebooks_", "train_only"),
+    "nn.layers": ("codebooks", "evaluating", "scale_index", "scales", "train_codebooks_", "train_only_"),
     "nn.ops": ("backend",),
     "nn.weights": ("PackedWeight",),
     "optim.journal": ("JournalError",),
@@ -89,7 +89,7 @@ __all__ = [
     "scales",
     "static_batch",
     "train_codebooks_",
-    "train_only",
+    "train_only_",
 ]
 
 

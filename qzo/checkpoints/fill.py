@@ -13,6 +13,7 @@ from ..nn.experts import stack_of
 from ..nn.linear import QZOLinear
 from ..nn.weights import PackedWeight
 from ..system.memory import Trimmer
+from ..system.progress import tracked
 from .formats.protocol import Entry
 from .names import Names
 
@@ -23,7 +24,7 @@ def fill(model: Any, entries: Iterable[Entry], path: Path, device: torch.device)
     names, trimmer = Names(model), Trimmer()
     filled: dict[str, str] = {}
     missing, needless = set(names.known), needless_of(model)
-    for name, value, where in entries:
+    for name, value, where in tracked(entries, "loading", "tensors", len(names.known)):
         name = names(name)
         stack = None if name in missing else stack_of(model, name)
         if stack:  # the file has a tensor for each expert, the model one for all

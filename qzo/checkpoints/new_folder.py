@@ -13,6 +13,7 @@ from ..nn.weights import PackedWeight
 from .formats import TARGETS, bnb, compressed_tensors, files, safetensors_file, told
 from .formats.folder import INDEX, dense_entries, scale_dtypes
 from .formats.protocol import NewTensor, Quantization, Target
+from .integer_zeros import with_integer_zeros
 from .source import Source
 from .trained import Trained
 
@@ -37,16 +38,19 @@ def own_config(model: Any) -> dict[str, Any]:
     return own_target(model).quantization_config(trained.packed(), trained.dense_linears())
 
 
-def write_new(model: Any, source: Source, folder: Path, target: Target) -> None:
-    """Save a model to a new folder. ValueError where the format cannot hold it, nothing being written then, and where
-    the folder is the source, or holds another checkpoint's weights that readers would take for these."""
+def write_new(model: Any, source: Source, folder: Path, target: Target, round_zeros: bool = False) -> dict[str, float]:
+    """Save a model to a new folder; returns what integer_zeros.py changed, {layer: error}, nothing without round_zeros.
+
+    ValueError where the format cannot hold it, nothing being written then, and where the folder is the source, or holds
+    another checkpoint's weights that readers would take for these.
+    """
     if folder.exists() and folder.samefile(source.path):
         raise ValueError(
             f"{folder} is where this model was loaded from; the source is never overwritten, give another folder"
         )
     check_free(folder, {WEIGHTS})
     trained = Trained(model, source)
-    packed = trained.packed()
+    packed, errors = with_integer_zeros(trained.packed()) if round_zeros else (trained.packed(), {})
     quantization = target.quantization_config(packed, trained.dense_linears())
     with files.staged(folder) as staging:
         source.format.take_along(source.path, staging)
@@ -55,6 +59,7 @@ def write_new(model: Any, source: Source, folder: Path, target: Target) -> None:
             entries += target.entries(name, weight, quantization, dtypes.get(name, torch.float16))
         config = source.format.new_config(source.path, model.config, source.dtype)
         write_into(staging, target, entries, told.untold(config), quantization)
+    return errors
 
 
 def write_into(

@@ -4,6 +4,7 @@ Round to nearest with a least-squares refit of the scales (quantize.py): no data
 in memory; where the file's tensors are not named as the model's are, it has to, and transformers loads it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,11 +13,12 @@ import torch
 from torch import nn
 
 from ..kernels.table import named_table
+from ..kernels.tiles import GROUPS
 from ..nn.choice import Chosen, choose, group_for
 from ..nn.experts import file_name, split_experts_
 from ..nn.layers import layers
-from ..nn.quantize import quantize_weight
-from ..nn.weights import PackedWeight, check_bits
+from ..nn.quantize import check_form, quantize_weight
+from ..nn.weights import PackedWeight, check_group_size
 from .empty import build_empty
 from .formats import TARGETS, files, folder, safetensors_file
 from .formats.protocol import Checkpoint, NewTensor, Place, Quantization, Target
@@ -93,7 +95,7 @@ def quantize_folder(
     bits: int = 4,
     group_size: int | None = None,
     symmetric: bool = True,
-    format: str | None = None,
+    method: str | None = None,
     table: str | None = None,
     trust_remote_code: bool = False,
     strict: bool = False,
@@ -103,7 +105,7 @@ def quantize_folder(
     bits, symmetric, strict : as in qzo.quantize_
     group_size : 32, 64, 128 or -1, the whole row; None: the largest of 128, 64, 32 that divides the inputs of every
         layer, those apart that none divides
-    format : "compressed-tensors" (the default), "gptq" or "awq"; "bitsandbytes" with a table
+    method : of the new checkpoint, "compressed-tensors" (the default), "gptq" or "awq"; "bitsandbytes" with a table
     table : None, or "nf4" or "fp4", whose groups are 64 by default
 
     Returns {"layers", "bits", "group_size", "symmetric", "table", "format", "error"}; error: of the weights over their
@@ -111,11 +113,12 @@ def quantize_folder(
     not there, is quantized already or cannot be read, a group size that does not fit and a format that is unknown or
     cannot hold these codes.
     """
-    check_bits(bits)
-    named_table(table)
-    format = format or ("compressed-tensors" if table is None else "bitsandbytes")
-    if format not in TARGETS:
-        raise ValueError(f"format {format!r} is not known; there are {', '.join(TARGETS)}")
+    check_form(bits, symmetric, named_table(table))
+    if group_size is not None:
+        check_group_size(group_size, math.lcm(*GROUPS))
+    method = method or ("compressed-tensors" if table is None else "bitsandbytes")
+    if method not in TARGETS:
+        raise ValueError(f"format {method!r} is not known; there are {', '.join(TARGETS)}")
     checkpoint, out = open_checkpoint(path_or_id, trust_remote_code), Path(out)
     if checkpoint.quantized:
         raise ValueError(
@@ -133,11 +136,11 @@ def quantize_folder(
         loaded = from_pretrained(
             checkpoint.path, device="cpu", trust_remote_code=trust_remote_code, strict=strict, **options
         )
-        export(loaded, out, format)
-        return {"layers": len(layers(loaded)), **options, "format": format, "error": None}
+        export(loaded, out, method)
+        return {"layers": len(layers(loaded)), **options, "format": method, "error": None}
     chosen = choose(model, group_size, strict=strict, table=named_table(table))
-    error = _write_streamed(checkpoint, model, chosen, places, out, TARGETS[format], options)
-    return {"layers": len(chosen), **options, "format": format, "error": error}
+    error = _write_streamed(checkpoint, model, chosen, places, out, TARGETS[method], options)
+    return {"layers": len(chosen), **options, "format": method, "error": error}
 
 
 def _file_names(model: Any, named: Mapping[str, T]) -> dict[str, T]:

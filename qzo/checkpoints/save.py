@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from .formats import TARGETS, files, gguf
-from .formats.protocol import Copied
+from .formats import TARGETS, bnb, files, gguf
+from .formats.limits import float_zeros
+from .formats.protocol import Checkpoint, Copied
 from .new_folder import check_free, own_target, write_new
 from .rounding_cost import rounding_losses
 from .source import Source, source_of
 from .trained import Trained
 
 _EXPORTS = (*TARGETS, gguf.METHOD)
+_INTEGERS = tuple(name for name in TARGETS if name != bnb.METHOD)  # whose zero points are integers
 
 
 def save_pretrained(model: Any, out_dir: str | Path, batch: Any = None) -> dict[str, float] | None:
@@ -48,7 +50,12 @@ def save_pretrained(model: Any, out_dir: str | Path, batch: Any = None) -> dict[
     return report
 
 
-def export(model: Any, out: str | Path, format: str = "compressed-tensors") -> None:
+def export(
+    model: Any,
+    out: str | Path,
+    format: str = "compressed-tensors",  # noqa: A002
+    round_zeros: bool = False,
+) -> dict[str, float] | None:
     """Save in another format; the new files hold the same weights, exactly, in another arrangement.
 
     Nothing is quantized again; scales are rounded to the dtype that the source has them in.
@@ -61,32 +68,67 @@ def export(model: Any, out: str | Path, format: str = "compressed-tensors") -> N
         A folder, or a .gguf file for "gguf".
     format
         "awq", "bitsandbytes", "compressed-tensors", "gptq" or, from a GGUF source, "gguf".
+    round_zeros
+        Change the weights where the source has zero points that are no integers (GGUF Q4_1, HQQ): they are rounded, and
+        the scales of their groups refitted by least squares.
+
+    Returns
+    -------
+    dict or None
+        With round_zeros {layer: norm of what its weights changed by, over their own} of the layers that it changed.
 
     Raises
     ------
     ValueError
         Naming the layer and the reason where the format cannot hold it: a float minimum, an order of columns, bits,
-        group sizes or sizes of a layer that it does not have.
+        group sizes or sizes of a layer that it does not have. For round_zeros and a format without integer zero points.
     """
+    method = format  # `format` is the public keyword, though it hides the builtin
     source, out = _checked_source(model), Path(out)
-    check_format(format)
-    if source.copied is not None and source.method == format:
+    check_format(method, round_zeros)
+    errors = None
+    if source.copied is not None and source.method == method:
         alone = source.path.is_file() and out.suffix == source.path.suffix  # the name of the file, not of its folder
         folder, name = (out.parent, out.name) if alone else (out, source.path.name)
         _write_copy(model, source, source.copied, folder, name)
-    elif format in TARGETS:
-        write_new(model, source, out, TARGETS[format])
+    elif method in TARGETS:
+        errors = write_new(model, source, out, TARGETS[method], round_zeros)
     else:
+        raise _no_gguf(source.method)
+    return (errors or {}) if round_zeros else None
+
+
+def _no_gguf(method: str) -> ValueError:
+    return ValueError(
+        f"export to {gguf.METHOD!r} needs a model that was loaded from a GGUF file, whose metadata and tokenizer it "
+        f"copies; this one is {method}; use {', '.join(map(repr, TARGETS))}"
+    )
+
+
+def check_format(method: str, round_zeros: bool = False) -> None:
+    """ValueError unless it is a format that `export` knows, with integer zero points where they are asked for."""
+    if method not in _EXPORTS:
+        raise ValueError(f"export to {method!r} is not supported; supported are {', '.join(map(repr, _EXPORTS))}")
+    if round_zeros and method not in _INTEGERS:
         raise ValueError(
-            f"export to {format!r} needs a model that was loaded from a GGUF file, whose metadata and "
-            f"tokenizer it copies; this one is {source.method}; use {', '.join(map(repr, TARGETS))}"
+            f"round_zeros is for formats that hold integer zero points only, {', '.join(_INTEGERS)}; {method} is none: "
+            "leave it out"
         )
 
 
-def check_format(format: str) -> None:
-    """ValueError unless it is a format that `export` knows."""
-    if format not in _EXPORTS:
-        raise ValueError(f"export to {format!r} is not supported; supported are {', '.join(map(repr, _EXPORTS))}")
+def check_source(checkpoint: Checkpoint, method: str, round_zeros: bool) -> None:
+    """ValueError for a checkpoint that `export` would refuse for its kind or its float zero points; reads no weight."""
+    own = checkpoint.format.method
+    if method == gguf.METHOD != own:
+        raise _no_gguf(own)
+    if method == bnb.METHOD != own:
+        raise ValueError(
+            f"{checkpoint.path} is {own}, and bitsandbytes holds codes of the tables nf4 and fp4 only; qzo quantize "
+            "--table nf4 makes them of a float model"
+        )
+    name = checkpoint.float_zeros() if method in _INTEGERS and not round_zeros else None
+    if name is not None:
+        raise float_zeros(f"{checkpoint.path}: {name}", method)
 
 
 def _checked_source(model: Any) -> Source:

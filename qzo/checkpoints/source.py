@@ -124,6 +124,10 @@ def locate(path_or_id: str | Path) -> Path:
             f"({', '.join(found[:4])}{', ...' if found[4:] else ''}); give the path of one of "
             "them"
         )
+    if (path / "config.json").exists():
+        raise ValueError(
+            f"{path} holds a config.json and no weights: fetch its *.safetensors (or pytorch_model*.bin) files too"
+        )
     raise ValueError(f"{path} holds no checkpoint: neither config.json with weights nor a .gguf file")
 
 

@@ -3,7 +3,8 @@
 import json
 import math
 
-from ..reports.inspect import report, table
+from ..nn.weights import check_bits
+from ..reports.inspect import as_text, report
 from .options import model_of
 
 
@@ -14,9 +15,10 @@ def execute(options):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least {least}")
     if not options.eps > 0 or not math.isfinite(options.eps):
         raise ValueError(f"--eps {options.eps:g}: expected a number above 0")
+    check_bits(options.bits)  # also where the checkpoint is in codes already
     options.model = model_of(options)
     if not options.model:
         raise ValueError("a model is missing: qzo inspect MODEL, a folder, a .gguf file or a Hub id")
     found = report(options)
-    print(json.dumps(found) if options.json else table(found))
+    print(json.dumps(found) if options.json else as_text(found))
     return 0

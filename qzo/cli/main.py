@@ -15,8 +15,10 @@ import warnings
 
 import argcomplete
 
+from ..system import disk
 from ..version import __version__
-from . import options, report_options
+from . import early, options, report_options
+from .config_file import arguments_of
 
 COMMANDS = {  # name: (what it does, an example, its options)
     "demo": (
@@ -30,9 +32,14 @@ COMMANDS = {  # name: (what it does, an example, its options)
         options.add_train,
     ),
     "eval": (
-        "loss and accuracy of a model on JSON lines",
-        "qzo eval model.gguf --data data/test.jsonl --journal out/journal.qzo",
+        "loss, accuracy and perplexity of a model on JSON lines, before and after a run on it",
+        "qzo eval model.gguf --data data/test.jsonl --journal out/journal.qzo --control-data data/train.jsonl",
         options.add_eval,
+    ),
+    "generate": (
+        "write text with a model, or with a run on it",
+        'qzo generate model.gguf --journal out/journal.qzo --chat "Write a haiku about rain."',
+        options.add_generate,
     ),
     "replay": (
         "rebuild a tuned model from its base and a journal",
@@ -76,12 +83,37 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments=None):
     """Run one command; returns the exit status."""
-    parser = build_parser()
-    argcomplete.autocomplete(parser)
-    options = parser.parse_args(arguments)
+    try:
+        options = parse(arguments)
+    except (OSError, ValueError) as error:  # of --config
+        return _refused("train", error)
+    try:
+        early.check(options)
+    except (OSError, ValueError) as error:
+        return _refused(options.command, error)
+    early.announce(options)
     warnings.showwarning = lambda message, *_: print(f"qzo: warning: {message}", file=sys.stderr)
     command = importlib.import_module(f".{options.command}", __package__)
     return importlib.import_module(".errors", __package__).reporting(command.execute, options)
+
+
+def _refused(command, error):
+    print(f"qzo {command}: {disk.unusable(error) or ' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def parse(arguments=None):
+    """What a command line asks for, over what the file of `qzo train --config` does; ValueError or OSError for a bad
+    file, SystemExit for a bad line."""
+    parser = build_parser()
+    argcomplete.autocomplete(parser)
+    line = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(line)
+    if options.command == "train" and options.config:
+        from_file = arguments_of(options.config, but=("model",) if options.checkpoint else ())
+        at = line.index("train") + 1
+        options = parser.parse_args([*line[:at], *from_file, *line[at:]])
+    return options
 
 
 def build_parser():

@@ -6,7 +6,7 @@ in sync.
 
 import argparse
 
-from ..optim.defaults import CLIP, EPS
+from ..optim.defaults import CLIP, EPS, FLOOR
 
 DTYPES = ("float32", "float16", "bfloat16")
 NOISES = ("rademacher", "ih4", "gaussian")
@@ -14,6 +14,7 @@ SHARINGS = ("group", "row")
 LARGE_ROWS = ("fused", "folded", "blas", "auto")
 PACKINGS = ("off", "auto")
 RECIPES = ("paper",)
+KEEPS = ("last", "best")
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
 TABLES = ("fp4", "nf4")
 DEFAULTS = {  # of training/settings.py
@@ -22,6 +23,8 @@ DEFAULTS = {  # of training/settings.py
     "directions": 4,
     "max_length": 1024,
     "max_cut": 0.5,
+    "decay": 0.1,
+    "floor": FLOOR,
     "eps": EPS,
     "clip": CLIP,
 }
@@ -52,6 +55,14 @@ def model_of(options):
     return options.checkpoint or options.model
 
 
+def add_reading(parser, group_size):
+    """How a checkpoint is read; group_size: what the command says of it."""
+    parser.add_argument("--group-size", type=int, help=group_size)
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
+    )
+
+
 def add_loading(parser):
     """How the model is loaded."""
     model = parser.add_argument_group("the model")
@@ -59,17 +70,22 @@ def add_loading(parser):
     model.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the activations (default: float32 on a CPU, float16 on a GPU)"
     )
-    model.add_argument(
-        "--group-size", type=int, help="when a float checkpoint is quantized on the way in (default 128)"
-    )
-    model.add_argument(
-        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
-    )
+    add_reading(model, "when a float checkpoint is quantized on the way in (default 128)")
     model.add_argument(
         "--weight-only",
         action="store_true",
         default=None,
         help="of checkpoints with quantized activations (W4A8): train the weights as if those were not quantized",
+    )
+
+
+def add_strict(parser):
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        default=None,
+        help="refuse a group size that does not divide the inputs of each layer (default: such a layer takes another, "
+        "with a warning)",
     )
 
 
@@ -110,9 +126,11 @@ def add_train(parser):
     )
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))
+    _add_validation(parser.add_argument_group("validation, where the data have a valid split"))
     _add_perturbation(parser.add_argument_group("the perturbation and the update"))
     _add_launching(parser.add_argument_group("how a step is computed"))
     add_loading(parser)
+    add_strict(parser)
 
 
 def _add_run(run):
@@ -157,14 +175,44 @@ def _add_run(run):
     )
 
 
+def _add_validation(held_out):
+    held_out.add_argument(
+        "--eval-every",
+        type=int,
+        metavar="STEPS",
+        help="steps between two measurements of it (default: a tenth of the run)",
+    )
+    held_out.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="end the run after N measurements in a row without a lower loss (default: make all steps)",
+    )
+    held_out.add_argument(
+        "--keep",
+        choices=KEEPS,
+        help="what OUT/model is: the last step (the default), or the one with the lowest validation loss, rebuilt from "
+        "the base and the journal (best)",
+    )
+
+
 def _add_perturbation(step):
     step.add_argument(
         "--learning-rate",
         type=float,
-        help=f"at the first step, falling linearly to a tenth (default {RATE:g} per direction)",
+        help=f"at the first step, falling linearly to a part of it (default {RATE:g} per direction)",
+    )
+    step.add_argument(
+        "--decay", type=float, help=f"the part that it falls to, 1: constant (default {DEFAULTS['decay']})"
     )
     step.add_argument("--eps", type=float, help=f"perturbation, relative to a scale (default {EPS:g})")
+    step.add_argument(
+        "--relative",
+        action=argparse.BooleanOptionalAction,
+        help="eps and learning rate are parts of a scale (default); without: in the units of the scales",
+    )
     step.add_argument("--clip", type=float, help=f"bound on the directional derivative (default {CLIP:g})")
+    step.add_argument("--floor", type=float, help=f"least magnitude of a scale (default {FLOOR:g}, 2**-24)")
     step.add_argument(
         "--directions", type=int, help=f"directions a step, two evaluations each (default {DEFAULTS['directions']})"
     )
@@ -205,13 +253,52 @@ def _add_launching(how):
     )
 
 
+def _add_journal(parser):
+    """A run on the model, or the beginning of one: common.py has `check_until` and `replayed` for them."""
+    parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    parser.add_argument("--until", type=int, metavar="N", help="the run's first N steps only (default: all)")
+
+
 def add_eval(parser):
     add_model(parser)
     parser.add_argument(
         "--data", required=True, help="a JSONL file, or a folder with valid.jsonl, test.jsonl, train.jsonl"
     )
-    parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    _add_journal(parser)
+    parser.add_argument(
+        "--control-data",
+        metavar="FILE",
+        help="lines with options to fit the control's label biases on, other than those that are scored (default: "
+        "train.jsonl of the folder --data)",
+    )
     parser.add_argument("--max-length", type=int, help=f"longest example in tokens (default {DEFAULTS['max_length']})")
+    add_loading(parser)
+
+
+def add_generate(parser):
+    add_model(parser)
+    prompt = parser.add_argument_group("the prompt (default: standard input, as --prompt)")
+    asked = prompt.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input")
+    asked.add_argument(
+        "--chat", metavar="TEXT", help="a message to answer, through the model's chat template; - reads standard input"
+    )
+    prompt.add_argument("--system", metavar="TEXT", help="a system message in front of --chat")
+    _add_journal(parser)
+    text = parser.add_argument_group("the text")
+    text.add_argument("--max-new-tokens", type=int, default=256, help="most tokens that are written (default 256)")
+    text.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="above 0: tokens are drawn, the more evenly the higher it is (default 0: the likeliest is taken)",
+    )
+    text.add_argument(
+        "--top-p",
+        type=float,
+        help="draw from the likeliest tokens that have this probability together (default 1: from all)",
+    )
+    text.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
     add_loading(parser)
 
 
@@ -236,6 +323,12 @@ def add_export(parser):
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     add_overwrite(parser)
     parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    parser.add_argument(
+        "--round-zeros",
+        action="store_true",
+        help="of a GGUF Q4_1 or HQQ model: zero points are rounded to the integers that the format holds and scales "
+        "refitted; how far that moves the weights is told (default: refuse)",
+    )
     add_loading(parser)
 
 
@@ -246,11 +339,10 @@ def add_quantize(parser):
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     add_overwrite(parser)
     parser.add_argument("--bits", type=int, default=4, help="2, 4 or 8 (default 4)")
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        help="32, 64, 128, or -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)",
+    add_reading(
+        parser, "32, 64, 128, or -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)"
     )
+    add_strict(parser)
     parser.add_argument("--asymmetric", action="store_true", help="with zero points (default: without)")
     parser.add_argument(
         "--format",
@@ -263,4 +355,3 @@ def add_quantize(parser):
         help="4-bit codes that stand for its entries, in groups of 64, as bitsandbytes has them (default: codes are "
         "integers)",
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code from the checkpoint's folder")

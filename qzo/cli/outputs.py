@@ -1,6 +1,7 @@
 """Where a command writes: checked before anything is loaded, so that nothing of the user's is overwritten."""
 
 import itertools
+import os
 from pathlib import Path
 
 from ..optim.journal import read
@@ -9,11 +10,19 @@ JOURNAL = "journal.qzo"
 NAMED = 4  # files that a message names
 
 
-def check_folder(folder, overwrite, option="--output-dir"):
-    """FileExistsError where a folder holds anything and `overwrite` is not set; NotADirectoryError for a file."""
+def check_folder(folder, overwrite, source=None, option="--output-dir"):
+    """FileExistsError where a folder holds anything and `overwrite` is not set; NotADirectoryError or PermissionError
+    where no folder can be; ValueError where it is the `source`, a checkpoint's folder."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{option} {folder} is a file; name a folder")
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option} {folder}: a part of this path is a file ({there}); give another path")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{option} {folder}: {there} cannot be written to; give another path, or change its owner"
+        )
     held = sorted(path.name for path in itertools.islice(folder.iterdir(), 1000)) if folder.is_dir() else []
     if held and not overwrite:
         names = ", ".join(held[:NAMED]) + (f" and {len(held) - NAMED} more" if len(held) > NAMED else "")
@@ -21,6 +30,13 @@ def check_folder(folder, overwrite, option="--output-dir"):
             f"{option} {folder} holds {names} already, and existing files are not overwritten; name another folder, or "
             "add --overwrite to replace files of the same names"
         )
+    check_apart(folder, source, option)
+
+
+def check_apart(folder, source, option="--output-dir"):
+    """ValueError where it is the folder, or the file, of the checkpoint `source`, which is never overwritten."""
+    if source is not None and Path(folder).exists() and Path(source).exists() and Path(folder).samefile(source):
+        raise ValueError(f"{option} {folder} is where the model is; the source is never overwritten, give another path")
 
 
 def check_file(path, overwrite, option):
@@ -34,11 +50,13 @@ def check_file(path, overwrite, option):
         raise FileExistsError(f"{option} {path} exists already; name another file, or add --overwrite to replace it")
 
 
-def check_run(folder, resume, overwrite):
+def check_run(folder, resume, overwrite, source=None):
     """The same for a run's folder, which goes on with the journal in it or begins one.
 
-    A journal is never overwritten: it may hold hours of work. ValueError for `resume` where there is none.
+    A journal is never overwritten: it may hold hours of work. ValueError for `resume` where there is none, and for a
+    `source` that the tuned model would replace.
     """
+    check_apart(Path(folder) / "model", source)
     journal = Path(folder) / JOURNAL
     if resume and not journal.exists():
         raise ValueError(f"--resume: there is no {journal} to go on with; leave --resume out to begin a run")

@@ -4,12 +4,10 @@ import json
 
 from ..checkpoints.quantize_folder import quantize_folder
 from .common import say
-from .outputs import check_folder
 
 
 def execute(options):
     """Quantize, and tell; exit status. ValueError for bad input."""
-    check_folder(options.output_dir, options.overwrite)
     say(f"quantizing {options.model}")
     found = quantize_folder(
         options.model,
@@ -17,9 +15,10 @@ def execute(options):
         bits=options.bits,
         group_size=options.group_size,
         symmetric=not options.asymmetric,
-        format=options.format,
+        method=options.format,
         table=options.table,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=bool(options.trust_remote_code),
+        strict=bool(options.strict),
     )
     if options.json:
         print(json.dumps({**found, "output_dir": options.output_dir}))

@@ -25,6 +25,7 @@ from torch import nn
 
 from ..kernels.table import named_table
 from ..kernels.tiles import GROUPS
+from ..system.progress import tracked
 from .experts import split_experts_, stack_widths
 from .layers import arena_of, layers
 from .linear import QZOLinear
@@ -101,7 +102,8 @@ def quantize_(
     """
     check_form(bits, symmetric, named_table(table))
     replaced = {}
-    for name, chosen in choose_(module, group_size, skip, strict, named_table(table)).items():
+    wanted = choose_(module, group_size, skip, strict, named_table(table))
+    for name, chosen in tracked(wanted.items(), "quantizing", "layers"):
         parent, _, child = name.rpartition(".")
         old = chosen.module
         if id(old) not in replaced:

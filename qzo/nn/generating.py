@@ -35,7 +35,7 @@ def generating(module: nn.Module) -> Iterator[None]:
         Inside `evaluating`; and `evaluating` of such a layer in here: a step's numbers follow from its journal alone.
     """
     found = list(layers(module, trainable=None).values())
-    if any(layer._evaluations is not None for layer in found):
+    if any(layer.evaluations is not None for layer in found):
         raise RuntimeError("qzo.generating() inside evaluating(): leave evaluating() before a model generates")
     turned: list[tuple[QZOLinear, int]] = []
     trimmer = Trimmer()

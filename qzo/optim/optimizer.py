@@ -177,7 +177,7 @@ class QZO(torch.optim.Optimizer):
         """
         if any(layer.arena is not self.arena for layer in layers(self.module).values()):
             raise RuntimeError(
-                "the layers have left this optimizer's arena (train_only, or a QZO of another module "
+                "the layers have left this optimizer's arena (train_only_, or a QZO of another module "
                 "that shares them): make a new QZO"
             )
         group = self.param_groups[0]

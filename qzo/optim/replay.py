@@ -12,6 +12,7 @@ from torch import nn
 from ..kernels.noise import VERSIONS, law_version
 from ..nn.arena import ScaleArena
 from ..nn.layers import arena_of, digest_parts
+from ..system.progress import tracked
 from ..version import __version__
 from .journal import JournalError, check_header, read
 from .step import apply_records
@@ -54,7 +55,7 @@ def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | 
     arena = arena_of(model, exact=True)
     check_header(journal_path, header, model_fields(model, arena))
     steps = steps[:until]
-    for records in steps:
+    for records in tracked(steps, "replaying", "steps"):
         if not records[0].skipped:
             apply_records(arena, records, header)
     return len(steps)

@@ -17,13 +17,14 @@ from ..checkpoints.source import open_checkpoint
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.head import has_encoder
 from ..nn.choice import choose, group_for, sizes_of
-from ..nn.experts import split_, split_experts_, stack_of
+from ..nn.experts import split_experts_
 from ..nn.layers import layers
 from ..nn.weights import PackedWeight, check_bits
+from ..system.progress import tracked
 from ..training.data import collate, tokenize
 from ..training.loop import choose_layers, pad_id, trained_count
 from ..training.records import read_data
-from ..training.task import check_tables
+from ..training.task import check_ids_and_lengths
 from . import memory, models
 from .models import form_of
 from .signal import survival
@@ -89,7 +90,7 @@ def survey(entries, types):
     scales and zeros)."""
     wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "codebooks": 0, "scales": 0, "zeros": 0}
     dense: collections.defaultdict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for name, value, _ in entries:
+    for name, value, _ in tracked(entries, "reading", "tensors"):
         if isinstance(value, PackedWeight):
             wanted[name] = form_of(value)
             scales.add(value.scales)
@@ -130,24 +131,15 @@ def report(options):
         **told,
         "class": type(model).__name__,
     }
-    for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):
-        split_(model, stack)
-    linears = {name for name, module in model.named_modules() if sizes_of(module)}
-    strangers = sorted(set(wanted) - linears)
-    if strangers:
-        raise ValueError(
-            f"{options.model}: quantized weights for {strangers[0]}, which is no nn.Linear of "
-            f"{type(model).__name__}; only nn.Linear and transformers' Conv1D can be replaced"
-        )
-    if not wanted:
-        raise ValueError(f"{options.model} holds no quantized linear layer, so there is nothing to train")
+    models.find_homes(model, wanted, options.model)
+    linears = sum(sizes_of(module) is not None for module in model.modules())
     models.quantize_empty(model, wanted, cpu=device == "cpu")
     prefix = choose_layers(model, options.train_layers)
     found |= {
         "layers": _kinds(model),
         "act_order": sum(form.ordered for form in wanted.values()),
         "dense": {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in sorted(dense.items())},
-        "dense_linears": len(linears) - len(wanted),
+        "dense_linears": linears - len(wanted),
         "trains": {
             "layers": len(layers(model)),
             "scales": trained_count(model),
@@ -225,7 +217,7 @@ def signal(options, wanted):
     )
     choose_layers(model, options.train_layers)
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, "all that --signal reads of a line", has_encoder(model))
-    check_tables(model, examples)
+    check_ids_and_lengths(model, examples)
     batch = collate(examples, pad_id(tokenizer), next(model.parameters()).device)
     seeds = range(options.signal_directions)
     survived = survival(model, batch, options.eps, seeds, activations=("float16", "bfloat16"))
@@ -249,7 +241,7 @@ def _enough(eps, error):
 # ---------------------------------------------------------------------------------------------- shown
 
 
-def table(found):
+def as_text(found):
     """The report as text."""
     count = sum(kind["layers"] for kind in found["layers"])
     lines = [

@@ -5,21 +5,21 @@ are what a step adds at its highest moment, so that the parts add up to the tota
 """
 
 import dataclasses
-import gc
 
 import torch
-from matplotlib.figure import Figure
 
 from ..checkpoints.load import from_pretrained
+from ..checkpoints.source import open_checkpoint
 from ..kernels.noise import step_seed
 from ..kernels.tiles import architecture
 from ..kernels.update import scratch_bytes
 from ..nn.choice import choose, group_for
 from ..nn.evaluations import Evaluations
 from ..nn.experts import split_experts_
-from ..nn.layers import arena_of, evaluating, layers, train_codebooks_, train_only
+from ..nn.layers import arena_of, evaluating, layers, train_codebooks_, train_only_
 from ..nn.ops import backend
 from ..optim.optimizer import QZO
+from ..system.memory import free_bytes
 from . import models
 from .codes import CODES
 from .footprint import (
@@ -38,6 +38,7 @@ from .rivals import CARDS as CARDS
 from .rivals import fits, rivals
 
 PARTS = ("codes", "scales", "zeros", "dense", "activations", "logits", "workspace")
+MOST_ROWS = 1 << 16  # in all directions; the loss of a step is predicted chunk by chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def predict_loaded(model, run, trust_remote_code=False):
     split_experts_(empty)
     forms = {name: models.form_of(layer) for name, layer in found.items()}
     models.quantize_empty(empty, forms, cpu=device == "cpu")
-    train_only(empty, lambda name: found[name].trainable)
+    train_only_(empty, lambda name: found[name].trainable)
     return predict(empty, run, device, this_chip())
 
 
@@ -202,59 +203,6 @@ def _released(model, meter):
     return {part: freed[part] for part in ("codes", "scales", "zeros", "dense")}
 
 
-# ---------------------------------------------------------------------------------------------- shown
-
-
-def table(report):
-    """The report as text: predicted beside measured, then the phases, the rivals and the cards."""
-    predicted, measured = report["predicted"], report["measured"]
-    lines = [f"{'':12}{'predicted':>12}" + (f"{'measured':>12}" if measured else "")]
-    for part in (*PARTS, "total"):
-        line = f"{part:12}{_gb(predicted[part]):>12}"
-        lines.append(line + (f"{_gb(measured[part]):>12}" if measured else ""))
-    if measured:
-        lines += [
-            f"{'slack':24}{_gb(measured['slack']):>12}",
-            f"measured is {measured['total'] / predicted['total']:.3f} of predicted",
-        ]
-    lines += ["", "highest in each phase:"]
-    for phase, at in predicted["phases"].items():
-        where = f" in {at['layer']}" if at["layer"] else ""
-        lines.append(f"  {phase:10}{_gb(at['total']):>12}{where}")
-    lines += ["", "beside it, by their published formulas:"]
-    for name, size in report["rivals"].items():
-        lines.append(f"  {name:24}{_gb(size):>12}  {size / predicted['total']:.1f}x")
-    lines += ["", "fits: " + ("; ".join(report["fits"]) or "no card that is listed")]
-    return "\n".join(lines)
-
-
-def _gb(nbytes):
-    return f"{max(nbytes, 0) / 1e9:.3f} GB"
-
-
-def plot(report, path):
-    """Stacked bars of what is predicted and measured; beside them the totals of the rivals, as a PNG."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    parts, totals = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    bars = [(name, report[name]) for name in ("predicted", "measured") if report[name]]
-    bottoms = [0.0] * len(bars)
-    for part in PARTS:
-        heights = [max(0, numbers[part]) / 1e9 for _, numbers in bars]
-        if any(heights):
-            parts.bar([name for name, _ in bars], heights, bottom=bottoms, label=part, width=0.6)
-        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
-    parts.set(ylabel="GB (1e9 bytes)", xlim=(-0.6, len(bars) + 0.2))
-    parts.legend(frameon=False, fontsize=8, reverse=True)
-    sizes = {"qzo": report["predicted"]["total"] / 1e9, **{k: v / 1e9 for k, v in report["rivals"].items()}}
-    drawn = totals.barh(list(sizes), list(sizes.values()), color=["C0", *["0.8"] * (len(sizes) - 1)])
-    totals.bar_label(drawn, fmt="%.3g", padding=3)
-    totals.set(xscale="log", xlabel="GB, logarithmic; rivals by their published formulas")
-    totals.invert_yaxis()
-    totals.margins(x=0.15)
-    figure.suptitle(report["subject"], fontsize=10)
-    figure.savefig(path, dpi=150)
-
-
 # ---------------------------------------------------------------------------------------------- the report
 
 
@@ -272,9 +220,7 @@ def make_report(options):
         map_large_blocks()
     chip = check_chip(options.chip or this_chip())
     dtype = getattr(torch, options.dtype or ("float16" if device == "cuda" else "float32"))
-    for name in ("batch_size", "labels", "directions"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+    _check_step(options)
     codes = _codes(options)
     if options.model:
         load, model = _checkpoint(options, codes, device, dtype)
@@ -291,7 +237,9 @@ def make_report(options):
         options.sequential,
         options.large_rows,
     )
-    predicted = predict(model, run, device, chip)
+    predicted, free = predict(model, run, device, chip), free_bytes(device)
+    if measuring:
+        _check_room(options.config or options.model, predicted["total"], device, free)
     measured = measure(load, run, device, snapshot=options.snapshot) if measuring else None
     subject = (
         f"{options.config or options.model}: {run.rows} x {run.tokens} tokens, {2 * run.directions} evaluations "
@@ -304,8 +252,32 @@ def make_report(options):
         "measured": measured,
         "rivals": rivals(model, run, predicted),
         "fits": fits(max(predicted["total"], measured["total"] if measured else 0)),
+        "free": free,
         "subject": subject,
     }
+
+
+def _check_step(options):
+    """ValueError for a step that none can be, or that would be predicted for hours."""
+    for name, least in {"batch_size": 1, "labels": 1, "directions": 1, "seq_len": 2}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if options.batch_size * options.directions > MOST_ROWS:
+        raise ValueError(
+            f"--batch-size {options.batch_size} in --directions {options.directions}: up to {MOST_ROWS:,} rows of a "
+            "step are predicted, give fewer"
+        )
+
+
+def _check_room(name, total, device, free):
+    """ValueError where a run of `total` bytes would not end. free: bytes, None if that is not known."""
+    if free is not None and total > free:
+        raise ValueError(
+            f"{name}: a step is predicted to take {total / 1e9:.2f} GB, and {device} has {free / 1e9:.2f} GB free, so "
+            "nothing was loaded; measure it where there is more, or predict it only: qzo memory --config CONFIG, "
+            "without --measure"
+        )
 
 
 def _training_codebooks(load):
@@ -358,16 +330,18 @@ def random_model(config, group_size, zeros, device, dtype, codes="int4"):
 
 
 def _checkpoint(options, codes, device, dtype):
-    """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device)."""
+    """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device, for
+    which a tensor at a time is read, or none)."""
     kind, trusted = CODES[codes], {"trust_remote_code": options.trust_remote_code}
     group = options.group_size or kind.group
     given = {"bits": kind.bits, "table": kind.table, **({"group_size": group} if group else {}), **trusted}
-    model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
-    wanted = {name: models.form_of(layer) for name, layer in layers(model, trainable=None).items()}
-    config = model.config
-    del model
-    gc.collect()
-    empty = models.build_empty(config, dtype, **trusted).eval()
-    split_experts_(empty)
+    checkpoint = open_checkpoint(options.model, options.trust_remote_code)
+    empty = models.build_empty(checkpoint.config, dtype, **trusted).eval()
+    if checkpoint.quantized:
+        wanted = models.stored_forms(empty, checkpoint.read(None), options.model)
+    else:
+        split_experts_(empty)
+        chosen = choose(empty, group or 128, table=kind.table, quiet=True)  # the load tells what does not fit
+        wanted = {name: models.Form(layer.group_size, None, kind.bits, kind.table) for name, layer in chosen.items()}
     models.quantize_empty(empty, wanted, cpu=device == "cpu")
     return lambda: from_pretrained(options.model, device=device, dtype=dtype, **given), empty

@@ -14,14 +14,16 @@ from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from ..checkpoints.empty import build_empty, reading
+from ..checkpoints.names import Names
 from ..kernels.vectors import LENGTH
 from ..loss.head import body
 from ..loss.losses import losses, pair
 from ..nn.choice import sizes_of
-from ..nn.experts import split_experts_
+from ..nn.experts import split_, split_experts_, stack_of
 from ..nn.layers import arena_of, layers
 from ..nn.linear import QZOLinear
 from ..nn.weights import PackedWeight, check_group_size
+from ..system.progress import tracked
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
@@ -140,6 +142,33 @@ def form_of(packed):
     )
 
 
+def stored_forms(model, entries, where):
+    """{layer: Form} of what the entries of the checkpoint at `where` hold in codes, by the model's names; the model is
+    on the meta device. ValueError as find_homes."""
+    names = Names(model)
+    read = tracked(entries, "reading", "tensors", len(names.known))
+    forms = {names(name): form_of(value) for name, value, _ in read if isinstance(value, PackedWeight)}
+    wanted = {name.removesuffix(".weight"): form for name, form in forms.items()}
+    find_homes(model, wanted, where)
+    return wanted
+
+
+def find_homes(model, wanted, where):
+    """Split the experts of the model that are among {layer: Form}. ValueError naming the checkpoint for layers that are
+    no Linear of the model, and for none."""
+    for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):
+        split_(model, stack)
+    linears = {name for name, module in model.named_modules() if sizes_of(module)}
+    strangers = sorted(set(wanted) - linears)
+    if strangers:
+        raise ValueError(
+            f"{where}: quantized weights for {strangers[0]}, which is no nn.Linear of {type(model).__name__}; only "
+            "nn.Linear and transformers' Conv1D can be replaced"
+        )
+    if not wanted:
+        raise ValueError(f"{where} holds no quantized linear layer, so there is nothing to train")
+
+
 def quantize_empty(model, wanted, cpu=False):
     """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> Form.
 
@@ -236,10 +265,16 @@ def example_batch(model, rows, tokens, labels, device):
         }
     if not 1 <= labels < tokens:
         raise ValueError(
-            f"{labels} labelled positions in rows of {tokens} tokens: between 1 and {tokens - 1} can be predicted"
+            f"{labels} labelled positions (--labels) in rows of {tokens} tokens (--seq-len): between 1 and "
+            f"{tokens - 1} can be predicted"
         )
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (rows, tokens), generator=generator)
+    shape, empty = (rows, tokens), device == "meta"  # a batch that is only predicted may be larger than the machine
+    ids = (
+        torch.empty(shape, dtype=torch.int64, device=device)
+        if empty
+        else torch.randint(0, vocabulary, shape, generator=generator)
+    )
     mask = torch.ones_like(ids)
     if rows > 1:
         mask[0, tokens // 2 :] = 0
@@ -248,13 +283,13 @@ def example_batch(model, rows, tokens, labels, device):
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": target.to(device)}
 
 
-def batch_losses(model, batch, count):
-    """float32 [count]: next-token cross entropy, or the mean squared error of what a diffusion transformer predicts."""
+def batch_losses(model, batch, copies):
+    """float32 [copies]: next-token cross entropy, or mean squared error of what a diffusion transformer predicts."""
     if not is_diffusion(model):
-        return losses(model, batch, count)
-    stacked = pair(batch, count)
+        return losses(model, batch, copies)
+    stacked = pair(batch, copies)
     target = stacked.pop("target")
     with torch.no_grad():
         predicted = model(**stacked, return_dict=False)[0].float()
         each = functional.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)
-    return each.view(count, -1).mean(1)
+    return each.view(copies, -1).mean(1)

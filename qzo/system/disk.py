@@ -14,6 +14,7 @@ _UNUSABLE = {
     errno.EROFS: "its file system is read-only; give another path",
     errno.EEXIST: "it exists and is not a folder; give another path",
     errno.ENOTDIR: "a part of this path is a file, no folder; give another path",
+    errno.ENOENT: "there is no such file or folder; give another path",
     errno.EISDIR: "it is a folder, expected a file",
     errno.ENAMETOOLONG: "a name in this path is too long; give a shorter one",
     errno.ELOOP: "it is a loop of symbolic links; give another path",

@@ -9,6 +9,13 @@ import torch
 TRIM_EVERY_BYTES = 16 << 20
 
 
+def free_bytes(device: str) -> int | None:
+    """Bytes that are free on "cpu" or a CUDA device; None where there is no such device."""
+    if device == "cpu":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch raised this because a device, or the machine, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -16,6 +16,7 @@ import torch
 
 from ..kernels.noise import SEED_ROUNDS, philox4x32
 from ..loss.losses import static_batch
+from ..system.progress import tracked
 from .chats import conversation, instruction
 from .encode import Encoder
 from .records import Line, form, problem
@@ -59,7 +60,7 @@ def tokenize(
     """
     texts, examples, lengths, spanning = Encoder(tokenizer, text_eos), [], [], []
     convert = _for_an_encoder if encoder else _example
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(tracked(records, "tokenizing", "examples"), 1):
         try:
             example, length, spans = convert(record, texts, max_length, limit)
         except ValueError as error:

@@ -134,6 +134,38 @@ class Encoder:
         kept = max(kept, int(prompt[:1] == [self.tokenizer.bos_token_id]))
         return prompt[:kept] + prompt[kept - room :] if room > kept else None
 
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to continue: what the tokenizer puts in front of it, nothing behind."""
+        bare = self._bare(text)
+        if not bare:
+            raise ValueError(f"the prompt {text!r} has no tokens")
+        return _joined(self.front, bare)
+
+    def source(self, text: str) -> list[int]:
+        """Ids of a text for the encoder of an encoder-decoder model, as `both` has it, whole."""
+        return self._alone(text, "text")[0]
+
+    def asked(self, messages: list[dict[str, Any]]) -> str:
+        """The text of messages that the model is to answer. Its ids are `rendered`'s: all that the template renders."""
+        return self._rendered(messages, add_generation_prompt=True)
+
+    def rendered(self, text: str) -> list[int]:
+        """Ids of what the template has rendered: nothing is put around it."""
+        return self._bare(text)
+
+    def turn_end(self) -> int | None:
+        """The special token that the chat template puts right behind an answer; None where there is none."""
+        answer = "Yes."
+        if not self.chats:
+            return None
+        try:
+            whole = self._rendered([{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}])
+        except Refused:
+            return None
+        behind = self._bare(whole.rpartition(answer)[2])[:1] if answer in whole else []
+        added = self.tokenizer.added_tokens_decoder
+        return next((token for token in behind if token in added and added[token].special), None)
+
     @property
     def _eos(self):
         return self.tokenizer.eos_token_id

@@ -22,6 +22,7 @@ PAPER: dict[str, Any] = dict(
 )
 LEARNING_RATE_PER_DIRECTION = 2e-2  # relative; one pair over a small batch diverges at twice this
 DECAY = 0.1  # the learning rate falls linearly to this part of itself
+KEEPS = ("last", "best")  # the step whose model is saved, where there is a validation split
 MOST_DIRECTIONS = (1 << 16) - 1  # that a journal's records can number
 
 
@@ -37,6 +38,9 @@ class Settings:
     cuda_graph : decides nothing of the result, only how steps are launched; None: as graphs on a CUDA device
     text_eos : whether the end-of-text token stands behind a `text` of the data, as it does behind a completion
     max_cut : the share of examples that may be cut to max_length, in [0, 1]
+    eval_every : steps between two measurements of the validation split; None: a tenth of the run
+    patience : measurements in a row without a lower loss after which the run ends; None: it makes all its steps
+    keep : "last", the last step is what is saved; or "best", the one with the lowest validation loss
     """
 
     max_steps: int = 200
@@ -61,6 +65,9 @@ class Settings:
     compile: bool = False
     text_eos: bool = True
     max_cut: float = 0.5
+    eval_every: int | None = None
+    patience: int | None = None
+    keep: str = "last"
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()
@@ -82,6 +89,8 @@ class Settings:
         check_large_rows(self.large_rows)
         if self.packing not in PACKINGS:
             raise ValueError(f"packing={self.packing!r}: known are {', '.join(PACKINGS)}")
+        if self.keep not in KEEPS:
+            raise ValueError(f"keep={self.keep!r}: known are {', '.join(KEEPS)}")
 
     def _check_whole_numbers(self) -> None:
         ranges: dict[str, tuple[int, float, str]] = {
@@ -91,10 +100,12 @@ class Settings:
             "max_length": (1, math.inf, "an int >= 1"),
             "seed": (-(1 << 63), (1 << 64) - 1, "an int of 64 bits, from -2**63 to 2**64 - 1"),
             "train_layers": (1, math.inf, "an int >= 1 (or none: the whole model)"),
+            "eval_every": (1, math.inf, "an int >= 1 (or none: a tenth of the run)"),
+            "patience": (1, math.inf, "an int >= 1 (or none: the run makes all its steps)"),
         }
         for name, (least, most, wanted) in ranges.items():
             value = getattr(self, name)
-            if name == "train_layers" and value is None:
+            if value is None and wanted.count("or none"):
                 continue
             if not _is_int(value) or not least <= value <= most:
                 raise ValueError(f"{name}={value!r}: expected {wanted}")

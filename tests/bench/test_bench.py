@@ -22,7 +22,7 @@ from qzo.bench.providers import (
     sweep,
 )
 from qzo.cli.main import main
-from tests.support.paths import ROOT
+from tests.support.paths import FIXTURES, ROOT
 
 CASE = cases.Case("linear", "smollm2-135m", 192, 64, 3, 64, "float32", "ih4")
 NF4_CASE = dataclasses.replace(CASE, codes="nf4")
@@ -304,6 +304,8 @@ def test_run_writes_lines_and_names_cases(tmp_path, capsys, monkeypatch):
         (["run", "--filter", "llama-9"], "no case of cpu has 'llama-9' in its name; there are"),
         (["run", "--providers", "qzo,marlin2"], "no provider marlin2; there are qzo, qzo-row"),
         (["run", "--filter", "576x192", "--rows", "3"], "--rows 3: the chosen cases have 1, 16, 256, 1024 rows"),
+        (["run", "--rows", "0"], "--rows 0: expected rows per evaluation, each at least 1"),
+        (["table", str(FIXTURES / "ct-w4a16-asym-g128-rtn/model.safetensors")], "model.safetensors is no text"),
         (["run", "--device", "cuda"], "--device cuda: there is no CUDA device here; use --device cpu"),
         (["table", "nowhere.jsonl"], "nowhere.jsonl"),
     ],

@@ -75,7 +75,7 @@ def test_the_commands_errors_are_one_line(tmp_path, capsys):
     ):
         assert main(["export", str(source), "--to", form, "--output-dir", str(tmp_path / "out")]) == 2
         *said, line = capsys.readouterr().err.strip().splitlines()
-        assert said == ([] if form == "exl2" else [f"loading {source}"])
+        assert said == ([f"loading {source}"] if source == DESC else [])
         assert message in line
     with pytest.raises(SystemExit) as leave:
         main(["export", "--help"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ...nn.weights import PackedWeight
+from ...system.progress import tracked
 from . import files, safetensors_file
 from .protocol import Change, Entry, Find, NewTensor, Place
 from .rounding import stored_scales
@@ -117,7 +118,7 @@ def _in_dtype(tensor, dtype):
 def save_scales(folder: Path, staging: Path, changes: Iterable[Change]) -> None:
     """Copy all of `folder` to `staging` with the scales that `scale_changes` gives."""
     copy_all(folder, staging)
-    for _, new, file, place in changes:
+    for _, new, file, place in tracked(changes, "saving", "layers"):
         files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(new))])
 
 

@@ -15,11 +15,17 @@ def check_integers(name, weight, target):
             "save it as bitsandbytes"
         )
     if weight.zeros is not None and weight.zeros.is_floating_point():
-        raise ValueError(
-            f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which "
-            f"{target}'s integer zero points cannot hold; save it in its own format "
-            "(qzo.save_pretrained), or start from another file, such as a Q4_0 one"
-        )
+        raise float_zeros(name, target)
+
+
+def float_zeros(name: str, target: str) -> ValueError:
+    """The error of a layer with zero points that are no integers."""
+    return ValueError(
+        f"{name} has a float minimum (GGUF Q4_1) or float zero points (HQQ), which {target}'s integer zero points "
+        "cannot hold; round them, which changes the weights and tells by how much (qzo export --round-zeros, "
+        "round_zeros=True in Python), save it in its own format (qzo.save_pretrained), or start from another file, "
+        "such as a Q4_0 one"
+    )
 
 
 def check_order(name, weight, target):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...system.progress import tracked
 from .protocol import NewTensor, Place
 
 DTYPES = {
@@ -133,7 +134,7 @@ def write(path: Path, entries: Iterable[NewTensor], metadata: dict[str, str] | N
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, dtype, shape, make in entries:
+        for name, dtype, shape, make in tracked(entries, "writing", "tensors"):
             tensor = make()
             assert (tensor.dtype, tensor.shape) == (dtype, torch.Size(shape)), name
             file.write(to_bytes(tensor))
