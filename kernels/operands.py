@@ -5,7 +5,9 @@ import functools
 
 import torch
 
+from .few_rows import Turned
 from .forms import form_of
+from .noise import NONE
 
 MOST_PLANS = 64     # of a weight; the oldest goes
 
@@ -30,6 +32,7 @@ class Weight:
     table : sixteen floats that 4-bit codes stand for, or None; zeros is None then
     codebooks : [C, 2^bits, 8] that codes choose from, or None; no zeros and no table then, and group is K
     book4 : number of the codebooks' first quad in the noise law where they train, float32 then; else -1
+    turned : what few unperturbed rows on a CPU read in place of codes and scales, a few_rows.Turned, or None
     plans : how this weight is multiplied, by what it is multiplied with (ops.py)
     """
 
@@ -44,6 +47,7 @@ class Weight:
     table: tuple | None = None
     codebooks: torch.Tensor | None = None
     book4: int = -1
+    turned: Turned | None = None
     plans: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
@@ -121,6 +125,11 @@ class Perturbation:
     def form(self):
         """All of it but the numbers in the tensors: what a plan is made for."""
         return self.seeds.numel(), self.law, self.relative, self.shared, self.pair, self.seeds.device
+
+    @property
+    def plain(self):
+        """Whether it is one evaluation of the scales as they are."""
+        return self.law == NONE and len(self) == 1
 
     def one(self, e):
         """Evaluation e alone."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .nn.arena import ScaleArena
     from .nn.choice import quantize_
     from .nn.evaluations import Evaluations
+    from .nn.generating import generating
     from .nn.layers import codebooks, evaluating, scale_index, scales, train_codebooks_, train_only_
     from .nn.linear import QZOLinear
     from .nn.ops import backend
@@ -54,6 +55,7 @@ _HOMES = {
     "loss.objective": ("generate_texts", "objective"),
     "nn.arena": ("ScaleArena",),
     "nn.evaluations": ("Evaluations",),
+    "nn.generating": ("generating",),
     "nn.linear": ("QZOLinear",),
     "nn.choice": ("quantize_",),
     "nn.layers": ("codebooks", "evaluating", "scale_index", "scales", "train_codebooks_", "train_only_"),
@@ -78,6 +80,7 @@ __all__ = [
     "export",
     "from_pretrained",
     "generate_texts",
+    "generating",
     "load_tokenizer",
     "loading",
     "losses",

@@ -17,6 +17,7 @@ from transformers import TextStreamer
 from ..checkpoints.source import locate
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.head import has_encoder
+from ..nn.generating import generating
 from ..training.encode import Encoder
 from ..training.loop import pad_id
 from ..training.task import known_tokens
@@ -65,7 +66,7 @@ def execute(options):
 def generate(model, ids, config, streamer=None):
     """The ids of new tokens, a list, that a GenerationConfig lets the model write behind `ids`, a list."""
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
-    with torch.inference_mode():
+    with torch.inference_mode(), generating(model):
         [row] = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer
         )

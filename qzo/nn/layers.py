@@ -194,6 +194,8 @@ def evaluating(module: nn.Module, evaluations: Evaluations) -> Iterator[Evaluati
     ValueError
         Nothing in the module trains; noise is shared by rows and codebooks train. In a forward: rows that E does not
         divide.
+    RuntimeError
+        Inside `generating` of such a layer.
     """
     if not isinstance(evaluations, Evaluations):
         raise TypeError(f"evaluating() takes qzo.Evaluations(seeds, coefs), got {type(evaluations).__name__}")
@@ -201,6 +203,11 @@ def evaluating(module: nn.Module, evaluations: Evaluations) -> Iterator[Evaluati
     evaluations = evaluations.to(arena.data.device)
     found = list(layers(module, trainable=None).values())
     check_sharing_of(module, evaluations.sharing)
+    if any(layer._planned is not None and layer._planned[1].turned is not None for layer in found):
+        raise RuntimeError(
+            "evaluating() inside qzo.generating(): losses would differ in their last digits from those that a journal "
+            "replays; leave generating() before a step"
+        )
     before = [layer.evaluations for layer in found]
     try:
         for layer in found:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels import dequantize, folded, noise, perturb, plan, qmm, qmm_torch, tiles, update
+from ..kernels import dequantize, few_rows, folded, noise, perturb, plan, qmm, qmm_torch, tiles, update
 from ..kernels.operands import Perturbation, Weight
 from .checks import check_matmul, check_rows
 
@@ -173,7 +173,7 @@ def _plan(x, weight, perturbation, choice):
     if books is not None and (books.dtype != x.dtype or not books.is_contiguous() or books.data_ptr() % 16):
         return functools.partial(_cast_codebooks, choice)
     if not on_triton:
-        return functools.partial(_torch, exact)
+        return _few_rows if few_rows.multiplies(len(x), weight, perturbation) else functools.partial(_torch, exact)
     if weight.codes.dtype != torch.int16:
         raise ValueError("the Triton kernels read codes as planes, these are CPU rows; QZOLinear converts them")
     m, arch = len(x), _architecture(x.device)
@@ -248,6 +248,10 @@ def _flat(tensor):
 
 def _torch(exact, x, weight, perturbation, y):
     qmm_torch.qmm_torch(_flat(x), weight, perturbation, y.view(-1, y.shape[-1]), exact=exact)
+
+
+def _few_rows(x, weight, perturbation, y):
+    weight.turned.multiply(_flat(x), weight, y.view(-1, y.shape[-1]))
 
 
 def _blas(asm, exact, x, weight, perturbation, y):

@@ -9,6 +9,8 @@ import transformers as t
 
 import qzo
 from qzo.cli.main import main
+from qzo.kernels import qmm_torch
+from qzo.kernels.few_rows import MOST_ROWS
 from tests.support import tiny
 from tests.support.checkpoints import VOCAB, write_gguf
 from tests.support.gguf_tokens import CONTROL, NORMAL, UNKNOWN
@@ -100,6 +102,19 @@ def test_base_and_journal_write_what_the_saved_model_writes(base, run, capsys):
     assert (tuned["steps"], replayed["steps"], begun["steps"]) == (0, 4, 0)
     assert replayed["text"] == tuned["text"]
     assert begun["text"] == told(capsys, base, *ask)["text"] != tuned["text"]
+
+
+def test_a_token_is_written_without_making_weights(base, capsys, monkeypatch):
+    """On a CPU the prompt's rows go through chunks of weights, and no later token's."""
+    rows = []
+    chunks = qmm_torch.qmm_torch
+    monkeypatch.setattr(
+        qmm_torch, "qmm_torch", lambda x, *rest, **options: [rows.append(len(x)), chunks(x, *rest, **options)]
+    )
+    long = " ".join([PROMPT] * 2)
+    told(capsys, base, "--prompt", long, "--max-new-tokens", 4, "--device", "cpu")
+    assert len(rows) == 14, "layers of the model, once each"
+    assert min(rows) > MOST_ROWS
 
 
 @pytest.mark.parametrize("given", [[], ["--prompt", "-"]])

@@ -25,7 +25,7 @@ def check(directory: str) -> None:
     import qzo
     from qzo.kernels.codes import pack_planes, pack_rows, unpack_rows
     from qzo.kernels.table import NF4
-    from tests.kernels import test_update
+    from tests.kernels import test_few_rows, test_update
     from tests.kernels.test_qmm import FOLDED, RATIO, SPLIT, TILE, Matmul
     from tests.support.close import assert_same_bits
 
@@ -50,6 +50,8 @@ def check(directory: str) -> None:
     ):
         for y in (matmul.kernel(tile), matmul.reference(pack_rows), matmul.reference(pack_planes)):
             matmul.assert_true(y)
+    for name in ("float zero points", "whole row, in bags of 128 and one of 72"):
+        test_few_rows.test_against_the_oracle(name)
     assert torch.equal(unpack_rows(pack_rows(matmul.codes), matmul.k), matmul.codes)
     for run in test_update.RUNS:
         for relative in (True, False):
