@@ -1,7 +1,9 @@
 """What several commands share: loading a model, results as text."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +13,7 @@ from ..optim.journal import read
 from ..optim.replay import replay
 
 
-def load(path, own):
+def load(path: str | Path, own: Mapping[str, Any]) -> Any:
     """The model at `path`, as the options of "the model" say."""
     try:
         torch.empty(0, device=own["device"])
@@ -28,7 +30,7 @@ def load(path, own):
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})
 
 
-def _header_and_steps(journal):
+def _header_and_steps(journal: str | Path) -> tuple[dict[str, Any], int]:
     """Of a journal that has begun. ValueError for one that has not, FileNotFoundError for none."""
     if not Path(journal).is_file():
         what = f"{journal} is a folder" if Path(journal).is_dir() else f"there is no journal {journal}"
@@ -39,12 +41,12 @@ def _header_and_steps(journal):
     return found[0], len(found[1])
 
 
-def steps_of(journal):
+def steps_of(journal: str | Path) -> int:
     """How many whole steps a journal holds."""
     return _header_and_steps(journal)[1]
 
 
-def replayed(base, journal, until, own):
+def replayed(base: str | Path, journal: str | Path, until: int | None, own: Mapping[str, Any]) -> tuple[Any, int]:
     """(the model at `base` with the steps of a journal, how many these are); options of the model as for `load`."""
     header, steps = _header_and_steps(journal)
     model = load(base, own)
@@ -53,7 +55,7 @@ def replayed(base, journal, until, own):
     return model, replay(model, journal, until)
 
 
-def _size(path):
+def _size(path: str | Path) -> str:
     """ ", 1.2 GB" of a file or folder; nothing for what has to be fetched."""
     path = Path(path).expanduser()
     files = [path] if path.is_file() else path.iterdir() if path.is_dir() else []
@@ -61,7 +63,7 @@ def _size(path):
     return f", {nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else ""
 
 
-def scores_as_text(rows):
+def scores_as_text(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """(name, {"loss", "accuracy"}) rows as aligned text."""
     width = max(len(name) for name, _ in rows)
     lines = [f"{'':{width}}  accuracy    loss"]
@@ -71,5 +73,5 @@ def scores_as_text(rows):
     return "\n".join(lines)
 
 
-def say(text):
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

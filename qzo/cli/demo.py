@@ -1,5 +1,6 @@
 """`qzo demo`."""
 
+import argparse
 import itertools
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from .common import say, scores_as_text
 from .outputs import check_run
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Run the demo, and tell; exit status. ValueError for bad input."""
     if options.resume and not options.output_dir:
         raise ValueError("--resume needs the --output-dir of the demo that was stopped")
@@ -35,7 +36,7 @@ def execute(options):
     return 0
 
 
-def _new_folder(name):
+def _new_folder(name: str) -> str:
     """`name`, or the first of name-2, name-3, ... that does not exist."""
     names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
     return next(path for path in names if not Path(path).exists())

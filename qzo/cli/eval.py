@@ -1,5 +1,6 @@
 """`qzo eval`: loss and accuracy of a model, or of a run on it, on each split of the data."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from .common import load, replayed, say, scores_as_text
 from .options import model_of
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Evaluate, and show; exit status. ValueError for bad input."""
     model_name = model_of(options)
     if not model_name:

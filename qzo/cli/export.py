@@ -1,5 +1,6 @@
 """`qzo export`: the same weights in another format."""
 
+import argparse
 import json
 
 from ..checkpoints.save import check_format
@@ -8,7 +9,7 @@ from .common import load, replayed
 from .outputs import check_file, check_folder
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Export, and tell; exit status. ValueError for bad input."""
     check_format(options.to)
     if options.to != "gguf" or not options.output_dir.endswith(".gguf"):

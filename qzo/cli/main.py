@@ -12,6 +12,8 @@ import argparse
 import importlib
 import sys
 import warnings
+from collections.abc import Sequence
+from typing import NoReturn
 
 import argcomplete
 
@@ -70,11 +72,11 @@ COMMANDS = {  # name: (what it does, an example, its options)
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaint is one line."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = build_parser()
     argcomplete.autocomplete(parser)
@@ -84,7 +86,7 @@ def main(arguments=None):
     return importlib.import_module(".errors", __package__).reporting(command.execute, options)
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog="qzo",

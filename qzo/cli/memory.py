@@ -1,5 +1,6 @@
 """`qzo memory`."""
 
+import argparse
 import json
 
 from ..reports.memory import as_text, make_report, plot
@@ -7,7 +8,7 @@ from .options import model_of
 from .outputs import check_file
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Predict, measure if asked, and show; exit status. ValueError for bad input."""
     options.model = model_of(options)
     for option, path in (("--plot", options.plot), ("--snapshot", options.snapshot)):

@@ -9,7 +9,7 @@ JOURNAL = "journal.qzo"
 NAMED = 4  # files that a message names
 
 
-def check_folder(folder, overwrite, option="--output-dir"):
+def check_folder(folder: str | Path, overwrite: bool | None, option: str = "--output-dir") -> None:
     """FileExistsError where a folder holds anything and `overwrite` is not set; NotADirectoryError for a file."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -23,7 +23,7 @@ def check_folder(folder, overwrite, option="--output-dir"):
         )
 
 
-def check_file(path, overwrite, option):
+def check_file(path: str | Path, overwrite: bool | None, option: str) -> None:
     """The same for one file. FileNotFoundError where its folder is not there."""
     path = Path(path)
     if path.is_dir():
@@ -34,7 +34,7 @@ def check_file(path, overwrite, option):
         raise FileExistsError(f"{option} {path} exists already; name another file, or add --overwrite to replace it")
 
 
-def check_run(folder, resume, overwrite):
+def check_run(folder: str | Path, resume: bool | None, overwrite: bool | None) -> None:
     """The same for a run's folder, which goes on with the journal in it or begins one.
 
     A journal is never overwritten: it may hold hours of work. ValueError for `resume` where there is none.

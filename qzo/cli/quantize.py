@@ -1,5 +1,6 @@
 """`qzo quantize`."""
 
+import argparse
 import json
 
 from ..checkpoints.quantize_folder import quantize_folder
@@ -7,7 +8,7 @@ from .common import say
 from .outputs import check_folder
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Quantize, and tell; exit status. ValueError for bad input."""
     check_folder(options.output_dir, options.overwrite)
     say(f"quantizing {options.model}")

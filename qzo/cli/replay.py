@@ -1,5 +1,6 @@
 """`qzo replay`: a tuned model from its base and a journal."""
 
+import argparse
 import json
 
 from ..checkpoints.save import save_pretrained
@@ -7,7 +8,7 @@ from .common import replayed, steps_of
 from .outputs import check_folder
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Replay, save, and tell; exit status. ValueError for bad input."""
     if options.until is not None and options.until < 0:
         raise ValueError(f"--until {options.until}: expected a step number >= 0")

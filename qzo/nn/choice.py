@@ -186,7 +186,7 @@ def group_for(model: nn.Module, group_size: int | None = None) -> int:
     return _common([layer.in_features for layer in choose(model, None, quiet=True).values()], group_size)
 
 
-def _common(widths, group_size=None):
+def _common(widths: Sequence[int], group_size: int | None = None) -> int:
     widths = [width for width in widths if width % min(GROUPS) == 0]
     fitting = (g for g in sorted(GROUPS, reverse=True) if all(width % g == 0 for width in widths))
     return next(fitting) if group_size is None else group_size
@@ -218,7 +218,7 @@ def text_parts(model: Any) -> list[str] | None:
     return names or None
 
 
-def _reads_text(module, outer):
+def _reads_text(module: nn.Module, outer: Any) -> bool:
     config, inputs = getattr(module, "config", None), getattr(module, "input_modalities", ())
     inputs = {inputs} if isinstance(inputs, str) else set(inputs)
     own = config is not None and config is not outer and getattr(config, "vocab_size", None)
@@ -228,7 +228,7 @@ def _reads_text(module, outer):
 class _Skipped:
     """What of a module stays dense by its name, its place or its ties."""
 
-    def __init__(self, module, skip):
+    def __init__(self, module: nn.Module, skip: Skip) -> None:
         self._skip, self._parts, self._heads, self._tied = tuple(skip), text_parts(module), (), set()
         if "lm_head" in self._skip:
             head = getattr(module, "get_output_embeddings", lambda: None)()
@@ -236,18 +236,18 @@ class _Skipped:
             tied = getattr(module, "all_tied_weights_keys", None) or {}
             self._tied = {*tied, *tied.values()}
 
-    def by_name(self, name):
+    def by_name(self, name: str) -> bool:
         """Whether the names in `skip` tell so, or it is in no text part; of modules and stacks of experts."""
         dotted = f".{name}."
         outside = self._parts is not None and not any(dotted.startswith(f".{part}.") for part in self._parts)
         return outside or name in self._heads or any(s(name) if callable(s) else f".{s}." in dotted for s in self._skip)
 
-    def __call__(self, name, owner):
+    def __call__(self, name: str, owner: nn.Module) -> bool:
         return self.by_name(name) or f"{name}.weight" in self._tied or _is_read(type(owner), name.rpartition(".")[2])  # type: ignore[arg-type]
 
 
 @functools.cache
-def _is_read(owner, child):
+def _is_read(owner: type, child: str) -> bool:
     """Whether code of the class `owner` multiplies by the weight of its `child` without calling it."""
     try:
         text = inspect.getsource(owner)
@@ -257,7 +257,7 @@ def _is_read(owner, child):
     return re.search(rf"{weight}\s*@|@\s*{weight}\b", text) is not None
 
 
-def _candidates(module, skipped):
+def _candidates(module: nn.Module, skipped: Callable[[str, nn.Module], bool]) -> dict[str, tuple[nn.Module, int, int]]:
     """name -> (module, out_features, in_features) of what is not skipped."""
     modules = dict(module.named_modules(remove_duplicate=False))
     sizes = {name: sizes_of(m) for name, m in modules.items()}
@@ -271,7 +271,7 @@ def _candidates(module, skipped):
 # ---------------------------------------------------------------------------------------------- what is said
 
 
-def _another(group_size, other, count):
+def _another(group_size: int, other: dict[int, list[tuple[str, int]]], count: int) -> str:
     """other: group size (-1 the whole row, 0 none) -> [(layer, its inputs)]."""
     does = {-1: "take their whole row", 0: "stay dense and frozen"}
     parts = [
@@ -284,7 +284,7 @@ def _another(group_size, other, count):
     )
 
 
-def _nothing(module, skip):
+def _nothing(module: nn.Module, skip: Skip) -> str:
     skip = ", ".join(dict.fromkeys(map(repr, skip)))
     matrices = [m for m in module.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
     held = sorted({type(m).__name__ for m in matrices})

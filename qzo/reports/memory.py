@@ -6,6 +6,7 @@ are what a step adds at its highest moment, so that the parts add up to the tota
 
 import dataclasses
 import gc
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -361,7 +362,8 @@ def _checkpoint(options, codes, device, dtype):
     """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device)."""
     kind, trusted = CODES[codes], {"trust_remote_code": bool(options.trust_remote_code)}
     group = options.group_size or kind.group
-    given = {"bits": kind.bits, "table": kind.table, **({"group_size": group} if group else {}), **trusted}
+    given: dict[str, Any] = {"bits": kind.bits, "table": kind.table, **trusted}
+    given |= {"group_size": group} if group else {}
     model = from_pretrained(options.model, device="cpu", dtype=dtype, **given)
     wanted = {name: models.form_of(layer) for name, layer in layers(model, trainable=None).items()}
     config = model.config

@@ -32,7 +32,7 @@ class Compiled:
     between compiled pieces. Where the compiler fails, one warning says where, and the model runs uncompiled.
     """
 
-    def __init__(self, model: "PreTrainedModel", backend: str = "inductor"):
+    def __init__(self, model: "PreTrainedModel", backend: str = "inductor") -> None:
         self.base = body(model)
         inductor = backend == "inductor" and hasattr(torch._inductor.config, "deterministic")  # not in every torch
         options: dict[str, Any] | None = {"deterministic": True} if inductor else None
@@ -61,7 +61,7 @@ class Compiled:
                 else:
                     module.forward = forward
 
-    def _run(self, *args, **kwargs):
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if not self.failed:
             try:
                 return self.forward(*args, **kwargs)
