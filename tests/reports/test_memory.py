@@ -154,7 +154,8 @@ def test_what_a_model_holds_is_its_arithmetic():
     assert numbers["zeros"] == 0
     norms = 65 * 4096 * 2
     assert numbers["dense"] == pytest.approx(2 * 2 * 32000 * 4096 + norms, abs=1024)  # rotary tables beside
-    rivals = memory.rivals(model, memory.Run(), numbers)
+    run = memory.Run()
+    rivals = memory.rivals(model, run.rows, run.tokens, run.evaluations, numbers)
     parameters = linear + 2 * 32000 * 4096 + 65 * 4096
     assert rivals["AdamW, all parameters"] == 16 * parameters + 34 * 32 * 64 * 4096 + 4 * 64 * 32000
     assert rivals["AdamW, all parameters"] > 18 * numbers["total"]
