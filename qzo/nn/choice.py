@@ -18,7 +18,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from .quantize import check_form, quantize_weight
 from .weights import check_group_size
 
 Skip = Sequence[str | Callable[[str], bool]]  # how names end, and for `choose` functions of a name
+Model = TypeVar("Model", bound=nn.Module)
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 _OTHER_INPUTS = {"image", "video", "audio", "time"}
 _STRICT = "; without strict=True this layer alone takes another"
@@ -69,14 +70,14 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def quantize_(
-    module: nn.Module,
+    module: Model,
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
     skip: Skip = HEADS,
     table: str | Sequence[float] | None = None,
     strict: bool = False,
-) -> nn.Module:
+) -> Model:
     """Replace the Linears inside `module` by QZOLinears, in place, and return the module.
 
     Which ones, qzo/nn/choice.py says above: heads, tied weights, towers and projectors stay dense. Stacked experts are

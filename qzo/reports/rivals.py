@@ -46,6 +46,6 @@ def rivals(model: Any, rows: int, tokens: int, evaluations: int, predicted: Mapp
     }
 
 
-def fits(nbytes: int) -> list[str]:
+def fits(nbytes: float) -> list[str]:
     """The cards whose memory holds so much."""
     return [card for card, size in CARDS.items() if nbytes <= size * 1e9]

@@ -34,7 +34,9 @@ def test_output_has_the_dtype_asked_for_else_that_of_the_input():
     x = torch.randn(2, 64).bfloat16()
     assert QZOLinear(64, 8, group_size=64)(x).dtype == torch.bfloat16
     assert QZOLinear(64, 8, group_size=64, dtype=torch.float32)(x).dtype == torch.float32
-    assert QZOLinear(64, 8, group_size=64, dtype=torch.float16).bias.dtype == torch.float16
+    bias = QZOLinear(64, 8, group_size=64, dtype=torch.float16).bias
+    assert bias is not None
+    assert bias.dtype == torch.float16
 
 
 def test_it_holds_no_gradients_and_says_what_it_is():
@@ -100,6 +102,7 @@ def test_from_linear_is_close_and_better_than_plain_rounding(symmetric, group):
     steps = layer.read_scales().T.repeat_interleave(group, 1).double()
     assert ((layer.dequantize().double() - weight).abs() / steps).max() < 1.1
     assert torch.equal(layer.read_scales(), layer.read_scales().half().float()), "checkpoints hold float16"
+    assert layer.bias is not None
     assert_same_bits(layer.bias.detach(), source.bias.detach())
 
 

@@ -12,9 +12,9 @@ from torch import nn
 import qzo
 from qzo.kernels.noise import LAWS
 from qzo.nn.layers import arena_of
-from qzo.optim.journal import read
 from qzo.optim.step import project, update
 from tests import oracle
+from tests.support.journals import read_whole
 
 
 def two_layers(seed=0):
@@ -61,6 +61,7 @@ def test_a_step_is_the_papers():
     before = arena_of(model).data.clone()
     optimizer = qzo.QZO(model, lr=0.04, eps=0.02, clip=4.0, directions=2, seed=11)
     optimizer.step(given([[1.0, 0.9, 3.0, 1.0]]))
+    assert optimizer.last is not None
     assert optimizer.last.derivatives == pytest.approx([2.5, 50.0], rel=1e-6)
     a = [-(0.04 / 2) * d for d in ((torch.tensor(1.0) - torch.tensor(0.9)).item() / 0.04, 4.0)]
     assert optimizer.last.applied == pytest.approx(a, rel=1e-6)
@@ -118,6 +119,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
     before = arena_of(model).data.clone()
     optimizer.step(given([[1.0, math.nan]]))
     optimizer.step(given([[math.inf, 1.0]]))
+    assert optimizer.last is not None
     assert optimizer.last.skipped
     assert torch.equal(arena_of(model).data, before)
     with pytest.raises(FloatingPointError, match="3 steps in a row had a NaN or infinite loss"):
@@ -154,6 +156,7 @@ def test_with_row_sharing_a_rows_scales_move_by_one_factor():
     seed = optimizer.evaluations().seeds[0].item()
     optimizer.step(given([[1.0, 0.9]]))
     for name, scales in qzo.scales(model).items():
+        assert optimizer.last is not None
         factor = 1 + optimizer.last.applied[0] * qzo.noise("rademacher", seed, index[name][0])
         assert torch.equal(scales, before[name] * factor)
     assert len(factor.unique()) == 2
@@ -183,7 +186,7 @@ def test_resume_and_replay_end_in_the_same_bits(tmp_path, sharing, law):
     model = two_layers()
     assert qzo.replay(model, tmp_path / "a") == 6
     assert torch.equal(arena_of(model).data, whole)
-    assert read(tmp_path / "a")[0]["law"] == law
+    assert read_whole(tmp_path / "a")[0]["law"] == law
     early = two_layers()
     assert qzo.replay(early, tmp_path / "a", until=2) == 2
     assert not torch.equal(arena_of(early).data, whole)

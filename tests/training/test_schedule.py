@@ -38,7 +38,7 @@ def rates(settings, start=0):
     for step in range(start, settings.max_steps):
         found[step] = optimizer.param_groups[0]["lr"]
         assert scheduler.get_last_lr() == [found[step]]
-        optimizer._opt_called = True  # what its step would say
+        vars(optimizer)["_opt_called"] = True  # what its step would say
         scheduler.step()
     return found
 

@@ -16,13 +16,13 @@ from qzo.cli.main import build_parser, main
 from qzo.cli.train import merge_options
 from qzo.nn.layers import arena_of, layers
 from qzo.optim.journal import RECORD_BYTES
-from qzo.optim.journal import read as read_journal
 from qzo.training import data
 from qzo.training import loop as train
 from qzo.training.prefix import FrozenPrefix, PrefixCache
 from qzo.training.settings import Settings
 from qzo.training.task import Task, fit_label_bias, measure
 from tests.support import tiny
+from tests.support.journals import read_whole
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_yaml_and_the_paper_recipe(base, corpus, tmp_path):
         "recipe: paper\ndevice: cpu\n"
     )
     assert main(["train", "--config", str(config), "--max-steps", "2", "--batch-size", "4"]) == 0
-    header = read_journal(tmp_path / "y" / "journal.qzo")[0]
+    header = read_whole(tmp_path / "y" / "journal.qzo")[0]
     assert (header["noise"], header["relative"], header["eps"], header["clip"], header["floor"]) == (
         "gaussian",
         False,
@@ -242,7 +242,8 @@ def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monkeypatch):
-    real, calls = Task.batch, []  # the batches of steps: those of a measure have one evaluation
+    real = Task.batch
+    calls: list[int] = []  # the batches of steps: those of a measure have one evaluation
 
     def batch(self, indices, count):
         if len(calls) == 3:
@@ -307,6 +308,7 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(loaded, tmp_path):
 def test_the_frozen_prefix_gives_the_bits_of_the_whole(loaded):
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
     prefix = train.choose_layers(model, 1)
+    assert prefix is not None
     assert all(".layers.1." in name for name in layers(model))
     examples = data.tokenize(tiny.RECORDS, tokenizer)
     split, whole = Task(model, examples, 0, prefix), Task(model, examples, 0)
@@ -330,8 +332,8 @@ def test_the_frozen_prefix_gives_the_bits_of_the_whole(loaded):
 def test_a_model_that_cannot_be_split_is_refused(loaded):
     model = copy.deepcopy(loaded[0])
     prefix = FrozenPrefix(model, 1)
-    shared = []  # the block below hands the trained one more than hidden states
-    prefix.below[0].mlp.register_forward_hook(lambda *_: shared.append(1.0))
+    shared: list[float] = []  # the block below hands the trained one more than hidden states
+    prefix.below[0].get_submodule("mlp").register_forward_hook(lambda *_: shared.append(1.0))
 
     def use(module, args, out):
         out = out + float(len(shared))
@@ -363,8 +365,12 @@ def test_label_bias_is_the_best_there_is():
     torch.manual_seed(0)
     scores, label = torch.randn(200, 4) + torch.tensor([3.0, 0, -2, 0]), torch.randint(0, 4, (200,))
     bias = fit_label_bias(scores, label)
-    best = measure(scores + bias, label)["loss"]
-    assert best < measure(scores, label)["loss"] - 0.5
+
+    def loss(scores):
+        return measure(scores, label)["loss"]
+
+    best = loss(scores + bias)
+    assert best < loss(scores) - 0.5
     for i in range(4):
         for move in (-0.05, 0.05):
-            assert measure(scores + bias + move * torch.eye(4)[i], label)["loss"] > best
+            assert loss(scores + bias + move * torch.eye(4)[i]) > best

@@ -173,7 +173,7 @@ def changed_entries(before, after):
         for one, other in zip(a.infolist(), b.infolist(), strict=True):
             if one.CRC != other.CRC:
                 changed += 1
-                start = a.read(one.filename) and old.index(a.read(one.filename), one.header_offset)
+                start = old.index(a.read(one.filename), one.header_offset)
                 end = start + one.file_size
                 for data in masked:
                     for begin, stop in ((start, end), (end + 4, end + 8), (at + 16, at + 20)):
@@ -332,10 +332,10 @@ def test_checksums_of_both_kinds_of_record(tmp_path, written_with):
                 archive.writestr(name, data)
     file = TorchFile(path)
     offset, _ = file.place(file.content["a"], "a")
-    data = bytearray(path.read_bytes())
+    whole = bytearray(path.read_bytes())
     for at, chunk in file.patches([(offset + 4, b"\0\0\0\0")]):
-        data[at : at + len(chunk)] = chunk
-    path.write_bytes(data)
+        whole[at : at + len(chunk)] = chunk
+    path.write_bytes(whole)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     if written_with == "descriptor":
