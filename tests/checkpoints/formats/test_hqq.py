@@ -339,8 +339,8 @@ def test_checksums_of_both_kinds_of_record(tmp_path, written_with):
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     if written_with == "descriptor":
-        assert data[offset + 16 : offset + 24] == b"PK\x07\x08" + struct.pack(
-            "<I", zlib.crc32(data[offset : offset + 16])
+        assert whole[offset + 16 : offset + 24] == b"PK\x07\x08" + struct.pack(
+            "<I", zlib.crc32(whole[offset : offset + 16])
         )
     assert torch.load(path, weights_only=True)["a"].tolist() == [0, 0, 2, 3]
     assert TorchFile(path).read(TorchFile(path).content["a"], "a").tolist() == [0, 0, 2, 3]
