@@ -45,7 +45,7 @@ def _seeded():
 def nan_poison():
     """torch.empty gives NaN (the largest integer for integers), so that an element nobody writes is seen."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # torch has it by a hook
     assert torch.isnan(torch.empty(3)).all()
     yield
     torch.use_deterministic_algorithms(False)

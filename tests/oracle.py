@@ -95,10 +95,11 @@ def vector_weight(codes, scales, codebooks, bits):
     Up to 8 bits, the entries of two codebooks, of 0 and 1, 2 and 3 .., are added and rounded to the codebooks' type.
     """
     together = 2 if bits <= 8 else 1
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for first in range(0, codes.shape[2], together):
         books = range(first, min(first + together, codes.shape[2]))
-        total = total + sum(codebooks[c].double()[codes[:, :, c].long()] for c in books).to(codebooks.dtype).double()
+        entries = torch.stack([codebooks[c].double()[codes[:, :, c].long()] for c in books])
+        total = total + entries.sum(0).to(codebooks.dtype).double()
     return scales.T * total.flatten(1)
 
 

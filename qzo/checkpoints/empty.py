@@ -1,5 +1,6 @@
 """A transformers model from its config alone: parameters without a byte, on the meta device."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ def auto_class(config: PretrainedConfig) -> Any:
 class _EmptyOnMeta(TorchFunctionMode):
     """torch.empty makes meta tensors: parameters cost nothing, computed buffers (rotary tables) are real."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty:
             kwargs = {**kwargs, "device": "meta"}

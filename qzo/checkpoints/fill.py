@@ -76,7 +76,7 @@ def needless_of(model: Any) -> Callable[[str], bool]:
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
-def _empty_bias(name, value, model):
+def _empty_bias(name: str, value: PackedWeight | torch.Tensor, model: nn.Module) -> bool:
     """Whether it is a bias of zeros for a Linear without one: AutoGPTQ wrote one for every layer."""
     owner, _, leaf = name.rpartition(".")
     if leaf != "bias" or isinstance(value, PackedWeight) or bool(value.any()):
@@ -111,9 +111,9 @@ def put_packed(model: Any, name: str, packed: PackedWeight, where: str, device: 
     setattr(model.get_submodule(parent), child, layer)
 
 
-def _put_dense(model, name, tensor, where, device):
-    owner, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner)
+def _put_dense(model: nn.Module, name: str, tensor: torch.Tensor, where: str, device: torch.device) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
     old = getattr(owner, leaf)
     if old.shape != tensor.shape:
         raise ValueError(f"{where}: has shape {list(tensor.shape)}, {name} of this model needs {list(old.shape)}")

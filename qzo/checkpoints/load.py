@@ -92,7 +92,7 @@ def from_pretrained(
     return model
 
 
-def _cast(model, dtype):
+def _cast(model: Any, dtype: torch.dtype) -> None:
     """Parameters and saved buffers to `dtype`; computed ones keep theirs: rotary angles need float32."""
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -189,7 +189,7 @@ def _quantize_streamed(
     return model
 
 
-def _take_generation_config(model, folder):
+def _take_generation_config(model: Any, folder: Path) -> None:
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         with reading(folder, "its generation_config.json cannot be read"):
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -45,7 +45,7 @@ class Names:
             self.changed[name] = found
         return found
 
-    def _has(self, name):
+    def _has(self, name: str) -> bool:
         return name in self.known or (".experts." in name and stack_of(self.model, name) is not None)
 
     def converted(self, name: str) -> bool:
@@ -55,7 +55,7 @@ class Names:
             return False
         return self._renamed(name, self._converters)[1] is not None
 
-    def _renamed(self, name, converters):
+    def _renamed(self, name: str, converters: Any) -> tuple[str, str | None]:
         return rename_source_key(name, self._renamings, converters, self.model.base_model_prefix, self.known)
 
     def split(self, stack: str) -> tuple[set[str], set[str]]:

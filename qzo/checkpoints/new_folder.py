@@ -89,7 +89,7 @@ def stored_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     return value.dtype
 
 
-def _write_json(path, content):
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -111,7 +111,7 @@ def _is_dense(trained: Trained, source: Source, packed: Mapping[str, PackedWeigh
     """is_dense(name): whether a tensor of the source's files is no part of a layer's codes; a bias is none."""
     biased = {name for name in packed if trained.model.get_submodule(model_name(name)).bias is not None}
 
-    def is_dense(name):
+    def is_dense(name: str) -> bool:
         owner, _, leaf = trained.renamed(name).rpartition(".")
         served = source.format.for_servers(name)
         return not served and (owner not in packed or (leaf == "bias" and owner in biased))

@@ -49,7 +49,7 @@ class Quantizing:
     ) -> None:
         self.places, self.chosen, self.shapes, self.target = places, chosen, shapes, target
         self.quantization, self.symmetric = quantization, symmetric
-        self._made: dict[str, Callable[[], torch.Tensor]] = {}
+        self._made: dict[str, torch.Tensor] = {}
         self.squares = [0.0, 0.0]  # of the errors of the weights, and of the weights
 
     def entries(self) -> list[NewTensor]:
@@ -65,13 +65,13 @@ class Quantizing:
         """The error of all weights over their size, once everything is written."""
         return (self.squares[0] / self.squares[1]) ** 0.5 if self.squares[1] else 0.0
 
-    def _entries(self, layer, weight):
+    def _entries(self, layer: str, weight: PackedWeight) -> list[NewTensor]:
         return self.target.entries(layer, weight, self.quantization, torch.float16)
 
-    def _later(self, layer, name):
+    def _later(self, layer: str, name: str) -> Callable[[], torch.Tensor]:
         return lambda: self._give(layer, name)
 
-    def _give(self, layer, name):
+    def _give(self, layer: str, name: str) -> torch.Tensor:
         if name not in self._made:
             shape = self.shapes[layer]
             weight = self.chosen[layer].matrix(safetensors_file.read(*self.places[f"{layer}.weight"]))

@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ class QZOQuantizer(HfQuantizer):
         if isinstance(device_map, dict):
             _check_one(device_map.values())
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         self._files, self._trimmer = [Path(file) for file in checkpoint_files or ()], Trimmer()
         if self.pre_quantized and not all(file.suffix == ".safetensors" for file in self._files):
             raise ValueError(f"{self._files[0]}: 4-bit weights are read from safetensors files only; fetch those")
@@ -238,7 +238,7 @@ class QZOQuantizer(HfQuantizer):
         if source != layer:
             self._names.changed[source] = layer
 
-        def make():
+        def make() -> PackedWeight:
             if first not in parts:
                 raise ValueError(f"not beside {' and '.join(sorted(parts))}: the checkpoint is incomplete")
             return self._make(source, parts)
@@ -247,7 +247,7 @@ class QZOQuantizer(HfQuantizer):
 
     # ------------------------------------------------------------------------------------------ after the weights
 
-    def _process_model_after_weight_loading(self, model, **_):
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         if not self.pre_quantized:
             model._keep_in_fp32_modules_strict = self._kept_in_float32
         used = getattr(model, "_weight_conversions", None) or []
@@ -272,7 +272,7 @@ class QZOQuantizer(HfQuantizer):
             self.quantization_config = QZOConfig.from_dict(own_config(model))
             model.config.quantization_config = self.quantization_config
 
-    def _check_homes(self, model):
+    def _check_homes(self, model: Any) -> None:
         """ValueError for 4-bit weights of a module that is there and has no such Linear: experts held as one tensor."""
         modules = dict(model.named_modules())
         for key in sorted(self._info.unexpected_keys if self._info else ()):
@@ -287,7 +287,7 @@ class QZOQuantizer(HfQuantizer):
                     "which has no nn.Linear for it; load such a model with qzo.from_pretrained"
                 )
 
-    def _source(self, model):
+    def _source(self, model: Any) -> Source | None:
         """Where the model came from, None if there are no files to tell."""
         config = self._files[0].parent / "config.json" if self._files else None
         if config is None or not config.is_file():
@@ -307,23 +307,25 @@ class QZOQuantizer(HfQuantizer):
 class _Patterns:
     """Whether transformers' patterns fit a name."""
 
-    def __init__(self, patterns):
+    def __init__(self, patterns: Sequence[str]) -> None:
         self.patterns = patterns
 
-    def __call__(self, name):
+    def __call__(self, name: str) -> bool:
         return not should_convert_module(name, self.patterns)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return ", ".join(map(repr, self.patterns))
 
 
 class _Quantize(ConversionOps):
     """Quantizes each weight that transformers has read, on the CPU: the same bits on every machine."""
 
-    def __init__(self, quantizer):
+    def __init__(self, quantizer: QZOQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict, model=None, missing_keys=None, **_):
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **_: Any
+    ) -> dict[str, Any]:
         rest = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
@@ -338,14 +340,16 @@ class _Quantize(ConversionOps):
 class _Stored(WeightConverter):
     """Gathers the tensors of a quantized layer and gives them to the quantizer instead of to the model."""
 
-    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+    def convert(
+        self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
+    ) -> dict[str, Any]:
         [source] = {key.rpartition(".")[0] for key in self.layer_targets[layer_name]}
         parts = {pattern[2:-1]: tensors[0] for pattern, tensors in self.materialize_tensors().items()}
         hf_quantizer.take_stored(model, layer_name, source, parts, loading_info)
         return {}
 
 
-def _check_one(devices):
+def _check_one(devices: Iterable[object]) -> None:
     devices = sorted(set(map(str, devices)))
     if len(devices) > 1:
         raise ValueError(
@@ -354,7 +358,7 @@ def _check_one(devices):
         )
 
 
-def _device(model):
+def _device(model: Any) -> torch.device:
     """The device of the dense tensors. ValueError if there are several."""
     _check_one(getattr(model, "hf_device_map", {}).values())
     held = [t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta]

@@ -1,7 +1,8 @@
 """Models that load.py read, back to disk: in the format they came from, or in another."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from .formats import TARGETS, bnb, files, gguf
 from .formats.limits import float_zeros
@@ -15,7 +16,11 @@ _EXPORTS = (*TARGETS, gguf.METHOD)
 _INTEGERS = tuple(name for name in TARGETS if name != bnb.METHOD)  # whose zero points are integers
 
 
-def save_pretrained(model: Any, out_dir: str | Path, batch: Any = None) -> dict[str, float] | None:
+@overload
+def save_pretrained(model: Any, out_dir: str | Path, batch: None = None) -> None: ...
+@overload
+def save_pretrained(model: Any, out_dir: str | Path, batch: Mapping[str, Any]) -> dict[str, float]: ...
+def save_pretrained(model: Any, out_dir: str | Path, batch: Mapping[str, Any] | None = None) -> dict[str, float] | None:
     """Save in the format the model came from: the source's files with new scales, all else byte for byte.
 
     A GGUF file keeps its name. A float source is saved as compressed-tensors (pack-quantized), or as bitsandbytes

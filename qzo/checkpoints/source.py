@@ -131,7 +131,7 @@ def locate(path_or_id: str | Path) -> Path:
     raise ValueError(f"{path} holds no checkpoint: neither config.json with weights nor a .gguf file")
 
 
-def _download(name):
+def _download(name: str) -> Path:
     absent = f"no such file or folder: {name}; give a checkpoint folder, a .gguf file, or a Hub id"
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith((".gguf", "/")):
         raise FileNotFoundError(absent)

@@ -1,5 +1,6 @@
 """What transformers' own save_pretrained writes of a model: the tensors of the checkpoint that saving here writes."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from ..nn.layers import layers
 from .formats import GATHERED, safetensors_file
 from .formats.folder import tensor_places
-from .formats.protocol import Gathered
+from .formats.protocol import Gathered, Place
 from .new_folder import own_target, stored_dtype
 from .source import Source, source_of
 from .trained import Trained
@@ -65,7 +66,7 @@ def _copied(model: Any, source: Source, form: Gathered) -> dict[str, torch.Tenso
     return {trained.outside(name): stored.get(id(tensor), tensor) for name, tensor in state.items()}
 
 
-def _dense_state(model):
+def _dense_state(model: Any) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers; tied ones are one tensor under each of their names.
 
     state_dict() would make planes of all codes first.
@@ -84,7 +85,7 @@ def _dense_state(model):
     return state
 
 
-def _as_stored(tensor, file, place):
+def _as_stored(tensor: torch.Tensor, file: Path, place: Place) -> torch.Tensor:
     """The file's tensor where the model's is the same in another dtype, else the model's."""
     if safetensors_file.DTYPES.get(place[0]) in (tensor.dtype, None) or list(place[1]) != list(tensor.shape):
         return tensor

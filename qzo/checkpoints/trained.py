@@ -51,7 +51,7 @@ class Trained:
         return [self.outside(name) for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def _packed(name, layer):
+def _packed(name: str, layer: QZOLinear) -> PackedWeight:
     for what, values in (("scale", layer.read_scales()), ("number of a codebook", layer.read_codebooks())):
         if values is not None and not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name}: a {what} is NaN or infinite; the run has diverged, nothing was written")

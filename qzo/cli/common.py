@@ -2,7 +2,9 @@
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from ..optim.replay import replay
 from .early import size_of
 
 
-def load(path, own):
+def load(path: str | Path, own: Mapping[str, Any]) -> Any:
     """The model at `path`, as the options of "the model" say."""
     try:
         torch.empty(0, device=own["device"])
@@ -35,7 +37,7 @@ def load(path, own):
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})
 
 
-def _header_and_steps(journal):
+def _header_and_steps(journal: str | Path) -> tuple[dict[str, Any], int]:
     """Of a journal that has begun. ValueError for one that has not, FileNotFoundError for none."""
     if not Path(journal).is_file():
         what = f"{journal} is a folder" if Path(journal).is_dir() else f"there is no journal {journal}"
@@ -46,12 +48,12 @@ def _header_and_steps(journal):
     return found[0], len(found[1])
 
 
-def steps_of(journal):
+def steps_of(journal: str | Path) -> int:
     """How many whole steps a journal holds."""
     return _header_and_steps(journal)[1]
 
 
-def check_until(until, journal):
+def check_until(until: int | None, journal: str | Path | None) -> None:
     """ValueError for a step that a journal does not have, or of no journal; until, journal: None if not given."""
     if until is None:
         return
@@ -64,7 +66,7 @@ def check_until(until, journal):
         raise ValueError(f"--until {until}: {journal} has {held} steps")
 
 
-def untuned(base, journal, own):
+def untuned(base: str | Path, journal: str | Path | None, own: Mapping[str, Any]) -> Any:
     """The model at `base` as the run of a journal found it: what trained there trains, no step is applied. Options of
     the model as for `load`; journal: None for no run."""
     if not journal:
@@ -75,7 +77,7 @@ def untuned(base, journal, own):
     return model
 
 
-def tune(model, journal, until):
+def tune(model: Any, journal: str | Path | None, until: int | None) -> int:
     """Apply the steps of a journal to a model that is `untuned`, and say so; how many these are. JournalError for
     another model's journal; journal: None for no steps."""
     if not journal:
@@ -85,14 +87,16 @@ def tune(model, journal, until):
     return replay(model, journal, until)
 
 
-def replayed(base, journal, until, own):
+def replayed(
+    base: str | Path, journal: str | Path | None, until: int | None, own: Mapping[str, Any]
+) -> tuple[Any, int]:
     """(the model at `base` with the steps of a journal, how many these are). Options of the model as for `load`;
     journal: None for no run."""
     model = untuned(base, journal, own)
     return model, tune(model, journal, until)
 
 
-def scores_as_text(rows):
+def scores_as_text(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """(name, {"loss", "accuracy"} and perhaps "perplexity") rows as aligned text."""
     width = max(len(name) for name, _ in rows)
     more = any("perplexity" in scores for _, scores in rows)
@@ -104,5 +108,5 @@ def scores_as_text(rows):
     return "\n".join(lines)
 
 
-def say(text):
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,12 +1,13 @@
 """`qzo demo`."""
 
+import argparse
 import json
 
 from ..training.demo import run
 from .common import say, scores_as_text
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Run the demo, and tell; exit status. ValueError for bad input."""
     out = options.output_dir
     results = run(options.seed, out, resume=options.resume, say=say, cuda_graph=options.cuda_graph)

@@ -1,5 +1,6 @@
 """What a command can check and say before torch is imported, which takes seconds: where it writes, what it loads."""
 
+import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -8,38 +9,38 @@ from .options import model_of
 from .outputs import check_apart, check_file, check_folder, check_run
 
 
-def check(options):
+def check(options: argparse.Namespace) -> None:
     """Refuse a place that the command must not write to: ValueError or OSError, as outputs.py has them."""
     if options.command in _CHECKS:
         _CHECKS[options.command](options)
 
 
-def _train(options):
+def _train(options: argparse.Namespace) -> None:
     model = model_of(options)
     if options.output_dir:
         check_run(options.output_dir, options.resume, options.overwrite, model)
 
 
-def _demo(options):
+def _demo(options: argparse.Namespace) -> None:
     if options.resume and not options.output_dir:
         raise ValueError("--resume needs the --output-dir of the demo that was stopped")
     options.output_dir = options.output_dir or _new_folder("qzo-demo")
     check_run(options.output_dir, options.resume, options.overwrite)
 
 
-def _new_folder(name):
+def _new_folder(name: str) -> str:
     """`name`, or the first of name-2, name-3, ... that does not exist."""
     names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
     return next(path for path in names if not Path(path).exists())
 
 
-def _replay(options):
+def _replay(options: argparse.Namespace) -> None:
     if options.until is not None and options.until < 0:
         raise ValueError(f"--until {options.until}: expected a step number >= 0")
     check_folder(options.output_dir, options.overwrite, options.base)
 
 
-def _export(options):
+def _export(options: argparse.Namespace) -> None:
     if options.to == "gguf" and options.output_dir.endswith(".gguf"):
         check_file(options.output_dir, options.overwrite, "--output-dir")
         check_apart(options.output_dir, options.model)
@@ -47,17 +48,17 @@ def _export(options):
         check_folder(options.output_dir, options.overwrite, options.model)
 
 
-def _quantize(options):
+def _quantize(options: argparse.Namespace) -> None:
     check_folder(options.output_dir, options.overwrite, options.model)
 
 
-def _memory(options):
+def _memory(options: argparse.Namespace) -> None:
     for option, path in (("--plot", options.plot), ("--snapshot", options.snapshot)):
         if path:
             check_file(path, options.overwrite, option)
 
 
-def _bench(options):
+def _bench(options: argparse.Namespace) -> None:
     if getattr(options, "out", None):
         check_file(options.out, options.overwrite, "--out")
 
@@ -76,7 +77,7 @@ _CHECKS = {
 _DEMO = "SmolLM2-135M on BBC headlines"
 
 
-def announce(options):
+def announce(options: argparse.Namespace) -> None:
     """Say which model a command begins with, and how large it is, where torch still has to be imported."""
     given = vars(options)
     model = next((given[name] for name in ("checkpoint", "model", "base") if given.get(name)), None)
@@ -87,7 +88,7 @@ def announce(options):
         print(f"qzo {options.command}: {what}", file=sys.stderr, flush=True)
 
 
-def size_of(path):
+def size_of(path: str | Path) -> str:
     """ ", 1.2 GB" of a file or folder; nothing for what has to be fetched, or is small."""
     path = Path(path).expanduser()
     files = [path] if path.is_file() else path.iterdir() if path.is_dir() else []

@@ -1,6 +1,8 @@
 """An error of a command as one line on standard error, and its exit status."""
 
+import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ..optim.journal import JournalError, read
@@ -17,7 +19,7 @@ LESS_MEMORY = (
 )
 
 
-def reporting(execute, options):
+def reporting(execute: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:
     """The exit status of execute(options); what it raises is one line, but a fault of our own keeps its traceback."""
     try:
         with showing():
@@ -55,13 +57,13 @@ def reporting(execute, options):
         return 1
 
 
-def _line(error):
+def _line(error: BaseException) -> str:
     return disk.unusable(error) or " ".join(str(error).split())
 
 
-def full_disk(error, command, out):
+def full_disk(error: FloatingPointError | OSError, command: str, out: str | None) -> str:
     """One line for a full disk: where, and what to do after this command. out: its --output-dir, or None."""
-    where = error.filename or out
+    where = getattr(error, "filename", None) or out
     text = disk.WHAT.get(disk.full(error) or 0, str(error)) + (f" ({where})" if where else "")
     if command not in ("train", "demo"):
         kept = "; nothing was changed there: free space, or name an --output-dir elsewhere" if out else ": free space"
@@ -73,7 +75,7 @@ def full_disk(error, command, out):
     return f"{text}; {saved}: free space, then the same command with --output-dir {out} --resume"
 
 
-def _saved(journal):
+def _saved(journal: Path) -> int | None:
     """Whole steps of a journal, None where there is none that a run would go on with."""
     try:
         found = read(journal)

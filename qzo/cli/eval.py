@@ -4,22 +4,27 @@ Beside options stands the control: the untuned model with label biases fitted on
 run has learned something about the inputs only where it beats this.
 """
 
+import argparse
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..checkpoints.tokenizer import load_tokenizer
 from ..optim.replay import replay
 from ..training.folder import finite
 from ..training.loop import build_task
-from ..training.records import read_data
+from ..training.records import Line, read_data
 from ..training.settings import Settings
-from ..training.task import fit_label_bias, measure
+from ..training.task import Task, fit_label_bias, measure
 from .common import check_until, say, scores_as_text, tune, untuned
 from .options import model_of
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Evaluate, and show; exit status. ValueError for bad input."""
     model_name = model_of(options)
     if not model_name:
@@ -57,7 +62,7 @@ def execute(options):
     return 0
 
 
-def read_all(options):
+def read_all(options: argparse.Namespace) -> tuple[dict[str, list[Line]], list[Line]]:
     """(split -> records to score, the records to fit label biases on: those of --control-data or of training)."""
     records = read_data(options.data)
     fitting = read_data(options.control_data)["train"] if options.control_data else records["train"]
@@ -66,7 +71,13 @@ def read_all(options):
     return records, fitting
 
 
-def splits_with_control(records, tasks, fitting, fitted, control_data):
+def splits_with_control(
+    records: Mapping[str, list[Line]],
+    tasks: Mapping[str, Task],
+    fitting: list[Line],
+    fitted: Task | None,
+    control_data: str | None,
+) -> list[str]:
     """The splits that get a control: with as many options as the task `fitted` has, and in another file than `fitting`.
     ValueError where --control-data was given and there are none."""
     others = [split for split, lines in records.items() if not lines[0].path.samefile(fitting[0].path)]
@@ -85,12 +96,12 @@ def splits_with_control(records, tasks, fitting, fitted, control_data):
     )
 
 
-def option_count(task):
+def option_count(task: Task) -> int:
     """Options of each example, 0 for a task without."""
     return len(task.examples[0].options or ())
 
 
-def measured(task):
+def measured(task: Task) -> tuple[dict[str, float | None], torch.Tensor | None]:
     """({"loss", "accuracy"}, scores of the options), or ({"loss", "accuracy", "perplexity"}, None) without options."""
     if option_count(task):
         scores = task.scores()
@@ -102,7 +113,7 @@ def measured(task):
         return {**found, "perplexity": math.inf}, None
 
 
-def rows(results):
+def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The lines of the table: of each split the untuned model, its control, the tuned model."""
     tuned, control = results["zero_shot"] is not None, results["control"] or {}
     for split, scores in results["splits"].items():

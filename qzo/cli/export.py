@@ -1,7 +1,10 @@
 """`qzo export`: the same weights in another format."""
 
+import argparse
 import json
 import statistics
+from collections.abc import Mapping
+from typing import Any
 
 from ..checkpoints.save import check_format, check_source
 from ..checkpoints.save import export as export_model
@@ -9,7 +12,7 @@ from ..checkpoints.source import open_checkpoint
 from .common import load, replayed
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Export, and tell; exit status. ValueError for bad input."""
     check_format(options.to, options.round_zeros)
     checkpoint = open_checkpoint(options.model, bool(options.trust_remote_code), bool(options.weight_only))
@@ -29,14 +32,14 @@ def execute(options):
     return 0
 
 
-def cost(errors):
+def cost(errors: Mapping[str, float]) -> dict[str, Any]:
     """{"layers", "mean", "max", "worst"} of {layer: relative error of its weights}."""
-    worst = max(errors, key=errors.__getitem__, default=None)
+    worst = max(errors, key=errors.__getitem__, default="")
     mean, most = (statistics.fmean(errors.values()), errors[worst]) if errors else (0.0, 0.0)
     return {"layers": len(errors), "mean": mean, "max": most, "worst": worst}
 
 
-def told(rounded):
+def told(rounded: Mapping[str, Any]) -> str:
     if not rounded["layers"]:
         return "; all zero points were integers already"
     return (

@@ -5,14 +5,17 @@ checkpoint names (generation_config.json, config.json or the GGUF's metadata), a
 behind completions, and at what the chat template, if there is one, puts behind an answer.
 """
 
+import argparse
 import copy
 import json
 import math
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from ..checkpoints.source import locate
 from ..checkpoints.tokenizer import load_tokenizer
@@ -25,7 +28,7 @@ from .common import check_until, replayed, say
 from .options import model_of
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Generate, and tell; exit status. ValueError for bad input."""
     model_name = model_of(options)
     if not model_name:
@@ -63,7 +66,7 @@ def execute(options):
     return 0
 
 
-def generate(model, ids, config, streamer=None):
+def generate(model: Any, ids: list[int], config: GenerationConfig, streamer: TextStreamer | None = None) -> list[int]:
     """The ids of new tokens, a list, that a GenerationConfig lets the model write behind `ids`, a list."""
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
     with torch.inference_mode(), generating(model):
@@ -73,7 +76,7 @@ def generate(model, ids, config, streamer=None):
     return row[1 if has_encoder(model) else len(ids) :].tolist()  # a decoder behind an encoder begins with a token
 
 
-def check(options):
+def check(options: argparse.Namespace) -> None:
     """ValueError for options out of their range, or that need another."""
     check_until(options.until, options.journal)
     if options.system is not None and options.chat is None:
@@ -90,7 +93,7 @@ def check(options):
         raise ValueError(f"--seed {options.seed}: expected an int of 64 bits, from -2**63 to 2**64 - 1")
 
 
-def given_text(options):
+def given_text(options: argparse.Namespace) -> str:
     """The text of the prompt or message, without the line break that ends standard input. ValueError for none."""
     text = options.prompt if options.chat is None else options.chat
     name = "--prompt" if options.chat is None else "--chat"
@@ -103,7 +106,7 @@ def given_text(options):
     return text
 
 
-def chat(options, text):
+def chat(options: argparse.Namespace, text: str) -> list[dict[str, str]] | None:
     """The messages of --chat; None for --prompt."""
     if options.chat is None:
         return None
@@ -111,7 +114,7 @@ def chat(options, text):
     return [*system, {"role": "user", "content": text}]
 
 
-def check_template(encoder, model_name):
+def check_template(encoder: Encoder, model_name: str) -> None:
     """ValueError where the checkpoint has no chat template, naming where it would be."""
     if encoder.chats:
         return
@@ -123,7 +126,7 @@ def check_template(encoder, model_name):
     )
 
 
-def check_model(model):
+def check_model(model: Any) -> None:
     """ValueError for a model that writes no text, or reads something else."""
     name = type(model).__name__
     if not model.can_generate():
@@ -132,7 +135,7 @@ def check_model(model):
         raise ValueError(f"{name} reads {model.main_input_name}, not text: give them to model.generate, in Python")
 
 
-def places_left(model, ids):
+def places_left(model: Any, ids: list[int]) -> float:
     """How many tokens may follow; infinity where the model does not say. ValueError for ids that it has no place or no
     row for: a GPU would end the process."""
     name, known = type(model).__name__, known_tokens(model)
@@ -145,7 +148,9 @@ def places_left(model, ids):
     return left
 
 
-def generation(model, options, left, ends, padding):
+def generation(
+    model: Any, options: argparse.Namespace, left: float, ends: Iterable[int | None], padding: int
+) -> GenerationConfig:
     """The GenerationConfig of these options: the checkpoint's own, but for how tokens are chosen and where text ends.
 
     left: most tokens that may follow; ends: ids beside the checkpoint's own, or None; padding: any token's id

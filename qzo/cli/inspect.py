@@ -1,5 +1,6 @@
 """`qzo inspect`."""
 
+import argparse
 import json
 import math
 
@@ -8,7 +9,7 @@ from ..reports.inspect import as_text, report
 from .options import model_of
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Look, and show; exit status. ValueError for bad input."""
     for name, least in {"batch_size": 1, "seq_len": 2, "directions": 1, "signal_directions": 1}.items():
         if getattr(options, name) < least:

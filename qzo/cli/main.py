@@ -12,6 +12,8 @@ import argparse
 import importlib
 import sys
 import warnings
+from collections.abc import Sequence
+from typing import NoReturn
 
 import argcomplete
 
@@ -77,11 +79,11 @@ COMMANDS = {  # name: (what it does, an example, its options)
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaint is one line."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
         options = parse(arguments)
@@ -97,12 +99,12 @@ def main(arguments=None):
     return importlib.import_module(".errors", __package__).reporting(command.execute, options)
 
 
-def _refused(command, error):
+def _refused(command: str, error: Exception) -> int:
     print(f"qzo {command}: {disk.unusable(error) or ' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
-def parse(arguments=None):
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What a command line asks for, over what the file of `qzo train --config` does; ValueError or OSError for a bad
     file, SystemExit for a bad line."""
     parser = build_parser()
@@ -116,7 +118,7 @@ def parse(arguments=None):
     return options
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog="qzo",

@@ -1,5 +1,6 @@
 """`qzo memory`."""
 
+import argparse
 import json
 
 from ..reports.memory import make_report
@@ -7,7 +8,7 @@ from ..reports.memory_text import as_text, check_picture, plot
 from .options import model_of
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Predict, measure if asked, and show; exit status. ValueError for bad input."""
     options.model = model_of(options)
     if options.plot:

@@ -39,7 +39,7 @@ def check_apart(folder, source, option="--output-dir"):
         raise ValueError(f"{option} {folder} is where the model is; the source is never overwritten, give another path")
 
 
-def check_file(path, overwrite, option):
+def check_file(path: str | Path, overwrite: bool | None, option: str) -> None:
     """The same for one file. FileNotFoundError where its folder is not there."""
     path = Path(path)
     if path.is_dir():

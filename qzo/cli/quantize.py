@@ -1,12 +1,13 @@
 """`qzo quantize`."""
 
+import argparse
 import json
 
 from ..checkpoints.quantize_folder import quantize_folder
 from .common import say
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Quantize, and tell; exit status. ValueError for bad input."""
     say(f"quantizing {options.model}")
     found = quantize_folder(

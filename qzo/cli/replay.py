@@ -1,12 +1,13 @@
 """`qzo replay`: a tuned model from its base and a journal."""
 
+import argparse
 import json
 
 from ..checkpoints.save import save_pretrained
 from .common import check_until, replayed
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Replay, save, and tell; exit status. ValueError for bad input."""
     check_until(options.until, options.journal)
     model, steps = replayed(options.base, options.journal, options.until, vars(options))

@@ -1,5 +1,7 @@
 """What the commands that report on a model, and the benchmark, can be asked; like options.py, without torch."""
 
+import argparse
+
 from .options import DTYPES, LARGE_ROWS, add_model, add_overwrite, add_reading
 
 BITS = (2, 4, 8)
@@ -20,7 +22,7 @@ CPU_SECONDS = 600  # of the set that a CPU measures when it is not told which
 BENCH_EXAMPLE = "example: qzo bench run --filter 4096x11008 --rows 1 16 --seconds 300 --out results.jsonl"
 
 
-def add_inspect(parser):
+def add_inspect(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--train-layers", type=int, metavar="K", help="as in qzo train: what trains then")
     parser.add_argument("--bits", type=int, default=4, help="when a float checkpoint is quantized (default 4)")
@@ -46,7 +48,7 @@ def add_inspect(parser):
     lost.add_argument("--signal-directions", type=int, default=16, metavar="J", help="directions (default 16)")
 
 
-def add_memory(parser):
+def add_memory(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     what = parser.add_argument_group("the model")
     what.add_argument(
@@ -84,7 +86,7 @@ def add_memory(parser):
     add_overwrite(where)
 
 
-def _add_step(run):
+def _add_step(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--batch-size", type=int, default=1, help="rows a step (default 1)")
     run.add_argument(
         "--seq-len",
@@ -100,7 +102,7 @@ def _add_step(run):
     run.add_argument("--large-rows", choices=LARGE_ROWS, default=LARGE_ROWS[0], help="as in qzo train (default fused)")
 
 
-def add_bench(parser):
+def add_bench(parser: argparse.ArgumentParser) -> None:
     """`run`, `compare`, `table` and `plot`."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_bench_run(commands)
@@ -123,7 +125,7 @@ def add_bench(parser):
     add_overwrite(drawn)
 
 
-def _add_bench_run(commands):
+def _add_bench_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     run = commands.add_parser(
         "run",
         help="measure",

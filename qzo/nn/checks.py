@@ -3,9 +3,10 @@
 import torch
 
 from ..kernels import vectors
+from ..kernels.operands import Perturbation, Weight
 
 
-def check_matmul(x, weight, perturbation):
+def check_matmul(x: torch.Tensor, weight: Weight, perturbation: Perturbation) -> None:
     """Shapes, dtypes and devices of a matmul, once for each plan; the operator's fake asks the same."""
     if x.dim() < 1 or not x.is_floating_point() or x.dtype == torch.float64:
         raise TypeError(f"x must be float16, bfloat16 or float32 [.., in_features], got {x.dtype} {list(x.shape)}")
@@ -14,7 +15,7 @@ def check_matmul(x, weight, perturbation):
     n = codes.shape[0] if codes.dtype == torch.uint8 else codes.shape[1]
     seeds, coefs = perturbation.seeds, perturbation.coefs
     if weight.codebooks is not None:
-        _check_codebooks(weight, k, perturbation.shared)
+        _check_codebooks(weight, weight.codebooks, k, perturbation.shared)
     wanted = weight.form.shape(n, k, weight.in_rows)
     if codes.dtype not in (torch.uint8, torch.int16) or list(codes.shape) != wanted or k != weight.in_features:
         raise ValueError(
@@ -47,7 +48,7 @@ def check_matmul(x, weight, perturbation):
             )
 
 
-def check_rows(x, perturbation):
+def check_rows(x: torch.Tensor, perturbation: Perturbation) -> None:
     """ValueError unless the first dimension holds as many rows of each evaluation."""
     rows, count = (x.shape[0] if x.dim() > 1 else 1), len(perturbation)
     if rows % count:
@@ -57,9 +58,9 @@ def check_rows(x, perturbation):
         )
 
 
-def _check_codebooks(weight, k, shared):
+def _check_codebooks(weight: Weight, books: torch.Tensor, k: int, shared: bool) -> None:
     """ValueError unless they are [C, 2^bits, 8], one scale to an output; if they train, with noise for each number."""
-    books, bits, zeros, table = weight.codebooks, weight.bits, weight.zeros, weight.table
+    bits, zeros, table = weight.bits, weight.zeros, weight.table
     if books.dim() != 3 or list(books.shape[1:]) != [1 << bits, vectors.LENGTH]:
         raise ValueError(
             f"codebooks must be [C, {1 << bits}, {vectors.LENGTH}] for codes of {bits} bits, got {list(books.shape)}"

@@ -18,7 +18,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from .quantize import check_form, quantize_weight
 from .weights import check_group_size
 
 Skip = Sequence[str | Callable[[str], bool]]  # how names end, and for `choose` functions of a name
+Model = TypeVar("Model", bound=nn.Module)
 HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 _OTHER_INPUTS = {"image", "video", "audio", "time"}
 _STRICT = "; without strict=True this layer alone takes another"
@@ -70,14 +71,14 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def quantize_(
-    module: nn.Module,
+    module: Model,
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
     skip: Skip = HEADS,
     table: str | Sequence[float] | None = None,
     strict: bool = False,
-) -> nn.Module:
+) -> Model:
     """Replace the Linears inside `module` by QZOLinears, in place, and return the module.
 
     Which ones, qzo/nn/choice.py says above: heads, tied weights, towers and projectors stay dense. Stacked experts are
@@ -188,7 +189,7 @@ def group_for(model: nn.Module, group_size: int | None = None) -> int:
     return _common([layer.in_features for layer in choose(model, None, quiet=True).values()], group_size)
 
 
-def _common(widths, group_size=None):
+def _common(widths: Sequence[int], group_size: int | None = None) -> int:
     widths = [width for width in widths if width % min(GROUPS) == 0]
     fitting = (g for g in sorted(GROUPS, reverse=True) if all(width % g == 0 for width in widths))
     return next(fitting) if group_size is None else group_size
@@ -220,7 +221,7 @@ def text_parts(model: Any) -> list[str] | None:
     return names or None
 
 
-def _reads_text(module, outer):
+def _reads_text(module: nn.Module, outer: Any) -> bool:
     config, inputs = getattr(module, "config", None), getattr(module, "input_modalities", ())
     inputs = {inputs} if isinstance(inputs, str) else set(inputs)
     own = config is not None and config is not outer and getattr(config, "vocab_size", None)
@@ -230,7 +231,7 @@ def _reads_text(module, outer):
 class _Skipped:
     """What of a module stays dense by its name, its place or its ties."""
 
-    def __init__(self, module, skip):
+    def __init__(self, module: nn.Module, skip: Skip) -> None:
         self._skip, self._parts, self._heads, self._tied = tuple(skip), text_parts(module), (), set()
         if "lm_head" in self._skip:
             head = getattr(module, "get_output_embeddings", lambda: None)()
@@ -238,18 +239,18 @@ class _Skipped:
             tied = getattr(module, "all_tied_weights_keys", None) or {}
             self._tied = {*tied, *tied.values()}
 
-    def by_name(self, name):
+    def by_name(self, name: str) -> bool:
         """Whether the names in `skip` tell so, or it is in no text part; of modules and stacks of experts."""
         dotted = f".{name}."
         outside = self._parts is not None and not any(dotted.startswith(f".{part}.") for part in self._parts)
         return outside or name in self._heads or any(s(name) if callable(s) else f".{s}." in dotted for s in self._skip)
 
-    def __call__(self, name, owner):
+    def __call__(self, name: str, owner: nn.Module) -> bool:
         return self.by_name(name) or f"{name}.weight" in self._tied or _is_read(type(owner), name.rpartition(".")[2])  # type: ignore[arg-type]
 
 
 @functools.cache
-def _is_read(owner, child):
+def _is_read(owner: type, child: str) -> bool:
     """Whether code of the class `owner` multiplies by the weight of its `child` without calling it."""
     try:
         text = inspect.getsource(owner)
@@ -259,7 +260,7 @@ def _is_read(owner, child):
     return re.search(rf"{weight}\s*@|@\s*{weight}\b", text) is not None
 
 
-def _candidates(module, skipped):
+def _candidates(module: nn.Module, skipped: Callable[[str, nn.Module], bool]) -> dict[str, tuple[nn.Module, int, int]]:
     """name -> (module, out_features, in_features) of what is not skipped."""
     modules = dict(module.named_modules(remove_duplicate=False))
     sizes = {name: sizes_of(m) for name, m in modules.items()}
@@ -273,7 +274,7 @@ def _candidates(module, skipped):
 # ---------------------------------------------------------------------------------------------- what is said
 
 
-def _another(group_size, other, count):
+def _another(group_size: int, other: dict[int, list[tuple[str, int]]], count: int) -> str:
     """other: group size (-1 the whole row, 0 none) -> [(layer, its inputs)]."""
     does = {-1: "take their whole row", 0: "stay dense and frozen"}
     parts = [
@@ -286,7 +287,7 @@ def _another(group_size, other, count):
     )
 
 
-def _nothing(module, skip):
+def _nothing(module: nn.Module, skip: Skip) -> str:
     skip = ", ".join(dict.fromkeys(map(repr, skip)))
     matrices = [m for m in module.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
     held = sorted({type(m).__name__ for m in matrices})

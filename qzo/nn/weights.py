@@ -9,6 +9,7 @@ Readers (formats/) and the quantizer (quantize.py) make it, QZOLinear runs it, w
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -19,7 +20,7 @@ from ..kernels.tiles import GROUPS
 from ..kernels.vectors import LENGTH, MOST_BITS, in_range, pack_vectors, unpack_vectors, vector_rows, vector_shape
 
 
-def check_bits(bits):
+def check_bits(bits: int) -> None:
     """ValueError unless codes of so many bits can be held."""
     if bits not in BITS:
         raise ValueError(
@@ -27,7 +28,7 @@ def check_bits(bits):
         )
 
 
-def check_group_size(group_size, in_features):
+def check_group_size(group_size: int, in_features: int) -> int:
     """The number of inputs that share a scale: `group_size`, or in_features for -1. ValueError if it does not fit."""
     if group_size in (-1, in_features):
         return in_features
@@ -83,10 +84,10 @@ class PackedWeight:
     in_features: int
     bits: int = 4
     perm: torch.Tensor | None = None
-    table: tuple | None = None
+    table: tuple[float, ...] | None = None
     codebooks: torch.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.codebooks is None:
             check_bits(self.bits)
         else:
@@ -129,7 +130,15 @@ class PackedWeight:
             raise ValueError("scales hold NaN or infinity: the checkpoint is damaged")
 
     @classmethod
-    def from_codes(cls, codes, scales, zeros=None, bits=4, perm=None, table=None):
+    def from_codes(
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None = None,
+        bits: int = 4,
+        perm: torch.Tensor | None = None,
+        table: Sequence[float] | None = None,
+    ) -> "PackedWeight":
         """From plain codes, one a byte.
 
         Parameters
@@ -167,10 +176,11 @@ class PackedWeight:
             if zeros.dtype == torch.uint8 and bool((zeros == middle(bits)).all()):
                 zeros = None
         pack = pack_rows if codes.device.type == "cpu" else pack_planes
-        return cls(pack(codes, bits), scales.to(torch.float32).contiguous(), zeros, codes.shape[1], bits, perm, table)
+        entries = None if table is None else tuple(table)
+        return cls(pack(codes, bits), scales.to(torch.float32).contiguous(), zeros, codes.shape[1], bits, perm, entries)
 
     @classmethod
-    def from_vectors(cls, codes, scales, codebooks):
+    def from_vectors(cls, codes: torch.Tensor, scales: torch.Tensor, codebooks: torch.Tensor) -> "PackedWeight":
         """From plain codes that stand for vectors of eight weights (AQLM).
 
         Parameters
@@ -214,7 +224,16 @@ class PackedWeight:
         )
 
     @classmethod
-    def on_meta(cls, shape, group, bits=4, zeros=None, rows=False, table=None, codebooks=None):
+    def on_meta(
+        cls,
+        shape: Sequence[int],
+        group: int,
+        bits: int = 4,
+        zeros: torch.dtype | None = None,
+        rows: bool = False,
+        table: tuple[float, ...] | None = None,
+        codebooks: torch.Tensor | None = None,
+    ) -> "PackedWeight":
         """Of an [N, K] shape without values, which nothing checks. zeros: None or their dtype; rows: codes as a CPU
         keeps them; codebooks: on the meta device too."""
         packed = cls.__new__(cls)
@@ -228,25 +247,25 @@ class PackedWeight:
         return packed
 
     @property
-    def out_features(self):
+    def out_features(self) -> int:
         return self.codes.shape[0] if self.codes.dtype == torch.uint8 else self.codes.shape[1]
 
     @property
-    def group_size(self):
+    def group_size(self) -> int:
         return self.in_features // self.scales.shape[0]
 
     @property
-    def books(self):
+    def books(self) -> int:
         """Number of codebooks."""
         return 0 if self.codebooks is None else len(self.codebooks)
 
-    def unpacked(self):
+    def unpacked(self) -> torch.Tensor:
         """The codes as uint8 [N, K], columns as they are stored, or int32 [N, K/8, C]."""
         if self.books:
             return unpack_vectors(self.codes, self.in_features, self.books, self.bits)
         return unpack_codes(self.codes, self.in_features, self.bits)
 
-    def dequantize(self):
+    def dequantize(self) -> torch.Tensor:
         """The matrix: scale * (code - zero), the subtraction first; scale * table[code]; or scale * sum of vectors.
 
         Returns
@@ -266,12 +285,12 @@ class PackedWeight:
             values = codes.to(torch.float32).unflatten(1, (-1, g)) - zeros
         return self.by_input((values * self.scales.T.unsqueeze(2)).flatten(1))
 
-    def by_input(self, columns):
+    def by_input(self, columns: torch.Tensor) -> torch.Tensor:
         """[N, K] in the order of the codes' columns -> in the order of the inputs."""
         return columns if self.perm is None else torch.empty_like(columns).index_copy_(1, self.perm, columns)
 
 
-def check_codebooks(codebooks, bits):
+def check_codebooks(codebooks: torch.Tensor, bits: int) -> None:
     """ValueError unless they are floats [C, 2^bits, 8] that a code of so many bits can choose from."""
     shape = list(codebooks.shape)
     floats = codebooks.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -284,7 +303,7 @@ def check_codebooks(codebooks, bits):
         raise ValueError("codebooks hold NaN or infinity: the checkpoint is damaged")
 
 
-def check_codes(codes, n, k, bits, books=0):
+def check_codes(codes: torch.Tensor, n: int, k: int, bits: int, books: int = 0) -> None:
     """ValueError unless `codes` are the rows or planes, or with codebooks the words, of an [n, k] matrix."""
     if books:
         if codes.dtype != torch.int16 or k % LENGTH or list(codes.shape) != vector_shape(n, k, books, bits):
@@ -304,7 +323,7 @@ def check_codes(codes, n, k, bits, books=0):
         )
 
 
-def check_perm(perm, k):
+def check_perm(perm: torch.Tensor, k: int) -> None:
     """ValueError unless `perm` names every one of k columns once."""
     every = torch.arange(k, device=perm.device)
     if perm.dtype != torch.int64 or perm.shape != every.shape or not torch.equal(perm.sort().values, every):
@@ -313,16 +332,16 @@ def check_perm(perm, k):
         )
 
 
-def unpack_codes(codes, k, bits=4):
+def unpack_codes(codes: torch.Tensor, k: int, bits: int = 4) -> torch.Tensor:
     """uint8 [N, K] from rows or planes."""
     return unpack_rows(codes, k, bits) if codes.dtype == torch.uint8 else unpack_planes(codes, k, bits)
 
 
-def to_planes(codes, k, bits=4):
+def to_planes(codes: torch.Tensor, k: int, bits: int = 4) -> torch.Tensor:
     """Codes as int16 planes; the same tensor if they are already."""
     return pack_planes(unpack_rows(codes, k, bits), bits) if codes.dtype == torch.uint8 else codes
 
 
-def to_rows(codes, k, bits=4):
+def to_rows(codes: torch.Tensor, k: int, bits: int = 4) -> torch.Tensor:
     """Codes as uint8 rows; the same tensor if they are already."""
     return codes if codes.dtype == torch.uint8 else pack_rows(unpack_planes(codes, k, bits), bits)

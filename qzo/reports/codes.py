@@ -19,17 +19,17 @@ class Codes:
     books: int = 0
 
     @property
-    def weight_bits(self):
+    def weight_bits(self) -> int:
         """Bits that are read for a weight."""
         return 16 * words_of(self.books, self.bits) // LENGTH if self.books else self.bits
 
     @property
-    def book_entries(self):
+    def book_entries(self) -> int:
         """Numbers in the codebooks of a layer."""
         return self.books * LENGTH << self.bits
 
     @property
-    def lookup(self):
+    def lookup(self) -> str | None:
         """As tiles.pick takes it."""
         if self.books:
             return "vectors" if words_of(self.books, self.bits) <= 2 else "long vectors"

@@ -4,13 +4,17 @@ A reader's tensors are looked at one at a time and let go; memory is predicted o
 (memory.py). Only --signal loads the model: how much of L+ - L- survives the rounding of activations (signal.py).
 """
 
+import argparse
 import collections
 import math
 import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from ..checkpoints.empty import build_empty
+from ..checkpoints.formats.protocol import Checkpoint, Entry
 from ..checkpoints.load import from_pretrained
 from ..checkpoints.names import Names
 from ..checkpoints.source import open_checkpoint
@@ -47,12 +51,12 @@ class ScaleSurvey:
     scales that a file holds in 16 bits and within 2^-10 for others, however many there are.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bins = torch.zeros(1 << 18, dtype=torch.int64)
         self.count = self.negative = self.zero = self.small = 0
         self.smallest, self.largest = math.inf, 0.0
 
-    def add(self, scales):
+    def add(self, scales: torch.Tensor) -> None:
         """Count float32 scales of any shape."""
         magnitude = scales[scales != 0].abs()
         self.count += scales.numel()
@@ -64,7 +68,7 @@ class ScaleSurvey:
             self.largest = max(self.largest, float(magnitude.max()))
             self.bins += torch.bincount(magnitude.view(torch.int32) >> 13, minlength=len(self.bins))
 
-    def report(self):
+    def report(self) -> dict[str, Any]:
         """{"count", "smallest", "median", "largest", "negative", "zero", "below_float16_normal"}, magnitudes of the
         scales that are not zero; None where there are none."""
         nonzero, median = self.count - self.zero, None
@@ -85,7 +89,9 @@ class ScaleSurvey:
 # ---------------------------------------------------------------------------------------------- what it holds
 
 
-def survey(entries, types):
+def survey(
+    entries: Iterable[Entry], types: Mapping[str, tuple[str, int]]
+) -> tuple[dict[str, models.Form], ScaleSurvey, dict[str, list[int]], dict[str, int]]:
     """({name of a weight: Form}, ScaleSurvey, {type: [tensors, bytes] of dense tensors}, bytes of codes, codebooks,
     scales and zeros)."""
     wanted, scales, held = {}, ScaleSurvey(), {"codes": 0, "codebooks": 0, "scales": 0, "zeros": 0}
@@ -104,7 +110,9 @@ def survey(entries, types):
     return wanted, scales, dense, held
 
 
-def would_be(model, bits, group_size, stored):
+def would_be(
+    model: Any, bits: int, group_size: int | None, stored: torch.dtype
+) -> tuple[dict[str, models.Form], dict[str, list[int]]]:
     """({layer: Form} of what from_pretrained would quantize, {type: [tensors, bytes]} of what stays dense).
 
     stored: dtype of the checkpoint's tensors
@@ -117,7 +125,7 @@ def would_be(model, bits, group_size, stored):
     return forms, {str(stored).removeprefix("torch."): [len(rest), sum(rest)]}
 
 
-def report(options):
+def report(options: argparse.Namespace) -> dict[str, Any]:
     """The dict that --json prints. ValueError for a checkpoint that from_pretrained would refuse too."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = open_checkpoint(options.model, bool(options.trust_remote_code), bool(options.weight_only))
@@ -157,7 +165,9 @@ def report(options):
     return found
 
 
-def _holds(checkpoint, model, options):
+def _holds(
+    checkpoint: Checkpoint, model: Any, options: argparse.Namespace
+) -> tuple[dict[str, models.Form], dict[str, list[int]], dict[str, Any]]:
     """({layer: Form}, {type: [tensors, bytes]} of what stays dense, {"scales", "bytes"} as they are reported), of what
     the checkpoint holds or of what would be quantized of it."""
     if not checkpoint.quantized:
@@ -170,7 +180,7 @@ def _holds(checkpoint, model, options):
     return wanted, dense, {"scales": scales.report(), "bytes": held}
 
 
-def _memory(model, options, device):
+def _memory(model: Any, options: argparse.Namespace, device: str) -> dict[str, Any]:
     """{"memory", "memory_unknown"}: bytes of a step, or why they cannot be predicted."""
     run = memory.Run(options.batch_size, options.seq_len, directions=options.directions)
     try:
@@ -180,7 +190,7 @@ def _memory(model, options, device):
     return {"memory": {part: predicted[part] for part in (*memory.PARTS, "total")}, "memory_unknown": None}
 
 
-def _kinds(model):
+def _kinds(model: Any) -> list[dict[str, Any]]:
     """[{"bits", "group_size", "zeros", "table", "codebooks", "layers", "scales", "weights"}] of layers alike, most
     weights first."""
     alike: dict[tuple[object, ...], dict[str, int]] = {}
@@ -202,7 +212,7 @@ def _kinds(model):
 # ---------------------------------------------------------------------------------------------- how much survives
 
 
-def signal(options, wanted):
+def signal(options: argparse.Namespace, wanted: Mapping[str, models.Form]) -> dict[str, Any]:
     """{"eps", "directions", activations: {"error", "cosine"}} of a batch of text, with a warning where the signal is
     lost. Loads the model, in float32; one of float weights is quantized as `wanted` has it."""
     records = read_data(options.data)["train"] if options.data else [{"text": text} for text in SENTENCES]
@@ -233,7 +243,7 @@ def signal(options, wanted):
     return {"eps": options.eps, "directions": options.signal_directions, **survived}
 
 
-def _enough(eps, error):
+def _enough(eps: float, error: float) -> str:
     """An eps that brings the error to a quarter: it falls as 1 / eps."""
     return f"about {eps * error / 0.25:.0e}" if math.isfinite(error) else "1e-2"
 
@@ -241,7 +251,7 @@ def _enough(eps, error):
 # ---------------------------------------------------------------------------------------------- shown
 
 
-def as_text(found):
+def as_text(found: Mapping[str, Any]) -> str:
     """The report as text."""
     count = sum(kind["layers"] for kind in found["layers"])
     lines = [
@@ -292,7 +302,7 @@ def as_text(found):
     return "\n".join([*lines, *_signal_lines(found["signal"])])
 
 
-def _signal_lines(signal):
+def _signal_lines(signal: Mapping[str, Any] | None) -> list[str]:
     """What is shown of `signal`'s report; nothing where it was not asked for."""
     if not signal:
         return []
@@ -305,9 +315,9 @@ def _signal_lines(signal):
     ]
 
 
-def _number(value):
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _mb(nbytes):
+def _mb(nbytes: int) -> str:
     return f"{nbytes / 1e6:,.1f} MB"

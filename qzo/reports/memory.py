@@ -4,7 +4,11 @@ Codes, scales, zero points and dense parameters are what a model holds between s
 are what a step adds at its highest moment, so that the parts add up to the total. GB is 1e9 bytes.
 """
 
+import argparse
 import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,6 +41,7 @@ from .footprint import (
 from .rivals import CARDS as CARDS
 from .rivals import fits, rivals
 
+Load = Callable[[], Any]  # -> a model, on the device that is measured
 PARTS = ("codes", "scales", "zeros", "dense", "activations", "logits", "workspace")
 MOST_ROWS = 1 << 16  # in all directions; the loss of a step is predicted chunk by chunk
 
@@ -54,7 +59,7 @@ class Run:
     large_rows: str = "fused"
 
     @property
-    def evaluations(self):
+    def evaluations(self) -> int:
         """How many run at once."""
         return 1 if self.sequential else 2 * self.directions
 
@@ -62,7 +67,7 @@ class Run:
 # ---------------------------------------------------------------------------------------------- predicted
 
 
-def predict(model, run, device, chip):
+def predict(model: Any, run: Run, device: str, chip: str) -> dict[str, Any]:
     """{part: bytes, "total", "phases"} of a model on the meta device, without a weight."""
     model.to("meta")
     labelled = run.rows * run.labels * run.evaluations
@@ -85,7 +90,7 @@ def predict(model, run, device, chip):
     return _composed(weights, resident, spans)
 
 
-def predict_loaded(model, run, trust_remote_code=False):
+def predict_loaded(model: Any, run: Run, trust_remote_code: bool = False) -> dict[str, Any]:
     """What `predict` gives of a model that is loaded, on its device, with the layers that train there.
 
     ValueError or RuntimeError for one whose forward cannot run without values.
@@ -100,13 +105,13 @@ def predict_loaded(model, run, trust_remote_code=False):
     return predict(empty, run, device, this_chip())
 
 
-def _evaluations(run):
+def _evaluations(run: Run) -> list[Evaluations]:
     seeds = [step_seed(0, 0, j) for j in range(run.directions) for _ in range(2)]
     stacked = Evaluations(seeds, [1e-2, -1e-2] * run.directions)
     return [stacked[e : e + 1] for e in range(len(stacked))] if run.sequential else [stacked]
 
 
-def _composed(weights, resident, spans):
+def _composed(weights: Mapping[str, int], resident: int, spans: Spans) -> dict[str, Any]:
     """The report's numbers: what a step's highest moment consists of."""
     top = max(spans.found, key=lambda span: span.peak)
     most = top.peak
@@ -128,7 +133,7 @@ def _composed(weights, resident, spans):
 # ---------------------------------------------------------------------------------------------- measured
 
 
-def measure(load, run, device, snapshot=None):
+def measure(load: Load, run: Run, device: str, snapshot: str | None = None) -> dict[str, Any]:
     """The same numbers read off a device in the second step of a run. load() -> model on `device`.
 
     On a GPU from torch's allocator. On a CPU from the resident set, less what is resident before `load` in a process
@@ -154,18 +159,18 @@ def measure(load, run, device, snapshot=None):
     return {**measured, "slack": torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device)}
 
 
-def _step(load, run, device, meter):
+def _step(load: Load, run: Run, device: str, meter: ResidentMeter | DeviceMeter) -> tuple[dict[str, int], int, Spans]:
     """Two steps, the second cut in spans: (what the weights held, resident before the step, spans)."""
     model = load()
     batch = models.example_batch(model, run.rows, run.tokens, run.labels, device)
     optimizer = QZO(model, lr=1e-6, directions=run.directions, paired=not run.sequential, large_rows=run.large_rows)
     spans = Spans(model, models.body_of(model), meter)
 
-    def closure():
+    def closure() -> torch.Tensor:
         losses = models.batch_losses(model, batch, run.evaluations)
         return losses[0] if run.sequential else losses
 
-    def watched():
+    def watched() -> torch.Tensor:
         losses = closure()
         spans.enter("update")
         return losses
@@ -177,12 +182,12 @@ def _step(load, run, device, meter):
     return _released(model, meter), resident, spans
 
 
-def _released(model, meter):
+def _released(model: Any, meter: ResidentMeter | DeviceMeter) -> dict[str, int]:
     """{"codes", ...}: what each leaves free when it is let go. The model is of no use afterwards."""
     found = list(layers(model, trainable=None).values())
     freed, before = {}, meter.settled()
 
-    def done(part):
+    def done(part: str) -> None:
         nonlocal before
         now = meter.settled()
         freed[part], before = before - now, now
@@ -206,7 +211,7 @@ def _released(model, meter):
 # ---------------------------------------------------------------------------------------------- the report
 
 
-def make_report(options):
+def make_report(options: argparse.Namespace) -> dict[str, Any]:
     """The dict that --json prints."""
     if bool(options.config) == bool(options.model):
         raise ValueError("give either --config (nothing is loaded) or --model (a checkpoint, loaded and measured)")
@@ -250,14 +255,14 @@ def make_report(options):
     return {
         "predicted": predicted,
         "measured": measured,
-        "rivals": rivals(model, run, predicted),
+        "rivals": rivals(model, run.rows, run.tokens, run.evaluations, predicted),
         "fits": fits(max(predicted["total"], measured["total"] if measured else 0)),
         "free": free,
         "subject": subject,
     }
 
 
-def _check_step(options):
+def _check_step(options: argparse.Namespace) -> None:
     """ValueError for a step that none can be, or that would be predicted for hours."""
     for name, least in {"batch_size": 1, "labels": 1, "directions": 1, "seq_len": 2}.items():
         value = getattr(options, name)
@@ -270,7 +275,7 @@ def _check_step(options):
         )
 
 
-def _check_room(name, total, device, free):
+def _check_room(name: str, total: int, device: str, free: int | None) -> None:
     """ValueError where a run of `total` bytes would not end. free: bytes, None if that is not known."""
     if free is not None and total > free:
         raise ValueError(
@@ -280,8 +285,8 @@ def _check_room(name, total, device, free):
         )
 
 
-def _training_codebooks(load):
-    def loaded():
+def _training_codebooks(load: Load) -> Load:
+    def loaded() -> Any:
         model = load()
         train_codebooks_(model)
         return model
@@ -289,7 +294,7 @@ def _training_codebooks(load):
     return loaded
 
 
-def _codes(options):
+def _codes(options: argparse.Namespace) -> str:
     """The name in CODES that --bits or --codes means. ValueError for both, and for zero points beside a table."""
     if options.bits and options.codes:
         raise ValueError(f"--bits {options.bits} and --codes {options.codes}: give one of the two")
@@ -307,19 +312,21 @@ def _codes(options):
     return codes
 
 
-def this_chip():
+def this_chip() -> str:
     """Of this machine's GPU; sm_90 where there is none."""
     if torch.cuda.is_available():
         return architecture("cuda")
     return "sm_90"
 
 
-def random_model(config, group_size, zeros, device, dtype, codes="int4"):
+def random_model(
+    config: str | Path, group_size: int | None, zeros: str, device: str, dtype: torch.dtype, codes: str = "int4"
+) -> tuple[Load, Any]:
     """(load() -> the config's model with random weights on `device`, the same on the meta device)."""
-    config, kind = models.read_config(config), CODES[codes]
+    read, kind = models.read_config(config), CODES[codes]
 
-    def empty():
-        model = models.empty_model(config, dtype)
+    def empty() -> Any:
+        model = models.empty_model(read, dtype)
         wanted = {
             name: models.Form(layer.group_size, models.ZEROS[zeros], kind.bits, kind.table, books=kind.books)
             for name, layer in choose(model, group_for(model, group_size or kind.group), table=kind.table).items()
@@ -329,13 +336,18 @@ def random_model(config, group_size, zeros, device, dtype, codes="int4"):
     return lambda: models.fill_random(empty(), device), empty()
 
 
-def _checkpoint(options, codes, device, dtype):
+def _checkpoint(options: argparse.Namespace, codes: str, device: str, dtype: torch.dtype) -> tuple[Load, Any]:
     """(load() -> the checkpoint's model, a float one quantized as the options say; the same on the meta device, for
     which a tensor at a time is read, or none)."""
-    kind, trusted = CODES[codes], {"trust_remote_code": options.trust_remote_code}
+    kind, trusted = CODES[codes], {"trust_remote_code": bool(options.trust_remote_code)}
     group = options.group_size or kind.group
-    given = {"bits": kind.bits, "table": kind.table, **({"group_size": group} if group else {}), **trusted}
-    checkpoint = open_checkpoint(options.model, options.trust_remote_code)
+    given: dict[str, Any] = {
+        "bits": kind.bits,
+        "table": kind.table,
+        **({"group_size": group} if group else {}),
+        **trusted,
+    }
+    checkpoint = open_checkpoint(options.model, trusted["trust_remote_code"])
     empty = models.build_empty(checkpoint.config, dtype, **trusted).eval()
     if checkpoint.quantized:
         wanted = models.stored_forms(empty, checkpoint.read(None), options.model)

@@ -1,6 +1,8 @@
 """A report of `qzo memory` as text and as a picture."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
@@ -8,7 +10,7 @@ from matplotlib.figure import Figure
 from .memory import PARTS
 
 
-def as_text(report):
+def as_text(report: Mapping[str, Any]) -> str:
     """The report as text: predicted beside measured, then the phases, the rivals and the cards."""
     predicted, measured = report["predicted"], report["measured"]
     lines = [f"{'':12}{'predicted':>12}" + (f"{'measured':>12}" if measured else "")]
@@ -34,18 +36,18 @@ def as_text(report):
     return "\n".join(lines)
 
 
-def _gb(nbytes):
+def _gb(nbytes: int) -> str:
     return f"{max(nbytes, 0) / 1e9:.3f} GB"
 
 
-def check_picture(path):
+def check_picture(path: str | Path) -> None:
     """ValueError for a file name whose ending is no picture's."""
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if Path(path).suffix.removeprefix(".").lower() not in known:
         raise ValueError(f"--plot {path}: a picture's name ends in .png, or in one of {', '.join(known)}")
 
 
-def plot(report, path):
+def plot(report: Mapping[str, Any], path: str | Path) -> None:
     """Stacked bars of what is predicted and measured; beside them the totals of the rivals, as a PNG."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     parts, totals = figure.subplots(1, 2, width_ratios=(1, 1.3))

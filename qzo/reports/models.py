@@ -6,7 +6,9 @@ those of the models in the README.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,12 +33,12 @@ DIFFUSION = "SD3Transformer2DModel"
 TEXT_TOKENS = 333  # of a Stable Diffusion 3 prompt: 77 of CLIP and 256 of T5
 
 
-def shipped():
+def shipped() -> list[str]:
     """Names of the configs that come with qzo."""
     return sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
-def read_config(name):
+def read_config(name: str | Path) -> dict[str, Any]:
     """The JSON of a config file, of a folder's config.json, or of a shipped config by (part of) its name.
 
     Raises ValueError naming the shipped ones when `name` is neither, or is no config.
@@ -62,21 +64,21 @@ def read_config(name):
     return config
 
 
-def is_diffusion(model):
+def is_diffusion(model: Any) -> bool:
     return type(model).__name__ == DIFFUSION
 
 
-def body_of(model):
+def body_of(model: Any) -> nn.Module:
     """The module whose forward ends before the loss begins."""
     return model if is_diffusion(model) else body(model)
 
 
-def usual_tokens(model):
+def usual_tokens(model: Any) -> int:
     """Tokens a row, where none are given: an SST-2 prompt's at the most, or the text of an image."""
     return TEXT_TOKENS if is_diffusion(model) else 64
 
 
-def dimensions(model, tokens):
+def dimensions(model: Any, tokens: int) -> tuple[int, int, int, int]:
     """(hidden size, blocks, vocabulary, tokens a row runs through the blocks)."""
     if is_diffusion(model):
         c = model.config
@@ -90,7 +92,7 @@ def dimensions(model, tokens):
     return c.hidden_size, c.num_hidden_layers, c.vocab_size, tokens
 
 
-def empty_model(config, dtype):
+def empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
     """The model of a config: parameters on the meta device, computed buffers real, nothing quantized.
 
     Raises ValueError for a model_type that the installed transformers lacks, for values that make no config, or where
@@ -127,7 +129,7 @@ class Form:
     book_dtype: torch.dtype = torch.float16
 
 
-def form_of(packed):
+def form_of(packed: PackedWeight | QZOLinear) -> Form:
     """Form of a PackedWeight or QZOLinear."""
     zeros = None if packed.zeros is None else packed.zeros.dtype
     books = 0 if packed.codebooks is None else len(packed.codebooks)
@@ -138,11 +140,11 @@ def form_of(packed):
         packed.table,
         packed.perm is not None,
         books,
-        packed.codebooks.dtype if books else Form.book_dtype,
+        Form.book_dtype if packed.codebooks is None else packed.codebooks.dtype,
     )
 
 
-def stored_forms(model, entries, where):
+def stored_forms(model: Any, entries: Iterable[tuple[str, Any, Any]], where: str | Path) -> dict[str, Form]:
     """{layer: Form} of what the entries of the checkpoint at `where` hold in codes, by the model's names; the model is
     on the meta device. ValueError as find_homes."""
     names = Names(model)
@@ -153,7 +155,7 @@ def stored_forms(model, entries, where):
     return wanted
 
 
-def find_homes(model, wanted, where):
+def find_homes(model: Any, wanted: Mapping[str, Form], where: str | Path) -> None:
     """Split the experts of the model that are among {layer: Form}. ValueError naming the checkpoint for layers that are
     no Linear of the model, and for none."""
     for stack in filter(None, (stack_of(model, f"{name}.weight") for name in wanted)):
@@ -169,7 +171,7 @@ def find_homes(model, wanted, where):
         raise ValueError(f"{where} holds no quantized linear layer, so there is nothing to train")
 
 
-def quantize_empty(model, wanted, cpu=False):
+def quantize_empty(model: Any, wanted: Mapping[str, Form], cpu: bool = False) -> Any:
     """Replace Linears by QZOLinears on the meta device, in place. wanted: name -> Form.
 
     cpu: codes as the CPU keeps them, else as the GPU does.
@@ -191,7 +193,7 @@ def quantize_empty(model, wanted, cpu=False):
     return model.requires_grad_(False)
 
 
-def fill_random(model, device, seed=0):
+def fill_random(model: Any, device: str | torch.device, seed: int = 0) -> Any:
     """Random weights for everything on meta, in place, on `device`; in the order of names, a layer at a time.
 
     Scales are such that outputs keep the size of inputs.
@@ -219,7 +221,7 @@ def fill_random(model, device, seed=0):
     return fill_parameters(model, device, generator)
 
 
-def fill_parameters(model, device, generator):
+def fill_parameters(model: Any, device: str | torch.device, generator: torch.Generator) -> Any:
     """Random numbers for the parameters on meta, in place, on `device`: 1 for norms, 0 for biases."""
     for owner in model.modules():
         for name, parameter in owner._parameters.items():
@@ -235,14 +237,16 @@ def fill_parameters(model, device, generator):
     return model.to(device)
 
 
-def _spread(layer):
+def _spread(layer: QZOLinear) -> float:
     """Standard deviation of what uniform codes stand for."""
     if layer.codebooks is not None:
         return len(layer.codebooks) ** 0.5
     return 0.29 * 2**layer.bits if layer.table is None else float(torch.tensor(layer.table).std(correction=0))
 
 
-def example_batch(model, rows, tokens, labels, device):
+def example_batch(
+    model: Any, rows: int, tokens: int, labels: int, device: str | torch.device
+) -> dict[str, torch.Tensor]:
     """A batch of `rows` rows: token ids with `labels` labelled positions a row, the first row half padding where there
     are several; or, for a diffusion transformer, latents of the config's size and `tokens` tokens of text.
 
@@ -283,7 +287,7 @@ def example_batch(model, rows, tokens, labels, device):
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": target.to(device)}
 
 
-def batch_losses(model, batch, copies):
+def batch_losses(model: Any, batch: Mapping[str, torch.Tensor], copies: int) -> torch.Tensor:
     """float32 [copies]: next-token cross entropy, or mean squared error of what a diffusion transformer predicts."""
     if not is_diffusion(model):
         return losses(model, batch, copies)

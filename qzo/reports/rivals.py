@@ -1,5 +1,8 @@
 """What other ways to train the same model need, by their published formulas, and the cards that hold so much."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..nn.layers import layers
 from . import models
 
@@ -17,7 +20,7 @@ CARDS = {
 }
 
 
-def rivals(model, run, predicted):
+def rivals(model: Any, rows: int, tokens: int, evaluations: int, predicted: Mapping[str, int]) -> dict[str, int]:
     """name -> bytes that other ways to train the same model need, by their published formulas.
 
     MeZO (arXiv 2305.17333): 16-bit weights and the forward of one evaluation. QLoRA (arXiv 2305.14314): 4.127 bits per
@@ -29,11 +32,11 @@ def rivals(model, run, predicted):
     linear = {name: (m.in_features, m.out_features) for name, m in layers(model, trainable=None).items()}
     weights = sum(k * n for k, n in linear.values())
     rest = sum({id(p): p.numel() for p in model.parameters()}.values())
-    hidden, depth, vocabulary, tokens = models.dimensions(model, run.tokens)
-    layer = run.rows * tokens * hidden
-    logits = 4 * run.rows * tokens * vocabulary
+    hidden, depth, vocabulary, tokens = models.dimensions(model, tokens)
+    layer = rows * tokens * hidden
+    logits = 4 * rows * tokens * vocabulary
     adapters = 16 * sum(k + n for k, n in linear.values())
-    forward = (predicted["activations"] + predicted["logits"]) // run.evaluations
+    forward = (predicted["activations"] + predicted["logits"]) // evaluations
     return {
         "MeZO, 16 bit": 2 * (weights + rest) + forward,
         "QLoRA, NF4, rank 16": (
@@ -43,6 +46,6 @@ def rivals(model, run, predicted):
     }
 
 
-def fits(nbytes):
+def fits(nbytes: float) -> list[str]:
     """The cards whose memory holds so much."""
     return [card for card, size in CARDS.items() if nbytes <= size * 1e9]

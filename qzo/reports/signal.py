@@ -6,6 +6,8 @@ taken in float32 and once more with what enters and leaves every quantized layer
 """
 
 import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,22 +15,27 @@ from ..loss.losses import losses, pair
 from ..nn.evaluations import Evaluations
 from ..nn.layers import evaluating, layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def _float(dtype):
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _float(dtype: torch.dtype) -> Rounding:
     return lambda x: x.to(dtype).float()
 
 
-def _per_row(x, most, to_units):
+def _per_row(x: torch.Tensor, most: float, to_units: Rounding) -> torch.Tensor:
     """Each row scaled so that its largest magnitude is `most`, rounded, and scaled back."""
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / most
     return to_units(x / scale) * scale
 
 
-def _int8(x):
+def _int8(x: torch.Tensor) -> torch.Tensor:
     return _per_row(x, 127, torch.round)
 
 
-def _e4m3(x):
+def _e4m3(x: torch.Tensor) -> torch.Tensor:
     return _per_row(x, 448, _float(torch.float8_e4m3fn))
 
 
@@ -42,7 +49,7 @@ ROUNDINGS = {
 
 
 @contextlib.contextmanager
-def rounding(model, activations):
+def rounding(model: "PreTrainedModel", activations: str) -> Iterator[None]:
     """Inside, what enters and leaves every quantized layer is rounded as ROUNDINGS[activations] has it."""
     enters, leaves = ROUNDINGS[activations]
     handles = []
@@ -56,7 +63,9 @@ def rounding(model, activations):
             handle.remove()
 
 
-def derivatives(model, batch, seeds, eps, noise="rademacher"):
+def derivatives(
+    model: "PreTrainedModel", batch: Mapping[str, Any], seeds: Iterable[int], eps: float, noise: str = "rademacher"
+) -> torch.Tensor:
     """(L+ - L-) / (2 eps) of a batch along the direction of each seed: float64 [len(seeds)]."""
     stacked, found = pair(dict(batch), 2), []
     for seed in seeds:
@@ -66,7 +75,14 @@ def derivatives(model, batch, seeds, eps, noise="rademacher"):
     return torch.tensor(found, dtype=torch.float64)
 
 
-def survival(model, batch, eps=1e-2, seeds=range(16), noise="rademacher", activations=tuple(ROUNDINGS)):
+def survival(
+    model: "PreTrainedModel",
+    batch: Mapping[str, Any],
+    eps: float = 1e-2,
+    seeds: Iterable[int] = range(16),
+    noise: str = "rademacher",
+    activations: Sequence[str] = tuple(ROUNDINGS),
+) -> dict[str, dict[str, float]]:
     """What rounding the activations does to the derivatives of a batch.
 
     Parameters

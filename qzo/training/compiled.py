@@ -6,7 +6,7 @@ all blocks, and knows nothing of seeds, scales or arenas: a new seed compiles no
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +32,7 @@ class Compiled:
     between compiled pieces. Where the compiler fails, one warning says where, and the model runs uncompiled.
     """
 
-    def __init__(self, model: "PreTrainedModel", backend: str = "inductor"):
+    def __init__(self, model: "PreTrainedModel", backend: str | Callable[..., Any] = "inductor") -> None:
         self.base = body(model)
         inductor = backend == "inductor" and hasattr(torch._inductor.config, "deterministic")  # not in every torch
         options: dict[str, Any] | None = {"deterministic": True} if inductor else None
@@ -61,7 +61,7 @@ class Compiled:
                 else:
                     module.forward = forward
 
-    def _run(self, *args, **kwargs):
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if not self.failed:
             try:
                 return self.forward(*args, **kwargs)

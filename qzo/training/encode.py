@@ -69,12 +69,12 @@ class Encoder:
 
         Behind its own stands what the tokenizer puts behind a text, and EOS unless that or the completion has it.
         """
-        prompt, [own], spans = self._split(prompt, [completion])
+        before, [own], spans = self._split(prompt, [completion])
         if not own:
             raise ValueError(
                 f"the completion {completion!r} has no tokens; one that ends at once is the EOS token's text"
             )
-        whole = _joined(self.front, prompt + own)
+        whole = _joined(self.front, before + own)
         return whole[: len(whole) - len(own)], self._closed(own), len(own), spans
 
     def options(self, prompt: str, options: list[str]) -> tuple[list[int], list[list[int]], bool]:
@@ -140,7 +140,9 @@ class Encoder:
                 spans = spans or over
         return prompt, own, learned, spans
 
-    def _turn(self, messages, number, tools, whole, ids):
+    def _turn(
+        self, messages: list[dict[str, Any]], number: int, tools: Any, whole: str, ids: Sequence[int]
+    ) -> tuple[int, int, bool]:
         """(the first token of a turn of the assistant, the first behind it, whether a token spans its beginning) among
         the ids of the whole conversation."""
         before = self._rendered(messages[:number], tools=tools, add_generation_prompt=True)
@@ -196,15 +198,15 @@ class Encoder:
         return next((token for token in behind if token in added and added[token].special), None)
 
     @property
-    def _eos(self):
+    def _eos(self) -> int | None:
         return self.tokenizer.eos_token_id
 
-    def _closed(self, ids):
+    def _closed(self, ids: list[int]) -> list[int]:
         """The ids, what the tokenizer puts behind a text, and EOS unless that or they have it at their end."""
         closed = _joined(ids, self.back)
         return closed if self._eos is None or self._eos in (ids[-1], *self.back) else [*closed, self._eos]
 
-    def _rendered(self, messages, **options):
+    def _rendered(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except _REFUSALS as error:
@@ -218,7 +220,7 @@ class Encoder:
                 f"the chat template refuses messages of the roles {roles}: {type(error).__name__}: {error}"
             ) from None
 
-    def _bare(self, text):
+    def _bare(self, text: str) -> list[int]:
         """Ids without special tokens, but for those that the text spells."""
         try:
             text.encode()
@@ -232,10 +234,10 @@ class Encoder:
             self._learn(text, ids)
         return ids
 
-    def _learn(self, text, bare):
+    def _learn(self, text: str, bare: list[int]) -> None:
         self.front, self.back, self._learned = _around(list(self.tokenizer(text)["input_ids"]), bare, text)
 
-    def _alone(self, text, name):
+    def _alone(self, text: str, name: str) -> tuple[list[int], list[int], list[int]]:
         """(ids of a text by itself, what the tokenizer puts in front, behind). name: its argument, which may be another
         for a target."""
         if not self._bare(text):
@@ -248,7 +250,7 @@ class Encoder:
             self._beside[name] = front, back, sure
         return _joined(_joined(front, bare), back), front, back
 
-    def _split(self, prompt, parts):
+    def _split(self, prompt: str, parts: list[str]) -> tuple[list[int], list[list[int]], bool]:
         """(ids of the prompt, of each part behind it, whether a token spanned a cut): `prompt + part` of each part."""
         own, wholes = self._bare(prompt), [self._bare(prompt + part) for part in parts]
         cuts = [self._cut(prompt, own, part, whole) for part, whole in zip(parts, wholes, strict=True)]
@@ -261,7 +263,7 @@ class Encoder:
         spans = any(spans or shared > count for shared, spans in cuts)
         return wholes[0][:count], [whole[count:] for whole in wholes], spans
 
-    def _cut(self, prompt, own, part, whole):
+    def _cut(self, prompt: str, own: list[int], part: str, whole: list[int]) -> tuple[int, bool]:
         """(how many tokens of the whole are the prompt's, whether the next holds text of both sides)."""
         count = _common(own, whole)
         if count == len(own):
@@ -275,7 +277,7 @@ class Encoder:
             at, count = at + len(token), count + 1
         return count, at < len(text)
 
-    def _reaches(self, prompt, part, own, whole):
+    def _reaches(self, prompt: str, part: str, own: list[int], whole: list[int]) -> bool:
         """Whether the unknown token that ends the prompt holds text of the part too."""
         if not getattr(self.tokenizer, "is_fast", False):  # no offsets, but what an unknown token was made of
             tokens = self.tokenizer.tokenize(prompt + part)
@@ -283,7 +285,7 @@ class Encoder:
         offsets = self.tokenizer(prompt + part, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return offsets[len(own) - 1][1] > len(prompt)
 
-    def _tells_nothing(self, own, part, whole, count, spans):
+    def _tells_nothing(self, own: list[int], part: str, whole: list[int], count: int, spans: bool) -> bool:
         """Whether the token that spans the cut is unknown, and both sides by themselves have no more unknown ones."""
         unknown = self.tokenizer.unk_token_id
         if not spans or unknown is None or whole[count : count + 1] != [unknown]:
@@ -291,7 +293,7 @@ class Encoder:
         return (own + self._bare(part)).count(unknown) <= whole.count(unknown)
 
 
-def _around(full, bare, text):
+def _around(full: list[int], bare: list[int], text: str) -> tuple[list[int], list[int], bool]:
     """(what stands in front of the bare ids in the full ones, behind them, whether there is one such place)."""
     places = [at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare]
     if not places:
@@ -302,17 +304,17 @@ def _around(full, bare, text):
     return full[: places[0]], full[places[0] + len(bare) :], len(places) == 1  # a text of BOS alone does not tell
 
 
-def _units(tokenizer, ids):
+def _units(tokenizer: Any, ids: list[int]) -> list[Any]:
     """The characters of tokens (bytes, of a tokenizer whose tokens are bytes)."""
     return [unit for token in tokenizer.convert_ids_to_tokens(ids) for unit in token]
 
 
-def _common(one, other):
+def _common(one: list[int], other: list[int]) -> int:
     """How many tokens two lists begin with alike."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _joined(one, other):
+def _joined(one: list[int], other: list[int]) -> list[int]:
     """Both lists behind one another; tokens that end the one and begin the other stand once."""
     twice = next((n for n in range(min(len(one), len(other)), 0, -1) if one[-n:] == other[:n]), 0)
     return one + other[twice:]

@@ -78,7 +78,7 @@ def row_of(example: Example, one_token: bool = False) -> Row:
     return Row(ids, tuple(positions), tuple(seen_until), tuple(sources), tuple(targets), tuple(slots))
 
 
-def _causal(ids, sources, targets):
+def _causal(ids: tuple[int, ...], sources: Sequence[int], targets: Sequence[int]) -> Row:
     width = len(ids)
     seen_until, slots = (width,) * width, (0,) * len(sources)
     return Row(ids, tuple(range(width)), seen_until, tuple(sources), tuple(targets), slots)
@@ -147,7 +147,7 @@ def rows_batch(
     width, count = shape
     width, count = width or max(map(len, rows)), count or max(len(row.sources) for row in rows)
 
-    def padded_to(name, size, value):
+    def padded_to(name: str, size: int, value: int) -> torch.Tensor:
         return pad([getattr(row, name) for row in rows], size, value, device)
 
     batch = {
@@ -229,11 +229,11 @@ def why_not(
     return f"its hidden states come out {apart:.1g} of their norm apart"
 
 
-def _apart(got, want):
+def _apart(got: torch.Tensor, want: torch.Tensor) -> float:
     """The largest distance of two states [T, H] of a token, over the norm of what is wanted."""
     want = want.float()
     return float(((got.float() - want).norm(dim=1) / want.norm(dim=1)).max())
 
 
-def _tokens(example: Example):
+def _tokens(example: Example) -> int:
     return len(example.ids) + max(map(len, example.options or [()]))

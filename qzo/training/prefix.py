@@ -35,7 +35,7 @@ class FrozenPrefix:
     Raises ValueError when there are fewer blocks, none can be found, or an encoder stands before a decoder.
     """
 
-    def __init__(self, model: "PreTrainedModel", train_layers: int):
+    def __init__(self, model: "PreTrainedModel", train_layers: int) -> None:
         if has_encoder(model):
             raise ValueError(
                 f"{type(model).__name__} has an encoder before its decoder: train it whole (without train_layers)"
@@ -57,7 +57,7 @@ class FrozenPrefix:
         """Input of the first trained block for model inputs [B, T]: [B, T, hidden]."""
         caught = []
 
-        def catch(_, args, kwargs):
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.append(args[0] if args else kwargs["hidden_states"])
             raise _Reached
 
@@ -114,7 +114,7 @@ class PrefixCache:
         rows: Sequence[Any],
         inputs: Callable[[list[Any]], dict[str, Any]],
         max_bytes: int = 4 << 30,
-    ):
+    ) -> None:
         self.prefix, self.rows, self.inputs, self.max_bytes = prefix, rows, inputs, max_bytes
         by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         self.groups = [by_length[at : at + self.GROUP] for at in range(0, len(rows), self.GROUP)]
@@ -135,10 +135,10 @@ class PrefixCache:
         found = torch.cat(self._states(indices, lengths))
         return functional.pad(found, (0, 0, 0, (width or len(found)) - len(found))).unsqueeze(0)
 
-    def _states(self, indices, lengths):
+    def _states(self, indices: Sequence[int], lengths: Sequence[int]) -> list[torch.Tensor]:
         return [self._group(self.group_of[i])[i][:length] for i, length in zip(indices, lengths, strict=True)]
 
-    def _group(self, number):
+    def _group(self, number: int) -> dict[int, torch.Tensor]:
         if number in self._held:
             self._held.move_to_end(number)
             return self._held[number]
@@ -152,11 +152,11 @@ class PrefixCache:
             del self._held[oldest]
         return self._held[number]
 
-    def _size(self, number):
+    def _size(self, number: int) -> int:
         return sum(states.nbytes for states in self._held[number].values())
 
 
-def _pass_on(hidden_states, *args, **kwargs):
+def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return hidden_states
 
 

@@ -20,7 +20,7 @@ class Progress:
 
     EVERY_SECONDS = 10.0
 
-    def __init__(self, total: int, start: int, show: bool | None = None):
+    def __init__(self, total: int, start: int, show: bool | None = None) -> None:
         self.total, self.shown, self.bar = total, show is not False, None
         if self.shown and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
@@ -61,7 +61,7 @@ class Progress:
             self.last = time.monotonic()
             print(f"step {number}/{self.total}: {text}{self._time(number)}", file=sys.stderr, flush=True)
 
-    def _time(self, number):
+    def _time(self, number: int) -> str:
         """ ", 3.1 s a step, 8 min left"."""
         seconds = statistics.fmean(self.recent)
         left = self.total - number

@@ -5,7 +5,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,7 +48,7 @@ class Task:
         packing: str = "off",
         bucketed: bool | None = None,
         compiled: Compiled | None = None,
-    ):
+    ) -> None:
         check_one_kind(examples)  # now, not at the first step whose batch mixes them
         if packing not in PACKINGS:
             raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
@@ -85,7 +85,7 @@ class Task:
             return False
         return self.shares if _several(self.examples) else self._packs(self.examples)
 
-    def _packs(self, examples):
+    def _packs(self, examples: Sequence[Example]) -> bool:
         reason = why_not(self.model, examples, self.pad_id, self.device)
         if reason:
             warnings.warn(f"{type(self.model).__name__} runs without packed rows: {reason}", stacklevel=4)
@@ -106,7 +106,7 @@ class Task:
             first_row.append(len(rows))
             rows += self._rows(example, several)
 
-        def inputs(some):
+        def inputs(some: list[Any]) -> dict[str, Any]:
             if several and self.shares:
                 return model_inputs(self.model, rows_batch(some, self.pad_id, self.device))
             return padded([(ids, None) for ids in some], self.pad_id, self.device)
@@ -119,7 +119,7 @@ class Task:
         return batch_indices(step, lengths, batch_size, seed, strata)
 
     @functools.cached_property
-    def _lengths_and_strata(self):
+    def _lengths_and_strata(self) -> tuple[list[int], list[int | None]]:
         return [len(example.ids) for example in self.examples], [example.label for example in self.examples]
 
     def closure(self, indices: Sequence[int], count: int) -> Callable[[], torch.Tensor]:
@@ -166,7 +166,7 @@ class Task:
         """int64 [examples]: the right option of each."""
         return torch.tensor([e.label for e in self.examples], device=self.device)
 
-    def _by_length(self, batch_size, count):
+    def _by_length(self, batch_size: int, count: int) -> list[list[int]]:
         """Batches of the first `count` examples, of similar length: little padding."""
         order = sorted(range(count), key=lambda i: (len(self.examples[i].ids), i))
         return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
@@ -190,18 +190,18 @@ class Task:
             batch["states"] = (cache.joined if join else cache.batch)(numbers, lengths, width)
         return pair(batch, count)
 
-    def _starting(self, batch):
+    def _starting(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
         """What the model runs a batch in."""
         return contextlib.nullcontext() if self.prefix is None else self.prefix.skipped(batch["states"])
 
-    def _shape(self, examples, several, lengths, join):
+    def _shape(self, examples: Sequence[Example], several: bool, lengths: list[int], join: bool) -> tuple[int, int]:
         """(tokens, targets) of the batch's rows, of which one holds all if they are joined."""
         if not join:
             return self.buckets.shape(max(lengths))
         count = sum(self._targets(example, several) for example in examples)
         return next_step(sum(lengths)), next_step(count) if count else len(examples)
 
-    def _targets(self, example, several):
+    def _targets(self, example: Example, several: bool) -> int:
         """How many places of a row of the example are read to predict a token."""
         if example.options is None:
             first = 0 if has_encoder(self.model) else 1  # a decoder behind an encoder predicts its first label too
@@ -212,7 +212,7 @@ class Task:
         """The rows of tokens that an example goes through the model as, if none are joined."""
         return self._rows(example, _several(self.examples))
 
-    def _rows(self, example, several):
+    def _rows(self, example: Example, several: bool) -> list[Any]:
         """The rows of tokens an example needs: its ids, or its options behind them in one row or a row each."""
         if not several:
             return [example.ids]
@@ -234,7 +234,7 @@ def fit_label_bias(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     bias = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device, requires_grad=True)
     solver = torch.optim.LBFGS([bias], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
-    def loss():
+    def loss() -> torch.Tensor:
         solver.zero_grad()
         value = torch.nn.functional.cross_entropy(scores + bias, label)
         value.backward()
@@ -244,7 +244,7 @@ def fit_label_bias(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return (bias - bias.mean()).detach().float()
 
 
-def known_tokens(model):
+def known_tokens(model: "PreTrainedModel") -> float:
     """How many tokens the model knows; infinity where it does not say."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
@@ -280,6 +280,6 @@ def check_ids_and_lengths(model: "PreTrainedModel", examples: Sequence[Example])
                 )
 
 
-def _several(examples):
+def _several(examples: Sequence[Example]) -> bool:
     """Whether some option has several tokens."""
     return examples[0].options is not None and not one_token_each(examples)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -34,11 +35,16 @@ def built(name, case, least_bytes=1):
 # ------------------------------------------------------------------------------------------------ graphs
 
 
+def never(*_):
+    pytest.fail("nothing here is to be called")
+
+
 @pytest.fixture
 def capturing(monkeypatch):
     """torch.cuda's graphs as far as random numbers see them: what is drawn from has to be registered before, nothing is
     seeded inside. Returns the graphs that were made."""
-    made, active = [], []
+    made: list[Any] = []
+    active: list[Any] = []
 
     class Graph:
         def __init__(self):
@@ -174,7 +180,9 @@ def test_what_only_the_host_does_is_timed_on_the_host(monkeypatch):
     """Room for the launch overhead of an operator: a callable's own time, without bytes or operations."""
     asked = []
     monkeypatch.setattr(timing, "clock", lambda run, device, mode, passes, generators: asked.append((device, mode)))
-    run._clocks({"qzo": built("qzo", cases.Case("journal", "", 0, 0, 0)), "other": Built(None)}, ("graph",), "cuda", {})
+    run._clocks(
+        {"qzo": built("qzo", cases.Case("journal", "", 0, 0, 0)), "other": Built(never)}, ("graph",), "cuda", {}
+    )
     assert asked == [("cpu", "eager"), ("cuda", "graph")]
     monkeypatch.undo()
     monkeypatch.setattr(
@@ -183,7 +191,7 @@ def test_what_only_the_host_does_is_timed_on_the_host(monkeypatch):
         (
             Provider(
                 "qzo",
-                lambda problem: Built(lambda part=EVERY: [None for _ in range(100)[part]], 100, host=True),
+                lambda problem: Built(lambda part=EVERY: ([None] * 100)[part], 100, host=True),
                 kinds=("overhead",),
             ),
         ),
@@ -370,7 +378,7 @@ def test_the_formula_grows_with_the_case():
 
 
 def test_a_peer_that_is_wrong_is_named_with_its_version():
-    peer = Provider("bitsandbytes", None, package="pytest")
+    peer = Provider("bitsandbytes", never, package="pytest")
     note = run._wrong(peer, cases.Case("linear", "", 64, 64, 8192), 35.123, 0.2)
     assert note == (
         f"wrong: what bitsandbytes (pytest {pytest.__version__}) gives for 16384 rows is off by 35.1 of "

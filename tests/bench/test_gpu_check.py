@@ -125,7 +125,8 @@ def test_the_official_loop_and_mezo_are_steps_of_the_whole_model(config, monkeyp
         (theirs, gpu_steps._official, len(layers(ours))),
         (dense, gpu_steps._mezo, len(list(dense.parameters()))),
     ):
-        swept, forwards = [], []
+        swept: list[object] = []
+        forwards: list[int] = []
 
         def forward(*given, forwards=forwards):
             forwards.append(1)
@@ -200,7 +201,7 @@ def test_jobs_run_in_processes_and_those_that_fail_are_named(tmp_path, config):
 
 
 def test_a_job_of_tiles_launches_its_part_of_them(monkeypatch):
-    launched = []
+    launched: list[Tile] = []
     tiles_ = [Tile(16, 32 * i, 4, 2) for i in (1, 2, 4, 8)]
     monkeypatch.setattr(gpu_parts, "named", lambda device, name: name)
     monkeypatch.setattr(gpu_parts, "launcher", lambda case, device, least: (launched.append, 1, tiles_[0]))
@@ -228,7 +229,7 @@ def in_this_process(arguments, seconds):
         try:
             status = main(arguments)
         except SystemExit as stop:
-            status = stop.code
+            return stop.code, said.getvalue()
     return status, said.getvalue()
 
 
@@ -270,7 +271,7 @@ def test_runs_that_differ_are_found(e2e, tmp_path):
     with pytest.raises(gpu_e2e.Untrue, match="the models differ"):
         gpu_e2e._same_model(tmp_path / "first" / "model", tmp_path / "other" / "model")
     for ended in ((2, "qzo: unrecognized arguments: --new; see"), (1, "out of luck")):
-        run = concurrent.futures.Future()
+        run: concurrent.futures.Future[tuple[int, str]] = concurrent.futures.Future()
         run.set_result(ended)
         gpu_e2e.attempt(e2e, "broken", gpu_e2e._trained, run, tmp_path)
     assert [row["note"] for row in e2e.rows] == [

@@ -13,6 +13,7 @@ The blocks below stay dense: cut to its first 2 to 6 blocks the float model pred
 import filecmp
 import hashlib
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ BLOCKS = 2
 ROWS = 32  # of training, and as many held out: the first tokens of articles
 TOKENS = 16
 FALL = 0.25  # a temperature gives 0.17 and 0.15, the worst of three seeds 0.37 and 0.34
-SETTINGS = dict(max_steps=50, batch_size=4, directions=2, learning_rate=4e-2, train_layers=BLOCKS)
+SETTINGS: dict[str, Any] = dict(max_steps=50, batch_size=4, directions=2, learning_rate=4e-2, train_layers=BLOCKS)
 
 
 @pytest.fixture(scope="module")

@@ -381,5 +381,7 @@ def test_every_tools_own_folder_contradicts_nothing(tmp_path):
         shutil.copytree(folder, tmp_path / folder.name)
         model, told = loaded(tmp_path / folder.name)
         assert not [text for text in told if "config" in text or "checkpoint_format" in text], folder
-        seen.add(source_of(model).method)
+        source = source_of(model)
+        assert source is not None
+        seen.add(source.method)
     assert seen == set(FOLDERS)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -186,7 +187,11 @@ def test_a_tokenizer_of_another_model(base, tmp_path, capsys):
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["warm"] = 77
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
-    kinds = [tiny.RECORDS, [{"text": "red warm up"}], [{"prompt": "red", "completion": " warm"}]]
+    kinds: list[list[dict[str, Any]]] = [
+        tiny.RECORDS,
+        [{"text": "red warm up"}],
+        [{"prompt": "red", "completion": " warm"}],
+    ]
     for index, records in enumerate(kinds):
         data = tiny.write_jsonl(tmp_path / f"{index}.jsonl", records * 2)
         assert (

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ IDS = torch.arange(24).view(2, 12)
 
 
 def load(path, **options):
-    return qzo.from_pretrained(path, **{"device": "cpu", "group_size": 32} | options)
+    given: dict[str, Any] = {"device": "cpu", "group_size": 32} | options
+    return qzo.from_pretrained(path, **given)
 
 
 def forward(model, ids=IDS):
@@ -99,7 +101,8 @@ def test_ready_to_train_and_copied_with_its_source(llama, tmp_path):
 
 
 def test_layers_never_exist_in_float(monkeypatch):
-    fill, empty, buffers = hf.fill, set(), {}
+    fill, buffers = hf.fill, {}
+    empty: set[str] = set()
 
     def record(model, *rest):
         empty.update(name for name, parameter in model.named_parameters() if parameter.is_meta)

@@ -97,7 +97,8 @@ def test_the_models_loss_is_close_to_the_float_one(words, tmp_path, capsys):
 
 
 def test_tensors_are_read_one_at_a_time_and_once(words, tmp_path, monkeypatch):
-    read, plain, alive = [], quantize_folder.safetensors_file.read, []
+    read, plain = [], quantize_folder.safetensors_file.read
+    alive: list[weakref.ref[torch.Tensor]] = []
 
     def watched(*place):
         assert sum(found() is not None for found in alive) <= 1  # what the writer has just written

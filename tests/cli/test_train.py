@@ -7,9 +7,9 @@ import pytest
 import qzo
 from qzo.cli.main import main, parse
 from qzo.cli.train import merge_options
-from qzo.optim.journal import read as read_journal
 from qzo.training.task import Task
 from tests.support import tiny
+from tests.support.journals import read_whole
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_yaml_and_the_paper_recipe(base, corpus, tmp_path):
         "recipe: paper\ndevice: cpu\n"
     )
     assert main(["train", "--config", str(config), "--max-steps", "2", "--batch-size", "4"]) == 0
-    header = read_journal(tmp_path / "y" / "journal.qzo")[0]
+    header = read_whole(tmp_path / "y" / "journal.qzo")[0]
     assert (header["noise"], header["relative"], header["eps"], header["clip"], header["floor"]) == (
         "gaussian",
         False,
@@ -221,7 +221,8 @@ def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monkeypatch):
-    real, calls = Task.batch, []  # the batches of steps: those of a measure have one evaluation
+    real = Task.batch
+    calls: list[int] = []  # the batches of steps: those of a measure have one evaluation
 
     def batch(self, indices, count):
         if len(calls) == 3:

@@ -10,8 +10,8 @@ import pytest
 from tests.support.paths import ROOT
 
 FAULT = 'x: int = "text" + 3'
-ARENA, CODES = "qzo/nn/arena.py", "qzo/reports/codes.py"  # of an annotated folder, and of one that is not
-TRUE = ("qzo/nn/arena.py", "qzo/nn/layers.py", "qzo/reports/codes.py", "qzo/cli/errors.py", "tests/house/test_rules.py")
+ARENA, CODES = "qzo/nn/arena.py", "qzo/reports/codes.py"
+TRUE = ("qzo/nn/arena.py", "qzo/nn/layers.py", "qzo/reports/codes.py", "qzo/cli/errors.py", "tests/oracle.py")
 
 
 def with_fault(path):
@@ -39,6 +39,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "qzo/reports/planted.py": with_fault(CODES),
         "qzo/reports/bare.py": texts[CODES] + bare,
         "bench/planted.py": f"def bare():\n    {FAULT}\n",
+        "tests/planted.py": f"def bare():\n    {FAULT}\n",
     }
     for path, text in texts.items():
         target = tree / path
@@ -73,17 +74,17 @@ def test_files_as_they_are_are_green(told, path):
     assert told[path] == []
 
 
-@pytest.mark.parametrize("path", ["qzo/nn/planted.py", "qzo/reports/planted.py", "bench/planted.py"])
+@pytest.mark.parametrize("path", [f"{folder}/planted.py" for folder in ("qzo/nn", "qzo/reports", "bench", "tests")])
 def test_a_planted_fault_is_red(told, path):
     """Also in functions without annotations, which mypy passes over by default."""
     [text] = told[path]
     assert text.endswith("[operator]")
 
 
-def test_annotations_are_wanted_where_a_folder_has_them(told):
-    [text] = told["qzo/nn/bare.py"]
+@pytest.mark.parametrize("path", ["qzo/nn/bare.py", "qzo/reports/bare.py"])
+def test_annotations_are_wanted(told, path):
+    [text] = told[path]
     assert text.endswith("[no-untyped-def]")
-    assert told["qzo/reports/bare.py"] == []
 
 
 def test_ci_runs_mypy():

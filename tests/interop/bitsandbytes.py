@@ -11,6 +11,7 @@ is that of qzo's model rounded once to that dtype.
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import torch
@@ -29,7 +30,7 @@ MADE = {  # name: (table, double quantization, storage, dtype of the floats)
     "fp4, double": ("fp4", True, torch.uint8, torch.float16),
     "nf4, bfloat16 storage": ("nf4", False, torch.bfloat16, torch.bfloat16),
 }
-QUANTIZED = {  # name: (table, group size[, width]) for qzo quantize
+QUANTIZED: dict[str, tuple[Any, ...]] = {  # name: (table, group size[, width]) for qzo quantize
     "nf4": ("nf4", 64),
     "fp4": ("fp4", 64),
     "nf4, groups of 32": ("nf4", 32),
@@ -112,8 +113,8 @@ def main():
         sources = {"the fixture": FIXTURE}
         for name, case in MADE.items():
             sources[f"by bitsandbytes: {name}"] = made(Path(root) / f"made {name}", *case)
-        for name, case in QUANTIZED.items():
-            sources[f"by qzo quantize: {name}"] = by_the_command(Path(root) / f"quantized {name}", *case)
+        for name, (table, size, *hidden) in QUANTIZED.items():
+            sources[f"by qzo quantize: {name}"] = by_the_command(Path(root) / f"quantized {name}", table, size, *hidden)
         for number, (name, source) in enumerate(sources.items()):
             model, out = qzo.from_pretrained(source, device="cpu"), Path(root) / str(number)
             read, moved = check(source, model), step(model)

@@ -86,7 +86,7 @@ def main():
     torch.compiler.set_stance("force_eager")
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
-        sources = [(name, FIXTURES / name, None) for name in OWN]
+        sources: list[tuple[str, Path, str | None]] = [(name, FIXTURES / name, None) for name in OWN]
         sources += [(name, FIXTURES / name, form) for name, form in EXPORTED]
         sources += [(name, make(Path(folder) / f"made {name}"), form) for name, (make, form) in MADE.items()]
         for name, source, form in sources:

@@ -164,8 +164,11 @@ def test_a_tile_comes_in_the_order_of_k(bits):
 def test_plain_twin_in_bf16_on_every_code(bits):
     """The interpreter's bfloat16 is broken, so torch, which rounds right, runs the formula's constants."""
     source = inspect.getsource(codes._plain.fn)
-    base = int(re.search(r"bfloat16:\s+u = \(c \| (0x\w+)\)", source)[1], 16)
-    offset = float(re.search(r"return u - tl.full\(\(1, 1\), ([\d.]+) \+ \(1 << BITS - 1\), DT\)", source)[1])
+    words = re.search(r"bfloat16:\s+u = \(c \| (0x\w+)\)", source)
+    taken = re.search(r"return u - tl.full\(\(1, 1\), ([\d.]+) \+ \(1 << BITS - 1\), DT\)", source)
+    assert words is not None
+    assert taken is not None
+    base, offset = int(words[1], 16), float(taken[1])
     c = torch.arange(1 << bits, dtype=torch.int16)
     middle = 2 ** (bits - 1)
     total = torch.tensor(offset + middle, dtype=torch.bfloat16)
@@ -236,7 +239,8 @@ def lop3(a, b, c, truth):
 def ptx(function):
     """The text of a kernel function's one inline block."""
     source = inspect.getsource(function.fn)
-    return re.search(r'"""(\{.*?\})"""', source, re.DOTALL)[1]
+    [text] = re.findall(r'"""(\{.*?\})"""', source, re.DOTALL)
+    return text
 
 
 BLOCKS = [(2, codes._asm2_bf16), (2, codes._asm2_fp16), (4, codes._asm4_bf16), (4, codes._asm4_fp16),

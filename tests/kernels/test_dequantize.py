@@ -112,7 +112,7 @@ def test_other_values_are_refused():
             qzo.backend("auto", large_rows="cublas"):
         pass
     with pytest.raises(ValueError, match="large_rows=1"):
-        qzo.QZO(layer_and_rows(1)[0], lr=0.1, large_rows=1)
+        qzo.QZO(layer_and_rows(1)[0], lr=0.1, large_rows=1)  # type: ignore[arg-type]
     with pytest.raises(SystemExit) as stop:
         command.main(["train", "--large-rows", "cublas"])
     assert stop.value.code == 2
@@ -125,10 +125,10 @@ def test_other_values_are_refused():
 def test_compiled_chunks_have_the_twins_bits(dtype, law, zeros):
     for group in (32, 64, 128, 0):
         matmul = Matmul(k=640, n=200, rows=2, group=group, law=law, zeros=zeros, dtype=dtype)
-        operands = matmul.operands("cuda")
+        weight, perturbation = matmul.operands("cuda")
         ours, reference = (torch.empty(150, 640, dtype=dtype, device="cuda") for _ in range(2))
-        dequantize.launch(*operands, ours, e=1, start=50, asm=True)
-        dequantize.dequantize_torch(*operands, reference, e=1, start=50)
+        dequantize.launch(weight, perturbation, ours, e=1, start=50, asm=True)
+        dequantize.dequantize_torch(weight, perturbation, reference, e=1, start=50)
         assert_same_bits(ours.cpu(), reference.cpu())
         y, want = matmul.chunked("cuda", asm=True), matmul.want()
         assert float((y - want).norm() / want.norm()) < {2: 1e-2, 4: 1e-3}[dtype.itemsize]

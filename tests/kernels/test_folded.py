@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -293,7 +294,7 @@ FAULTS = {   # what stands exactly once in folded.py, and what it becomes
 
 def check(module):
     """A second of truth about folded.py or a copy of it."""
-    common = dict(n=3, rows=2, seeds=(5, 9), coefs=(0.2, -0.1), bias=True)
+    common: dict[str, Any] = dict(n=3, rows=2, seeds=(5, 9), coefs=(0.2, -0.1), bias=True)
     for matmul in (Matmul(k=288, group=32, law="ih4", zeros="uint8", **common),
                    Matmul(k=640, group=64, zeros="uint8", **common), Matmul(k=640, group=128, **common),
                    Matmul(k=96, group=32, zeros="uint8", relative=False, **common | {"coefs": (0.02, -0.02)}),
@@ -313,6 +314,8 @@ def copy_with(fault, folder):
     path = folder / "folded_copy.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("qzo.kernels.folded_copy", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

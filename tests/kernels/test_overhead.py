@@ -16,7 +16,8 @@ QUIET_US = 5.6
 def quiet_us(run):
     """CPU microseconds of a linear, of a core where nn.Linear's call takes QUIET_US: the quietest of sixty runs of
     either, in turn (other processes empty the caches that Python lives in)."""
-    plain, found = overhead.dense(), {}
+    plain = overhead.dense()
+    found: dict[object, list[float]] = {}
     for function in (run, plain) * 60:
         begun = time.thread_time()
         function()

@@ -154,6 +154,7 @@ def test_another_table_is_the_one_that_runs():
     layer = qzo.QZOLinear.from_linear(torch.nn.Linear(128, 16, bias=False), group_size=64, table="nf4")
     x = torch.randn(4, 128)
     layer(x)
+    assert layer.table is not None
     layer.table = tuple(2 * entry for entry in layer.table)
     assert torch.allclose(layer(x), x @ layer.dequantize().T, rtol=1e-4, atol=1e-5)
 

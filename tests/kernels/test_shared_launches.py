@@ -1,5 +1,6 @@
 """One launch for several weights has the bits of several: the kernel, a model's steps, and on a GPU."""
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.support.matmuls import TILE, Matmul
 
 MEMBERS = ((33, 1000), (20, 5), (7, 1 << 20))           # outputs and first quads of three weights
 PAIRED = dict(seeds=(5, 5, 9, 9), coefs=(0.1, -0.1, 0.0, 0.02), pair=True)
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "three evaluations": {}, "two": dict(seeds=(1, 2), coefs=(0.1, 0.0)), "one": dict(seeds=(4,), coefs=(0.1,)),
     "pairs": PAIRED, "none": dict(law=None), "gaussian, the whole row": dict(law="gaussian", group=0),
     "absolute": dict(relative=False, coefs=(0.001, -0.001, 0.0)), "noise of rows": dict(shared=True, **PAIRED),
@@ -29,7 +30,7 @@ def test_one_launch_has_the_bits_of_several(form, splits, nan_poison, monkeypatc
     monkeypatch.setattr(plan.Plan, "scratch", lambda self, shape: kept.append(scratch(self, shape)) or kept[-1])
     summed, sums = [], plan.Plan._sum_groups
     monkeypatch.setattr(plan.Plan, "_sum_groups", lambda *a: (summed.append(1), sums(*a))[1])
-    matmuls = [Matmul(**{"k": 512} | FORMS[form], n=n, base4=base4) for n, base4 in MEMBERS]
+    matmuls = [Matmul(**{"k": 512, **FORMS[form]}, n=n, base4=base4) for n, base4 in MEMBERS]
     weights, perturbation, x = [m.operands()[0] for m in matmuls], matmuls[0].operands()[1], matmuls[0].x
     how = dict(tile=dataclasses.replace(TILE, splits=splits), asm=False)
 

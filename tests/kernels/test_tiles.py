@@ -74,7 +74,7 @@ def test_split_programs_of_a_pair_are_on_the_chip_at_once():
 @pytest.fixture(scope="module")
 def sweep():
     """Case name -> {tile: microseconds, the better of two}."""
-    found = {}
+    found: dict[str, dict[tiles.Tile, float]] = {}
     for row in map(json.loads, SWEEP.read_text().splitlines()):
         times, tile = found.setdefault(row["case"], {}), tiles.Tile(**row["tile"])
         times[tile] = min(row["us"], times.get(tile, row["us"]))

@@ -286,7 +286,7 @@ def test_a_batch_without_tensors():
 
 def test_a_batch_that_is_no_mapping():
     with pytest.raises(ValueError, match="a batch is a mapping of tensors, got Tensor"):
-        qzo.losses(make(), IDS, 1)
+        qzo.losses(make(), IDS, 1)  # type: ignore[arg-type]
 
 
 def test_a_wrapper_is_named():

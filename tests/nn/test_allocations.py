@@ -110,9 +110,9 @@ def test_an_update_allocates_less_than_the_arena(function, scales):
 @pytest.mark.parametrize(("k", "n"), [(576, 192), (640, 700), (32, 33)])
 def test_no_operator_of_the_cpu_backend_returns_a_whole_weight(zeros, group, k, n):
     matmul = Matmul(k=k, n=n, rows=2, group=group, zeros=zeros, dtype=torch.float32)
-    operands, y = matmul.operands(form=pack_rows), torch.empty(len(matmul.x), n)
+    (weight, perturbation), y = matmul.operands(form=pack_rows), torch.empty(len(matmul.x), n)
     with Shapes() as shapes:
-        qmm_torch.qmm_torch(matmul.x, *operands, y)
+        qmm_torch.qmm_torch(matmul.x, weight, perturbation, y)
     sizes = [torch.Size(shape).numel() for shape in shapes.seen]
     assert len(sizes) > 10
     assert max(sizes) < k * n

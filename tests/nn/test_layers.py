@@ -147,7 +147,7 @@ def test_rows_that_the_evaluations_do_not_divide_with_three_dimensions():
 
 
 def test_evaluating_takes_evaluations():
-    with pytest.raises(TypeError, match="got list"), qzo.evaluating(block(), [1]):
+    with pytest.raises(TypeError, match="got list"), qzo.evaluating(block(), [1]):  # type: ignore[arg-type]
         pass
 
 

@@ -1,6 +1,7 @@
 """The torch.library operators: registration, fakes and checks."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_a_tile_is_never_ignored():
         layer(x)
     with qzo.backend("triton", tile=tile, large_rows="blas"), pytest.raises(ValueError, match="'blas' has no tiles"):
         layer(x)
-    for wrong in ({"rows": 24}, {"outputs": 8}, {"warps": 0}, {"splits": 3}, {"stages": 0}):
+    wrongs: tuple[dict[str, Any], ...] = ({"rows": 24}, {"outputs": 8}, {"warps": 0}, {"splits": 3}, {"stages": 0})
+    for wrong in wrongs:
         name = next(iter(wrong))
         with pytest.raises(ValueError, match=f"{name} must be"), qzo.backend(tile=dataclasses.replace(tile, **wrong)):
             pass

@@ -246,7 +246,8 @@ def test_what_changes_is_multiplied_as_it_is(change, between):
 @pytest.mark.parametrize("between", ["other seeds", "no evaluations", "tile", "coefficients", "seeds"])
 def test_what_another_perturbation_or_choice_asks_for_is_not_what_was_kept(between, launches):
     model, (x,) = taught(), xs()
-    first = now = qzo.Evaluations([1, 1], [0.1, -0.1])
+    first = qzo.Evaluations([1, 1], [0.1, -0.1])
+    now: qzo.Evaluations | None = first
     with qzo.evaluating(model, first):
         model.all(x)
         model.q(x)

@@ -6,6 +6,7 @@ Where there is no GPU, tests/graphs.py stands in for the graphs.
 import math
 import types
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -90,9 +91,12 @@ def test_few_graphs_are_held_and_the_least_used_goes(recorders, monkeypatch):
 
     def after(*rows):
         steps(optimizer, losses, batches(rows))
-        return sorted(len(graph.batch["x"]) // 4 for graph in optimizer.graphs.captured.values())
+        assert optimizer.graphs is not None
+        given = [graph.batch for graph in optimizer.graphs.captured.values()]
+        return sorted(len(batch["x"]) // 4 for batch in given if batch is not None)
 
     after(1)
+    assert optimizer.graphs is not None
     optimizer.graphs.limit = 2
     assert after(1, 1, 2, 2, 2, 2) == [1, 2]  # three uses and four
     assert after(3, 3, 3, 3, 3) == [1, 2]  # five uses are not twice as many
@@ -125,6 +129,7 @@ def test_plain_values_are_part_of_the_shape(recorders):
     means = [optimizer.step(losses, batch={**batch, "scale": scale}) for scale in (1, 1, 3, 3)]
     assert means == pytest.approx([means[0], means[0], 3 * means[0], 3 * means[0]], rel=0.1)
     assert {1, 3} == set(seen)
+    assert optimizer.graphs is not None
     assert len(optimizer.graphs.captured) == 2
 
 
@@ -132,17 +137,19 @@ def test_settings_that_are_captured_make_another_graph(recorders):
     """eps and the rate are read by the replay, what the noise is like and how many directions there are is not."""
     optimizer = qzo.QZO(two_layers(), lr=0.0)
     plain = qzo.QZO(two_layers(), lr=0.0, cuda_graph=False)
+    closures: dict[qzo.QZO, Any] = {}
     for change in ({}, {}, {}, {"eps": 0.1, "clip": 0.5, "lr": 0.3}, {}, {"noise": "ih4"}, {}, {}, {"directions": 2}):
         means = []
         for one in (optimizer, plain):
             one.param_groups[0].update(change)
             count = 2 * one.param_groups[0]["directions"]
             [batch] = batches([1], count)
-            if not hasattr(one, "losses_of_batch") or change.get("directions"):
-                one.losses_of_batch = losses_of(one.module, count)
-            one.step(one.losses_of_batch, batch=batch)
+            if one not in closures or change.get("directions"):
+                closures[one] = losses_of(one.module, count)
+            one.step(closures[one], batch=batch)
             means.append(one.last)
         assert means[0] == means[1]
+    assert optimizer.graphs is not None
     assert len(optimizer.graphs.captured) == 2
     assert torch.equal(optimizer.arena.data, plain.arena.data)
 
@@ -187,7 +194,7 @@ def test_cuda_graph_is_none_or_a_bool(wrong):
 
 def test_a_batch_is_a_mapping():
     with pytest.raises(TypeError, match="batch=Tensor: expected a mapping of tensors"):
-        qzo.QZO(two_layers(), lr=0.1).step(lambda batch: batch, batch=torch.ones(2))
+        qzo.QZO(two_layers(), lr=0.1).step(lambda batch: batch, batch=torch.ones(2))  # type: ignore[arg-type]
 
 
 def test_what_reads_on_the_host_runs_plainly_after_one_warning_that_names_it(tmp_path, recorders):

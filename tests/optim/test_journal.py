@@ -5,6 +5,7 @@ import os
 import pytest
 
 from qzo.optim.journal import RECORD_BYTES, Journal, JournalError, Record, read
+from tests.support.journals import read_whole
 
 HEADER = {"directions": 2, "digest": "sha256:0", "eps": 0.01, "versions": {"qzo": "x"}}
 
@@ -26,7 +27,7 @@ def path(tmp_path):
 
 
 def test_round_trip(path):
-    header, steps, end = read(path)
+    header, steps, end = read_whole(path)
     assert header == HEADER
     assert steps == [step(n, skipped=n == 2) for n in range(4)]
     assert end == path.stat().st_size
@@ -107,12 +108,12 @@ def test_a_full_disk_leaves_whole_steps(path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    journal._file = Full(journal._file)
+    monkeypatch.setattr(journal, "_file", Full(journal._file))
     with pytest.raises(OSError, match="no space left"):
         journal.append(step(4))
     journal.close()
-    assert len(read(path)[1]) == 4
-    assert read(path)[2] == path.stat().st_size
+    assert len(read_whole(path)[1]) == 4
+    assert read_whole(path)[2] == path.stat().st_size
 
 
 def test_a_header_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

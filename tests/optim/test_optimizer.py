@@ -58,6 +58,7 @@ def test_a_step_is_the_papers():
     before = arena_of(model).data.clone()
     optimizer = qzo.QZO(model, lr=0.04, eps=0.02, clip=4.0, directions=2, seed=11)
     optimizer.step(given([[1.0, 0.9, 3.0, 1.0]]))
+    assert optimizer.last is not None
     assert optimizer.last.derivatives == pytest.approx([2.5, 50.0], rel=1e-6)
     a = [-(0.04 / 2) * d for d in ((torch.tensor(1.0) - torch.tensor(0.9)).item() / 0.04, 4.0)]
     assert optimizer.last.applied == pytest.approx(a, rel=1e-6)
@@ -115,6 +116,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
     before = arena_of(model).data.clone()
     optimizer.step(given([[1.0, math.nan]]))
     optimizer.step(given([[math.inf, 1.0]]))
+    assert optimizer.last is not None
     assert optimizer.last.skipped
     assert torch.equal(arena_of(model).data, before)
     with pytest.raises(FloatingPointError, match="3 steps in a row had a NaN or infinite loss"):
@@ -151,6 +153,7 @@ def test_with_row_sharing_a_rows_scales_move_by_one_factor():
     seed = optimizer.evaluations().seeds[0].item()
     optimizer.step(given([[1.0, 0.9]]))
     for name, scales in qzo.scales(model).items():
+        assert optimizer.last is not None
         factor = 1 + optimizer.last.applied[0] * qzo.noise("rademacher", seed, index[name][0])
         assert torch.equal(scales, before[name] * factor)
     assert len(factor.unique()) == 2

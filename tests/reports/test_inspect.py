@@ -40,7 +40,7 @@ def look(capsys, *arguments):
 def checkpoint(request, tmp_path):
     if request.param.startswith("gguf"):
         wide = {"blk.1.ffn_up.weight": (np.zeros((160, 96 // 32 * 34), np.uint8), TYPES.Q8_0)}
-        write_gguf(tmp_path / "m.gguf", TYPES[request.param[5:].upper()], change=wide, tied=False)
+        write_gguf(tmp_path / "m.gguf", getattr(TYPES, request.param[5:].upper()), change=wide, tied=False)
         return tmp_path / "m.gguf"
     return FIXTURES / request.param
 

@@ -71,7 +71,7 @@ def config_of(folder):
 
 
 def tensors_of(folder):
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in folder.glob("model*.safetensors"):
         found |= load_file(file)
     return found

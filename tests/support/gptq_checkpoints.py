@@ -47,7 +47,7 @@ def awq_layer(codes, zeros, scales, bits):
 def decode_folder(folder):
     """{name of a Linear: float32 [N, K]} of a folder in GPTQ's or AWQ's layout, code by code."""
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in folder.glob("model*.safetensors"):
         tensors |= load_file(file)
     found = {}

@@ -6,6 +6,7 @@ capture, the tensors of the other graphs in the pool are lost by it, and a graph
 
 import contextlib
 import sys
+from types import FrameType, ModuleType
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 def _in_kernels():
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if "/kernels/" in frame.f_code.co_filename:
             return True
@@ -93,10 +94,11 @@ class Recorder:
         return [graph for graph in self.graphs if not graph.dead]
 
 
-class Cuda:
+class Cuda(ModuleType):
     """What qzo.optim.graph.Recorder calls of torch.cuda, with a log; a stream is a text."""
 
     def __init__(self):
+        super().__init__("cuda")
         self.log, self.now, self.pools = [], "main", 0
 
     def graph_pool_handle(self):

@@ -109,11 +109,10 @@ class Matmul:
 
     def operands(self, device="cpu", form=pack_planes):
         """(Weight, Perturbation): what plan.launch and qmm_torch take beside x and y."""
-        tensors = [
-            None if t is None else t.to(device)
-            for t in (self.packed(form), self.quads, self.zero_points, self.bias_values, self.codebooks)
-        ]
-        codes, scales, zeros, bias, codebooks = tensors
+        codes, scales = self.packed(form).to(device), self.quads.to(device)
+        zeros, bias, codebooks = (
+            None if t is None else t.to(device) for t in (self.zero_points, self.bias_values, self.codebooks)
+        )
         law = noise.NONE if self.law is None else noise.LAWS[self.law]
         return (
             Weight(codes, scales, self.k, self.width, zeros, bias, self.base4, self.bits, self.table, codebooks),
@@ -136,13 +135,15 @@ class Matmul:
     def reference(self, form=pack_rows, out_dtype=torch.float32):
         """qmm_torch, on CPU rows or on planes."""
         y = torch.empty(len(self.x), self.n, dtype=out_dtype)
-        qmm_torch.qmm_torch(self.x, *self.operands(form=form), y, exact=self.exact)
+        weight, perturbation = self.operands(form=form)
+        qmm_torch.qmm_torch(self.x, weight, perturbation, y, exact=self.exact)
         return y
 
     def chunked(self, device="cpu", asm=False):
         """dequantize.matmul: what large_rows="blas" runs; y has x's type."""
         y = torch.empty(len(self.x), self.n, dtype=self.dtype, device=device)
-        dequantize.matmul(self.x.to(device), *self.operands(device), y, asm=asm, exact=self.exact)
+        weight, perturbation = self.operands(device)
+        dequantize.matmul(self.x.to(device), weight, perturbation, y, asm=asm, exact=self.exact)
         return y.cpu()
 
     # ---------------------------------------------------------------------------------------------- the truth

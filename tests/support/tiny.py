@@ -1,6 +1,7 @@
 """A tiny random Llama with a tokenizer of words, saved as a float checkpoint, and a task for it."""
 
 import json
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ WORDS = [
     "nine",
     "ten",
 ]
-RECORDS = [
+RECORDS: list[dict[str, Any]] = [
     {"prompt": f"Headline : {a} {b}", "options": ["warm", "cold"], "label": int(a in ("blue", "sky", "water"))}
     for a in ("red", "fire", "blue", "sky", "water", "leaf")
     for b in ("one", "two", "three", "four")

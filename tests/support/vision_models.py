@@ -1,5 +1,7 @@
 """Tiny random vision-language models of the common kinds."""
 
+from typing import Any
+
 import transformers as t
 
 TEXT = {
@@ -55,7 +57,7 @@ TILES = {
 }
 
 # class -> arguments of its config
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "Llava": {"text_config": LLAMA, "vision_config": CLIP, "image_token_index": 90},
     "LlavaNext": {
         "text_config": MISTRAL,
@@ -123,6 +125,6 @@ def build(name, tied):
     else:
         config, cls = getattr(t, f"{name}Config")(**arguments), getattr(t, f"{name}ForConditionalGeneration")
     for part in (config, getattr(config, "text_config", None)):
-        if hasattr(part, "tie_word_embeddings"):  # some have it in the config above only
+        if part is not None and hasattr(part, "tie_word_embeddings"):  # some have it in the config above only
             part.tie_word_embeddings = tied
     return cls(config).eval()

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 import qzo
 from qzo.checkpoints.formats import files
 from qzo.cli.main import main
-from qzo.optim.journal import read as read_journal
 from qzo.system import disk
 from tests.support import tiny
+from tests.support.journals import read_whole
 
 DEVICE = ["--group-size", "32", "--device", "cpu"]
 
@@ -171,7 +171,7 @@ def test_a_step_that_the_journal_cannot_hold(base, tmp_path, capsys, monkeypatch
     assert main(train(base, tmp_path / "o")) == 1
     line = last_line(capsys)
     assert line.startswith(f"qzo train: disk quota exceeded ({tmp_path / 'o'}); ")
-    saved = len(read_journal(tmp_path / "o/journal.qzo")[1])
+    saved = len(read_whole(tmp_path / "o/journal.qzo")[1])
     assert saved == 2
     assert f"; {saved} step" in line
     assert "--resume" in line

@@ -1,5 +1,7 @@
 """Conversations of every shape that data sets have, as a chat template is given them; and each key that is wrong."""
 
+from typing import Any
+
 import pytest
 
 from qzo.training.chats import conversation, instruction
@@ -40,7 +42,8 @@ def test_arguments_tools_and_parts_become_what_templates_take():
         assert tools == [{"name": "look"}]
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     assert conversation({"messages": [{"role": "user", "content": parts}, YES]})[0][0]["content"] == "a b"
-    for empty in (None, []):
+    nothing: tuple[list[dict[str, Any]] | None, ...] = (None, [])
+    for empty in nothing:
         assert conversation({"messages": [USER, {**YES, "tool_calls": empty}]})[0] == [USER, YES]
 
 

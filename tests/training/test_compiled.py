@@ -13,13 +13,13 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import qzo
-from qzo.optim.journal import read as read_journal
 from qzo.training import data
 from qzo.training import loop as train
 from qzo.training.compiled import Compiled
 from qzo.training.settings import Settings
 from qzo.training.task import Task
 from tests.support import tiny
+from tests.support.journals import read_whole
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_journal_says_that_a_run_was_compiled(loaded, tmp_path):
             compiled=Compiled(model) if settings.compile else None,
         )
         train.fit(task, settings, tmp_path / name, show=False)
-        ends.append(read_journal(tmp_path / name / "journal.qzo"))
+        ends.append(read_whole(tmp_path / name / "journal.qzo"))
     (header, steps, _), (_, again, _), (other, plain, _) = ends
     assert header["recipe"]["compile"] is True
     assert "compile" not in other["recipe"]
@@ -191,4 +191,4 @@ def test_a_compiled_run_on_a_gpu_has_the_same_bits_in_graphs(loaded, tmp_path):
 
 def test_compile_is_a_bool():
     with pytest.raises(ValueError, match="compile='inductor': expected true or false"):
-        Settings(compile="inductor")
+        Settings(compile="inductor")  # type: ignore[arg-type]

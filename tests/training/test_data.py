@@ -3,6 +3,7 @@ named before anything trains."""
 
 import itertools
 import warnings
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -225,7 +226,7 @@ def test_an_unknown_token_that_one_option_goes_on_with_stands_in_all_of_them():
 def test_a_line_is_read_as_its_first_form_whatever_else_it_has():
     tokenizer = words("$A")
     extra = {"text": 3, "id": 4, "options": None}
-    records = [
+    records: list[dict[str, Any]] = [
         {"prompt": "a", "completion": " yes"},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}]},
     ]

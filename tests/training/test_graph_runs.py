@@ -12,11 +12,11 @@ from torch import nn
 import qzo
 from qzo.nn.layers import arena_of
 from qzo.optim import graph
-from qzo.optim.journal import read as read_journal
 from qzo.training import loop as train
 from qzo.training.settings import Settings
 from tests.support import graphs, tiny
 from tests.support.graphs import ROWS, Reads, batches, closure_steps, losses_of, steps, two_layers
+from tests.support.journals import read_whole
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_run_in_graphs_that_was_cut_goes_on_in_the_same_bits(loaded, tmp_path,
 
 
 def test_a_journal_says_how_batches_were_padded(loaded, tmp_path):
-    assert "padding" not in read_journal(_journal(loaded, tmp_path / "cpu", False))[0]["recipe"]
+    assert "padding" not in read_whole(_journal(loaded, tmp_path / "cpu", False))[0]["recipe"]
     fit(loaded, tmp_path / "gpu", max_steps=1)
     for name, bucketed in (("cpu", True), ("gpu", False)):
         with pytest.raises(qzo.JournalError, match=r"its padding is .*as on a CUDA device"):
@@ -182,4 +182,5 @@ def test_after_a_capture_that_failed_a_gpu_goes_on():
     model = on_gpu()
     optimizer = qzo.QZO(model, lr=0.1, directions=2)
     steps(optimizer, losses_of(model, 4), given)
+    assert optimizer.graphs is not None
     assert len(optimizer.graphs.captured) == 1

@@ -96,7 +96,7 @@ def test_a_run_decides_once():
     assert many_rows.settle(cpu, never) == ("fused", None)
     with qzo.backend("triton"):
         for part, wanted in ((0.004, "auto"), (0.02, "fused"), (0.5, "fused"), (0.0, "fused")):
-            assert many_rows.settle(cpu, lambda part=part: part) == (wanted, part)
+            assert many_rows.settle(cpu, functools.partial(float, part)) == (wanted, part)
         for recorded, wanted in (
             (many_rows.NAMES["auto"], "auto"),
             ("fused", "fused"),

@@ -12,12 +12,12 @@ import qzo
 from qzo.cli.main import main
 from qzo.loss.losses import Stacked, model_inputs, option_scores, read_states
 from qzo.nn.layers import arena_of, layers
-from qzo.optim.journal import read as read_journal
 from qzo.training import packing, task
 from qzo.training.data import Example, collate
 from qzo.training.loop import choose_layers
 from qzo.training.task import Task
 from tests.support import tiny
+from tests.support.journals import read_whole
 
 VOCABULARY = 61
 SMALL = dict(
@@ -131,11 +131,11 @@ def test_every_evaluation_has_the_loss_of_plain_rows(model, kind, join, attentio
         want, got = qzo.losses(model, plain, 4), qzo.losses(model, packed, 4)
     assert torch.allclose(got, want, rtol=3e-6)
     assert want.sort()[0].diff().min() > 1e-3, "the evaluations could be exchanged"
-    states = [read_states(model, batch) for batch in (plain, packed)]
-    assert torch.allclose(*states, atol=1e-4)
+    one, other = (read_states(model, batch) for batch in (plain, packed))
+    assert torch.allclose(one, other, atol=1e-4)
     if kind != "labels":
-        scores = [option_scores(model, Stacked(batch)) for batch in (plain, packed)]
-        assert torch.allclose(*scores, atol=3e-5)
+        one, other = (option_scores(model, Stacked(batch)) for batch in (plain, packed))
+        assert torch.allclose(one, other, atol=3e-5)
     assert packing.why_not(model, examples, 0) is None
 
 
@@ -170,9 +170,9 @@ def test_tasks_measure_the_same_in_every_form(llama, kind, train_layers):
     plain, packed = Task(llama, examples, 0, prefix), Task(llama, examples, 0, prefix, "auto")
     plain.shares = False
     assert packed.settle() == (kind == "several", True)
-    want, got = plain.evaluate(4), packed.evaluate(4)
-    assert got["loss"] == pytest.approx(want["loss"], rel=3e-6)
-    assert got["accuracy"] == want["accuracy"]
+    one, other = plain.evaluate(4), packed.evaluate(4)
+    assert other["loss"] == pytest.approx(one["loss"], rel=3e-6)
+    assert other["accuracy"] == one["accuracy"]
     if kind != "labels":
         assert torch.allclose(packed.scores(4), plain.scores(4), atol=1e-4)
     evaluations = qzo.Evaluations([1, 1, 2], [0.2, -0.2, 0.0])
@@ -257,7 +257,7 @@ def test_a_window_longer_than_the_longest_example_is_no_matter():
 def test_kernels_that_take_no_mask_are_not_tried(llama):
     llama.config._attn_implementation = "flash_attention_2"
     try:
-        assert "takes no mask" in packing.why_not(llama, examples_of("labels"), 0)
+        assert "takes no mask" in str(packing.why_not(llama, examples_of("labels"), 0))
     finally:
         llama.config._attn_implementation = "sdpa"
 
@@ -360,7 +360,7 @@ def test_packing_is_in_the_journal_and_resumes_in_the_same_bits(base, tmp_path, 
     trained(base, tmp_path, "out", "--packing", "auto")
     path = tmp_path / "out" / "journal.qzo"
     whole = path.read_bytes()
-    assert read_journal(path)[0]["recipe"]["packing"] == "auto"
+    assert read_whole(path)[0]["recipe"]["packing"] == "auto"
     path.write_bytes(whole[: -3 * 64 - 7])
     with pytest.raises(AssertionError):
         trained(base, tmp_path, "out", "--resume")

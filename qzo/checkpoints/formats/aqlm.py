@@ -8,7 +8,7 @@ with config.json's quantization_config {nbits_per_codebook, num_codebooks, in_gr
 train; codebooks too where asked for (qzo.train_codebooks_), and are written back then.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ...nn.weights import PackedWeight
 from . import files, safetensors_file
 from .folder import copy_all, read_weights, tensor_places
 from .folder_format import FolderFormat
-from .protocol import Entry, Find, Quantization, SavedScales
+from .protocol import Change, Entry, Find, Quantization, SavedScales
 from .rounding import stored_scales
 
 METHOD = "aqlm"
@@ -46,7 +46,7 @@ def weights(folder: Path, quantization: Quantization, dtype: torch.dtype | None)
     return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(parts, quantization))
 
 
-def _packed(parts, quantization):
+def _packed(parts: Mapping[str, torch.Tensor], quantization: Quantization) -> PackedWeight:
     """The PackedWeight of a layer's tensors, its codebooks in their own type. ValueError for what does not fit."""
     missing = [part for part in _PARTS if part not in parts]
     if missing:
@@ -73,7 +73,7 @@ def _packed(parts, quantization):
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _changes(folder, find):
+def _changes(folder: Path, find: Find) -> Iterator[Change]:
     """Yield (name of scales or codebooks, what they are now in the file's dtype and shape, file, place)."""
     for name, (file, place) in tensor_places(folder).items():
         layer, _, part = name.rpartition(".")
@@ -82,6 +82,7 @@ def _changes(folder, find):
             continue
         old = safetensors_file.read(file, place)
         new = packed.scales if part == "scales" else packed.codebooks
+        assert new is not None, name
         yield name, stored_scales(new.cpu().to(torch.float32).reshape(old.shape), old, name), file, place
 
 

@@ -39,7 +39,7 @@ def check_config(quantization: Quantization, where: object) -> tuple[ModuleType,
     return form, plain
 
 
-def _dynamic(extra, where):
+def _dynamic(extra: object, where: object) -> dict[str, dict[str, Any]]:
     """extra_config, what single layers have instead, as gptq.py's `dynamic`: names before patterns."""
     if not isinstance(extra, dict) or not all(isinstance(value, dict) for value in extra.values()):
         raise ValueError(f"{where}: extra_config must be layers and what they change, got {extra!r:.80}")

@@ -9,6 +9,9 @@ that of the model it was made from.
 """
 
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +21,7 @@ from .folder import save_scales, scale_changes, tensor_places
 from .folder_format import gathered
 from .gptq import check_bits_and_group, check_groups, check_matrix, check_there, integer_zeros
 from .limits import check_integers, check_order, check_whole_words, group_sizes
-from .protocol import Target
+from .protocol import Change, Find, Make, NewTensor, Place, Quantization, SavedScales, Target
 from .rounding import new_scales
 from .words import pack, unpack
 
@@ -31,7 +34,7 @@ _NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)  # where column j of a word's eight lies
 _COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that lies there
 
 
-def check_config(quantization, where):
+def check_config(quantization: Quantization, where: object) -> tuple[int | None, bool, str]:
     """(group size, None for the whole row; whether there are zero points; version) of a quantization_config that can be
     read.
 
@@ -49,7 +52,7 @@ def check_config(quantization, where):
     return None if size == -1 else size, quantization.get("zero_point") is not False, layout.lower()
 
 
-def _one_of(quantization, names, where):
+def _one_of(quantization: Quantization, names: Sequence[str], where: object) -> Any:
     """What a quantization_config says under one of these names. ValueError where it says two things."""
     found = {name: quantization[name] for name in names if quantization.get(name) is not None}
     if any(value != next(iter(found.values())) for value in found.values()):
@@ -60,11 +63,11 @@ def _one_of(quantization, names, where):
     return next(iter(found.values()), None)
 
 
-def packer(quantization, where):
+def packer(quantization: Quantization, where: object) -> Make:
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     size, zero_point, version = check_config(quantization, where)
 
-    def make(layer, parts):
+    def make(layer: str, parts: Mapping[str, torch.Tensor]) -> PackedWeight:
         if version == "gemm":
             weight = _packed(layer, parts, size)
         else:
@@ -81,7 +84,7 @@ def packer(quantization, where):
     return make
 
 
-def changed_scales(folder, find):
+def changed_scales(folder: Path, find: Find) -> Iterator[Change]:
     """Yield (layer, its scales as the file holds them, file, place); find(name) gives a PackedWeight or None. Of a
     layer in gemv_fast's layout also its scaled_zeros."""
     places = tensor_places(folder)
@@ -98,30 +101,32 @@ def changed_scales(folder, find):
             yield layer, new, *places[names[part]]
 
 
-def _is_gemm(places, layer):
+def _is_gemm(places: Mapping[str, tuple[Path, Place]], layer: str) -> bool:
     """Whether a layer lies in the GEMM layout, by its shapes: there scales have a row for each group, else for each
     output, as the codes have, or the codes are 16-bit words."""
     (_, (kind, shape, *_)), (_, (_, scales, *_)) = (places[f"{layer}.{part}"] for part in ("qweight", SCALES))
     return kind == "I32" and scales[0] != shape[0]
 
 
-def save(folder, staging, find):
+def save(folder: Path, staging: Path, find: Find) -> None:
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives."""
     save_scales(folder, staging, changed_scales(folder, find))
 
 
-def saved_scales(folder, find):
+def saved_scales(folder: Path, find: Find) -> Iterator[SavedScales]:
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
     places = tensor_places(folder)
     for layer, new, file, place in changed_scales(folder, find):
         if places[f"{layer}.{SCALES}"] != (file, place):
             continue  # scaled_zeros
-        groups = len(find(f"{layer}.weight").scales)
+        packed = find(f"{layer}.weight")
+        assert packed is not None, layer
+        groups = len(packed.scales)
         by_output = not _is_gemm(places, layer) and f"{layer}.scaled_zeros" not in places
         yield layer, (new[:, :groups].T if by_output else new[:groups]).to(torch.float32), None
 
 
-def _packed(layer, parts, size):
+def _packed(layer: str, parts: Mapping[str, torch.Tensor], size: int | None) -> PackedWeight:
     check_there(layer, parts, PARTS[:3])
     words, zero_words, scales = (parts[part] for part in PARTS[:3])
     check_matrix(words, "")
@@ -133,7 +138,7 @@ def _packed(layer, parts, size):
     return PackedWeight.from_codes(_columns(words).T, scales, _columns(zero_words))
 
 
-def _columns(words):
+def _columns(words: torch.Tensor) -> torch.Tensor:
     """int32 [R, N/8] -> uint8 [R, N] in the order of the columns."""
     nibbles = unpack(words, 8 * words.shape[1]).unflatten(1, (-1, 8))
     return nibbles[..., list(_NIBBLE)].flatten(1)
@@ -142,7 +147,7 @@ def _columns(words):
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def quantization_config(packed, ignore):
+def quantization_config(packed: Mapping[str, PackedWeight], ignore: list[str]) -> dict[str, Any]:
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
 
     zero_point is true for symmetric layers as well: servers then read the zero points, all 8. ValueError for
@@ -172,18 +177,17 @@ def quantization_config(packed, ignore):
     }
 
 
-def entries(name, weight, quantization, dtype):
+def entries(name: str, weight: PackedWeight, quantization: Quantization, dtype: torch.dtype) -> list[NewTensor]:
     """The tensors of a layer for a new file, as safetensors_file.write takes them; scales in `dtype`."""
     n, k, groups = weight.out_features, weight.in_features, weight.scales.shape[0]
-    made = [
-        ("qweight", torch.int32, (k, n // 8), lambda: _words(weight.unpacked().cpu().T)),
-        ("qzeros", torch.int32, (groups, n // 8), lambda: _words(integer_zeros(weight))),
-        (SCALES, dtype, (groups, n), lambda: new_scales(weight.scales.cpu(), dtype, name)),
+    return [
+        (f"{name}.qweight", torch.int32, (k, n // 8), lambda: _words(weight.unpacked().cpu().T)),
+        (f"{name}.qzeros", torch.int32, (groups, n // 8), lambda: _words(integer_zeros(weight))),
+        (f"{name}.{SCALES}", dtype, (groups, n), lambda: new_scales(weight.scales.cpu(), dtype, name)),
     ]
-    return [(f"{name}.{part}", *rest) for part, *rest in made]
 
 
-def _words(columns):
+def _words(columns: torch.Tensor) -> torch.Tensor:
     """Inverse of _columns."""
     return pack(columns.unflatten(1, (-1, 8))[..., list(_COLUMN)].flatten(1))
 

@@ -10,12 +10,16 @@ W words hold G groups and are padded: a multiple of 4 words for groups of 32, of
 Rounded scaled_zeros are read as the whole zero points that AutoAWQ made them of, and written for a scale that moved.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
+from ...nn.weights import PackedWeight
 from .gptq import check_there
 from .rounding import stored_scales
 from .words import unpack
 
+_Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes, scales, zero points
 VERSIONS = ("gemv", "gemv_fast")
 PARTS = {"gemv": ("qweight", "qzeros", "scales"), "gemv_fast": ("qweight", "scales", "scaled_zeros")}
 _ROWS, _RUN = 4, 64  # of gemv_fast: rows that share words, and inputs of one row side by side
@@ -24,20 +28,20 @@ _WHOLE = 0.05  # how far -scaled_zeros / scales may be from a whole number; floa
 _SHUFFLED = torch.arange(32).view(4, 4, 2).transpose(0, 1).reshape(4, 4, 2).transpose(1, 2).flatten()
 
 
-def words_of_groups(in_features, size):
+def words_of_groups(in_features: int, size: int) -> int:
     """W, the words that a row's zero points take."""
     step = {32: 4, 64: 2}.get(size, 1)
     words = -(-(in_features // size) // 8)
     return -(-words // step) * step
 
 
-def read(layer, parts, version, size):
+def read(layer: str, parts: Mapping[str, torch.Tensor], version: str, size: int | None) -> _Read:
     """(codes uint8 [N, K], scales [G, N], zero points uint8 [G, N]) of a layer; size None: the whole row."""
     check_there(layer, parts, PARTS[version])
     return (_gemv if version == "gemv" else _gemv_fast)(parts, size)
 
 
-def _gemv(parts, size):
+def _gemv(parts: Mapping[str, torch.Tensor], size: int | None) -> _Read:
     words = _matrix(parts["qweight"], "", torch.int32)
     n, k = words.shape[0], 8 * words.shape[1]
     groups, width = _groups(k, size)
@@ -47,7 +51,7 @@ def _gemv(parts, size):
     return unpack(words, k), parts["scales"][:, :groups].T, zeros
 
 
-def _gemv_fast(parts, size):
+def _gemv_fast(parts: Mapping[str, torch.Tensor], size: int | None) -> _Read:
     words = _matrix(parts["qweight"], "", torch.int16)
     n, k = _ROWS * words.shape[0], words.shape[1]
     if k % _RUN:
@@ -59,7 +63,7 @@ def _gemv_fast(parts, size):
     return _unshuffled(words), scales, _whole(scales.float(), moved.float())
 
 
-def _unshuffled(words):
+def _unshuffled(words: torch.Tensor) -> torch.Tensor:
     """uint8 [N, K] of int16 words [N/4, K]."""
     fields = words.to(torch.int32).reshape(len(words), -1, _RUN)
     nibbles = torch.stack([fields >> 4 * j & 15 for j in range(_ROWS)], -1).to(torch.uint8)  # [N/4, K/64, 64, 4]
@@ -69,7 +73,7 @@ def _unshuffled(words):
     return codes.flatten(1)
 
 
-def _whole(scales, moved):
+def _whole(scales: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     """uint8 zero points of -scale * zero point; the middle one where the scale is 0."""
     zeros = torch.where(scales == 0, 8.0, -moved / torch.where(scales == 0, 1.0, scales))
     found = zeros.round()
@@ -81,20 +85,20 @@ def _whole(scales, moved):
     return found.to(torch.uint8)
 
 
-def _groups(k, size):
+def _groups(k: int, size: int | None) -> tuple[int, int]:
     size = size or k
     if k % size:
         raise ValueError(f"in_features {k} is no multiple of group_size {size}")
     return k // size, words_of_groups(k, size)
 
 
-def _matrix(words, name, dtype):
+def _matrix(words: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
     if words.dtype != dtype or words.dim() != 2 or words.numel() == 0:
         raise ValueError(f"{name}must be a matrix of {dtype}, got {words.dtype} {list(words.shape)}")
     return words
 
 
-def _check(tensor, name, dtype, shape):
+def _check(tensor: torch.Tensor, name: str, dtype: torch.dtype | None, shape: Sequence[int]) -> None:
     fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
     if not fits or list(tensor.shape) != shape:
         kind = "floats" if dtype is None else dtype
@@ -104,7 +108,7 @@ def _check(tensor, name, dtype, shape):
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def new_parts(packed, stored, name):
+def new_parts(packed: PackedWeight, stored: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """{part: tensor} of a layer's scales as its file holds them. stored: {part: tensor} of the file, of either layout;
     packed: what the layer is now."""
     fast, groups = "scaled_zeros" in stored, len(packed.scales)

@@ -11,6 +11,9 @@ folder whose scales moved is written with float32 absmax, and its config says so
 
 import json
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,8 +23,10 @@ from ...nn.weights import PackedWeight
 from . import files, safetensors_file
 from .folder import INDEX, copy_all, read_weights, tensor_places
 from .folder_format import FolderFormat
-from .protocol import Target
+from .protocol import Entry, Find, NewTensor, Place, Quantization, SavedScales, Target
 from .rounding import stored_scales
+
+_Places = Mapping[str, tuple[Path, Place]]  # of tensors: folder.tensor_places
 
 METHOD = "bitsandbytes"
 SCALES = "weight.absmax"
@@ -31,7 +36,7 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes refuses othe
 _PARTS = (SCALES, "weight", "weight.quant_map", *_STATES, *_NESTED)
 
 
-def check_config(quantization, where):
+def check_config(quantization: Quantization, where: object) -> None:
     """ValueError naming what of a quantization_config cannot be read."""
     if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
         raise ValueError(
@@ -44,13 +49,13 @@ def check_config(quantization, where):
         )
 
 
-def weights(folder, quantization, dtype):
+def weights(folder: Path, quantization: Quantization, dtype: torch.dtype | None) -> Iterator[Entry]:
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
     check_config(quantization, folder)
     return read_weights(folder, dtype, _PARTS, lambda layer, parts: _packed(layer, parts, dtype))
 
 
-def _packed(layer, parts, dtype):
+def _packed(layer: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> PackedWeight | torch.Tensor:
     """A PackedWeight; where blocks are no groups of a row that the kernels take, the weight in `dtype`."""
     state = _state(parts)
     n, k = state["shape"]
@@ -75,7 +80,7 @@ def _packed(layer, parts, dtype):
     return PackedWeight.from_codes(codes, absmax.view(n, k // size).T, table=table)
 
 
-def _state(parts):
+def _state(parts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The layer's JSON. ValueError where there is none, or it lacks a number."""
     missing = [part for part in ("weight", "weight.quant_map") if part not in parts]
     found = next((parts[part] for part in _STATES if part in parts), None)
@@ -93,7 +98,7 @@ def _state(parts):
     return state
 
 
-def _absmax(parts, state):
+def _absmax(parts: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> torch.Tensor:
     """float32 [blocks]: as it is stored, or double-quantized."""
     absmax = parts[SCALES].flatten()
     if absmax.is_floating_point():
@@ -110,7 +115,7 @@ def _absmax(parts, state):
         )
     nested = parts["weight.nested_absmax"].flatten().to(torch.float32)
     size, offset = state.get("nested_blocksize", 256), state.get("nested_offset")
-    if type(offset) not in (float, int):
+    if offset is None or type(offset) not in (float, int):
         raise ValueError(f"nested_offset is {offset!r:.40} in its quant_state; expected a number, fetch it again")
     entries = parts["weight.nested_quant_map"].flatten().to(torch.float32)
     if entries.numel() != 256 or nested.numel() != -(-absmax.numel() // size):
@@ -121,7 +126,7 @@ def _absmax(parts, state):
     return entries[absmax.to(torch.int64)] * nested.repeat_interleave(size)[: absmax.numel()] + offset
 
 
-def _table(parts, state):
+def _table(parts: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> tuple[float, ...]:
     """Sixteen floats. ValueError where they are not those of the kind that the file names: its own tool reads some
     by the name and some by the table."""
     table = parts["weight.quant_map"].flatten().to(torch.float32)
@@ -139,7 +144,7 @@ def _table(parts, state):
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _changes(folder, find):
+def _changes(folder: Path, find: Find) -> Iterator[tuple[str, torch.Tensor, Path, Place, bool]]:
     """Yield (layer, new float32 absmax [blocks], file, place, whether double-quantized and moved) of trained layers."""
     found = tensor_places(folder)
     for name, (file, place) in found.items():
@@ -155,13 +160,13 @@ def _changes(folder, find):
             yield layer, scales, file, place, not torch.equal(_read_absmax(found, layer), scales)
 
 
-def _read_absmax(found, layer):
+def _read_absmax(found: _Places, layer: str) -> torch.Tensor:
     """float32 [blocks] of a layer among `tensor_places`."""
     parts = {part: safetensors_file.read(*found[f"{layer}.{part}"]) for part in _PARTS if f"{layer}.{part}" in found}
     return _absmax(parts, _state(parts))
 
 
-def save(folder, staging, find):
+def save(folder: Path, staging: Path, find: Find) -> None:
     """Copy all of `folder` to `staging` with the scales of the PackedWeight (or None) that `find(name)` gives.
 
     Double-quantized: unchanged if no scale moved; else written with float32 absmax, config.json saying so.
@@ -175,14 +180,15 @@ def save(folder, staging, find):
             files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(absmax))])
 
 
-def saved_scales(folder, find):
+def saved_scales(folder: Path, find: Find) -> Iterator[SavedScales]:
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
     for layer, absmax, *_ in _changes(folder, find):
-        outputs = find(f"{layer}.weight").out_features
-        yield layer, absmax.to(torch.float32).view(outputs, -1).T, None
+        packed = find(f"{layer}.weight")
+        assert packed is not None, layer
+        yield layer, absmax.to(torch.float32).view(packed.out_features, -1).T, None
 
 
-def _write_plain(folder, staging, absmax):
+def _write_plain(folder: Path, staging: Path, absmax: Mapping[str, torch.Tensor]) -> None:
     """The files of a double-quantized folder with float32 absmax [blocks] of {layer}; all else is the source's."""
     found = tensor_places(folder)
     layers = {name.removesuffix(f".{SCALES}") for name in found if name.endswith(f".{SCALES}")}
@@ -202,7 +208,7 @@ def _write_plain(folder, staging, absmax):
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _plain_entry(name, file, place, found, absmax):
+def _plain_entry(name: str, file: Path, place: Place, found: _Places, absmax: Mapping[str, torch.Tensor]) -> NewTensor:
     layer, _, part = name.partition(".weight.")
     if part == "absmax":
         return (
@@ -218,14 +224,14 @@ def _plain_entry(name, file, place, found, absmax):
     return name, safetensors_file.DTYPES[place[0]], place[1], lambda: safetensors_file.read(file, place)
 
 
-def _as_bytes(state):
+def _as_bytes(state: Mapping[str, Any]) -> tuple[torch.dtype, torch.Size, Callable[[], torch.Tensor]]:
     data = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return data.dtype, data.shape, lambda: data
 
 
-def quantization_config(packed, ignore):
+def quantization_config(packed: Mapping[str, PackedWeight], ignore: list[str]) -> dict[str, Any]:
     """The quantization_config of layers {name: PackedWeight} that all have the table nf4 or all fp4."""
-    known = {table: kind for kind, table in NAMED.items()}
+    known: dict[tuple[float, ...] | None, str] = {table: kind for kind, table in NAMED.items()}
     kinds = {known.get(weight.table) for weight in packed.values()}
     if len(kinds) > 1 or None in kinds or not all(_block(weight) for weight in packed.values()):
         sizes = sorted({weight.group_size for weight in packed.values()})
@@ -247,7 +253,7 @@ def quantization_config(packed, ignore):
     }
 
 
-def _block(weight):
+def _block(weight: PackedWeight) -> int:
     """The size of the blocks that a layer's groups are written in; 0 where none fills them.
 
     A whole row of a size that the tool lacks is written as several blocks of one absmax, which is exact.
@@ -256,26 +262,25 @@ def _block(weight):
     return size if size in _BLOCKS else max((group for group in GROUPS if size % group == 0), default=0)
 
 
-def entries(name, weight, quantization, dtype):
+def entries(name: str, weight: PackedWeight, quantization: Quantization, dtype: torch.dtype) -> list[NewTensor]:
     """The tensors of a layer for a new file, as safetensors_file.write takes them; absmax in float32."""
     n, k, block = weight.out_features, weight.in_features, _block(weight)
     kind = quantization["bnb_4bit_quant_type"]
     state = {"quant_type": kind, "blocksize": block, "dtype": str(dtype).removeprefix("torch."), "shape": [n, k]}
-    made = [
-        ("weight", torch.uint8, (n * k // 2, 1), lambda: _nibbles(weight)),
+    return [
+        (f"{name}.weight", torch.uint8, (n * k // 2, 1), lambda: _nibbles(weight)),
         (
-            SCALES,
+            f"{name}.{SCALES}",
             torch.float32,
             (n * k // block,),
             lambda: weight.scales.T.cpu().reshape(-1).repeat_interleave(weight.group_size // block),
         ),
-        ("weight.quant_map", torch.float32, (16,), lambda: torch.tensor(weight.table)),
-        (f"weight.quant_state.bitsandbytes__{kind}", *_as_bytes(state)),
+        (f"{name}.weight.quant_map", torch.float32, (16,), lambda: torch.tensor(weight.table)),
+        (f"{name}.weight.quant_state.bitsandbytes__{kind}", *_as_bytes(state)),
     ]
-    return [(f"{name}.{part}", *rest) for part, *rest in made]
 
 
-def _nibbles(weight):
+def _nibbles(weight: PackedWeight) -> torch.Tensor:
     codes = weight.unpacked().cpu().flatten()
     return (codes[0::2] << 4 | codes[1::2]).unsqueeze(1)
 

@@ -21,6 +21,9 @@ A layer that the config calls symmetric may have zero points if they say the sam
 import dataclasses
 import re
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +33,7 @@ from .folder import read_weights
 from .folder_format import gathered
 from .limits import check_integers, check_order, group_sizes
 from .order import perm_of
-from .protocol import Target
+from .protocol import Entry, Make, NewTensor, Quantization, Target
 from .rounding import new_scales
 from .words import pack, unpack, word_count
 
@@ -44,7 +47,7 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 _LAYOUTS = {"pack-quantized": PARTS, "int-quantized": ("weight_scale", "weight", "weight_zero_point", "weight_g_idx")}
 
 
-def check_config(quantization, where):
+def check_config(quantization: Quantization, where: object) -> dict[str, dict[str, Any]]:
     """target -> {bits, group_size, symmetric, ordered} of a quantization_config. ValueError for what cannot be read."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
@@ -66,7 +69,7 @@ def check_config(quantization, where):
     return found
 
 
-def _check_group(group, layout, where):
+def _check_group(group: Mapping[str, Any], layout: object, where: object) -> dict[str, Any]:
     """{bits, group_size (None: the whole row), symmetric, ordered: by a weight_g_idx} of a config group."""
     weights = group.get("weights")
     if not isinstance(weights, dict):
@@ -111,7 +114,7 @@ def _check_group(group, layout, where):
     }
 
 
-def _described(arguments):
+def _described(arguments: object) -> str:
     """Words for the arguments of quantized activations."""
     if not isinstance(arguments, dict):
         return f"{arguments!r:.80}"
@@ -119,13 +122,13 @@ def _described(arguments):
     return ", ".join(f"{name} {value!r:.20}" for name, value in told.items()) or "nothing more is said of it"
 
 
-def is_for_servers(name, cache=True):
+def is_for_servers(name: str, cache: bool = True) -> bool:
     """Whether a tensor is read by servers only, which quantize what goes into a layer or, if there is a scheme for that
     (`cache`), the attention's cache."""
     return bool(_ACTIVATIONS.search(name) or (cache and _CACHE.search(name)))
 
 
-def _arguments(layer, by_target):
+def _arguments(layer: str, by_target: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The arguments of a layer by its name, in the library's order of precedence."""
     patterns = sorted(target for target in by_target if target.startswith(_PATTERN))
     fitting = [target for target in patterns if re.match(target.removeprefix(_PATTERN), layer)]
@@ -138,7 +141,7 @@ def _arguments(layer, by_target):
     )
 
 
-def weights(folder, quantization, dtype):
+def weights(folder: Path, quantization: Quantization, dtype: torch.dtype | None) -> Iterator[Entry]:
     """Yield (Hugging Face name, PackedWeight or tensor in `dtype`, where it came from) for every tensor."""
     scheme = quantization.get("kv_cache_scheme")
     if scheme:
@@ -159,7 +162,7 @@ def weights(folder, quantization, dtype):
             yield entry
 
 
-def packer(quantization, where):
+def packer(quantization: Quantization, where: object) -> Make:
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config,
     and for a layout whose layers have no tensor of PARTS[0]."""
     if any(arguments["layout"] != "pack-quantized" for arguments in check_config(quantization, where).values()):
@@ -167,11 +170,11 @@ def packer(quantization, where):
     return _packer(quantization, where)
 
 
-def _packer(quantization, where):
+def _packer(quantization: Quantization, where: object) -> Make:
     told: list[str] = []
     by_target = check_config(quantization, where)
 
-    def make(layer, parts):
+    def make(layer: str, parts: Mapping[str, torch.Tensor]) -> PackedWeight:
         arguments = _arguments(layer, by_target)
         packed = _packed(parts, arguments)
         if packed.perm is not None and not arguments["ordered"] and not told:
@@ -186,7 +189,7 @@ def _packer(quantization, where):
     return make
 
 
-def _packed(parts, arguments):
+def _packed(parts: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> PackedWeight:
     layout = arguments["layout"]
     needed = ("weight_scale", "weight_shape") if layout == "pack-quantized" else ("weight",)
     missing = [part for part in needed if part not in parts]
@@ -224,7 +227,7 @@ def _packed(parts, arguments):
     return PackedWeight.from_codes(codes, scales.T, zeros, bits, perm)
 
 
-def _from_words(parts, bits):
+def _from_words(parts: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
     """uint8 [N, K] of format pack-quantized."""
     shape, words = parts["weight_shape"], parts["weight_packed"]
     if shape.is_floating_point() or shape.numel() != 2 or int(shape.min()) < 1:
@@ -234,7 +237,7 @@ def _from_words(parts, bits):
     return unpack(words, k, bits)
 
 
-def _from_integers(parts, bits):
+def _from_integers(parts: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
     """uint8 [N, K] of format int-quantized."""
     weight = parts["weight"]
     if weight.dtype != torch.int8 or weight.dim() != 2 or not weight.numel():
@@ -242,7 +245,7 @@ def _from_integers(parts, bits):
     return _unsigned(weight, "weight", bits)
 
 
-def _zeros(stored, n, groups, bits, layout):
+def _zeros(stored: torch.Tensor, n: int, groups: int, bits: int, layout: str) -> torch.Tensor:
     """uint8 [G, N]."""
     if layout == "pack-quantized":
         _check(stored, "weight_zero_point ", [word_count(n, bits), groups])
@@ -252,14 +255,14 @@ def _zeros(stored, n, groups, bits, layout):
     return _unsigned(stored, "weight_zero_point", bits).T
 
 
-def _unsigned(signed, name, bits):
+def _unsigned(signed: torch.Tensor, name: str, bits: int) -> torch.Tensor:
     codes = signed.to(torch.int16) + middle(bits)
     if int(codes.min()) < 0 or int(codes.max()) >> bits:
         raise ValueError(f"{name} goes from {int(signed.min())} to {int(signed.max())}, which {bits} bits do not hold")
     return codes.to(torch.uint8)
 
 
-def _check(tensor, name, shape):
+def _check(tensor: torch.Tensor, name: str, shape: Sequence[int]) -> None:
     if tensor.dtype != torch.int32 or list(tensor.shape) != shape:
         raise ValueError(f"{name}must be int32 {shape}, got {tensor.dtype} {list(tensor.shape)}")
 
@@ -267,7 +270,7 @@ def _check(tensor, name, shape):
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def quantization_config(packed, ignore):
+def quantization_config(packed: Mapping[str, PackedWeight], ignore: list[str]) -> dict[str, Any]:
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
 
     One config group for all Linears, or one for each number of bits and group size, which then names its
@@ -297,7 +300,7 @@ def quantization_config(packed, ignore):
     }
 
 
-def _config_group(targets, bits, size, symmetric):
+def _config_group(targets: list[str], bits: int, size: int, symmetric: bool) -> dict[str, Any]:
     arguments = {
         "num_bits": bits,
         "type": "int",
@@ -316,20 +319,22 @@ def _config_group(targets, bits, size, symmetric):
     }
 
 
-def entries(name, weight, quantization, dtype):
+def entries(name: str, weight: PackedWeight, quantization: Quantization, dtype: torch.dtype) -> list[NewTensor]:
     """The tensors of a layer for a new file, as safetensors_file.write takes them; scales in `dtype`."""
     n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
-    made = [
-        ("packed", torch.int32, (n, word_count(k, bits)), lambda: pack(weight.unpacked().cpu(), bits)),
-        ("scale", dtype, (n, groups), lambda: new_scales(weight.scales.T.cpu(), dtype, name)),
-        ("shape", torch.int64, (2,), lambda: torch.tensor([n, k])),
+    made: list[NewTensor] = [
+        (f"{name}.weight_packed", torch.int32, (n, word_count(k, bits)), lambda: pack(weight.unpacked().cpu(), bits)),
+        (f"{name}.weight_scale", dtype, (n, groups), lambda: new_scales(weight.scales.T.cpu(), dtype, name)),
+        (f"{name}.weight_shape", torch.int64, (2,), lambda: torch.tensor([n, k])),
     ]
     if not quantization["config_groups"]["group_0"]["weights"]["symmetric"]:
-        made.append(("zero_point", torch.int32, (word_count(n, bits), groups), lambda: _packed_zeros(weight)))
-    return [(f"{name}.weight_{part}", *rest) for part, *rest in made]
+        made.append(
+            (f"{name}.weight_zero_point", torch.int32, (word_count(n, bits), groups), lambda: _packed_zeros(weight))
+        )
+    return made
 
 
-def _packed_zeros(weight):
+def _packed_zeros(weight: PackedWeight) -> torch.Tensor:
     zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
     return pack(zeros.to(torch.uint8).cpu(), weight.bits).T
 

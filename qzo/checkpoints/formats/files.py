@@ -45,7 +45,7 @@ def staged(folder: str | Path) -> Iterator[Path]:
                     path.rmdir()
 
 
-def _sync(path):
+def _sync(path: str | Path) -> None:
     """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

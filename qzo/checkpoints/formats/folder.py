@@ -1,7 +1,7 @@
 """What every folder of safetensors files shares: where tensors lie, dense ones in, new scales out."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -102,13 +102,15 @@ def read_dense(folder: Path, dtype: torch.dtype | None) -> Iterator[Entry]:
     return _dense(tensor_places(folder), dtype, ())
 
 
-def _dense(places, dtype, taken):
+def _dense(
+    places: Mapping[str, tuple[Path, Place]], dtype: torch.dtype | None, taken: Container[str]
+) -> Iterator[Entry]:
     for name, (file, place) in places.items():
         if name not in taken:
             yield name, _in_dtype(safetensors_file.read(file, place), dtype), f"{name} in {file.name}"
 
 
-def _in_dtype(tensor, dtype):
+def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 

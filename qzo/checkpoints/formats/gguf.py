@@ -25,7 +25,7 @@ from ...system.progress import tracked
 from . import files, gguf_tokenizer
 from .gguf_blocks import NAMES, Q4_0, Q4_1, Q8_0, codes, halves
 from .gguf_config import config, family, heads, kv_heads
-from .gguf_file import GGUFFile
+from .gguf_file import GGUFFile, TensorInfo
 from .gguf_models import ROPE_TENSORS, TOP
 from .protocol import Checkpoint, Entry, Find, Quantization, SavedScales
 from .reading import make_config
@@ -52,7 +52,7 @@ def hf_name(file: GGUFFile, name: str) -> str | None:
     raise ValueError(f"{file.path}: tensor {name} is unknown; {kind.cls} has none of this name")
 
 
-def _row_order(file, info):
+def _row_order(file: GGUFFile, info: TensorInfo) -> torch.Tensor | None:
     """GGUF row of each Hugging Face row, for interleaved q and k; None for other tensors."""
     count = _HEADS.get(info.name.split(".")[-2])
     if count is None or not family(file).interleaved:
@@ -82,21 +82,20 @@ def weights(file: GGUFFile, dtype: torch.dtype) -> Iterator[Entry]:
                 )
             order = _row_order(file, info)
             try:
-                value = _packed(file, info, order, where) if _trains(info) else None
-                if value is None:
-                    minus = offset if info.name.endswith("norm.weight") else 0.0
-                    value = file.dense(info, dtype, order, minus)
+                packed = _packed(file, info, order, where) if _trains(info) else None
+                minus = offset if info.name.endswith("norm.weight") else 0.0
+                value = packed or file.dense(info, dtype, order, minus)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             yield name, value, where
 
 
-def _trains(info):
+def _trains(info: TensorInfo) -> bool:
     dense = ("token_embd.weight", "output.weight") if info.type == Q8_0 else ("token_embd.weight",)
     return info.type in TRAINED and info.name not in dense
 
 
-def _report_frozen(file):
+def _report_frozen(file: GGUFFile) -> None:
     """Warn of layers whose type does not train. ValueError if no tensor's does."""
     layers = [info for info in file.tensors.values() if len(info.shape) > 1 and info.name.startswith("blk.")]
     frozen = collections.Counter(info.type_name for info in layers if not _trains(info))
@@ -115,7 +114,7 @@ def _report_frozen(file):
         )
 
 
-def _packed(file, info, order, where):
+def _packed(file: GGUFFile, info: TensorInfo, order: torch.Tensor | None, where: str) -> PackedWeight | None:
     """PackedWeight of blocks of a type that trains; None where a block is a constant, which no zero point can
     express."""
     blocks = info.blocks(file.raw(info))
@@ -167,7 +166,7 @@ def saved_scales(file: GGUFFile, find: Find) -> Iterator[SavedScales]:
             yield name.removesuffix(".weight"), d.T, zeros
 
 
-def _patch(blocks, info, packed, order):
+def _patch(blocks: torch.Tensor, info: TensorInfo, packed: PackedWeight, order: torch.Tensor | None) -> bool:
     """Put new d (and m) into the blocks; returns whether any changed."""
     back = torch.arange(info.shape[0]) if order is None else order.argsort()
     scales = packed.scales.T.cpu()[back]
@@ -178,6 +177,7 @@ def _patch(blocks, info, packed, order):
     d = stored_scales(scales, old, info.name)
     blocks[..., :2][changed] = d[changed].unsqueeze(-1).view(torch.uint8)
     if info.type == Q4_1:
+        assert packed.zeros is not None, info.name
         m = (-d.float() * packed.zeros.T.cpu()[back]).to(torch.float16)
         if not bool(torch.isfinite(m).all()):
             raise ValueError(

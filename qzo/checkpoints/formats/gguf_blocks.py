@@ -93,68 +93,70 @@ def values(data: torch.Tensor, kind: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- type by type
 
 
-def _fields(data, run, bits):
+def _fields(data: torch.Tensor, run: int, bits: int) -> torch.Tensor:
     """Bytes [..., B] as fields of `bits` bits [..., B * 8 / bits]: of each `run` bytes the lowest fields
     first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8).unsqueeze(-1)
     return (data.unflatten(-1, (-1, 1, run)) >> shifts & (1 << bits) - 1).flatten(-3)
 
 
-def _d(blocks, at=0):
+def _d(blocks: torch.Tensor, at: int = 0) -> torch.Tensor:
     return halves(blocks, at).float().unsqueeze(-1)
 
 
-def _runs(scales, codes):
+def _runs(scales: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """scales [..., R] times codes [..., W], scale r for the r-th of R equal runs."""
     return (scales.unsqueeze(-1) * codes.float().unflatten(-1, (scales.shape[-1], -1))).flatten(-2)
 
 
-def _q4_0(blocks):
+def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
     return _d(blocks) * (_fields(blocks[..., 2:], 16, 4).float() - 8)
 
 
-def _q4_1(blocks):
+def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
     return _d(blocks) * _fields(blocks[..., 4:], 16, 4).float() + _d(blocks, 2)
 
 
-def _codes5(high, low):
+def _codes5(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return _fields(low, 16, 4) | _fields(high, 1, 1) << 4
 
 
-def _q5_0(blocks):
+def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
     return _d(blocks) * (_codes5(blocks[..., 2:6], blocks[..., 6:]).float() - 16)
 
 
-def _q5_1(blocks):
+def _q5_1(blocks: torch.Tensor) -> torch.Tensor:
     return _d(blocks) * _codes5(blocks[..., 4:8], blocks[..., 8:]).float() + _d(blocks, 2)
 
 
-def _q8_0(blocks):
+def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
     return _d(blocks) * blocks[..., 2:].contiguous().view(torch.int8).float()
 
 
-def _iq4_nl(blocks):
+def _iq4_nl(blocks: torch.Tensor) -> torch.Tensor:
     return _d(blocks) * torch.tensor(_LEVELS, dtype=torch.float32)[_fields(blocks[..., 2:], 16, 4).int()]
 
 
-def _with_minima(d, scales, e, minima, codes):
+def _with_minima(
+    d: torch.Tensor, scales: torch.Tensor, e: torch.Tensor, minima: torch.Tensor, codes: torch.Tensor
+) -> torch.Tensor:
     offsets = (e * minima.float()).repeat_interleave(codes.shape[-1] // minima.shape[-1], -1)
     return _runs(d * scales.float(), codes) - offsets
 
 
-def _q2_k(blocks):
+def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
     scales = blocks[..., :16]
     codes = _fields(blocks[..., 16:80], 32, 2)
     return _with_minima(_d(blocks, 80), scales & 15, _d(blocks, 82), scales >> 4, codes)
 
 
-def _q3_k(blocks):
+def _q3_k(blocks: torch.Tensor) -> torch.Tensor:
     scales = _fields(blocks[..., 96:104], 8, 4) | _fields(blocks[..., 104:108], 4, 2) << 4
     codes = _fields(blocks[..., 32:96], 32, 2) | _fields(blocks[..., :32], 32, 1) << 2
     return _runs(_d(blocks, 108) * (scales.float() - 32), codes.float() - 4)
 
 
-def _scales_minima(data):
+def _scales_minima(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eight 6-bit scales and eight 6-bit minima out of 12 bytes: the nibbles of the last four bytes and the
     top pairs of the first eight make the upper four of each."""
     first, second, nibbles = data.split(4, -1)
@@ -162,18 +164,18 @@ def _scales_minima(data):
     return scales, torch.cat([second & 63, nibbles >> 4 | second >> 6 << 4], -1)
 
 
-def _q4_k(blocks):
+def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
     scales, minima = _scales_minima(blocks[..., 4:16])
     return _with_minima(_d(blocks), scales, _d(blocks, 2), minima, _fields(blocks[..., 16:], 32, 4))
 
 
-def _q5_k(blocks):
+def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
     scales, minima = _scales_minima(blocks[..., 4:16])
     codes = _fields(blocks[..., 48:], 32, 4) | _fields(blocks[..., 16:48], 32, 1) << 4
     return _with_minima(_d(blocks), scales, _d(blocks, 2), minima, codes)
 
 
-def _q6_k(blocks):
+def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
     codes = _fields(blocks[..., :128], 64, 4) | _fields(blocks[..., 128:192], 32, 2) << 4
     scales = blocks[..., 192:208].contiguous().view(torch.int8)
     return _runs(_d(blocks, 208) * scales.float(), codes.float() - 32)

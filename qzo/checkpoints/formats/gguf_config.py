@@ -5,6 +5,7 @@ name.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,15 +85,15 @@ def kv_heads(file: GGUFFile) -> int:
     return heads(file) if _get(file, key) is None else _need(file, key, int)
 
 
-def _get(file, key, default=None):
+def _get(file: GGUFFile, key: str, default: Any = None) -> Any:
     return file.metadata.get(_name(file, key), default)
 
 
-def _name(file, key):
+def _name(file: GGUFFile, key: str) -> str:
     return f"{file.metadata['general.architecture']}.{key}"
 
 
-def _number(file, key, default=None, kinds=(int, float)):
+def _number(file: GGUFFile, key: str, default: float | None = None, kinds: tuple[type, ...] = (int, float)) -> Any:
     value = _get(file, key, default)
     if isinstance(value, list):
         raise ValueError(
@@ -106,7 +107,7 @@ def _number(file, key, default=None, kinds=(int, float)):
     return value
 
 
-def _need(file, key, kind):
+def _need(file: GGUFFile, key: str, kind: type) -> Any:
     """A number above 0."""
     value = _number(file, key, None, (kind,))
     if not value:
@@ -114,7 +115,7 @@ def _need(file, key, kind):
     return value
 
 
-def _head_dim(file, found):
+def _head_dim(file: GGUFFile, found: Mapping[str, Any]) -> int:
     size = _number(file, "attention.key_length", found["hidden_size"] // found["num_attention_heads"], (int,))
     values = _number(file, "attention.value_length", size, (int,))
     if size != values or size == 0:
@@ -124,7 +125,7 @@ def _head_dim(file, found):
     return size
 
 
-def _layer_types(file, kind, count):
+def _layer_types(file: GGUFFile, kind: Family, count: int) -> list[str]:
     if not _get(file, "attention.sliding_window") and kind.local_theta:  # a Gemma 3 without windows
         return ["full_attention"] * count
     slides = _get(file, "attention.sliding_window_pattern")
@@ -141,7 +142,7 @@ def _layer_types(file, kind, count):
 # ------------------------------------------------------------------------------------------ rotary scaling
 
 
-def _rope(file, kind, head_dim):
+def _rope(file: GGUFFile, kind: Family, head_dim: int) -> dict[str, Any]:
     """{"rope_parameters": ...} and what stands beside it."""
     theta = _base(file, "rope.freq_base", 10000.0)
     rotated = _number(file, "rope.dimension_count", head_dim, (int,))
@@ -160,7 +161,7 @@ def _rope(file, kind, head_dim):
     return {"rope_parameters": rope} | more
 
 
-def _base(file, key, default):
+def _base(file: GGUFFile, key: str, default: float) -> float:
     """What the rotary frequencies are powers of; 0 would make them infinite."""
     found = _number(file, key, default)
     if found == 0:
@@ -168,7 +169,7 @@ def _base(file, key, default):
     return found
 
 
-def _scaling(file, kind, theta, rotated):
+def _scaling(file: GGUFFile, kind: Family, theta: float, rotated: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(rope parameters, further arguments) of the file's rotary scaling."""
     name = _get(file, "rope.scaling.type", "linear")
     factor = _number(file, "rope.scaling.factor", _number(file, "rope.scale_linear", 0.0)) or 1.0
@@ -189,7 +190,7 @@ def _scaling(file, kind, theta, rotated):
     return _llama3(file, factors[0], theta) if name == "llama3" else _longrope(file, *factors)
 
 
-def _factors(file, tensor, rotated):
+def _factors(file: GGUFFile, tensor: str, rotated: int) -> list[float]:
     info = file.tensors.get(tensor)
     if info is None or info.shape != (rotated // 2,):
         found = "missing" if info is None else list(info.shape)
@@ -197,7 +198,7 @@ def _factors(file, tensor, rotated):
     return file.dense(info, torch.float32).tolist()
 
 
-def _longrope(file, short, long):
+def _longrope(file: GGUFFile, short: list[float], long: list[float]) -> tuple[dict[str, Any], dict[str, Any]]:
     scaling = {
         "rope_type": "longrope",
         "short_factor": short,
@@ -208,7 +209,7 @@ def _longrope(file, short, long):
     return scaling, {"original_max_position_embeddings": original}
 
 
-def _llama3(file, factors, theta):
+def _llama3(file: GGUFFile, factors: Sequence[float], theta: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """Llama 3.1's parameters, found again from what they give: by how much each frequency is divided.
 
     Models differ in the largest factor only. llama.cpp computes in float32, and 1 / ((1 - s) / factor + s)

@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import itertools
 import struct
+from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -72,20 +73,20 @@ class GGUFFile:
             self.tensors[name] = self._info(name, shape, kind, start + offset)
         self._check_overlaps()
 
-    def _once(self, name, known, what):
+    def _once(self, name: str, known: Container[str], what: str) -> None:
         if name in known or not name.isprintable():
             raise ValueError(
                 f"{self.path}: {what} {name!r:.200} is there twice or has no readable name; the "
                 "file is damaged, fetch it again"
             )
 
-    def _alignment(self):
+    def _alignment(self) -> int:
         found = self.metadata.get("general.alignment", 32)
         if type(found) is not int or found < 1:
             raise ValueError(f"{self.path}: general.alignment is {found!r:.40}; it has to be a whole number of bytes")
         return found
 
-    def _check_overlaps(self):
+    def _check_overlaps(self) -> None:
         order = sorted(self.tensors.values(), key=lambda info: info.offset)
         for first, second in itertools.pairwise(order):
             if first.offset + first.nbytes > second.offset:
@@ -93,7 +94,7 @@ class GGUFFile:
                     f"{self.path}: tensors {first.name} and {second.name} overlap; the file is damaged, fetch it again"
                 )
 
-    def _entry(self, cursor):
+    def _entry(self, cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
         name, count = cursor.string(), cursor.scalar("I")
         dims = [cursor.scalar("Q") for _ in range(min(count, _MOST_DIMENSIONS))]
         if count > _MOST_DIMENSIONS or 0 in dims:
@@ -103,7 +104,7 @@ class GGUFFile:
             )
         return name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")
 
-    def _info(self, name, shape, kind, offset):
+    def _info(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
         if kind not in BLOCKS:
             found = TensorInfo(name, kind, shape, offset, 0).type_name
             raise ValueError(
@@ -150,10 +151,10 @@ class GGUFFile:
 class _Cursor:
     """Reads a header value by value; ValueError where the file ends too early."""
 
-    def __init__(self, file, path, size):
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file, self.path, self.size = file, path, size
 
-    def take(self, count):
+    def take(self, count: int) -> bytes:
         data = self.file.read(count) if count <= self.size else b""  # no memory for what cannot be there
         if len(data) != count:
             raise ValueError(
@@ -161,14 +162,14 @@ class _Cursor:
             )
         return data
 
-    def scalar(self, code):
-        code = _struct(code)
-        return code.unpack(self.take(code.size))[0]
+    def scalar(self, code: str) -> Any:
+        packing = _struct(code)
+        return packing.unpack(self.take(packing.size))[0]
 
-    def string(self):
+    def string(self) -> str:
         return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
 
-    def value(self, kind, depth=0):
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY and depth < _DEEPEST_ARRAY:
@@ -183,5 +184,5 @@ class _Cursor:
 
 
 @functools.cache
-def _struct(code):
+def _struct(code: str) -> struct.Struct:
     return struct.Struct("<" + code)

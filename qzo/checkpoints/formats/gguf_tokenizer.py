@@ -13,6 +13,7 @@ Others (bert, t5, rwkv, plamo2, ...) belong to architectures that gguf_models.py
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from . import gguf_words
 from .gguf_file import GGUFFile
-from .gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, entries, flag, key, read
+from .gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, entries, flag, key, read
 
 _BLANK = "\u2581"
 _SPM_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # where a SentencePiece file names none, as llama.cpp has it
@@ -55,7 +56,7 @@ def load(file: GGUFFile) -> PreTrainedTokenizerFast:
     return _merged(file, vocabulary, _rule(file, kind))
 
 
-def _rule(file, kind):
+def _rule(file: GGUFFile, kind: str) -> gguf_words.Rule:
     name = "gemma4" if kind == "gemma4" else file.metadata.get(key("pre"), "")
     if name == "":
         warnings.warn(
@@ -69,7 +70,7 @@ def _rule(file, kind):
 # ------------------------------------------------------------------------------------------------ the three algorithms
 
 
-def _merged(file, vocabulary, rule):
+def _merged(file: GGUFFile, vocabulary: Vocabulary, rule: gguf_words.Rule) -> PreTrainedTokenizerFast:
     merges = _merges(file, vocabulary.tokens)
     splits: list[Any] = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in rule.regexes]
     if rule.byte_level:
@@ -84,7 +85,7 @@ def _merged(file, vocabulary, rule):
     return _finish(file, vocabulary, model, normalizer, pre_tokenizers.Sequence(splits), decoder, bos)
 
 
-def _sentencepiece(file, vocabulary):
+def _sentencepiece(file: GGUFFile, vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     gemma = str(file.metadata.get("general.architecture")).startswith("gemma")
     prefix = flag(file, "add_space_prefix", not gemma)
     for role, index in _SPM_IDS.items():
@@ -97,7 +98,9 @@ def _sentencepiece(file, vocabulary):
     return _finish(file, vocabulary, model, normalizer, None, _text_decoder(prefix), flag(file, "add_bos_token", True))
 
 
-def _finish(file, vocabulary, model, normalizer, pre_tokenizer, decoder, bos):
+def _finish(
+    file: GGUFFile, vocabulary: Vocabulary, model: Any, normalizer: Any, pre_tokenizer: Any, decoder: Any, bos: bool
+) -> PreTrainedTokenizerFast:
 
     tokenizer = Tokenizer(model)
     if normalizer is not None:
@@ -130,7 +133,7 @@ def _finish(file, vocabulary, model, normalizer, pre_tokenizer, decoder, bos):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
 
 
-def _frame(file, tokenizer, vocabulary, bos):
+def _frame(file: GGUFFile, tokenizer: Tokenizer, vocabulary: Vocabulary, bos: bool) -> None:
     """BOS before and EOS behind every text, where the file asks for it."""
     asked = {"bos": bos, "eos": flag(file, "add_eos_token", False)}
     for role in asked:
@@ -158,11 +161,11 @@ def _frame(file, tokenizer, vocabulary, bos):
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _places(vocabulary):
+def _places(vocabulary: Vocabulary) -> dict[str, int]:
     return {token: i for i, token in enumerate(vocabulary.tokens)}
 
 
-def _text_model(vocabulary, merges):
+def _text_model(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> Any:
     unknown = vocabulary.ids.get("unknown")
     return models.BPE(
         _places(vocabulary),
@@ -173,12 +176,12 @@ def _text_model(vocabulary, merges):
     )
 
 
-def _text_decoder(prefix):
+def _text_decoder(prefix: bool) -> Any:
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     return decoders.Sequence([decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
 
 
-def _merges(file, tokens):
+def _merges(file: GGUFFile, tokens: list[str]) -> list[tuple[str, str]]:
     """[(left, right)], the earliest first. ValueError for one that does not make a token of two."""
     merges: dict[Any, Any] = {}
     known = set(tokens)
@@ -194,7 +197,7 @@ def _merges(file, tokens):
     return list(merges)
 
 
-def _pairs(file, tokens):
+def _pairs(file: GGUFFile, tokens: list[str]) -> list[tuple[str, str]]:
     """[(left, right)] for every way to make a token of two, the highest score first.
 
     SentencePiece looks the sum up and knows no merges. Among equal scores it takes the leftmost pair; here the lower id
@@ -213,7 +216,7 @@ def _pairs(file, tokens):
     ]
 
 
-def _stripped(file):
+def _stripped(file: GGUFFile) -> Callable[[str], bool]:
     """Whether blanks behind a special token are part of it: Phi-3's, which llama.cpp tells by the model's name."""
     phi3 = any(part in str(file.metadata.get("general.name")).lower() for part in ("phi-3", "phi3"))
     return lambda token: phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")

@@ -3,6 +3,9 @@
 import dataclasses
 import math
 import warnings
+from typing import Any
+
+from .gguf_file import GGUFFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 ROLES = ("bos", "eos", "unknown", "padding")
@@ -32,11 +35,11 @@ class Vocabulary:
     ids: dict
 
 
-def key(name):
+def key(name: str) -> str:
     return f"tokenizer.ggml.{name}"
 
 
-def read(file):
+def read(file: GGUFFile) -> Vocabulary:
     """The Vocabulary of a GGUFFile. ValueError naming the metadata that is missing, damaged or contradictory."""
     tokens = entries(file, "tokens", (str,))
     if not tokens:
@@ -66,7 +69,7 @@ def read(file):
     return Vocabulary(tokens, types, token_ids(file, warn=True))
 
 
-def entries(file, name, kinds, count=None):
+def entries(file: GGUFFile, name: str, kinds: tuple[type, ...], count: int | None = None) -> list[Any]:
     """The list under tokenizer.ggml.<name>. ValueError unless it has `count` entries of these types."""
     found = file.metadata.get(key(name))
     if found is None:
@@ -83,7 +86,7 @@ def entries(file, name, kinds, count=None):
     return found
 
 
-def flag(file, name, default):
+def flag(file: GGUFFile, name: str, default: bool) -> bool:
     """A truth value under tokenizer.ggml.<name>. ValueError for anything else."""
     found = file.metadata.get(key(name), default)
     if not isinstance(found, bool):
@@ -91,7 +94,7 @@ def flag(file, name, default):
     return found
 
 
-def token_ids(file, warn=False):
+def token_ids(file: GGUFFile, warn: bool = False) -> dict[str, int]:
     """Role -> token id, for each of ROLES whose id is that of a token; others are left out.
 
     ValueError for an id that is no whole number.
@@ -114,11 +117,11 @@ def token_ids(file, warn=False):
     return found
 
 
-def _count(file):
+def _count(file: GGUFFile) -> int | None:
     tokens = file.metadata.get(key("tokens"))
     return len(tokens) if isinstance(tokens, list) else None
 
 
-def _rows(file):
+def _rows(file: GGUFFile) -> int | None:
     info = file.tensors.get("token_embd.weight")
     return None if info is None else info.shape[0]

@@ -32,11 +32,11 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|" + _SPAC
 _DIGIT, _UP_TO_3_DIGITS = r"\p{N}", r"\p{N}{1,3}"
 
 
-def _cl100k(digits, rest=r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _LINES, endings=_ENDINGS + "|"):
+def _cl100k(digits: str, rest: str = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _LINES, endings: str = _ENDINGS + "|") -> str:
     return endings + r"[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + rest
 
 
-def _o200k(digits, endings=_ENDINGS + "?", but="", lines=r"[\r\n/]*"):
+def _o200k(digits: str, endings: str = _ENDINGS + "?", but: str = "", lines: str = r"[\r\n/]*") -> str:
     """Words begin at capital letters; `but` is taken from the letters."""
     upper, lower = (rf"[\p{{{case}}}\p{{Lm}}\p{{Lo}}\p{{M}}{but}]" for case in (r"Lu}\p{Lt", "Ll"))
     return (
@@ -140,7 +140,7 @@ _BY_RULE = {
 RULES = {name: rule for names, rule in _BY_RULE.items() for name in names.split()}
 
 
-def rule_of(name, where):
+def rule_of(name: object, where: object) -> Rule:
     """The Rule of a value of tokenizer.ggml.pre. ValueError naming it and those that are known."""
     if not isinstance(name, str) or name not in RULES:
         raise ValueError(

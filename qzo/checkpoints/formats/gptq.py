@@ -16,6 +16,8 @@ of qzeros contradict the version, the words are believed (stored_zeros.py); wher
 import collections
 import re
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ from ...nn.weights import PackedWeight
 from .folder_format import gathered
 from .limits import check_integers, check_whole_words, group_sizes
 from .order import g_idx_of, perm_of
-from .protocol import Target
+from .protocol import Make, NewTensor, Quantization, Target
 from .rounding import new_scales
 from .stored_zeros import NAMES, StoredZeros
 from .words import pack, unpack, word_count
@@ -39,7 +41,7 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of
 _SKIPPED, _CHANGED = "-:", "+:"
 
 
-def check_config(quantization, where):
+def check_config(quantization: Quantization, where: object) -> dict[str, Any]:
     """{bits, group_size, sym, desc_act, dynamic, version, whole_words, unsure: of the version} of a quantization_config
     that can be read.
 
@@ -80,12 +82,12 @@ def check_config(quantization, where):
     }
 
 
-def _flag(value):
+def _flag(value: object) -> bool | None:
     """A boolean, else None: nothing is said."""
     return value if isinstance(value, bool) else None
 
 
-def check_bits_and_group(bits, size, where, supported):
+def check_bits_and_group(bits: object, size: object, where: object, supported: Sequence[int]) -> None:
     """ValueError unless bits are supported and size is a number above 0, or -1 or None: the whole row."""
     if type(bits) is not int or bits not in supported:
         raise ValueError(f"{where}: bits is {bits!r:.40}; supported are {', '.join(map(str, supported))}")
@@ -93,17 +95,17 @@ def check_bits_and_group(bits, size, where, supported):
         raise ValueError(f"{where}: group_size is {size!r:.40}; it has to be a whole number above 0, or -1")
 
 
-def _plain(pattern):
+def _plain(pattern: str) -> str:
     return pattern.removeprefix(_SKIPPED).removeprefix(_CHANGED)
 
 
-def packer(quantization, where):
+def packer(quantization: Quantization, where: object) -> Make:
     """make(layer, {part: tensor}) of a quantization_config: the PackedWeight of a layer; ValueError as check_config."""
     settings = check_config(quantization, where)
     told: list[str] = []
     stored = StoredZeros(settings["version"], settings["unsure"])
 
-    def make(layer, parts):
+    def make(layer: str, parts: Mapping[str, torch.Tensor]) -> PackedWeight:
         arguments = _arguments(layer, settings)
         packed = _packed(layer, parts, arguments, stored)
         if packed.perm is not None and not arguments["desc_act"] and not told:
@@ -118,7 +120,7 @@ def packer(quantization, where):
     return make
 
 
-def _arguments(layer, settings):
+def _arguments(layer: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a layer by its name; group_size None: the whole row."""
     changes: dict = next(
         (changes for pattern, changes in settings["dynamic"].items() if re.match(_plain(pattern), layer)), {}
@@ -129,11 +131,14 @@ def _arguments(layer, settings):
     return found | {"group_size": None if found["group_size"] == -1 else found["group_size"]}
 
 
-def _packed(layer, parts, arguments, stored):
+def _packed(
+    layer: str, parts: Mapping[str, torch.Tensor], arguments: Mapping[str, Any], stored: StoredZeros
+) -> PackedWeight:
     bits = arguments["bits"]
     wanted = PARTS if arguments["desc_act"] else PARTS[:3]
     check_there(layer, parts, wanted)
-    words, zero_words, scales, g_idx = (parts.get(part) for part in PARTS)
+    words, zero_words, scales = (parts[part] for part in PARTS[:3])
+    g_idx = parts.get(PARTS[3])
     check_matrix(words, "")
     n = words.shape[1]
     check_matrix(zero_words, "qzeros ")
@@ -163,20 +168,20 @@ def _packed(layer, parts, arguments, stored):
     return PackedWeight.from_codes(codes if perm is None else codes[:, perm], scales, zeros, bits, perm)
 
 
-def check_there(layer, parts, wanted):
+def check_there(layer: str, parts: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> None:
     """ValueError naming the tensors of a layer that the file lacks."""
     missing = [f"{layer}.{part}" for part in wanted if part not in parts]
     if missing:
         raise ValueError(f"no {' and no '.join(missing)} beside it: the checkpoint is incomplete")
 
 
-def check_matrix(words, name):
+def check_matrix(words: torch.Tensor, name: str) -> None:
     """ValueError unless it is an int32 matrix that is not empty."""
     if words.dtype != torch.int32 or words.dim() != 2 or words.numel() == 0:
         raise ValueError(f"{name}must be an int32 matrix, got {words.dtype} {list(words.shape)}")
 
 
-def check_groups(scales, n, k, size):
+def check_groups(scales: torch.Tensor, n: int, k: int, size: int | None) -> int:
     """The group size of an [n, k] matrix with scales [G, n]; `size` is the config's, None the whole row."""
     size = size or k
     if k % size:
@@ -191,7 +196,7 @@ def check_groups(scales, n, k, size):
     return size
 
 
-def _zeros(words, fields, bits, version, whole_words):
+def _zeros(words: torch.Tensor, fields: torch.Tensor, bits: int, version: int, whole_words: bool) -> torch.Tensor:
     """uint8 [G, N]. fields: of the words, as they are stored."""
     if version == 2:
         return fields
@@ -203,7 +208,7 @@ def _zeros(words, fields, bits, version, whole_words):
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def quantization_config(packed, ignore):
+def quantization_config(packed: Mapping[str, PackedWeight], ignore: list[str]) -> dict[str, Any]:
     """The quantization_config of layers {name: PackedWeight}; `ignore` names the Linears that stay dense.
 
     What most layers have is said once, what the others have in `dynamic`. Version 1 for symmetric layers,
@@ -239,25 +244,29 @@ def quantization_config(packed, ignore):
     return found | {"dynamic": dynamic} if dynamic else found
 
 
-def entries(name, weight, quantization, dtype):
+def entries(name: str, weight: PackedWeight, quantization: Quantization, dtype: torch.dtype) -> list[NewTensor]:
     """The tensors of a layer for a new file, as safetensors_file.write takes them; scales in `dtype`."""
     n, k, groups, bits = weight.out_features, weight.in_features, weight.scales.shape[0], weight.bits
     less = 2 - _VERSIONS[quantization["checkpoint_format"]]
-    made = [
+    return [
         (
-            "qweight",
+            f"{name}.qweight",
             torch.int32,
             (word_count(k, bits), n),
             lambda: pack(weight.by_input(weight.unpacked()).cpu(), bits).T,
         ),
-        ("qzeros", torch.int32, (groups, word_count(n, bits)), lambda: pack(integer_zeros(weight) - less, bits)),
-        (SCALES, dtype, (groups, n), lambda: new_scales(weight.scales.cpu(), dtype, name)),
-        ("g_idx", torch.int32, (k,), lambda: g_idx_of(weight.perm, k, weight.group_size)),
+        (
+            f"{name}.qzeros",
+            torch.int32,
+            (groups, word_count(n, bits)),
+            lambda: pack(integer_zeros(weight) - less, bits),
+        ),
+        (f"{name}.{SCALES}", dtype, (groups, n), lambda: new_scales(weight.scales.cpu(), dtype, name)),
+        (f"{name}.g_idx", torch.int32, (k,), lambda: g_idx_of(weight.perm, k, weight.group_size)),
     ]
-    return [(f"{name}.{part}", *rest) for part, *rest in made]
 
 
-def integer_zeros(weight):
+def integer_zeros(weight: PackedWeight) -> torch.Tensor:
     """uint8 [G, N] on the CPU."""
     zeros = torch.full_like(weight.scales, middle(weight.bits)) if weight.zeros is None else weight.zeros
     return zeros.to(torch.uint8).cpu()

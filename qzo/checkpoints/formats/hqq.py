@@ -7,8 +7,9 @@
 Other modules hold their tensors as they are. Saving changes scales only: a zero point, in codes, stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,7 +81,7 @@ def saved_scales(folder: Path, find: Find) -> Iterator[SavedScales]:
         yield module, new.view(packed.scales.T.shape).T.to(torch.float32), None
 
 
-def _changes(file, find):
+def _changes(file: TorchFile, find: Find) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, PackedWeight]]:
     """Yield (module, its scales in the file's dtype and shape, their tensor in the file, PackedWeight)."""
     for module, state in _modules(file):
         packed = find(f"{module}.weight") if "W_q" in state else None
@@ -90,7 +91,7 @@ def _changes(file, find):
             yield module, new, state["scale"], packed
 
 
-def _modules(file):
+def _modules(file: TorchFile) -> Iterator[tuple[str, dict[str, Any]]]:
     """(module, its fields) of each module; older files keep those of a quantized one in a dictionary `meta`."""
     if not isinstance(file.content, dict):
         raise ValueError(f"{file.path} holds a {type(file.content).__name__}; HQQ saves a dictionary of modules")
@@ -103,7 +104,7 @@ def _modules(file):
         yield module, state | meta if isinstance(meta, dict) else state
 
 
-def _packed(file, module, state):
+def _packed(file: TorchFile, module: str, state: Mapping[str, Any]) -> PackedWeight:
     """PackedWeight of a quantized module. ValueError naming the field that cannot be read."""
     for field, wanted in _WANTED.items():
         found = state.get(field, wanted)
@@ -129,18 +130,18 @@ def _packed(file, module, state):
     return PackedWeight.from_codes(codes.view(n, k), scale.view(n, -1).T, zero.view(n, -1).T, held)
 
 
-def _whole(state, field):
+def _whole(state: Mapping[str, Any], field: str) -> int:
     value = state.get(field)
     if type(value) is not int or value < 1:
         raise ValueError(f"{field} is {_describe(value)}; it has to be a whole number above 0")
     return value
 
 
-def _column(file, module, state, field, rows):
+def _column(file: TorchFile, module: str, state: Mapping[str, Any], field: str, rows: int) -> torch.Tensor:
     """float32 [rows] of `scale` or `zero`."""
     tensor = state.get(field)
     floats = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-    if not floats or list(tensor.shape) != [rows, 1]:
+    if tensor is None or not floats or list(tensor.shape) != [rows, 1]:
         raise ValueError(f"{field} must be a float tensor {[rows, 1]}, got {_describe(tensor)}")
     values = file.read(tensor, f"{module}.{field}").to(torch.float32).flatten()
     if not bool(torch.isfinite(values).all()):
@@ -148,7 +149,7 @@ def _column(file, module, state, field, rows):
     return values
 
 
-def _words(file, module, state, bits, rows, size):
+def _words(file: TorchFile, module: str, state: Mapping[str, Any], bits: int, rows: int, size: int) -> torch.Tensor:
     """W_q in the integers of its packing; view_as_float tells that the file calls the same bytes floats."""
     tensor = state["W_q"]
     dtype, per_word = (torch.int32, 10) if bits == 3 else (torch.uint8, 8 // bits)
@@ -160,7 +161,7 @@ def _words(file, module, state, bits, rows, size):
     return file.read(tensor, f"{module}.W_q").view(dtype)
 
 
-def _describe(value):
+def _describe(value: object) -> str:
     """One line of a value that a file gave, however large it is."""
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {list(value.shape)}"
@@ -168,7 +169,7 @@ def _describe(value):
     return repr(value)[:60] if plain else type(value).__name__
 
 
-def _unpack(words, bits, rows):
+def _unpack(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
     """uint8 [rows, g] from planes that lie one after another, those of the high bits first."""
     top = 27 if bits == 3 else 8 - bits
     planes = [((words >> shift) & (1 << bits) - 1).to(torch.uint8) for shift in range(top, -1, -bits)]

@@ -1,8 +1,12 @@
 """What a format cannot hold exactly, said before anything is written: a ValueError that names the layer, the
 reason and what to do."""
 
+from collections.abc import Mapping
 
-def check_integers(name, weight, target):
+from ...nn.weights import PackedWeight
+
+
+def check_integers(name: str, weight: PackedWeight, target: str) -> None:
     """For float zero points, tables and codebooks, where the target has integers."""
     if weight.books:
         raise ValueError(
@@ -28,7 +32,7 @@ def float_zeros(name: str, target: str) -> ValueError:
     )
 
 
-def check_order(name, weight, target):
+def check_order(name: str, weight: PackedWeight, target: str) -> None:
     """For sorted columns, where the target has groups of neighbours only."""
     if weight.perm is not None:
         raise ValueError(
@@ -37,7 +41,7 @@ def check_order(name, weight, target):
         )
 
 
-def check_whole_words(name, weight, target, inputs):
+def check_whole_words(name: str, weight: PackedWeight, target: str, inputs: bool) -> None:
     """For sizes whose codes do not fill 32-bit words along the outputs, or `inputs` too."""
     per = 32 // weight.bits
     for what in ("out_features", "in_features") if inputs else ("out_features",):
@@ -49,7 +53,7 @@ def check_whole_words(name, weight, target, inputs):
             )
 
 
-def group_sizes(packed):
+def group_sizes(packed: Mapping[str, PackedWeight]) -> dict[str, int]:
     """name -> group size, or -1 for a whole row, of layers {name: PackedWeight}.
 
     A layer that is a single group has the number where another layer's groups have it too.

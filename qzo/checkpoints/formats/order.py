@@ -3,7 +3,7 @@
 import torch
 
 
-def perm_of(g_idx, k, size, name="g_idx"):
+def perm_of(g_idx: torch.Tensor, k: int, size: int, name: str = "g_idx") -> torch.Tensor | None:
     """int64 [K] that puts the inputs of each group side by side, or None where they are. g_idx: integers [K].
 
     ValueError for a group that there is not and for one that has more or fewer than `size` inputs.
@@ -21,7 +21,7 @@ def perm_of(g_idx, k, size, name="g_idx"):
     return None if torch.equal(perm, torch.arange(k)) else perm
 
 
-def g_idx_of(perm, k, size):
+def g_idx_of(perm: torch.Tensor | None, k: int, size: int) -> torch.Tensor:
     """int32 [K], the group of each input, from an order of columns or None."""
     groups = (torch.arange(k) // size).to(torch.int32)
     return groups if perm is None else torch.empty_like(groups).index_copy_(0, perm.cpu(), groups)

@@ -5,7 +5,7 @@ import math
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -53,10 +53,10 @@ def metadata(path: Path) -> dict[str, str] | None:
     """The file's own {text: text}, or None."""
     with open(path, "rb") as file:
         header, _ = _header(file, path.stat().st_size)
-    return header.get("__metadata__")
+    return None if header is None else header.get("__metadata__")
 
 
-def _header(file, size):
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any] | None, int]:
     """(dictionary, where the tensors' bytes begin); None instead of what is no dictionary."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, _LONGEST_HEADER):
@@ -68,7 +68,7 @@ def _header(file, size):
     return header if isinstance(header, dict) else None, 8 + length
 
 
-def _unique(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The dictionary of a JSON object; ValueError for a name that is there twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -76,10 +76,12 @@ def _unique(pairs):
     return found
 
 
-def _place(path, name, entry, start, size):
+def _place(path: Path, name: str, entry: object, start: int, size: int) -> Place:
     """(dtype code, shape, file offset, bytes) of a header's entry."""
     entry = entry if isinstance(entry, dict) else {}
-    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    code: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     countable = _whole(shape) and len(shape) <= _MOST_DIMENSIONS
     countable = countable and math.prod(size or 1 for size in shape) < 1 << 63
     ordered = _whole(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]
@@ -98,7 +100,7 @@ def _place(path, name, entry, start, size):
     return code, tuple(shape), start + begin, end - begin
 
 
-def _whole(value):
+def _whole(value: object) -> bool:
     """Whether it is a list of whole numbers, none below 0."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 

@@ -7,6 +7,8 @@ says, every weight would be off by one scale. Asymmetric zero points tell nothin
 
 import warnings
 
+import torch
+
 from ...kernels.codes import middle
 
 NAMES = {1: "gptq", 2: "gptq_v2"}  # version -> checkpoint_format
@@ -16,11 +18,11 @@ class StoredZeros:
     """The version of one checkpoint's zero points, layer by layer. version: what the config says, 1 or 2; unsure: it
     says both."""
 
-    def __init__(self, version, unsure=False):
+    def __init__(self, version: int, unsure: bool = False) -> None:
         self._said, self._unsure = version, unsure
         self._first: tuple[int, str] | None = None  # (version, layer) that the first layer is read as
 
-    def version(self, layer, fields, bits, sym):
+    def version(self, layer: str, fields: torch.Tensor, bits: int, sym: bool | None) -> int:
         """The version of a layer's zero points. fields: they as stored, uint8 [G, N]; sym: what the config says, None
         where it says nothing.
 

@@ -4,6 +4,10 @@ Most stand in config.json. Exports of vision-language models have theirs inside 
 (text_config). AutoGPTQ's first folders have a quantize_config.json only, AutoAWQ's a quant_config.json.
 """
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
 from . import awq, files, gptq, hqq
 
 AWQ_CONFIG = "quant_config.json"
@@ -12,7 +16,7 @@ _ACTIVATIONS = ("input_activations", "output_activations")
 _OLDER_KEY = "compression_config"  # compressed-tensors' first name for it
 
 
-def quantization_of(folder):
+def quantization_of(folder: Path) -> dict[str, Any] | None:
     """The quantization_config of a folder, its quant_method in lower case, empty for HQQ's own files, None for floats.
 
     ValueError for one that names no quant_method, and for several that differ.
@@ -47,7 +51,7 @@ def quantization_of(folder):
     return None
 
 
-def _inside(content, path=""):
+def _inside(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name of the part, its quantization_config) of the parts of a config."""
     for name, part in content.items():
         if isinstance(part, dict) and name != _KEY:
@@ -57,7 +61,7 @@ def _inside(content, path=""):
             yield from _inside(part, where)
 
 
-def weight_only(said):
+def weight_only(said: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """A quantization_config as if what goes into and out of the layers were not quantized, and None, or what it says of
     that."""
     groups = said.get("config_groups")
@@ -71,7 +75,7 @@ def weight_only(said):
     return said | ({"config_groups": plain} if groups else {}) | {"act_bits": None}, " and ".join(named)
 
 
-def untold(content):
+def untold(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a config.json without any quantization_config."""
     return {
         name: untold(part) if isinstance(part, dict) else part
@@ -80,7 +84,7 @@ def untold(content):
     }
 
 
-def forget(config):
+def forget(config: Any) -> None:
     """Take the quantization_config out of a transformers config and of its parts: the model in memory is not of it."""
     for key in (_KEY, _OLDER_KEY):
         vars(config).pop(key, None)

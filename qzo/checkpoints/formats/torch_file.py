@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class TorchFile:
     pickle asks for more than tensors, numbers and containers of them.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
             entries = self._entries()
@@ -74,7 +75,7 @@ class TorchFile:
         self._by_start = {entry.start: entry for entry in entries.values()}
         self.content = self._unpickle()
 
-    def _entries(self):
+    def _entries(self) -> dict[str, _Entry]:
         """name -> _Entry."""
         found, end = {}, self.path.stat().st_size
         with zipfile.ZipFile(self.path) as archive, open(self.path, "rb") as file:
@@ -95,7 +96,7 @@ class TorchFile:
             raise zipfile.BadZipFile("entries overlap")
         return found
 
-    def _check(self, entries):
+    def _check(self, entries: dict[str, _Entry]) -> None:
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"{self.path} holds {len(pickles)} entries data.pkl; a file of torch.save has one")
@@ -111,18 +112,18 @@ class TorchFile:
                     "only tensors, numbers and containers of them are read"
                 )
 
-    def _opcodes(self, pickle):
+    def _opcodes(self, pickle: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
         try:
             yield from pickletools.genops(pickle)
         except (struct.error, ValueError) as error:
             raise ValueError(f"{self.path}: its pickle is damaged ({error}); fetch it again") from None
 
-    def _bytes(self, entry):
+    def _bytes(self, entry: _Entry) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(entry.start)
             return file.read(entry.size)
 
-    def _unpickle(self):
+    def _unpickle(self) -> Any:
         try:
             with FakeTensorMode():
                 return torch.load(self.path, map_location="cpu", weights_only=True)
@@ -130,7 +131,7 @@ class TorchFile:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{self.path} cannot be unpickled ({reason}); fetch it again") from None
 
-    def place(self, tensor, name):
+    def place(self, tensor: torch.Tensor, name: str) -> tuple[int, int]:
         """(offset in the file, bytes) of a tensor of the content.
 
         ValueError naming it where the file does not hold it whole and in one piece.
@@ -139,8 +140,8 @@ class TorchFile:
         if tensor.layout != torch.strided or not tensor.is_contiguous():
             raise ValueError(f"{at} is not contiguous; call .contiguous() on it and save it again")
         storage, size = tensor.untyped_storage(), tensor.dtype.itemsize
-        entry = self._by_start.get(getattr(storage, "_checkpoint_offset", None))
-        begin, nbytes = tensor.storage_offset() * size, math.prod(tensor.shape) * size
+        entry = self._by_start.get(getattr(storage, "_checkpoint_offset", -1))
+        begin, nbytes = int(tensor.storage_offset()) * size, math.prod(tensor.shape) * size
         if entry is None or begin + nbytes > min(entry.size, storage.nbytes()):
             raise ValueError(
                 f"{at}: the bytes of {tensor.dtype} {list(tensor.shape)} are not where torch.save "
@@ -148,7 +149,7 @@ class TorchFile:
             )
         return entry.start + begin, nbytes
 
-    def read(self, tensor, name):
+    def read(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """A tensor of the content in memory of its own."""
         offset, nbytes = self.place(tensor, name)
         if nbytes == 0:
@@ -156,7 +157,7 @@ class TorchFile:
         data = torch.from_numpy(np.fromfile(self.path, np.uint8, nbytes, offset=offset))
         return data.view(tensor.dtype).view(tensor.shape)
 
-    def patches(self, chunks):
+    def patches(self, chunks: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         """`chunks` of (offset, bytes) inside entries, followed by those that make the CRC-32s fit again.
 
         ValueError where two chunks overlap: their tensors share a storage.
@@ -178,7 +179,7 @@ class TorchFile:
         return [*chunks, *checksums]
 
 
-def _is_plain(name):
+def _is_plain(name: str) -> bool:
     """Whether a pickle's global, "module attribute", is one that a file of plain tensors needs."""
     module, _, attribute = name.partition(" ")
     return name in _NAMES or (
@@ -187,7 +188,7 @@ def _is_plain(name):
     )
 
 
-def _entry(file, info, at):
+def _entry(file: BinaryIO, info: zipfile.ZipInfo, at: int) -> tuple[_Entry, int]:
     """(_Entry, where the next record begins) of the central directory's record at `at`."""
     crc = struct.pack("<I", info.CRC)
     file.seek(at)

