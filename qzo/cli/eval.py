@@ -45,9 +45,8 @@ def execute(options: argparse.Namespace) -> int:
     before = {split: measured(task) for split, task in tasks.items()}
     control = {}
     if fitted is not None and controlled:
-        scores = fitted.scores() if options.control_data else before["train"][1]
-        bias = fit_label_bias(scores, fitted.labels())
-        control = {split: measure(before[split][1] + bias, tasks[split].labels()) for split in controlled}
+        bias = fit_label_bias(fitted.scores() if options.control_data else scores_of(before["train"]), fitted.labels())
+        control = {split: measure(scores_of(before[split]) + bias, tasks[split].labels()) for split in controlled}
     steps = tune(model, options.journal, options.until)
     after = {split: measured(task) for split, task in tasks.items()} if options.journal else before
     results = {
@@ -80,7 +79,7 @@ def splits_with_control(
 ) -> list[str]:
     """The splits that get a control: with as many options as the task `fitted` has, and in another file than `fitting`.
     ValueError where --control-data was given and there are none."""
-    others = [split for split, lines in records.items() if not lines[0].path.samefile(fitting[0].path)]
+    others = [split for split, lines in records.items() if not Path(lines[0].path).samefile(fitting[0].path)]
     if fitted is None:
         return []
     count = option_count(fitted)
@@ -101,12 +100,19 @@ def option_count(task: Task) -> int:
     return len(task.examples[0].options or ())
 
 
+def scores_of(found: tuple[dict[str, float | None], torch.Tensor | None]) -> torch.Tensor:
+    """Of what `measured` gave for a task with options."""
+    assert found[1] is not None
+    return found[1]
+
+
 def measured(task: Task) -> tuple[dict[str, float | None], torch.Tensor | None]:
     """({"loss", "accuracy"}, scores of the options), or ({"loss", "accuracy", "perplexity"}, None) without options."""
     if option_count(task):
         scores = task.scores()
         return measure(scores, task.labels()), scores
     found = task.evaluate()
+    assert found["loss"] is not None
     try:
         return {**found, "perplexity": math.exp(found["loss"])}, None
     except OverflowError:

@@ -10,7 +10,9 @@ JOURNAL = "journal.qzo"
 NAMED = 4  # files that a message names
 
 
-def check_folder(folder, overwrite, source=None, option="--output-dir"):
+def check_folder(
+    folder: str | Path, overwrite: bool | None, source: str | Path | None = None, option: str = "--output-dir"
+) -> None:
     """FileExistsError where a folder holds anything and `overwrite` is not set; NotADirectoryError or PermissionError
     where no folder can be; ValueError where it is the `source`, a checkpoint's folder."""
     folder = Path(folder)
@@ -33,7 +35,7 @@ def check_folder(folder, overwrite, source=None, option="--output-dir"):
     check_apart(folder, source, option)
 
 
-def check_apart(folder, source, option="--output-dir"):
+def check_apart(folder: str | Path, source: str | Path | None, option: str = "--output-dir") -> None:
     """ValueError where it is the folder, or the file, of the checkpoint `source`, which is never overwritten."""
     if source is not None and Path(folder).exists() and Path(source).exists() and Path(folder).samefile(source):
         raise ValueError(f"{option} {folder} is where the model is; the source is never overwritten, give another path")
@@ -50,7 +52,9 @@ def check_file(path: str | Path, overwrite: bool | None, option: str) -> None:
         raise FileExistsError(f"{option} {path} exists already; name another file, or add --overwrite to replace it")
 
 
-def check_run(folder, resume, overwrite, source=None):
+def check_run(
+    folder: str | Path, resume: bool | None, overwrite: bool | None, source: str | Path | None = None
+) -> None:
     """The same for a run's folder, which goes on with the journal in it or begins one.
 
     A journal is never overwritten: it may hold hours of work. ValueError for `resume` where there is none, and for a

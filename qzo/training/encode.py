@@ -16,6 +16,7 @@ ends to where the turn does, told by rendering the conversation up to either.
 The tokenizer's own special tokens (BOS in front, EOS behind) stand once, around the whole, never inside.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError

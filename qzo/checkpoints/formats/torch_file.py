@@ -13,6 +13,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
