@@ -16,7 +16,6 @@ ends to where the turn does, told by rendering the conversation up to either.
 The tokenizer's own special tokens (BOS in front, EOS behind) stand once, around the whole, never inside.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -142,7 +141,7 @@ class Encoder:
         return prompt, own, learned, spans
 
     def _turn(
-        self, messages: list[dict[str, Any]], number: int, tools: Any, whole: str, ids: Sequence[int]
+        self, messages: list[dict[str, Any]], number: int, tools: Any, whole: str, ids: list[int]
     ) -> tuple[int, int, bool]:
         """(the first token of a turn of the assistant, the first behind it, whether a token spans its beginning) among
         the ids of the whole conversation."""

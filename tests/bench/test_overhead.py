@@ -1,4 +1,5 @@
 """What Python costs a quantized linear, held without a GPU: the kernels' launch is a stand-in."""
+
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from qzo.bench import overhead
 from qzo.kernels import plan
 from qzo.nn import ops
 
-MOST_US = 30                 # of a core on which nn.Linear's own call takes QUIET_US: a busy one takes longer for both
+MOST_US = 30  # of a core on which nn.Linear's own call takes QUIET_US: a busy one takes longer for both
 QUIET_US = 5.6
 
 
