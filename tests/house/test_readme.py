@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qzo.bench import readme
+from qzo.training.records import FORMS, form, read_records
 from tests.support.paths import ROOT
 
 
@@ -55,6 +56,14 @@ def test_the_readmes_learning_is_that_of_the_results():
     row = rows_under("What it learns")[2]
     assert row[1] == " / ".join(f"{100 * scores['accuracy']:.1f}" for scores in tuned) + " %"
     assert row[2] == " / ".join(f"{scores['loss']:.3f}" for scores in tuned)
+
+
+def test_the_readmes_lines_of_data_are_read(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith('{"')]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    kinds = [form(record) for record in read_records(tmp_path / "data.jsonl")]
+    assert sorted(map(sorted, kinds)) == sorted(map(sorted, FORMS[:4]))
 
 
 def test_a_table_follows_its_file(tmp_path):

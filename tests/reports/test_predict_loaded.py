@@ -5,9 +5,11 @@ from argparse import Namespace
 import pytest
 
 import qzo
-from qzo.reports import memory
+from qzo.reports import memory, models
 from qzo.training.loop import choose_layers
 from tests.support import tiny
+from tests.support.checkpoints import TYPES, write_gguf
+from tests.support.paths import FIXTURES
 
 
 @pytest.mark.parametrize("blocks", [None, 1])
@@ -27,5 +29,22 @@ def test_what_is_predicted(blocks, tmp_path):
         assert found == wanted
 
 
-def options(folder):
-    return Namespace(model=str(folder), group_size=32, trust_remote_code=False)
+def options(folder, group_size=32):
+    return Namespace(model=str(folder), group_size=group_size, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["gptqmodel-gptq-sym-g64-desc", "bnb-nf4", "hqq-own-g64", "aqlm-2x8-g8", "ct-w4a16-asym-g128-rtn", "m.gguf"]
+)
+def test_a_file_holds_what_the_loaded_model_does(name, tmp_path):
+    """It is read a tensor at a time to predict; the model is as large as the one that from_pretrained makes."""
+    path = FIXTURES / name if "." not in name else tmp_path / name
+    if "." in name:
+        write_gguf(path, TYPES.Q4_1)
+    model = qzo.from_pretrained(path, device="cpu")
+    forms = {layer: models.form_of(module) for layer, module in memory.layers(model, None).items()}
+    _, empty = memory._checkpoint(options(path, None), "int4", "cpu", model.dtype)
+    assert {layer: models.form_of(module) for layer, module in memory.layers(empty, None).items()} == forms
+    assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in model.named_parameters()
+    }
