@@ -27,7 +27,7 @@ def execute(options):
                 print(f"{case}, {provider}: {old:.4g} -> {new:.4g} ms, {ratio:.3f}x {mark}".rstrip())
         return 1 if slower else 0
     if options.action == "table":
-        print(results.table(results.read(options.file)))
+        print(results.as_markdown(results.read(options.file)))
         return 0
     results.plot(results.read(options.file), options.out)
     return 0
@@ -77,7 +77,7 @@ def _run(options):
         if out:
             out.close()
     if not options.json:
-        print(results.table(rows))
+        print(results.as_markdown(rows))
     return 0
 
 

@@ -157,9 +157,9 @@ class Found:
 
     def line(self):
         """A JSON line."""
-        rounded = {way: [float(f"{own:.7g}"), float(f"{got:.7g}")] for way, (own, got) in self.losses.items()}
+        shown = {way: [float(f"{own:.7g}"), float(f"{got:.7g}")] for way, (own, got) in self.losses.items()}
         return json.dumps(
-            {"kind": self.kind, "family": self.family, "class": self.name, "outcome": self.outcome, "losses": rounded}
+            {"kind": self.kind, "family": self.family, "class": self.name, "outcome": self.outcome, "losses": shown}
         )
 
 

@@ -103,7 +103,7 @@ class Problem:
         model = torch.nn.ModuleList(QZOLinear.from_packed(self.packed(k, n), dtype=self.dtype) for k, n in shapes)
         arena_of(model, exact=True)
         for layer in layers(model).values():  # all are given one x, which in a model they are not: no launch is shared
-            layer._siblings = None
+            layer.siblings = None
         return model, passes
 
     def dense(self):

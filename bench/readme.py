@@ -21,10 +21,10 @@ SECTION = re.compile(r"(<!-- table of (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 def with_tables(text, root=ROOT):
     """The text with every table made anew. ValueError or FileNotFoundError for a results file that cannot be read."""
-    return SECTION.sub(lambda found: found[1] + table(root / found[2]) + "\n" + found[3], text)
+    return SECTION.sub(lambda found: found[1] + markdown_of(root / found[2]) + "\n" + found[3], text)
 
 
-def table(path):
+def markdown_of(path):
     """Markdown of a results file of either kind."""
     first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
     return memory_table(path) if "predicted" in first else ratio_table(results.read(path))

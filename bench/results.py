@@ -108,7 +108,7 @@ def note_of(row):
     return row["note"] and f"{whose}: {row['note']}"
 
 
-def table(rows):
+def as_markdown(rows):
     """Markdown: a line for each case, mode and provider that was timed, then what was not and why."""
     lines = [
         "| case | provider | ms (p20-p80) | roof, ms | GB/s | of bandwidth | TFLOP/s | of dense | x qzo | error |",

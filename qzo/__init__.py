@@ -12,6 +12,7 @@ The folders are the floors that data passes through, each built on those above i
     qzo/optim/        losses -> derivative -> clip -> scales, journal
     qzo/checkpoints/  files <-> models
     qzo/training/     lines of text -> batches -> steps
+    qzo/trainer/      transformers' and TRL's trainers over the same step
     qzo/reports/      what a model holds, what a step needs
     bench/            how long it takes, beside others
     qzo/cli/          the commands
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from .checkpoints.tokenizer import load_tokenizer
     from .kernels.noise import noise
     from .loss.losses import losses, pair, static_batch
+    from .loss.objective import generate_texts, objective
     from .nn.arena import ScaleArena
     from .nn.choice import quantize_
     from .nn.evaluations import Evaluations
-    from .nn.layers import codebooks, evaluating, scale_index, scales, train_codebooks_, train_only
+    from .nn.layers import codebooks, evaluating, scale_index, scales, train_codebooks_, train_only_
     from .nn.linear import QZOLinear
     from .nn.ops import backend
     from .nn.weights import PackedWeight
@@ -49,11 +51,12 @@ _HOMES = {
     "checkpoints.tokenizer": ("load_tokenizer",),
     "kernels.noise": ("noise",),
     "loss.losses": ("losses", "pair", "static_batch"),
+    "loss.objective": ("generate_texts", "objective"),
     "nn.arena": ("ScaleArena",),
     "nn.evaluations": ("Evaluations",),
     "nn.linear": ("QZOLinear",),
     "nn.choice": ("quantize_",),
-    "nn.layers": ("codebooks", "evaluating", "scale_index", "scales", "train_codebooks_", "train_only"),
+    "nn.layers": ("codebooks", "evaluating", "scale_index", "scales", "train_codebooks_", "train_only_"),
     "nn.ops": ("backend",),
     "nn.weights": ("PackedWeight",),
     "optim.journal": ("JournalError",),
@@ -74,10 +77,12 @@ __all__ = [
     "evaluating",
     "export",
     "from_pretrained",
+    "generate_texts",
     "load_tokenizer",
     "loading",
     "losses",
     "noise",
+    "objective",
     "pair",
     "quantize_",
     "replay",
@@ -86,7 +91,7 @@ __all__ = [
     "scales",
     "static_batch",
     "train_codebooks_",
-    "train_only",
+    "train_only_",
 ]
 
 

@@ -95,7 +95,7 @@ def quantize_folder(
     bits: int = 4,
     group_size: int | None = None,
     symmetric: bool = True,
-    format: str | None = None,
+    method: str | None = None,
     table: str | None = None,
     trust_remote_code: bool = False,
     strict: bool = False,
@@ -105,7 +105,7 @@ def quantize_folder(
     bits, symmetric, strict : as in qzo.quantize_
     group_size : 32, 64, 128 or -1, the whole row; None: the largest of 128, 64, 32 that divides the inputs of every
         layer, those apart that none divides
-    format : "compressed-tensors" (the default), "gptq" or "awq"; "bitsandbytes" with a table
+    method : of the new checkpoint, "compressed-tensors" (the default), "gptq" or "awq"; "bitsandbytes" with a table
     table : None, or "nf4" or "fp4", whose groups are 64 by default
 
     Returns {"layers", "bits", "group_size", "symmetric", "table", "format", "error"}; error: of the weights over their
@@ -116,9 +116,9 @@ def quantize_folder(
     check_form(bits, symmetric, named_table(table))
     if group_size is not None:
         check_group_size(group_size, math.lcm(*GROUPS))
-    format = format or ("compressed-tensors" if table is None else "bitsandbytes")
-    if format not in TARGETS:
-        raise ValueError(f"format {format!r} is not known; there are {', '.join(TARGETS)}")
+    method = method or ("compressed-tensors" if table is None else "bitsandbytes")
+    if method not in TARGETS:
+        raise ValueError(f"format {method!r} is not known; there are {', '.join(TARGETS)}")
     checkpoint, out = open_checkpoint(path_or_id, trust_remote_code), Path(out)
     if checkpoint.quantized:
         raise ValueError(
@@ -136,11 +136,11 @@ def quantize_folder(
         loaded = from_pretrained(
             checkpoint.path, device="cpu", trust_remote_code=trust_remote_code, strict=strict, **options
         )
-        export(loaded, out, format)
-        return {"layers": len(layers(loaded)), **options, "format": format, "error": None}
+        export(loaded, out, method)
+        return {"layers": len(layers(loaded)), **options, "format": method, "error": None}
     chosen = choose(model, group_size, strict=strict, table=named_table(table))
-    error = _write_streamed(checkpoint, model, chosen, places, out, TARGETS[format], options)
-    return {"layers": len(chosen), **options, "format": format, "error": error}
+    error = _write_streamed(checkpoint, model, chosen, places, out, TARGETS[method], options)
+    return {"layers": len(chosen), **options, "format": method, "error": error}
 
 
 def _file_names(model: Any, named: Mapping[str, T]) -> dict[str, T]:

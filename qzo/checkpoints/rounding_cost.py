@@ -6,7 +6,7 @@ from typing import Any
 from ..loss.losses import losses
 from ..nn.arena import codebooks_name
 from ..nn.layers import layers
-from .formats.protocol import Rounded
+from .formats.protocol import SavedScales
 from .formats.rounding import new_scales
 from .new_folder import new_scale_dtype
 from .source import Source
@@ -24,7 +24,7 @@ def rounding_losses(model: Any, source: Source, batch: Any) -> dict[str, float]:
     arenas = {id(layer.arena): (layer.arena, layer.arena.data.clone()) for layer in found.values()}
     zeros = {name: layer.zeros for name, layer in found.items()}
     try:
-        for name, scales, zero in _rounded(trained, source):
+        for name, scales, zero in _saved_scales(trained, source):
             owner, _, leaf = name.rpartition(".")
             layer = found[trained.inside(owner if leaf == "codebooks" else name)]
             if leaf != "codebooks":
@@ -42,10 +42,10 @@ def rounding_losses(model: Any, source: Source, batch: Any) -> dict[str, float]:
     return {"loss_before": before, "loss_after": after}
 
 
-def _rounded(trained: Trained, source: Source) -> Iterator[Rounded]:
+def _saved_scales(trained: Trained, source: Source) -> Iterator[SavedScales]:
     """Each layer as it is written: to a copy of the source or, where there is none, to new files."""
     if source.copied is not None:
-        yield from source.copied.rounded(source.path, trained.find)
+        yield from source.copied.saved_scales(source.path, trained.find)
         return
     for name, weight in trained.packed().items():
         yield name, new_scales(weight.scales, new_scale_dtype(weight), name).float(), None

@@ -51,7 +51,10 @@ def save_pretrained(model: Any, out_dir: str | Path, batch: Any = None) -> dict[
 
 
 def export(
-    model: Any, out: str | Path, format: str = "compressed-tensors", round_zeros: bool = False
+    model: Any,
+    out: str | Path,
+    format: str = "compressed-tensors",  # noqa: A002
+    round_zeros: bool = False,
 ) -> dict[str, float] | None:
     """Save in another format; the new files hold the same weights, exactly, in another arrangement.
 
@@ -80,15 +83,16 @@ def export(
         Naming the layer and the reason where the format cannot hold it: a float minimum, an order of columns, bits,
         group sizes or sizes of a layer that it does not have. For round_zeros and a format without integer zero points.
     """
+    method = format  # `format` is the public keyword, though it hides the builtin
     source, out = _checked_source(model), Path(out)
-    check_format(format, round_zeros)
+    check_format(method, round_zeros)
     errors = None
-    if source.copied is not None and source.method == format:
+    if source.copied is not None and source.method == method:
         alone = source.path.is_file() and out.suffix == source.path.suffix  # the name of the file, not of its folder
         folder, name = (out.parent, out.name) if alone else (out, source.path.name)
         _write_copy(model, source, source.copied, folder, name)
-    elif format in TARGETS:
-        errors = write_new(model, source, out, TARGETS[format], round_zeros)
+    elif method in TARGETS:
+        errors = write_new(model, source, out, TARGETS[method], round_zeros)
     else:
         raise _no_gguf(source.method)
     return (errors or {}) if round_zeros else None
@@ -101,30 +105,30 @@ def _no_gguf(method: str) -> ValueError:
     )
 
 
-def check_format(format: str, round_zeros: bool = False) -> None:
+def check_format(method: str, round_zeros: bool = False) -> None:
     """ValueError unless it is a format that `export` knows, with integer zero points where they are asked for."""
-    if format not in _EXPORTS:
-        raise ValueError(f"export to {format!r} is not supported; supported are {', '.join(map(repr, _EXPORTS))}")
-    if round_zeros and format not in _INTEGERS:
+    if method not in _EXPORTS:
+        raise ValueError(f"export to {method!r} is not supported; supported are {', '.join(map(repr, _EXPORTS))}")
+    if round_zeros and method not in _INTEGERS:
         raise ValueError(
-            f"round_zeros is for formats that hold integer zero points only, {', '.join(_INTEGERS)}; {format} is none: "
+            f"round_zeros is for formats that hold integer zero points only, {', '.join(_INTEGERS)}; {method} is none: "
             "leave it out"
         )
 
 
-def check_source(checkpoint: Checkpoint, format: str, round_zeros: bool) -> None:
+def check_source(checkpoint: Checkpoint, method: str, round_zeros: bool) -> None:
     """ValueError for a checkpoint that `export` would refuse for its kind or its float zero points; reads no weight."""
-    method = checkpoint.format.method
-    if format == gguf.METHOD != method:
-        raise _no_gguf(method)
-    if format == bnb.METHOD != method:
+    own = checkpoint.format.method
+    if method == gguf.METHOD != own:
+        raise _no_gguf(own)
+    if method == bnb.METHOD != own:
         raise ValueError(
-            f"{checkpoint.path} is {method}, and bitsandbytes holds codes of the tables nf4 and fp4 only; qzo quantize "
+            f"{checkpoint.path} is {own}, and bitsandbytes holds codes of the tables nf4 and fp4 only; qzo quantize "
             "--table nf4 makes them of a float model"
         )
-    name = checkpoint.float_zeros() if format in _INTEGERS and not round_zeros else None
+    name = checkpoint.float_zeros() if method in _INTEGERS and not round_zeros else None
     if name is not None:
-        raise float_zeros(f"{checkpoint.path}: {name}", format)
+        raise float_zeros(f"{checkpoint.path}: {name}", method)
 
 
 def _checked_source(model: Any) -> Source:

@@ -8,7 +8,7 @@ import torch
 
 from ..checkpoints.load import from_pretrained
 from ..kernels.tiles import GROUPS
-from ..nn.layers import train_slots
+from ..nn.layers import train_slots_
 from ..nn.weights import check_group_size
 from ..optim.journal import read
 from ..optim.replay import replay
@@ -51,22 +51,56 @@ def steps_of(journal):
     return _header_and_steps(journal)[1]
 
 
-def replayed(base, journal, until, own):
-    """(the model at `base` with the steps of a journal, how many these are); options of the model as for `load`."""
-    header, steps = _header_and_steps(journal)
+def check_until(until, journal):
+    """ValueError for a step that a journal does not have, or of no journal; until, journal: None if not given."""
+    if until is None:
+        return
+    if not journal:
+        raise ValueError(f"--until {until} is a step of a run: give its journal too, --journal OUT/journal.qzo")
+    if until < 0:
+        raise ValueError(f"--until {until}: expected a step number >= 0")
+    held = steps_of(journal)
+    if until > held:
+        raise ValueError(f"--until {until}: {journal} has {held} steps")
+
+
+def untuned(base, journal, own):
+    """The model at `base` as the run of a journal found it: what trained there trains, no step is applied. Options of
+    the model as for `load`; journal: None for no run."""
+    if not journal:
+        return load(base, own)
+    header, _ = _header_and_steps(journal)
     model = load(base, own)
-    train_slots(model, set(header["arena"]))
+    train_slots_(model, set(header["arena"]))
+    return model
+
+
+def tune(model, journal, until):
+    """Apply the steps of a journal to a model that is `untuned`, and say so; how many these are. JournalError for
+    another model's journal; journal: None for no steps."""
+    if not journal:
+        return 0
+    steps = steps_of(journal)
     say(f"replaying {steps if until is None else min(until, steps)} steps")
-    return model, replay(model, journal, until)
+    return replay(model, journal, until)
 
 
-def table(rows):
-    """(name, {"loss", "accuracy"}) rows as aligned text."""
+def replayed(base, journal, until, own):
+    """(the model at `base` with the steps of a journal, how many these are). Options of the model as for `load`;
+    journal: None for no run."""
+    model = untuned(base, journal, own)
+    return model, tune(model, journal, until)
+
+
+def scores_as_text(rows):
+    """(name, {"loss", "accuracy"} and perhaps "perplexity") rows as aligned text."""
     width = max(len(name) for name, _ in rows)
-    lines = [f"{'':{width}}  accuracy    loss"]
+    more = any("perplexity" in scores for _, scores in rows)
+    lines = [f"{'':{width}}  accuracy    loss" + ("  perplexity" if more else "")]
     for name, scores in rows:
         accuracy = "       -" if scores["accuracy"] is None else f"{100 * scores['accuracy']:6.1f} %"
-        lines.append(f"{name:{width}}  {accuracy}  {scores['loss']:6.3f}")
+        perplexity = f"  {scores['perplexity']:10.2f}" if "perplexity" in scores else ""
+        lines.append(f"{name:{width}}  {accuracy}  {scores['loss']:6.3f}{perplexity}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 import json
 
 from ..training.demo import run
-from .common import say, table
+from .common import say, scores_as_text
 
 
 def execute(options):
@@ -14,7 +14,7 @@ def execute(options):
         print(json.dumps(results))
         return 0
     print(
-        table(
+        scores_as_text(
             [
                 ("zero-shot", results["zero_shot"]),
                 ("control: label biases only", results["control"]),

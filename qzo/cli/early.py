@@ -34,8 +34,6 @@ def _new_folder(name):
 
 
 def _replay(options):
-    if options.until is not None and options.until < 0:
-        raise ValueError(f"--until {options.until}: expected a step number >= 0")
     check_folder(options.output_dir, options.overwrite, options.base)
 
 

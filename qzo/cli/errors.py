@@ -10,6 +10,7 @@ from ..system.progress import showing
 from ..training.loop import Interrupted
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+LESS_TEXT = "a shorter prompt or fewer --max-new-tokens need less"
 LESS_MEMORY = (
     "--sequential holds one evaluation's activations at a time, a smaller --batch-size, --directions, "
     "--max-length or --seq-len less of them; qzo memory tells what is needed"
@@ -29,6 +30,9 @@ def reporting(execute, options):
         )
         return 1
     except KeyboardInterrupt:
+        if options.command == "generate":  # a way to end a text that goes on
+            print("\nqzo: stopped", file=sys.stderr)
+            return 1
         journal = Path(vars(options).get("output_dir") or "") / "journal.qzo"
         saved = f"; {journal} is whole, so the same command with --resume goes on" if journal.exists() else ""
         print(f"qzo: stopped outside the training steps{saved}", file=sys.stderr)
@@ -44,7 +48,10 @@ def reporting(execute, options):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"qzo {options.command}: {explain(error, LESS_MEMORY)}", file=sys.stderr)
+        print(
+            f"qzo {options.command}: {explain(error, LESS_TEXT if options.command == 'generate' else LESS_MEMORY)}",
+            file=sys.stderr,
+        )
         return 1
 
 

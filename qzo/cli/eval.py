@@ -1,13 +1,21 @@
-"""`qzo eval`: loss and accuracy of a model, or of a run on it, on each split of the data."""
+"""`qzo eval`: loss, accuracy and perplexity on each split of the data, of a model or of one before and after a run.
+
+Beside options stands the control: the untuned model with label biases fitted on training data (task.fit_label_bias). A
+run has learned something about the inputs only where it beats this.
+"""
 
 import json
+import math
 from pathlib import Path
 
 from ..checkpoints.tokenizer import load_tokenizer
+from ..optim.replay import replay
+from ..training.folder import finite
 from ..training.loop import build_task
 from ..training.records import read_data
 from ..training.settings import Settings
-from .common import load, replayed, say, table
+from ..training.task import fit_label_bias, measure
+from .common import check_until, say, scores_as_text, tune, untuned
 from .options import model_of
 
 
@@ -16,23 +24,90 @@ def execute(options):
     model_name = model_of(options)
     if not model_name:
         raise ValueError("a model is missing: qzo eval MODEL --data FILE, a folder, a .gguf file or a Hub id")
-    own = vars(options)
+    check_until(options.until, options.journal)
     settings = Settings(**({} if options.max_length is None else {"max_length": options.max_length}))
+    records, fitting = read_all(options)
+    model = untuned(model_name, options.journal, vars(options))
+    if options.journal:
+        replay(model, options.journal, 0)  # a journal of another model is told before anything is measured
+    tokenizer = load_tokenizer(model_name, bool(options.trust_remote_code))
+    tasks = {split: build_task(model, lines, tokenizer, settings, None) for split, lines in records.items()}
+    for split, task in tasks.items():
+        say(f"{split}: {len(task.examples)} examples")
+    fitted = build_task(model, fitting, tokenizer, settings, None) if options.control_data else tasks.get("train")
+    controlled = splits_with_control(records, tasks, fitting, fitted, options.control_data)
+
+    before = {split: measured(task) for split, task in tasks.items()}
+    control = {}
+    if fitted is not None and controlled:
+        scores = fitted.scores() if options.control_data else before["train"][1]
+        bias = fit_label_bias(scores, fitted.labels())
+        control = {split: measure(before[split][1] + bias, tasks[split].labels()) for split in controlled}
+    steps = tune(model, options.journal, options.until)
+    after = {split: measured(task) for split, task in tasks.items()} if options.journal else before
+    results = {
+        "model": model_name,
+        "steps": steps,
+        "splits": {split: scores for split, (scores, _) in after.items()},
+        "zero_shot": {split: scores for split, (scores, _) in before.items()} if options.journal else None,
+        "control": control or None,
+        "device": str(next(iter(tasks.values())).device),
+    }
+    print(json.dumps(finite(results)) if options.json else scores_as_text(list(rows(results))))
+    return 0
+
+
+def read_all(options):
+    """(split -> records to score, the records to fit label biases on: those of --control-data or of training)."""
     records = read_data(options.data)
+    fitting = read_data(options.control_data)["train"] if options.control_data else records["train"]
     if Path(options.data).is_file():
         records = {Path(options.data).stem: records["train"]}
-    if options.journal:
-        model, steps = replayed(model_name, options.journal, None, own)
-    else:
-        model, steps = load(model_name, own), 0
-    tokenizer = load_tokenizer(model_name, bool(options.trust_remote_code))
-    scores = {}
-    for split, lines in records.items():
-        task = build_task(model, lines, tokenizer, settings, None)
-        say(f"{split}: {len(task.examples)} examples")
-        scores[split] = task.evaluate()
-    if options.json:
-        print(json.dumps({"model": model_name, "steps": steps, "splits": scores, "device": str(task.device)}))
-    else:
-        print(table(list(scores.items())))
-    return 0
+    return records, fitting
+
+
+def splits_with_control(records, tasks, fitting, fitted, control_data):
+    """The splits that get a control: with as many options as the task `fitted` has, and in another file than `fitting`.
+    ValueError where --control-data was given and there are none."""
+    others = [split for split, lines in records.items() if not lines[0].path.samefile(fitting[0].path)]
+    if fitted is None:
+        return []
+    count = option_count(fitted)
+    found = [split for split in others if count and option_count(tasks[split]) == count]
+    if not control_data or found:
+        return found
+    if not others:
+        raise ValueError(f"--control-data {control_data} is scored itself: label biases are fitted on other examples")
+    scored = ", ".join(f"{option_count(tasks[split])} in {split}" for split in others)
+    raise ValueError(
+        f"--control-data {control_data}: its examples have {count} options, those that are scored {scored}; label "
+        "biases need as many here as there"
+    )
+
+
+def option_count(task):
+    """Options of each example, 0 for a task without."""
+    return len(task.examples[0].options or ())
+
+
+def measured(task):
+    """({"loss", "accuracy"}, scores of the options), or ({"loss", "accuracy", "perplexity"}, None) without options."""
+    if option_count(task):
+        scores = task.scores()
+        return measure(scores, task.labels()), scores
+    found = task.evaluate()
+    try:
+        return {**found, "perplexity": math.exp(found["loss"])}, None
+    except OverflowError:
+        return {**found, "perplexity": math.inf}, None
+
+
+def rows(results):
+    """The lines of the table: of each split the untuned model, its control, the tuned model."""
+    tuned, control = results["zero_shot"] is not None, results["control"] or {}
+    for split, scores in results["splits"].items():
+        yield (f"{split}, zero-shot", results["zero_shot"][split]) if tuned else (split, scores)
+        if split in control:
+            yield f"{split}, control: label biases only", control[split]
+        if tuned:
+            yield f"{split}, after {results['steps']} steps", scores

@@ -4,7 +4,7 @@ import json
 import math
 
 from ..nn.weights import check_bits
-from ..reports.inspect import report, table
+from ..reports.inspect import as_text, report
 from .options import model_of
 
 
@@ -20,5 +20,5 @@ def execute(options):
     if not options.model:
         raise ValueError("a model is missing: qzo inspect MODEL, a folder, a .gguf file or a Hub id")
     found = report(options)
-    print(json.dumps(found) if options.json else table(found))
+    print(json.dumps(found) if options.json else as_text(found))
     return 0

@@ -32,9 +32,14 @@ COMMANDS = {  # name: (what it does, an example, its options)
         options.add_train,
     ),
     "eval": (
-        "loss and accuracy of a model on JSON lines",
-        "qzo eval model.gguf --data data/test.jsonl --journal out/journal.qzo",
+        "loss, accuracy and perplexity of a model on JSON lines, before and after a run on it",
+        "qzo eval model.gguf --data data/test.jsonl --journal out/journal.qzo --control-data data/train.jsonl",
         options.add_eval,
+    ),
+    "generate": (
+        "write text with a model, or with a run on it",
+        'qzo generate model.gguf --journal out/journal.qzo --chat "Write a haiku about rain."',
+        options.add_generate,
     ),
     "replay": (
         "rebuild a tuned model from its base and a journal",

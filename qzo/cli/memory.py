@@ -3,7 +3,7 @@
 import json
 
 from ..reports.memory import make_report
-from ..reports.memory_table import check_picture, plot, table
+from ..reports.memory_text import as_text, check_picture, plot
 from .options import model_of
 
 
@@ -15,5 +15,5 @@ def execute(options):
     report = make_report(options)
     if options.plot:
         plot(report, options.plot)
-    print(json.dumps(report) if options.json else f"{report['subject']}\n{table(report)}")
+    print(json.dumps(report) if options.json else f"{report['subject']}\n{as_text(report)}")
     return 0

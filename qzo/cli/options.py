@@ -13,7 +13,9 @@ NOISES = ("rademacher", "ih4", "gaussian")
 SHARINGS = ("group", "row")
 LARGE_ROWS = ("fused", "folded", "blas", "auto")
 PACKINGS = ("off", "auto")
+CHAT_LOSSES = ("last", "all")
 RECIPES = ("paper",)
+KEEPS = ("last", "best")
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
 TABLES = ("fp4", "nf4")
 DEFAULTS = {  # of training/settings.py
@@ -54,6 +56,14 @@ def model_of(options):
     return options.checkpoint or options.model
 
 
+def add_reading(parser, group_size):
+    """How a checkpoint is read; group_size: what the command says of it."""
+    parser.add_argument("--group-size", type=int, help=group_size)
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
+    )
+
+
 def add_loading(parser):
     """How the model is loaded."""
     model = parser.add_argument_group("the model")
@@ -61,12 +71,7 @@ def add_loading(parser):
     model.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the activations (default: float32 on a CPU, float16 on a GPU)"
     )
-    model.add_argument(
-        "--group-size", type=int, help="when a float checkpoint is quantized on the way in (default 128)"
-    )
-    model.add_argument(
-        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
-    )
+    add_reading(model, "when a float checkpoint is quantized on the way in (default 128)")
     model.add_argument(
         "--weight-only",
         action="store_true",
@@ -108,7 +113,8 @@ def add_train(parser):
     files = parser.add_argument_group("files")
     files.add_argument(
         "--data",
-        help="a JSONL file or JSON array, or a folder with train.jsonl (.json) and perhaps valid.jsonl, test.jsonl; "
+        help="a file (JSONL, JSON array, CSV, TSV, Parquet), or a folder with train.jsonl (or another of these) and "
+        "perhaps valid.jsonl, test.jsonl, or written by save_to_disk of Hugging Face's datasets; "
         "records are prompt+completion, messages, text, prompt+options+label, conversations (ShareGPT), or "
         "instruction+input+output (Alpaca)",
     )
@@ -122,6 +128,7 @@ def add_train(parser):
     )
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))
+    _add_validation(parser.add_argument_group("validation, where the data have a valid split"))
     _add_perturbation(parser.add_argument_group("the perturbation and the update"))
     _add_launching(parser.add_argument_group("how a step is computed"))
     add_loading(parser)
@@ -148,6 +155,11 @@ def _add_run(run):
         help="put the end-of-text token behind each text, as behind a completion (default); without: for pieces of "
         "longer texts, and to resume a run on texts that was begun before this option was there",
     )
+    run.add_argument(
+        "--chat-loss",
+        choices=CHAT_LOSSES,
+        help="learn the last message of the assistant in each conversation (default), or all of them",
+    )
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument(
         "--train-layers",
@@ -167,6 +179,27 @@ def _add_run(run):
         choices=RECIPES,
         help="the paper's setting: absolute eps 1e-3, clip 100, lr 1e-7, Gaussian noise, one direction, batch 16, "
         "floor 0; single options still win",
+    )
+
+
+def _add_validation(held_out):
+    held_out.add_argument(
+        "--eval-every",
+        type=int,
+        metavar="STEPS",
+        help="steps between two measurements of it (default: a tenth of the run)",
+    )
+    held_out.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="end the run after N measurements in a row without a lower loss (default: make all steps)",
+    )
+    held_out.add_argument(
+        "--keep",
+        choices=KEEPS,
+        help="what OUT/model is: the last step (the default), or the one with the lowest validation loss, rebuilt from "
+        "the base and the journal (best)",
     )
 
 
@@ -227,13 +260,52 @@ def _add_launching(how):
     )
 
 
+def _add_journal(parser):
+    """A run on the model, or the beginning of one: common.py has `check_until` and `replayed` for them."""
+    parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    parser.add_argument("--until", type=int, metavar="N", help="the run's first N steps only (default: all)")
+
+
 def add_eval(parser):
     add_model(parser)
     parser.add_argument(
         "--data", required=True, help="a JSONL file, or a folder with valid.jsonl, test.jsonl, train.jsonl"
     )
-    parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
+    _add_journal(parser)
+    parser.add_argument(
+        "--control-data",
+        metavar="FILE",
+        help="lines with options to fit the control's label biases on, other than those that are scored (default: "
+        "train.jsonl of the folder --data)",
+    )
     parser.add_argument("--max-length", type=int, help=f"longest example in tokens (default {DEFAULTS['max_length']})")
+    add_loading(parser)
+
+
+def add_generate(parser):
+    add_model(parser)
+    prompt = parser.add_argument_group("the prompt (default: standard input, as --prompt)")
+    asked = prompt.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input")
+    asked.add_argument(
+        "--chat", metavar="TEXT", help="a message to answer, through the model's chat template; - reads standard input"
+    )
+    prompt.add_argument("--system", metavar="TEXT", help="a system message in front of --chat")
+    _add_journal(parser)
+    text = parser.add_argument_group("the text")
+    text.add_argument("--max-new-tokens", type=int, default=256, help="most tokens that are written (default 256)")
+    text.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="above 0: tokens are drawn, the more evenly the higher it is (default 0: the likeliest is taken)",
+    )
+    text.add_argument(
+        "--top-p",
+        type=float,
+        help="draw from the likeliest tokens that have this probability together (default 1: from all)",
+    )
+    text.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
     add_loading(parser)
 
 
@@ -274,10 +346,8 @@ def add_quantize(parser):
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     add_overwrite(parser)
     parser.add_argument("--bits", type=int, default=4, help="2, 4 or 8 (default 4)")
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        help="32, 64, 128, or -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)",
+    add_reading(
+        parser, "32, 64, 128, or -1 for the whole row (default: the largest of 128, 64, 32 that divides every layer)"
     )
     add_strict(parser)
     parser.add_argument("--asymmetric", action="store_true", help="with zero points (default: without)")
@@ -292,4 +362,3 @@ def add_quantize(parser):
         help="4-bit codes that stand for its entries, in groups of 64, as bitsandbytes has them (default: codes are "
         "integers)",
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code from the checkpoint's folder")

@@ -15,9 +15,9 @@ def execute(options):
         bits=options.bits,
         group_size=options.group_size,
         symmetric=not options.asymmetric,
-        format=options.format,
+        method=options.format,
         table=options.table,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=bool(options.trust_remote_code),
         strict=bool(options.strict),
     )
     if options.json:

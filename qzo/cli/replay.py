@@ -3,14 +3,12 @@
 import json
 
 from ..checkpoints.save import save_pretrained
-from .common import replayed, steps_of
+from .common import check_until, replayed
 
 
 def execute(options):
     """Replay, save, and tell; exit status. ValueError for bad input."""
-    held = steps_of(options.journal)
-    if options.until is not None and options.until > held:
-        raise ValueError(f"--until {options.until}: {options.journal} has {held} steps")
+    check_until(options.until, options.journal)
     model, steps = replayed(options.base, options.journal, options.until, vars(options))
     save_pretrained(model, options.output_dir)
     if options.json:

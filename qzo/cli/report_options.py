@@ -1,6 +1,6 @@
 """What the commands that report on a model, and the benchmark, can be asked; like options.py, without torch."""
 
-from .options import DTYPES, LARGE_ROWS, add_model, add_overwrite
+from .options import DTYPES, LARGE_ROWS, add_model, add_overwrite, add_reading
 
 BITS = (2, 4, 8)
 CODES = ("int4", "int2", "int8", "nf4", "aqlm-1x16", "aqlm-2x8")
@@ -24,12 +24,7 @@ def add_inspect(parser):
     add_model(parser)
     parser.add_argument("--train-layers", type=int, metavar="K", help="as in qzo train: what trains then")
     parser.add_argument("--bits", type=int, default=4, help="when a float checkpoint is quantized (default 4)")
-    parser.add_argument(
-        "--group-size", type=int, help="the same (default: the largest of 128, 64, 32 that fits every layer)"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint's folder"
-    )
+    add_reading(parser, "the same (default: the largest of 128, 64, 32 that fits every layer)")
     parser.add_argument(
         "--weight-only",
         action="store_true",
@@ -59,8 +54,7 @@ def add_memory(parser):
         help="instead of a model, which is loaded and measured: a config.json, or one that comes with qzo: "
         + ", ".join(CONFIGS),
     )
-    what.add_argument("--trust-remote-code", action="store_true", help="run code from the checkpoint's folder")
-    what.add_argument("--group-size", type=int, help="(default: the largest of 128, 64, 32 that fits; of nf4 codes 64)")
+    add_reading(what, "(default: the largest of 128, 64, 32 that fits; of nf4 codes 64)")
     what.add_argument("--bits", type=int, choices=BITS, help="of a code (default 4)")
     what.add_argument(
         "--codes",

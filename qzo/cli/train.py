@@ -16,9 +16,13 @@ from ..training.loop import build_task, check_batch_size, choose_layers, fit, pl
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
-from .common import load, say, table
+from ..training.task import fit_label_bias, measure
+from ..training.validation import PARTS, Base, Validation
+from .common import load, say, scores_as_text, steps_of
 from .options import model_of
 from .outputs import JOURNAL
+
+CONTROL_EXAMPLES = 512  # of the training data, that the control's biases are fitted on
 
 
 def merge_options(options):
@@ -39,6 +43,10 @@ def execute(options):
     if own["resume"]:
         planned_steps(settings, Path(own["output_dir"]) / JOURNAL)
     records = read_data(own["data"])
+    if settings.patience is not None and "valid" not in records:
+        raise ValueError(
+            f"--patience needs a validation split: {own['data']} has {', '.join(records)}; add valid.jsonl"
+        )
     check_batch_size(settings, len(records["train"]))
     started = time.perf_counter()
     model = load(own["model"], own)
@@ -52,16 +60,20 @@ def execute(options):
     }
     show_plan(task, settings, model, bool(own["trust_remote_code"]))
     before = {split: held.evaluate() for split, held in held_out.items()}
-    already = fit(task, settings, own["output_dir"], resume=bool(own["resume"]))
+    controls = controlled(task, held_out)
+    run = train(task, settings, own, held_out.get("valid"))
     after = {split: held.evaluate() for split, held in held_out.items()}
     model_dir = save(model, own["output_dir"])
     split = "valid" if "valid" in after else "test"
     results = {
         "before": before.get(split),
+        "control": controls.get(split),
         "tuned": after.get(split),
-        "splits": {name: {"before": before[name], "tuned": after[name]} for name in after},
-        "steps": settings.max_steps,
-        "resumed_from": already,
+        "splits": {
+            name: {"before": before[name], **({"control": controls[name]} if controls else {}), "tuned": after[name]}
+            for name in after
+        },
+        **run,
         "seconds": round(time.perf_counter() - started, 1),
         "seed": settings.seed,
         "device": str(task.device),
@@ -72,14 +84,55 @@ def execute(options):
     if options.json:
         print(json.dumps(results))
     else:
-        rows = [
-            (f"{name}, {when}", scores) for name, both in results["splits"].items() for when, scores in both.items()
-        ]
-        if rows:
-            print(table(rows))
-        print(f"tuned model: {model_dir}")
-    warn_if_worse(results["splits"])
+        show_results(results, settings)
+    warn_if_worse(results["splits"], results["best"], results["model_step"])
     return 0
+
+
+def train(task, settings, own, valid):
+    """Make the run; the model is then the one of the step to keep.
+
+    Returns {"steps", "resumed_from", "best", "model_step"}: steps made, how many of them before, the best measurement
+    of the validation task `valid` (None without one), and the step whose model this is.
+    """
+    out = Path(own["output_dir"])
+    if valid is None:
+        already = fit(task, settings, out, resume=bool(own["resume"]))
+        steps = steps_of(out / "journal.qzo")
+        return {"steps": steps, "resumed_from": already, "best": None, "model_step": steps}
+    every = settings.eval_every or max(1, settings.max_steps // PARTS)
+    validation = Validation(valid.evaluate, every, settings.patience)
+    base = Base(task.model) if settings.keep == "best" else None
+    already = fit(task, settings, out, resume=bool(own["resume"]), validation=validation)
+    steps = kept = steps_of(out / "journal.qzo")
+    if base is not None and validation.best is not None and validation.best.step < steps:
+        kept = validation.best.step
+        say(f"rebuilding the model of step {kept}, the best on valid")
+        base.rebuild(out / "journal.qzo", kept)
+    best = validation.best._asdict() if validation.best is not None else None
+    return {"steps": steps, "resumed_from": already, "best": best, "model_step": kept}
+
+
+def controlled(task, held_out):
+    """What label biases alone do for each held-out split, fitted on training examples before the run; {} without
+    options."""
+    if task.examples[0].options is None or not held_out:
+        return {}
+    bias = fit_label_bias(task.scores(first=CONTROL_EXAMPLES), task.labels()[:CONTROL_EXAMPLES])
+    return {split: measure(held.scores() + bias, held.labels()) for split, held in held_out.items()}
+
+
+def show_results(results, settings):
+    """What the run has done, on standard output."""
+    rows = [(f"{name}, {when}", scores) for name, both in results["splits"].items() for when, scores in both.items()]
+    if rows:
+        print(scores_as_text(rows))
+    if results["steps"] < settings.max_steps:
+        print(f"ended after {results['steps']} of {settings.max_steps} steps: --patience {settings.patience}")
+    best, step = results["best"], results["model_step"]
+    if best and best["step"] < step:
+        print(f"best on valid: step {best['step']}, loss {best['loss']:.3f} (--keep best, or qzo replay --until)")
+    print(f"tuned model: {results['model']}{'' if step == results['steps'] else f' (step {step}, the best on valid)'}")
 
 
 def show_plan(task, settings, model, trust_remote_code):
@@ -103,14 +156,19 @@ def labelled(example):
     return sum(label != IGNORED for label in example.labels)
 
 
-def warn_if_worse(splits):
-    """A warning where the loss of held-out data is higher after the run than before."""
+def warn_if_worse(splits, best, step):
+    """A warning where the loss of held-out data is higher after the run than before.
+
+    best: the best measurement on the way, or None; step: whose model this is.
+    """
+    better = f" (the best step on valid was {best['step']}: {best['loss']:.3f})" if best and best["step"] < step else ""
     for name, both in splits.items():
         before, after = both["before"]["loss"], both["tuned"]["loss"]
         if not after <= before:
             warnings.warn(
-                f"the run has made the model worse on {name}: loss {before:.3f} before, {after:.3f} after; try a lower "
-                "--learning-rate, more --directions or more data, or fewer steps (qzo replay BASE OUT/journal.qzo "
+                f"the run has made the model worse on {name}: loss {before:.3f} before, {after:.3f} after{better}; "
+                "try a lower --learning-rate, more --directions or more data, or fewer steps (qzo replay BASE "
+                "OUT/journal.qzo "
                 "--until N rebuilds the model as it was at step N)",
                 stacklevel=2,
             )

@@ -56,30 +56,31 @@ def logits_at(
     inputs: Inputs,
     row: torch.Tensor,
     column: torch.Tensor,
-    E: int = 1,
+    copies: int = 1,
     most: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the float32 logits [E, m, V] at positions (row[i], column[i]), m of each evaluation at a time.
 
-    row, column: int64 [N], E equal blocks in the order of the evaluations that the rows of `inputs` are stacked for
+    row, column: int64 [N], equal blocks in the order of the evaluations that the rows of `inputs` are stacked for
+    copies: E, how many evaluations these are
     most: how many of each evaluation at a time; by default what LOGIT_BYTES hold
 
     ValueError for a model whose output has no logits.
     """
-    head, each = output_head(model), len(row) // E
+    head, each = output_head(model), len(row) // copies
     if head is None or is_whole(model):
         logits = _logits(model, inputs)
         if head is None:
             take_whole(model, "it does not say which module its head is (get_output_embeddings)")
-        yield logits[row, column].float().view(E, each, -1)
+        yield logits[row, column].float().view(copies, each, -1)
         return
-    most = most or max(1, LOGIT_BYTES // (4 * E * _vocabulary(model, head)))
-    reading = _Reading(model, head, row, column, E)
+    most = most or max(1, LOGIT_BYTES // (4 * copies * _vocabulary(model, head)))
+    reading = _Reading(model, head, row, column, copies)
     for start in range(0, each, most):
         logits = reading.run(inputs, start, most, again=each > most)
         if reading.rows is None:  # the head was not called, or on something else than [rows, tokens, H]
             take_whole(model, "its head is not called with hidden states [rows, tokens, features]")
-            yield logits[row, column].float().view(E, each, -1)
+            yield logits[row, column].float().view(copies, each, -1)
             return
         yield logits.float()
 
@@ -179,9 +180,9 @@ class _Reading:
     """
 
     def __init__(
-        self, model: "PreTrainedModel", head: nn.Module, row: torch.Tensor, column: torch.Tensor, E: int = 1
+        self, model: "PreTrainedModel", head: nn.Module, row: torch.Tensor, column: torch.Tensor, copies: int = 1
     ) -> None:
-        self.model, self.head, self.place, self.E = model, head, (row, column), E
+        self.model, self.head, self.place, self.copies = model, head, (row, column), copies
         self.states: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
         self.outputs: dict[nn.Module, list[Any]] = {}  # of the modules beside the head, in the first run
@@ -196,7 +197,7 @@ class _Reading:
                 if not (isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() == 3 and len(x) == stacked):
                     return read(x, *args, **kwargs)
                 self.states = x
-                self.rows = x[self.place].view(self.E, -1, x.shape[-1])
+                self.rows = x[self.place].view(self.copies, -1, x.shape[-1])
             return read(self.rows[:, start : start + count], *args, **kwargs)
 
         with contextlib.ExitStack() as patches:

@@ -37,19 +37,19 @@ class Stacked(dict[str, Any]):
 
 
 @overload
-def pair(batch: Mapping[str, Any], E: int) -> Stacked: ...
+def pair(batch: Mapping[str, Any], copies: int) -> Stacked: ...
 @overload
-def pair(batch: Batch, E: int) -> Batch: ...
-def pair(batch: Any, E: int) -> Any:
-    """Stack a batch E times along the first dimension, so that row block e can run under evaluation e.
+def pair(batch: Batch, copies: int) -> Batch: ...
+def pair(batch: Any, copies: int) -> Any:
+    """Stack copies of a batch along the first dimension, so that row block e can run under evaluation e.
 
     Parameters
     ----------
     batch
         A tensor, or a mapping, list or tuple of them; scalars and other values pass through, as does one row of
         position_ids that serves several; those of several axes [axes, B, T] are stacked along their second.
-    E
-        Evaluations.
+    copies
+        E, one for each evaluation.
 
     Returns
     -------
@@ -59,23 +59,24 @@ def pair(batch: Any, E: int) -> Any:
     Raises
     ------
     ValueError
-        E < 1.
+        copies < 1.
     """
-    if E < 1:
-        raise ValueError(f"E={E}: a batch is stacked at least once")
+    if copies < 1:
+        raise ValueError(f"copies={copies}: a batch is stacked at least once")
     if isinstance(batch, torch.Tensor):
-        return batch.repeat(E, *[1] * (batch.dim() - 1)) if batch.dim() else batch
+        return batch.repeat(copies, *[1] * (batch.dim() - 1)) if batch.dim() else batch
     if isinstance(batch, Mapping):
-        stacked = Stacked({key: pair(value, E) for key, value in batch.items()})
+        stacked = Stacked({key: pair(value, copies) for key, value in batch.items()})
         positions = batch.get("position_ids")
         if isinstance(positions, torch.Tensor):
             several = row_count(batch) > 1 and len(positions) == 1
-            stacked["position_ids"] = (
-                positions.repeat(1, E, 1) if positions.dim() == 3 else positions if several else stacked["position_ids"]
-            )
+            if positions.dim() == 3:
+                stacked["position_ids"] = positions.repeat(1, copies, 1)
+            elif several:
+                stacked["position_ids"] = positions
         return stacked
     if isinstance(batch, list | tuple):
-        return type(batch)(pair(value, E) for value in batch)
+        return type(batch)(pair(value, copies) for value in batch)
     return batch
 
 
@@ -123,7 +124,7 @@ def static_batch(batch: Same, targets: int | None = None) -> Same:
     )
 
 
-def losses(model: "PreTrainedModel", batch: Inputs, E: int) -> torch.Tensor:
+def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
     """Loss of each evaluation: the mean over the evaluation's rows, from logits at labelled positions only (head.py).
 
     A batch is a mapping of model inputs [B, T] (stacked here unless `pair` has done it) and one of
@@ -154,8 +155,8 @@ def losses(model: "PreTrainedModel", batch: Inputs, E: int) -> torch.Tensor:
         A model of transformers, under `evaluating` or not.
     batch
         As above; numbers of tokens, classes and options are int64.
-    E
-        Evaluations that its rows are stacked for, or will be.
+    copies
+        E, how many evaluations its rows are stacked for, or will be.
 
     Returns
     -------
@@ -168,22 +169,22 @@ def losses(model: "PreTrainedModel", batch: Inputs, E: int) -> torch.Tensor:
         A batch without labels; labels of another shape or dtype than these; rows that E does not divide; a model
         without a config, or whose own loss is another than the cross entropy above.
     """
-    batch = _stacked(model, batch, E)
+    batch = _stacked(model, batch, copies)
     with torch.no_grad():
-        own_loss.check(model, batch, E)
+        own_loss.check(model, batch, copies)
         if "option_ids" in batch or "options" in batch:
-            scores = option_scores(model, batch, E)
+            scores = option_scores(model, batch, copies)
             each = functional.cross_entropy(scores, batch["label"], reduction="none")
-            return each.view(E, -1).mean(1)
+            return each.view(copies, -1).mean(1)
         if "labels" not in batch and "targets" not in batch:
             raise ValueError(
                 f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
                 "-100 where there is none, or option_ids and label"
             )
-        return _label_losses(model, batch, E)
+        return _label_losses(model, batch, copies)
 
 
-def _stacked(model: "PreTrainedModel", batch: Inputs, E: int) -> Stacked:
+def _stacked(model: "PreTrainedModel", batch: Inputs, copies: int) -> Stacked:
     """The batch, stacked if it is not yet; ValueError where it, or the model, is none that `losses` takes."""
     if not hasattr(model, "config"):
         raise ValueError(
@@ -192,11 +193,11 @@ def _stacked(model: "PreTrainedModel", batch: Inputs, E: int) -> Stacked:
         )
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch is a mapping of tensors, got {type(batch).__name__}")
-    stacked = batch if isinstance(batch, Stacked) else pair(dict(batch), E)
+    stacked = batch if isinstance(batch, Stacked) else pair(dict(batch), copies)
     _check_shapes(model, stacked)
     rows = row_count(stacked)
-    if rows % E or not rows:
-        raise ValueError(f"the stacked batch has {rows} rows, which {E} evaluations do not divide; use qzo.pair")
+    if rows % copies or not rows:
+        raise ValueError(f"the stacked batch has {rows} rows, which {copies} evaluations do not divide; use qzo.pair")
     return stacked
 
 
@@ -242,8 +243,8 @@ def _check_options(batch: Inputs, tokens: torch.Tensor | None) -> None:
         )
 
 
-def option_scores(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> torch.Tensor:
-    """Scores of the options, float32 [B, O]; their softmax is the model's choice. E: evaluations in the batch."""
+def option_scores(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> torch.Tensor:
+    """Scores of the options, float32 [B, O]; their softmax is the model's choice. copies: evaluations in the batch."""
     if has_encoder(model):
         raise ValueError(
             f"{type(model).__name__} has an encoder: options are scored by decoder-only models; give "
@@ -251,20 +252,20 @@ def option_scores(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> torch.
         )
     if "option_ids" in batch:
         row, column = _ends(batch)
-        ids = batch["option_ids"].view(E, -1, batch["option_ids"].shape[1])
+        ids = batch["option_ids"].view(copies, -1, batch["option_ids"].shape[1])
         parts, start = [], 0
-        for logits in logits_at(model, model_inputs(model, batch, E), row, column, E):
+        for logits in logits_at(model, model_inputs(model, batch, copies), row, column, copies):
             parts.append(logits.gather(2, ids[:, start : start + logits.shape[1]]))
             start += logits.shape[1]
         return torch.cat(parts, 1).flatten(0, 1)
     count = batch["label"].shape[0] * batch["options"]
     if "static" in batch:
-        negative, targets = _target_losses(model, batch, E), batch["targets"]
+        negative, targets = _target_losses(model, batch, copies), batch["targets"]
         slots = torch.arange(count // _rows(batch), device=negative.device)
         own = (batch["slots"][:, None] == slots[:, None]) & (targets != -100)[:, None]  # [R, slots, N]
         scores = torch.where(own, -negative[:, None], 0).sum(-1) / own.sum(-1)
         return scores.view(-1, batch["options"])
-    row, slot, negative = _token_losses(model, batch, E)
+    row, slot, negative = _token_losses(model, batch, copies)
     slot = row * (count // _rows(batch)) + slot
     total = torch.zeros(count, device=negative.device).index_add_(0, slot, negative)
     tokens = torch.zeros(count, device=negative.device).index_add_(0, slot, torch.ones_like(negative))
@@ -273,10 +274,10 @@ def option_scores(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> torch.
     return -(total / tokens).view(-1, batch["options"])
 
 
-def read_states(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> torch.Tensor:
+def read_states(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> torch.Tensor:
     """Hidden states that the output head reads for this batch, [positions, H], in the order of the rows."""
     row, column = _ends(batch) if "option_ids" in batch else _labelled(model, batch)[:2]
-    return head_input(model, model_inputs(model, batch, E))[row, column]
+    return head_input(model, model_inputs(model, batch, copies))[row, column]
 
 
 def _ends(batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,7 +298,7 @@ def _ends(batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(len(attended), device=attended.device), attended.shape[1] - 1 - attended.flip(1).argmax(1)
 
 
-def model_inputs(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> dict[str, Any]:
+def model_inputs(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> dict[str, Any]:
     """What the model takes of a batch; seen_until becomes an additive mask [rows, 1, T, T].
 
     Where each of the E evaluations has one row, its mask [1, 1, T, T] serves them all.
@@ -305,31 +306,31 @@ def model_inputs(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> dict[st
     inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
     if "seen_until" in batch:
         until = batch["seen_until"]
-        until = until[: until.shape[0] // E]  # the evaluations' rows are alike
+        until = until[: until.shape[0] // copies]  # the evaluations' rows are alike
         place = torch.arange(until.shape[1], device=until.device)
         query, key = place[:, None], place
         seen = (key <= query) & (query < until[:, None]) | (key == query)  # padding sees itself: no row of NaN
         dtype = model.get_input_embeddings().weight.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=until.device)
         mask.masked_fill_(~seen, torch.finfo(dtype).min)
-        inputs["attention_mask"] = mask[:, None] if len(mask) == 1 else mask[:, None].repeat(E, 1, 1, 1)
+        inputs["attention_mask"] = mask[:, None] if len(mask) == 1 else mask[:, None].repeat(copies, 1, 1, 1)
     return inputs
 
 
-def _label_losses(model: "PreTrainedModel", batch: Inputs, count: int) -> torch.Tensor:
+def _label_losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
     if "labels" in batch and batch["labels"].dim() == 1:
         logits = forward(model, model_inputs(model, batch)).logits.float()
-        each = functional.cross_entropy(logits, batch["labels"], reduction="none").view(count, -1)
-        return each.sum(1) / (batch["labels"] != -100).view(count, -1).sum(1)
+        each = functional.cross_entropy(logits, batch["labels"], reduction="none").view(copies, -1)
+        return each.sum(1) / (batch["labels"] != -100).view(copies, -1).sum(1)
     if "static" in batch:
-        each, labelled = _target_losses(model, batch, count), batch["targets"] != -100
-        return each.view(count, -1).sum(1) / labelled.view(count, -1).sum(1)
-    row, _, each = _token_losses(model, batch, count)
+        each, labelled = _target_losses(model, batch, copies), batch["targets"] != -100
+        return each.view(copies, -1).sum(1) / labelled.view(copies, -1).sum(1)
+    row, _, each = _token_losses(model, batch, copies)
     if not len(each):
         raise ValueError("no position of the batch carries a label: every entry of labels is -100")
-    evaluation = row // (_rows(batch) // count)
-    total = torch.zeros(count, device=each.device).index_add_(0, evaluation, each)
-    return total / (len(each) // count)  # every evaluation holds the same labels
+    evaluation = row // (_rows(batch) // copies)
+    total = torch.zeros(copies, device=each.device).index_add_(0, evaluation, each)
+    return total / (len(each) // copies)  # every evaluation holds the same labels
 
 
 def _rows(batch: Inputs) -> int:
@@ -349,24 +350,26 @@ def _labelled(model: "PreTrainedModel", batch: Inputs) -> tuple[torch.Tensor, to
     return row, column, labels[row, column], torch.zeros_like(row)
 
 
-def _token_losses(model: "PreTrainedModel", batch: Inputs, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _token_losses(
+    model: "PreTrainedModel", batch: Inputs, copies: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
     row, column, target, slot = _labelled(model, batch)
-    counts = [] if row.is_meta else torch.bincount(row // (_rows(batch) // E), minlength=E).tolist()
+    counts = [] if row.is_meta else torch.bincount(row // (_rows(batch) // copies), minlength=copies).tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"the evaluations' rows hold {counts} labels: each takes the same examples; use qzo.pair")
-    inputs = model_inputs(model, batch, E)
+    inputs = model_inputs(model, batch, copies)
     if has_encoder(model) and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
-    return row, slot, _cross_entropies(model, inputs, row, column, target, E)
+    return row, slot, _cross_entropies(model, inputs, row, column, target, copies)
 
 
-def _target_losses(model: "PreTrainedModel", batch: Inputs, E: int) -> torch.Tensor:
+def _target_losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
     """-> the cross entropy of each target of a batch that is static, float32 [R, N], 0 where there is none."""
     sources, targets = batch["sources"], batch["targets"]
     row = torch.arange(len(sources), device=sources.device).repeat_interleave(sources.shape[1])
-    inputs = model_inputs(model, batch, E)
-    return _cross_entropies(model, inputs, row, sources.flatten(), targets.flatten(), E).view_as(targets)
+    inputs = model_inputs(model, batch, copies)
+    return _cross_entropies(model, inputs, row, sources.flatten(), targets.flatten(), copies).view_as(targets)
 
 
 def _cross_entropies(
@@ -375,14 +378,14 @@ def _cross_entropies(
     row: torch.Tensor,
     column: torch.Tensor,
     target: torch.Tensor,
-    E: int,
+    copies: int,
 ) -> torch.Tensor:
     """float32 [N] of what is to be predicted at (row, column) [N], in the order of the evaluations; 0 for -100."""
     parts, start = [], 0
     if not len(target):
         return torch.zeros(0, device=target.device)
-    target = target.view(E, -1)
-    for logits in logits_at(model, inputs, row, column, E):
+    target = target.view(copies, -1)
+    for logits in logits_at(model, inputs, row, column, copies):
         here = target[:, start : start + logits.shape[1]]
         parts.append(functional.cross_entropy(logits.flatten(0, 1), here.flatten(), reduction="none").view_as(here))
         start += logits.shape[1]

@@ -28,8 +28,8 @@ _SHAPES = "labels are [rows, tokens] for a language model, [rows] for a classifi
 _seen: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-def check(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> None:
-    """Check a model once, with a batch as `losses` takes it, stacked for E evaluations.
+def check(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> None:
+    """Check a model once, with a batch as `losses` takes it, stacked for `copies` evaluations.
 
     Nothing is checked while a CUDA graph is captured, on the meta device, or where the batch starts behind a frozen
     prefix. ValueError, with both losses, for a model whose own loss is another than the cross entropy of its logits.
@@ -48,7 +48,7 @@ def check(model: "PreTrainedModel", batch: Inputs, E: int = 1) -> None:
         if not 0 <= int(batch["label"].min()) <= int(batch["label"].max()) < count:
             raise ValueError(f"label {batch['label'].tolist()} is not of {count} options, counted from 0")
     with torch.no_grad():
-        done = (_check_classes if kind == "classes" else _check_tokens)(model, batch, E)
+        done = (_check_classes if kind == "classes" else _check_tokens)(model, batch, copies)
     if done:
         _seen.setdefault(model, set()).add(kind)
 
@@ -62,10 +62,10 @@ def _cannot_look(model: nn.Module) -> bool:
     )
 
 
-def _check_classes(model: "PreTrainedModel", batch: Inputs, E: int) -> bool:
+def _check_classes(model: "PreTrainedModel", batch: Inputs, copies: int) -> bool:
     """One row of each evaluation, against `losses` of a classifier: cross entropy over its logits."""
     rows = len(batch["labels"])
-    first = torch.arange(0, rows, rows // E)
+    first = torch.arange(0, rows, rows // copies)
     some = {
         key: value[first.to(value.device)] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
         for key, value in batch.items()
@@ -81,8 +81,8 @@ def _check_classes(model: "PreTrainedModel", batch: Inputs, E: int) -> bool:
     return bool(own.isfinite())
 
 
-def _check_tokens(model: "PreTrainedModel", batch: Inputs, E: int) -> bool:
-    found = _few_tokens(model, batch, E)
+def _check_tokens(model: "PreTrainedModel", batch: Inputs, copies: int) -> bool:
+    found = _few_tokens(model, batch, copies)
     if found is None:
         return False
     inputs, labels, shift = found
@@ -115,17 +115,13 @@ def _check_tokens(model: "PreTrainedModel", batch: Inputs, E: int) -> bool:
     own = functional.cross_entropy(output.logits[row, column].float(), target, reduction="none")
     if not own.isfinite().all():  # nothing to compare: the step says so
         return False
-    _compare(
-        model,
-        getattr(output, "loss", None),
-        own.mean(),
-        f"the {'next-token ' * shift}cross entropy of its own logits",
-        output.logits.dtype,
-    )
+    wanted = f"the {'next-token ' * shift}cross entropy of its own logits"
+    _compare(model, getattr(output, "loss", None), own.mean(), wanted, output.logits.dtype)
     if shift:
         _check_order(model, inputs, output.logits)
     try:
-        read = torch.cat([*logits_at(model, fed, row, column, E, most=(len(target) // E + 1) // 2)], 1).flatten(0, 1)
+        half = (len(target) // copies + 1) // 2
+        read = torch.cat([*logits_at(model, fed, row, column, copies, most=half)], 1).flatten(0, 1)
     except (RuntimeError, IndexError) as error:  # it did not with all positions
         if is_out_of_memory(error):
             raise
@@ -154,7 +150,7 @@ def _in_range(model: nn.Module, target: torch.Tensor, logits: torch.Tensor, what
 
 
 def _few_tokens(
-    model: "PreTrainedModel", batch: Inputs, E: int
+    model: "PreTrainedModel", batch: Inputs, copies: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int] | None:
     """(inputs, labels, by how many places labels are read earlier) of a short row, once for each evaluation, or None.
 
@@ -165,16 +161,16 @@ def _few_tokens(
         return None
     mask = batch.get("attention_mask")
     row = ids[0] if mask is None or mask.dim() != 2 else ids[0][mask[0] != 0]
-    row = row[:TOKENS].repeat(E, 1)
+    row = row[:TOKENS].repeat(copies, 1)
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
     if has_encoder(model):
         labels = batch.get("labels")
         fed = batch.get("decoder_input_ids")
         if fed is not None and labels is not None:
-            inputs["decoder_input_ids"] = fed[:1, :TOKENS].repeat(E, 1)
-            labels = labels[0, :TOKENS].repeat(E, 1)
+            inputs["decoder_input_ids"] = fed[:1, :TOKENS].repeat(copies, 1)
+            labels = labels[0, :TOKENS].repeat(copies, 1)
             return (inputs, labels, 0) if (labels != -100).any() else None
-        labels = row if labels is None else labels[0][labels[0] != -100][:TOKENS].repeat(E, 1)
+        labels = row if labels is None else labels[0][labels[0] != -100][:TOKENS].repeat(copies, 1)
         return (inputs, labels, 0) if labels.shape[1] else None
     labels = row.clone()
     labels[:, : row.shape[1] // 3] = -100

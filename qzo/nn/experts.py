@@ -59,7 +59,7 @@ class Experts(nn.ModuleList):
     ) -> torch.Tensor:
         """hidden_states [R, H], the experts of each row and their weights [R, k] -> [R, H]."""
         found = [module for module in self.modules() if isinstance(module, QZOLinear)]
-        evaluations = found[0]._evaluations if found else None
+        evaluations = found[0].evaluations if found else None
         if evaluations is None:
             return self._mixed(hidden_states, top_k_index, top_k_weights)
         count = len(evaluations)
@@ -74,11 +74,11 @@ class Experts(nn.ModuleList):
             for e, block in enumerate(blocks):
                 one = evaluations[e : e + 1]
                 for layer in found:
-                    layer._evaluations = one
+                    layer.evaluations = one
                 parts.append(self._mixed(*block))
         finally:
             for layer in found:
-                layer._evaluations = evaluations
+                layer.evaluations = evaluations
         return torch.cat(parts)
 
     def _mixed(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

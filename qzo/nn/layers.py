@@ -1,7 +1,7 @@
 """What is done with all QZOLinear layers of a module: who trains, in which arena, under which evaluations."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import nn
@@ -19,14 +19,10 @@ def layers(module: nn.Module, trainable: bool | None = True) -> dict[str, QZOLin
     return {name: found[name] for name in sorted(found) if trainable is None or found[name].trainable == trainable}
 
 
-def _shapes(found: Mapping[str, QZOLinear]) -> dict[str, tuple[int, int]]:
-    """name -> (groups, outputs) of what trains of these layers; the entries of codebooks lie in quads of four."""
-    shapes = {name: (layer.in_features // layer.group_size, layer.out_features) for name, layer in found.items()}
-    return shapes | {
-        codebooks_name(name): (4, layer.held_codebooks().numel() // 4)
-        for name, layer in found.items()
-        if layer.trains_codebooks
-    }
+def _shapes(name: str, layer: QZOLinear, codebooks: bool) -> dict[str, tuple[int, int]]:
+    """name -> (groups, outputs) of a layer's scales and of codebooks that train, whose entries lie in quads of four."""
+    shapes = {name: (layer.in_features // layer.group_size, layer.out_features)}
+    return shapes | ({codebooks_name(name): (4, layer.held_codebooks().numel() // 4)} if codebooks else {})
 
 
 def arena_of(module: nn.Module, exact: bool = False) -> ScaleArena:
@@ -43,7 +39,9 @@ def arena_of(module: nn.Module, exact: bool = False) -> ScaleArena:
         )
     arenas = {id(layer.arena) for layer in found.values()}
     arena = next(iter(found.values())).arena
-    shapes = _shapes(found)
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in found.items():
+        shapes |= _shapes(name, layer, layer.trains_codebooks)
     if len(arenas) == 1 and (not exact or len(arena.slots) == len(shapes)):
         return arena
     devices = {layer.codes.device for layer in found.values()}
@@ -53,11 +51,7 @@ def arena_of(module: nn.Module, exact: bool = False) -> ScaleArena:
     _introduce(module)
     trimmer = Trimmer()
     for name, layer in found.items():
-        if not arena.data.is_meta:
-            arena.write(name, layer.read_scales())
-            if layer.trains_codebooks:
-                arena.quads(codebooks_name(name)).copy_(layer.trained_codebooks().reshape(1, -1, 4))
-        layer.arena, layer.arena_name = arena, name
+        layer.join(arena, name, layer.trains_codebooks)
         trimmer.took(4 * arena.slots[name].groups * arena.slots[name].outputs)
     return arena
 
@@ -68,10 +62,10 @@ def _introduce(module: nn.Module) -> None:
         children = [child for child in parent.children() if isinstance(child, QZOLinear)]
         siblings = Siblings() if len(children) > 1 else None
         for child in children:
-            child._siblings = siblings
+            child.siblings = siblings
 
 
-def train_only(module: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
+def train_only_(module: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
     """Freeze every QZOLinear whose name `wanted(name)` refuses; the others share a new arena.
 
     Frozen layers leave the arena: no memory traffic, no noise, no journal entry.
@@ -103,13 +97,13 @@ def train_only(module: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
     return list(layers(module))
 
 
-def train_slots(module: nn.Module, names: Collection[str]) -> None:
+def train_slots_(module: nn.Module, names: Collection[str]) -> None:
     """Train what has these names in an arena, layers and codebooks of layers, as the header of a journal lists them.
     Where some are not the module's, nothing changes: comparing arenas tells that."""
     codebooks = {name for name in layers(module, trainable=None) if codebooks_name(name) in names}
     trained = set(names) - {codebooks_name(name) for name in codebooks}
     if trained <= set(layers(module, trainable=None)):
-        train_only(module, trained.__contains__)
+        train_only_(module, trained.__contains__)
         for name in codebooks:
             train_codebooks_(module.get_submodule(name))
         arena_of(module, exact=True)
@@ -162,12 +156,7 @@ def _freeze_codebooks(layer: QZOLinear) -> None:
 
 def _leave(layer: QZOLinear, codebooks: bool) -> None:
     """Give the layer an arena of its own, with its codebooks in it or not."""
-    scales = layer.read_scales()
-    layer.trains_codebooks = codebooks
-    layer.arena, layer.arena_name = ScaleArena.of_shapes(_shapes({"": layer}), scales.device), ""
-    layer.arena.write("", scales)
-    if codebooks:
-        layer.arena.quads(codebooks_name("")).copy_(layer.held_codebooks().reshape(1, -1, 4))
+    layer.join(ScaleArena.of_shapes(_shapes("", layer, codebooks), layer.arena.data.device), "", codebooks)
 
 
 def check_sharing_of(module: nn.Module, sharing: str) -> None:
@@ -212,15 +201,15 @@ def evaluating(module: nn.Module, evaluations: Evaluations) -> Iterator[Evaluati
     evaluations = evaluations.to(arena.data.device)
     found = list(layers(module, trainable=None).values())
     check_sharing_of(module, evaluations.sharing)
-    before = [layer._evaluations for layer in found]
+    before = [layer.evaluations for layer in found]
     try:
         for layer in found:
-            layer._evaluations = evaluations
+            layer.evaluations = evaluations
             layer.prepare()
         yield evaluations
     finally:
         for layer, old in zip(found, before, strict=True):
-            layer._evaluations = old
+            layer.evaluations = old
 
 
 def scales(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -59,9 +59,9 @@ class QZOLinear(nn.Module):
     bias: nn.Parameter | None
     table: tuple[float, ...] | None
     out_dtype: torch.dtype | None
-    _evaluations: Evaluations | None
+    evaluations: Evaluations | None  # what forward runs under; `evaluating` sets it
+    siblings: Siblings | None = None  # layers of the same module that may be given the same x (siblings.py)
     _planned: tuple[object, Weight] | None
-    _siblings: Siblings | None = None  # layers of the same module that may be given the same x (siblings.py)
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class QZOLinear(nn.Module):
         self.register_buffer("codebooks", packed.codebooks, persistent=False)
         self.trains_codebooks = False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._evaluations = self._planned = None
+        self.evaluations = self._planned = None
         self.arena = ScaleArena.of_shapes({"": (packed.scales.shape[0], self.out_features)}, packed.scales.device)
         self.arena_name = ""
         if not packed.scales.is_meta:
@@ -173,16 +173,8 @@ class QZOLinear(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
-        return PackedWeight(
-            self.codes,
-            self.read_scales(),
-            self.zeros,
-            self.in_features,
-            self.bits,
-            self.perm,
-            self.table,
-            None if self.codebooks is None else self.read_codebooks(),
-        )
+        scales, books = self.read_scales(), self.read_codebooks()
+        return PackedWeight(self.codes, scales, self.zeros, self.in_features, self.bits, self.perm, self.table, books)
 
     def dequantize(self) -> torch.Tensor:
         """The matrix W, for tests and export only: forward never makes it.
@@ -212,6 +204,18 @@ class QZOLinear(nn.Module):
             raise ValueError("the layer has no codebooks: only AQLM layers have codebooks")
         return self.codebooks
 
+    def join(self, arena: ScaleArena, name: str, codebooks: bool = False) -> None:
+        """Move to an arena that has a slot of this name, and one of codebooks_name(name) where codebooks are to train.
+
+        What the layer holds is written there, but for an arena on the meta device, which holds no values.
+        """
+        if not arena.data.is_meta:
+            arena.write(name, self.read_scales())
+            if codebooks:
+                trained = self.trained_codebooks() if self.trains_codebooks else self.held_codebooks()
+                arena.quads(codebooks_name(name)).copy_(trained.reshape(1, -1, 4))
+        self.arena, self.arena_name, self.trains_codebooks = arena, name, codebooks
+
     @property
     def weight(self) -> torch.Tensor:
         """Shape, dtype and device, for models that ask a Linear for them as T5 does. It has no values:
@@ -221,14 +225,14 @@ class QZOLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., N] of x [..., K], in `out_dtype`, or that of x; under the evaluations of `evaluating`, if any."""
-        perturbation, evaluations, perm = None, self._evaluations, self._buffers["perm"]
+        perturbation, evaluations, perm = None, self.evaluations, self._buffers["perm"]
         if evaluations is not None:
             perturbation = evaluations.perturbation if self.trainable else evaluations.unperturbed
         if perm is not None and x.shape[-1] == self.in_features:  # other widths: ops names the mismatch
             x = x.index_select(-1, perm)
         traced = ops.is_traced(x)
-        if self._siblings is not None and perm is None and not traced:
-            y = self._siblings.product(self, x, perturbation)
+        if self.siblings is not None and perm is None and not traced:
+            y = self.siblings.product(self, x, perturbation)
             if y is not None:
                 return y
         weight = self._describe() if traced else self.kernel_weight()
@@ -259,8 +263,8 @@ class QZOLinear(nn.Module):
     def _let_go(self) -> None:
         """Of all that was planned with the layer's tensors."""
         self.__dict__["_planned"] = None
-        if self._siblings is not None:
-            self._siblings.let_go()
+        if self.siblings is not None:
+            self.siblings.let_go()
 
     def _describe(self) -> Weight:
         name, books, book4 = self.arena_name, self.codebooks, -1
@@ -311,11 +315,8 @@ class QZOLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             if tensor is not None:
-                self._buffers[name] = (
-                    tensor.to(self.codes.device)
-                    if not tensor.is_meta
-                    else torch.empty_like(tensor, device=self.codes.device)
-                )
+                device = self.codes.device
+                self._buffers[name] = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
         if codes.device != self.codes.device and not self.codes.is_meta and self.codebooks is None:
             form = to_rows if self.codes.device.type == "cpu" else to_planes
             self.codes = form(self.codes, self.in_features, self.bits)
@@ -377,19 +378,15 @@ class QZOLinear(nn.Module):
                     f"holds {loaded.out_features} outputs in groups of {loaded.group_size}, the layer has "
                     f"{self.out_features} in groups of {self.group_size}"
                 )
-            if loaded.books != (0 if self.codebooks is None else len(self.codebooks)):
-                raise ValueError(
-                    f"holds {loaded.books} codebooks, the layer has "
-                    f"{0 if self.codebooks is None else len(self.codebooks)}"
-                )
+            books = 0 if self.codebooks is None else len(self.codebooks)
+            if loaded.books != books:
+                raise ValueError(f"holds {loaded.books} codebooks, the layer has {books}")
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
         device = self.codes.device
-        rows = self.codes.dtype == torch.uint8
-        codes = loaded.codes.to(device)
-        form = to_rows if rows else to_planes
-        self.codes = form(codes, self.in_features, self.bits).clone()
+        form = to_rows if self.codes.dtype == torch.uint8 else to_planes
+        self.codes = form(loaded.codes.to(device), self.in_features, self.bits).clone()
         if loaded.codebooks is not None:
             self.held_codebooks().copy_(loaded.codebooks)
             if self.trains_codebooks:

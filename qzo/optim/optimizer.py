@@ -23,6 +23,7 @@ from .journal import Journal, Record
 from .replay import journal_header
 from .step import LARGEST, apply_records, project
 
+ALIKE = 50  # first steps without a difference, after which the objective is taken to ignore the perturbation
 ROUNDOFF = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24}
 
 
@@ -137,6 +138,7 @@ class QZO(torch.optim.Optimizer):
         self.graphs: Graphs | None = None
         self.last: StepResult | None = None
         self._skipped_in_a_row, self._told = 0, False
+        self._alike: int | None = 0  # steps without a difference so far; None once there was one
         super().__init__(
             [self.arena.data],
             dict(
@@ -159,7 +161,7 @@ class QZO(torch.optim.Optimizer):
             self.journal = Journal.resume(journal, header) if resume else Journal.create(journal, header)
             for records in self.journal.steps:
                 self._apply(records)
-                self._count_skipped(records[0].skipped)
+                self._count(records)
             self.param_groups[0]["step"] = len(self.journal.steps)
 
     def evaluations(self) -> Evaluations:
@@ -177,7 +179,7 @@ class QZO(torch.optim.Optimizer):
         """
         if any(layer.arena is not self.arena for layer in layers(self.module).values()):
             raise RuntimeError(
-                "the layers have left this optimizer's arena (train_only, or a QZO of another module "
+                "the layers have left this optimizer's arena (train_only_, or a QZO of another module "
                 "that shares them): make a new QZO"
             )
         group = self.param_groups[0]
@@ -217,7 +219,7 @@ class QZO(torch.optim.Optimizer):
         FloatingPointError
             `max_skipped` steps in a row had a NaN or infinite loss; lr times a derivative leaves float32.
         ValueError
-            The losses have another shape.
+            The losses have another shape; those of +eps and -eps have not differed once in the first 50 steps.
         TypeError
             The batch is no mapping.
         OSError
@@ -271,10 +273,17 @@ class QZO(torch.optim.Optimizer):
             self._apply(records)
         group["step"] += 1
         self.last = StepResult(losses, derivatives, applied, skipped)
-        self._count_skipped(skipped)
+        self._count(records)
         if self._skipped_in_a_row >= self.max_skipped:
             raise FloatingPointError(
                 f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: {losses}); {self._advice()}"
+            )
+        if self._alike is not None and self._alike >= ALIKE:
+            raise ValueError(
+                f"the losses of +eps and -eps had the same bits in all of the first {self._alike} steps: the objective "
+                "does not see the perturbation. Compute it inside the closure, with the module that this optimizer was "
+                "made for, from nothing kept between calls; a metric that ties (accuracy or a reward over few rows) "
+                f"needs more rows or directions, a larger eps ({group['eps']:g}), or finer values"
             )
         if skipped and not self._told:
             self._told = True
@@ -293,7 +302,8 @@ class QZO(torch.optim.Optimizer):
                 f"float16 activations end at {torch.finfo(torch.float16).max:g}: load the model in bfloat16 or "
                 "float32 (--dtype bfloat16 or float32); else "
             )
-        return f"{first}lower lr ({group['lr']:g}) or eps ({group['eps']:g}), or check the data"
+        rates = f"lower lr ({group['lr']:g}) or eps ({group['eps']:g})"
+        return f"{first}{rates}, or check the data and what the closure computes"
 
     @contextlib.contextmanager
     def perturbed(self, evaluations: Evaluations) -> Iterator[None]:
@@ -330,8 +340,13 @@ class QZO(torch.optim.Optimizer):
         if not records[0].skipped:
             apply_records(self.arena, records, self.param_groups[0])
 
-    def _count_skipped(self, skipped: bool) -> None:
+    def _count(self, records: Sequence[Record]) -> None:
+        """Steps that changed nothing: skipped, or without a difference between their losses."""
+        skipped = records[0].skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if not skipped and self._alike is not None:
+            alike = all(r.loss_plus == r.loss_minus and not r.applied for r in records)
+            self._alike = self._alike + 1 if alike else None
 
     def close(self) -> None:
         """Flush and close the journal."""

@@ -24,7 +24,7 @@ from ..system.progress import tracked
 from ..training.data import collate, tokenize
 from ..training.loop import choose_layers, pad_id, trained_count
 from ..training.records import read_data
-from ..training.task import check_tables
+from ..training.task import check_ids_and_lengths
 from . import memory, models
 from .models import form_of
 from .signal import survival
@@ -217,7 +217,7 @@ def signal(options, wanted):
     )
     choose_layers(model, options.train_layers)
     examples = tokenize(records[:EXAMPLES], tokenizer, LONGEST, "all that --signal reads of a line", has_encoder(model))
-    check_tables(model, examples)
+    check_ids_and_lengths(model, examples)
     batch = collate(examples, pad_id(tokenizer), next(model.parameters()).device)
     seeds = range(options.signal_directions)
     survived = survival(model, batch, options.eps, seeds, activations=("float16", "bfloat16"))
@@ -241,7 +241,7 @@ def _enough(eps, error):
 # ---------------------------------------------------------------------------------------------- shown
 
 
-def table(found):
+def as_text(found):
     """The report as text."""
     count = sum(kind["layers"] for kind in found["layers"])
     lines = [

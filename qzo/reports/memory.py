@@ -16,7 +16,7 @@ from ..kernels.update import scratch_bytes
 from ..nn.choice import choose, group_for
 from ..nn.evaluations import Evaluations
 from ..nn.experts import split_experts_
-from ..nn.layers import arena_of, evaluating, layers, train_codebooks_, train_only
+from ..nn.layers import arena_of, evaluating, layers, train_codebooks_, train_only_
 from ..nn.ops import backend
 from ..optim.optimizer import QZO
 from ..system.memory import free_bytes
@@ -96,7 +96,7 @@ def predict_loaded(model, run, trust_remote_code=False):
     split_experts_(empty)
     forms = {name: models.form_of(layer) for name, layer in found.items()}
     models.quantize_empty(empty, forms, cpu=device == "cpu")
-    train_only(empty, lambda name: found[name].trainable)
+    train_only_(empty, lambda name: found[name].trainable)
     return predict(empty, run, device, this_chip())
 
 

@@ -283,13 +283,13 @@ def example_batch(model, rows, tokens, labels, device):
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": target.to(device)}
 
 
-def batch_losses(model, batch, count):
-    """float32 [count]: next-token cross entropy, or the mean squared error of what a diffusion transformer predicts."""
+def batch_losses(model, batch, copies):
+    """float32 [copies]: next-token cross entropy, or mean squared error of what a diffusion transformer predicts."""
     if not is_diffusion(model):
-        return losses(model, batch, count)
-    stacked = pair(batch, count)
+        return losses(model, batch, copies)
+    stacked = pair(batch, copies)
     target = stacked.pop("target")
     with torch.no_grad():
         predicted = model(**stacked, return_dict=False)[0].float()
         each = functional.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)
-    return each.view(count, -1).mean(1)
+    return each.view(copies, -1).mean(1)

@@ -18,10 +18,10 @@ def _float(dtype):
     return lambda x: x.to(dtype).float()
 
 
-def _per_row(x, most, rounded):
+def _per_row(x, most, to_units):
     """Each row scaled so that its largest magnitude is `most`, rounded, and scaled back."""
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / most
-    return rounded(x / scale) * scale
+    return to_units(x / scale) * scale
 
 
 def _int8(x):
@@ -42,7 +42,7 @@ ROUNDINGS = {
 
 
 @contextlib.contextmanager
-def rounded(model, activations):
+def rounding(model, activations):
     """Inside, what enters and leaves every quantized layer is rounded as ROUNDINGS[activations] has it."""
     enters, leaves = ROUNDINGS[activations]
     handles = []
@@ -86,7 +86,7 @@ def survival(model, batch, eps=1e-2, seeds=range(16), noise="rademacher", activa
     exact = derivatives(model, batch, seeds, eps, noise)
     result = {}
     for name in activations:
-        with rounded(model, name):
+        with rounding(model, name):
             got = derivatives(model, batch, seeds, eps, noise)
         result[name] = {
             "error": float((got - exact).norm() / exact.norm()),

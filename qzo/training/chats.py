@@ -4,6 +4,7 @@
                                                                 list of parts of text
     {"conversations": [{"from": ..., "value": ...}, ...]}       ShareGPT's; perhaps with "system" beside them
     {"instruction": ..., "input": ..., "output": ...}           Alpaca's; no input, "" and null are the same
+    {"prompt": [...], "completion": [...]}                      TRL's: lists of messages, the one goes on with the other
 
 Both kinds of turn are read in either list. "tools" beside them is a list of objects, or the JSON text of one. What a
 template is given: roles system, user, assistant, tool (or any other that a message names), arguments of calls as
@@ -30,6 +31,7 @@ ROLES = {  # ShareGPT's names -> the roles of templates
     "observation": "tool",
     "function_response": "tool",
 }
+LISTS = (("prompt", "completion"), ("messages",), ("conversations",))  # keys of lists of messages, in order
 ALPACA = (  # the prompt of Stanford's Alpaca, for models without a chat template
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
@@ -37,17 +39,21 @@ PAIRED = ", paired with an input that provides further context"
 
 
 def conversation(record: Record) -> tuple[list[Record], list[Record] | None]:
-    """(messages, tools or None) of a record of messages, conversations or an instruction. ValueError names the key of
-    the message that is wrong, what was wanted there and what it is."""
-    if "messages" not in record and "conversations" not in record:
+    """(messages, tools or None) of a record of messages, conversations, an instruction, or a prompt and a completion
+    that are lists of messages. ValueError names the key of the message that is wrong, what was wanted there and what it
+    is."""
+    keys = next((keys for keys in LISTS if keys[-1] in record), None)
+    if keys is None:
         return _instructed(record), None
-    key = "messages" if "messages" in record else "conversations"
-    turns = record[key]
-    if not isinstance(turns, list):
-        raise ValueError(
-            f"{key!r} must be a list of {{role, content}} or of {{from, value}}, got {type(turns).__name__}"
-        )
-    messages = [_message(f"{key}[{number}]", turn) for number, turn in enumerate(turns)]
+    messages = []
+    for key in keys:
+        turns = record[key]
+        if not isinstance(turns, list):
+            raise ValueError(
+                f"{key!r} must be a list of {{role, content}} or of {{from, value}}, got {type(turns).__name__}"
+            )
+        messages += [_message(f"{key}[{number}]", turn) for number, turn in enumerate(turns)]
+    key = keys[-1]
     system = _text(record, "system", optional=True) if key == "conversations" else ""
     if system and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})

@@ -3,7 +3,8 @@
 Whatever a record's form (records.py), it becomes tokens and what is learned of them. Behind a completion, and behind a
 `text`, stands the end-of-text token once, so that the model learns to stop; with text_eos=False (--no-text-eos) a text
 ends as the tokenizer ends it: for pieces of longer texts. A prompt that is too long loses its beginning, a text its
-end (and that token).
+end (and that token). Of a conversation the last message is learned, with chat_loss="all" (--chat-loss all) each of the
+assistant's that answers something; what stands before the last is cut as a prompt is.
 """
 
 import dataclasses
@@ -47,26 +48,29 @@ def tokenize(
     encoder: bool = False,
     text_eos: bool = True,
     max_cut: float = 1.0,
+    chat_loss: str = "last",
 ) -> list[Example]:
     """Records -> Examples, by an Encoder (encode.py). A prompt that is too long loses its beginning, a text its end. A
-    warning says how many did, another in how many a token spans the prompt's end. limit: what set max_length, for the
+    warning says how many did, and how many tokens that would have been learned are lost; another in how many a token
+    spans the prompt's end. limit: what set max_length, for the
     messages. encoder: the model is an encoder-decoder one, whose encoder reads the prompt (cut at its end) and whose
     decoder the completion. text_eos: whether the end-of-text token stands behind a `text`. max_cut: which share of the
-    records may be cut.
+    records may be cut. chat_loss: which of the assistant's messages are learned, the "last" or "all".
 
     ValueError, naming the line or the number of the example, for a record of no known form, a text that cannot be
     encoded, one that leaves nothing to predict, a chat template that refuses, and for a completion or option longer
     than max_length; and where more than max_cut of the records are cut, naming the length that is needed.
     """
-    texts, examples, lengths, spanning = Encoder(tokenizer, text_eos), [], [], []
+    texts, examples, lengths, spanning, unlearned = Encoder(tokenizer, text_eos, chat_loss), [], [], [], 0
     convert = _for_an_encoder if encoder else _example
     for number, record in enumerate(tracked(records, "tokenizing", "examples"), 1):
         try:
-            example, length, spans = convert(record, texts, max_length, limit)
+            example, length, spans, labels = convert(record, texts, max_length, limit)
         except ValueError as error:
             raise ValueError(f"{_place(record, number)}: {error}") from None
         examples.append(dataclasses.replace(example, lost=max(0, length - max_length)))
         lengths.append(length)
+        unlearned += labels
         if spans:
             spanning.append(_place(record, number))
     cut = sum(length > max_length for length in lengths)
@@ -74,8 +78,9 @@ def tokenize(
         said = f"{cut} {_of(records)} have more than {max_length} tokens (the longest {max(lengths)})"
         if cut > max_cut * len(lengths):
             raise ValueError(f"{said}: {_too_many(lengths, max_cut)}")
+        never = f"; {unlearned} tokens that would have been learned are cut off" if unlearned else ""
         warnings.warn(
-            f"{said}: a prompt has lost its {'end' if encoder else 'beginning'}, a text its end ({limit})",
+            f"{said}: a prompt has lost its {'end' if encoder else 'beginning'}, a text its end ({limit}){never}",
             stacklevel=2,
         )
     if spanning:
@@ -109,7 +114,8 @@ def _of(records: Sequence[dict[str, Any]]) -> str:
     return f"of {len(records)} " + (f"{first.unit}s of {first.path}" if isinstance(first, Line) else "lines")
 
 
-Made = tuple[Example, int, bool]  # with its tokens before any were cut, and whether a token spanned the prompt's end
+# with its tokens before any were cut, whether a token spanned the prompt's end, how many that were cut had labels
+Made = tuple[Example, int, bool, int]
 
 
 def _example(record: dict[str, Any], encoder: Encoder, max_length: int, limit: str) -> Made:
@@ -127,58 +133,67 @@ def _example(record: dict[str, Any], encoder: Encoder, max_length: int, limit: s
                 if own < 2
                 else f"max_length={max_length} leaves one token of the text: nothing to predict ({limit})"
             )
-        return Example(tuple(ids[:max_length]), labels=tuple(ids[:max_length])), len(ids), False
-    if "completion" in keys:
-        prompt, completion, own, spans = encoder.completion(record["prompt"], record["completion"])
-    elif "instruction" in keys and not encoder.chats:
-        prompt, completion, own, spans = encoder.completion(*instruction(record))
+        cut = max(0, len(ids) - max_length)
+        return Example(tuple(ids[:max_length]), labels=tuple(ids[:max_length])), len(ids), False, cut
+    if "completion" in keys and isinstance(record["prompt"], str):
+        both: tuple[str, str] | None = (record["prompt"], record["completion"])
     else:
-        prompt, completion, own, spans = encoder.chat(*conversation(record))
+        both = instruction(record) if "instruction" in keys and not encoder.chats else None
+    if both:
+        prompt, completion, own, spans = encoder.completion(*both)
+        learned = [False] * len(prompt)
+    else:
+        prompt, completion, learned, spans = encoder.chat(*conversation(record))
+        own = len(completion)
     if len(prompt) + own < 2:
         raise ValueError("the prompt and its completion are one token together: nothing to predict")
-    fitted = _fitted(encoder, prompt, completion, max_length, "a completion", limit)
-    labels = (IGNORED,) * len(fitted) + tuple(completion)
-    return Example(fitted + tuple(completion), labels=labels), len(prompt) + len(completion), spans
+    kept = _fitted(encoder, prompt, completion, max_length, "a completion", limit)
+    labels = [prompt[place] if learned[place] else IGNORED for place in kept] + completion
+    example = Example(tuple([prompt[place] for place in kept] + completion), labels=tuple(labels))
+    return example, len(prompt) + len(completion), spans, sum(learned) - sum(learned[place] for place in kept)
 
 
 def _choice(record: dict[str, Any], encoder: Encoder, max_length: int, limit: str) -> Made:
     """Of a record with options."""
     prompt, options, spans = encoder.options(record["prompt"], record["options"])
     longest, label = max(options, key=len), record["label"]
+    kept = _fitted(encoder, prompt, longest, max_length, "an option", limit)
     example = Example(
-        _fitted(encoder, prompt, longest, max_length, "an option", limit),
+        tuple(prompt[place] for place in kept),
         options=tuple(map(tuple, options)),
         label=record["options"].index(label) if isinstance(label, str) else label,
     )
-    return example, len(prompt) + len(longest), spans
+    return example, len(prompt) + len(longest), spans, 0
 
 
 def _for_an_encoder(record: dict[str, Any], texts: Encoder, max_length: int, limit: str) -> Made:
     """The same for an encoder-decoder model: an Example whose labels are the decoder's."""
     keys = form(record) or set()
-    if "completion" not in keys and "instruction" not in keys:
+    plain = "completion" in keys and isinstance(record["prompt"], str)
+    if not plain and "instruction" not in keys:
+        messages = " of messages" if "completion" in keys else ""
         raise ValueError(
             "an encoder-decoder model learns from lines of prompt and completion, or of instruction and output; this "
-            f"one has {', '.join(sorted(record))}"
+            f"one has {', '.join(sorted(record))}{messages}"
         )
-    both = (record["prompt"], record["completion"]) if "completion" in keys else instruction(record)
+    both = (record["prompt"], record["completion"]) if plain else instruction(record)
     ids, labels, length = texts.both(both[0], both[1], max_length)
     if len(labels) > max_length:
         raise ValueError(f"the completion has {len(labels)} tokens, max_length={max_length} ({limit})")
-    return Example(tuple(ids), labels=tuple(labels)), length, False
+    return Example(tuple(ids), labels=tuple(labels)), length, False, 0
 
 
 def _fitted(
     encoder: Encoder, prompt: list[int], following: list[int], max_length: int, what: str, limit: str
-) -> tuple[int, ...]:
-    """The prompt's ids as the `following` ones leave room for them."""
+) -> list[int]:
+    """The places of the prompt's ids that the `following` ones leave room for."""
     fitted = encoder.fitted(prompt, max_length - len(following))
     if fitted is None:
         raise ValueError(
             f"{what} has {len(following)} tokens: it does not fit behind its prompt in "
             f"max_length={max_length} ({limit})"
         )
-    return tuple(fitted)
+    return fitted
 
 
 def check_one_kind(examples: Sequence[Example]) -> None:

@@ -10,6 +10,9 @@ text, which every tokenizer can tell, fast or not; offsets leave out spaces, and
     such a token is unknown                     it tells nothing of either: both sides are encoded by themselves, unless
                                                 that makes more unknown ones
 
+Of a conversation the last message is learned, or all of the assistant's: the tokens from where the generation prompt
+ends to where the turn does, told by rendering the conversation up to either.
+
 The tokenizer's own special tokens (BOS in front, EOS behind) stand once, around the whole, never inside.
 """
 
@@ -23,18 +26,24 @@ from .chats import written
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
+CHAT_LOSSES = ("last", "all")
+
+
 class Refused(ValueError):
     """A chat template that does not render a conversation."""
 
 
 class Encoder:
-    """Token ids, lists of int, of what a line says. text_eos: whether EOS stands behind a text, too.
+    """Token ids, lists of int, of what a line says. text_eos: whether EOS stands behind a text, too; chat_loss: "last"
+    or "all", which messages of the assistant are learned.
     front, back: the special tokens that the tokenizer puts around a text, learned from the first text that tells.
     ValueError for half of a surrogate pair, for what has no tokens, for
     a chat template that fails, and for options that are the same tokens."""
 
-    def __init__(self, tokenizer: Any, text_eos: bool = True):
-        self.tokenizer, self.text_eos = tokenizer, text_eos
+    def __init__(self, tokenizer: Any, text_eos: bool = True, chat_loss: str = "last"):
+        if chat_loss not in CHAT_LOSSES:
+            raise ValueError(f"chat_loss={chat_loss!r}: known are {', '.join(CHAT_LOSSES)}")
+        self.tokenizer, self.text_eos, self.chat_loss = tokenizer, text_eos, chat_loss
         self.front: list[int] = []
         self.back: list[int] = []
         self._learned = False
@@ -106,10 +115,10 @@ class Encoder:
 
     def chat(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
-    ) -> tuple[list[int], list[int], int, bool]:
-        """(ids of the conversation up to the last message's content, of the rest, how many these are, whether a token
-        spanned the cut). What the template renders, of the tools too, is whole: nothing is put around it. A template
-        that refuses the arguments of calls as objects is given their JSON text."""
+    ) -> tuple[list[int], list[int], list[bool], bool]:
+        """(ids of the conversation up to the last message's content, of the rest, which of the first are learned,
+        whether a token spanned a cut). What the template renders, of the tools too, is whole: nothing is put around it.
+        A template that refuses the arguments of calls as objects is given their JSON text."""
         try:
             whole = self._rendered(messages, tools=tools)
         except Refused:
@@ -117,22 +126,74 @@ class Encoder:
             if as_text is None:
                 raise
             messages, whole = as_text, self._rendered(as_text, tools=tools)
-        prompt = self._rendered(messages[:-1], tools=tools, add_generation_prompt=True)
-        if not whole.startswith(prompt):
+        before = self._rendered(messages[:-1], tools=tools, add_generation_prompt=True)
+        if not whole.startswith(before):
             raise ValueError("the chat template does not continue its own generation prompt: use prompt and completion")
-        prompt, [own], spans = self._split(prompt, [whole[len(prompt) :]])
+        prompt, [own], spans = self._split(before, [whole[len(before) :]])
         if not own:
             raise ValueError(f"the chat template gives the last message, {messages[-1].get('content')!r}, no tokens")
-        return prompt, own, len(own), spans
+        learned = [False] * len(prompt)
+        for number, message in enumerate(messages[:-1] if self.chat_loss == "all" else ()):
+            if number and message["role"] == "assistant":  # what begins a conversation answers nothing
+                start, end, over = self._turn(messages, number, tools, whole, prompt + own)
+                learned[start:end] = [True] * (min(end, len(prompt)) - start)
+                spans = spans or over
+        return prompt, own, learned, spans
+
+    def _turn(self, messages, number, tools, whole, ids):
+        """(the first token of a turn of the assistant, the first behind it, whether a token spans its beginning) among
+        the ids of the whole conversation."""
+        before = self._rendered(messages[:number], tools=tools, add_generation_prompt=True)
+        through = self._rendered(messages[: number + 1], tools=tools)
+        if not (through.startswith(before) and whole.startswith(through)):
+            raise ValueError(
+                f"the chat template renders messages[{number}] otherwise when others follow it, so what would be "
+                "learned is not what a server asks for: give --chat-loss last, or a line for each turn of the assistant"
+            )
+        start, over = self._cut(before, self._bare(before), whole[len(before) :], ids)
+        end, _ = self._cut(through, self._bare(through), whole[len(through) :], ids)
+        return start, end, over
 
     def fitted(self, prompt: list[int], room: int) -> list[int] | None:
-        """The prompt's ids, at most `room`: special tokens in front stay, what follows them loses its beginning.
-        None where nothing else would be left."""
+        """Which places of the prompt's ids are kept, at most `room`: special tokens in front stay, what follows them
+        loses its beginning. None where nothing else would be left."""
         if len(prompt) <= room:
-            return prompt
+            return list(range(len(prompt)))
         kept = next((n for n in range(len(self.front), 0, -1) if prompt[:n] == self.front[-n:]), 0)
         kept = max(kept, int(prompt[:1] == [self.tokenizer.bos_token_id]))
-        return prompt[:kept] + prompt[kept - room :] if room > kept else None
+        return [*range(kept), *range(len(prompt) + kept - room, len(prompt))] if room > kept else None
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to continue: what the tokenizer puts in front of it, nothing behind."""
+        bare = self._bare(text)
+        if not bare:
+            raise ValueError(f"the prompt {text!r} has no tokens")
+        return _joined(self.front, bare)
+
+    def source(self, text: str) -> list[int]:
+        """Ids of a text for the encoder of an encoder-decoder model, as `both` has it, whole."""
+        return self._alone(text, "text")[0]
+
+    def asked(self, messages: list[dict[str, Any]]) -> str:
+        """The text of messages that the model is to answer. Its ids are `rendered`'s: all that the template renders."""
+        return self._rendered(messages, add_generation_prompt=True)
+
+    def rendered(self, text: str) -> list[int]:
+        """Ids of what the template has rendered: nothing is put around it."""
+        return self._bare(text)
+
+    def turn_end(self) -> int | None:
+        """The special token that the chat template puts right behind an answer; None where there is none."""
+        answer = "Yes."
+        if not self.chats:
+            return None
+        try:
+            whole = self._rendered([{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}])
+        except Refused:
+            return None
+        behind = self._bare(whole.rpartition(answer)[2])[:1] if answer in whole else []
+        added = self.tokenizer.added_tokens_decoder
+        return next((token for token in behind if token in added and added[token].special), None)
 
     @property
     def _eos(self):
@@ -148,7 +209,10 @@ class Encoder:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except _REFUSALS as error:
             if not self.chats:
-                raise ValueError("the tokenizer has no chat template: give lines of prompt and completion") from None
+                raise ValueError(
+                    "the tokenizer has no chat template: put a chat_template.jinja, that of the model's chat version, "
+                    "beside its tokenizer_config.json, or give lines of prompt and completion"
+                ) from None
             roles = ", ".join(message["role"] for message in messages)
             raise Refused(
                 f"the chat template refuses messages of the roles {roles}: {type(error).__name__}: {error}"

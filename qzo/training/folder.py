@@ -28,19 +28,27 @@ class Metrics:
 
     def __init__(self, path: Path, start: int):
         kept = []
+        self.lines: list[dict[str, Any]] = []  # those of the steps before
         if start and path.exists():
             for line in path.read_text().splitlines():
                 try:
-                    if json.loads(line)["step"] < start:
+                    found = json.loads(line)
+                    if found["step"] < start:
                         kept.append(line)
+                        self.lines.append(found)
                 except (json.JSONDecodeError, KeyError, TypeError):
                     break
         disk.write_whole(path, ("".join(line + "\n" for line in kept)).encode())
         self.path = path
 
-    def __enter__(self) -> TextIO:
-        self.file = open(self.path, "a")
-        return self.file
+    def __enter__(self) -> "Metrics":
+        self.file: TextIO = open(self.path, "a")
+        return self
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One step's line, on the disk when this returns (not yet synced)."""
+        self.file.write(json.dumps(finite(line)) + "\n")
+        self.file.flush()
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -75,6 +83,9 @@ def draw_curve(path: Path, lines: list[dict[str, Any]], results: dict[str, Any])
     axes = figure.add_subplot()
     axes.plot(steps, values, color="0.8", linewidth=0.8, label="batch")
     axes.plot(steps, means, color="C0", label=f"mean of {window} steps")
+    measured = [(line["step"] + 1, line["valid"]["loss"]) for line in lines if line.get("valid")]
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "o-", color="C1", markersize=3, linewidth=1, label="validation")
     for name, style in (("zero_shot", ":"), ("control", "--"), ("before", ":"), ("tuned", "-")):
         if results.get(name):
             axes.axhline(

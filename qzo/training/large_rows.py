@@ -46,8 +46,8 @@ def lost(
                 plus, minus = losses().double().tolist()
             differences.append(plus - minus)
         found.append(torch.tensor(differences, dtype=torch.float64))
-    exact, rounded = found
-    change = float((rounded - exact).norm())
+    exact, in_16_bits = found
+    change = float((in_16_bits - exact).norm())
     return change / float(exact.norm()) if change else 0.0
 
 

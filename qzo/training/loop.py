@@ -6,7 +6,6 @@ OUT/model/         the tuned model in its source's format
 """
 
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..loss.head import has_encoder
-from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only
+from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only_
 from ..optim.journal import read
 from ..optim.optimizer import QZO
 from ..system import disk
 from . import data
 from . import large_rows as many_rows
 from .compiled import Compiled
-from .folder import Metrics, finite
+from .folder import Metrics
 from .prefix import FrozenPrefix
 from .progress import Progress
 from .settings import Settings
 from .task import Task
+from .validation import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,17 +49,25 @@ def choose_layers(model: "PreTrainedModel", train_layers: int | None, codebooks:
     prefix = None if train_layers is None else FrozenPrefix(model, train_layers)
     if prefix is not None and not any(prefix.trains(name) for name in layers(model, trainable=None)):
         raise ValueError(f"the top {train_layers} blocks hold no 4-bit layer: nothing would train")
-    train_only(model, prefix.trains if prefix else lambda name: True)
+    train_only_(model, prefix.trains if prefix else lambda name: True)
     if codebooks:
         train_codebooks_(model)
     return prefix
 
 
-def fit(task: Task, settings: Settings, out: str | Path, resume: bool = False, show: bool | None = None) -> int:
+def fit(
+    task: Task,
+    settings: Settings,
+    out: str | Path,
+    resume: bool = False,
+    show: bool | None = None,
+    validation: Validation | None = None,
+) -> int:
     """Train the model of `task` into the folder `out`; returns the number of steps that were already there.
 
-    Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. Interrupted on Ctrl-C,
-    FloatingPointError when losses stay NaN, JournalError for a journal that exists (without resume) or does not fit.
+    Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. validation: measured on the way; a
+    run that has run out of its patience ends. Interrupted on Ctrl-C, FloatingPointError when losses stay NaN,
+    JournalError for a journal that exists (without resume) or does not fit.
     """
     out = Path(out)
     check_batch_size(settings, len(task.examples))
@@ -79,9 +87,10 @@ def fit(task: Task, settings: Settings, out: str | Path, resume: bool = False, s
             Metrics(out / "metrics.jsonl", start) as metrics,
             Progress(settings.max_steps, start, show) as progress,
         ):
-            for line in _steps(task, settings, optimizer, planned):
-                metrics.write(json.dumps(finite(line)) + "\n")
-                metrics.flush()
+            if validation is not None:
+                validation.recall(metrics.lines)
+            for line in _steps(task, settings, optimizer, planned, validation):
+                metrics.write(line)
                 progress.step(line)
     except KeyboardInterrupt:
         raise Interrupted(optimizer.param_groups[0]["step"]) from None
@@ -151,8 +160,8 @@ def schedule(optimizer: QZO, settings: Settings, planned: int | None = None) -> 
     return LambdaLR(optimizer, factor, last_epoch=group["step"] - 1)
 
 
-def _steps(task, settings, optimizer, planned):
-    """Make the steps that are left; yields a line of metrics after each."""
+def _steps(task, settings, optimizer, planned, validation):
+    """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
     at_once = 1 if settings.sequential else 2 * settings.directions
 
     def losses(batch):  # one object for all steps: a captured step is found by it
@@ -160,11 +169,13 @@ def _steps(task, settings, optimizer, planned):
 
     rates = schedule(optimizer, settings, planned)
     for step in range(optimizer.param_groups[0]["step"], settings.max_steps):
+        if validation is not None and validation.exhausted:
+            return
         begun = time.perf_counter()
         indices, [rate] = task.indices(step, settings.batch_size, settings.seed), rates.get_last_lr()
         loss = optimizer.step(losses, batch=task.batch(indices, at_once))
         rates.step()
-        yield {
+        line = {
             "step": step,
             "loss": loss,
             "derivative": max(map(abs, optimizer.last.derivatives)),
@@ -172,6 +183,8 @@ def _steps(task, settings, optimizer, planned):
             "skipped": optimizer.last.skipped,
             "seconds": round(time.perf_counter() - begun, 4),
         }
+        found = None if validation is None else validation.after(step + 1, last=step + 1 == settings.max_steps)
+        yield line if found is None else {**line, "valid": found}
 
 
 def _settle_large_rows(task, settings, journal, show):
@@ -231,6 +244,7 @@ def build_task(
         encoder=has_encoder(model),
         text_eos=settings.text_eos,
         max_cut=settings.max_cut,
+        chat_loss=settings.chat_loss,
     )
     return Task(model, examples, pad_id(tokenizer), prefix, settings.packing, compiled=compiled)
 

@@ -7,6 +7,7 @@ from typing import Any
 from ..kernels.noise import check_sharing, law_number
 from ..nn.ops import check_large_rows
 from ..optim.defaults import CLIP, EPS, FLOOR
+from .encode import CHAT_LOSSES
 from .packing import PACKINGS
 
 PAPER: dict[str, Any] = dict(
@@ -22,6 +23,7 @@ PAPER: dict[str, Any] = dict(
 )
 LEARNING_RATE_PER_DIRECTION = 2e-2  # relative; one pair over a small batch diverges at twice this
 DECAY = 0.1  # the learning rate falls linearly to this part of itself
+KEEPS = ("last", "best")  # the step whose model is saved, where there is a validation split
 MOST_DIRECTIONS = (1 << 16) - 1  # that a journal's records can number
 
 
@@ -36,7 +38,11 @@ class Settings:
     large_rows : "auto" becomes "fused" in `fit` unless rounded weights are measured to keep the signal (large_rows.py)
     cuda_graph : decides nothing of the result, only how steps are launched; None: as graphs on a CUDA device
     text_eos : whether the end-of-text token stands behind a `text` of the data, as it does behind a completion
+    chat_loss : which messages of the assistant are learned of a conversation, the "last" or "all"
     max_cut : the share of examples that may be cut to max_length, in [0, 1]
+    eval_every : steps between two measurements of the validation split; None: a tenth of the run
+    patience : measurements in a row without a lower loss after which the run ends; None: it makes all its steps
+    keep : "last", the last step is what is saved; or "best", the one with the lowest validation loss
     """
 
     max_steps: int = 200
@@ -61,6 +67,10 @@ class Settings:
     compile: bool = False
     text_eos: bool = True
     max_cut: float = 0.5
+    chat_loss: str = "last"
+    eval_every: int | None = None
+    patience: int | None = None
+    keep: str = "last"
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()
@@ -80,8 +90,9 @@ class Settings:
         law_number(self.noise)
         check_sharing(self.sharing, self.relative)
         check_large_rows(self.large_rows)
-        if self.packing not in PACKINGS:
-            raise ValueError(f"packing={self.packing!r}: known are {', '.join(PACKINGS)}")
+        for name, known in (("packing", PACKINGS), ("keep", KEEPS), ("chat_loss", CHAT_LOSSES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: known are {', '.join(known)}")
 
     def _check_whole_numbers(self) -> None:
         ranges: dict[str, tuple[int, float, str]] = {
@@ -91,10 +102,12 @@ class Settings:
             "max_length": (1, math.inf, "an int >= 1"),
             "seed": (-(1 << 63), (1 << 64) - 1, "an int of 64 bits, from -2**63 to 2**64 - 1"),
             "train_layers": (1, math.inf, "an int >= 1 (or none: the whole model)"),
+            "eval_every": (1, math.inf, "an int >= 1 (or none: a tenth of the run)"),
+            "patience": (1, math.inf, "an int >= 1 (or none: the run makes all its steps)"),
         }
         for name, (least, most, wanted) in ranges.items():
             value = getattr(self, name)
-            if name == "train_layers" and value is None:
+            if value is None and wanted.count("or none"):
                 continue
             if not _is_int(value) or not least <= value <= most:
                 raise ValueError(f"{name}={value!r}: expected {wanted}")

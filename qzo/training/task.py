@@ -54,8 +54,8 @@ class Task:
             raise ValueError(f"packing={packing!r}: known are {', '.join(PACKINGS)}")
         self.model, self.examples, self.pad_id = model, examples, pad_id
         self.prefix, self.packing = prefix, packing
-        check_tables(model, examples)
-        if pad_id >= _rows_of(model):
+        check_ids_and_lengths(model, examples)
+        if pad_id >= known_tokens(model):
             self.pad_id = 0
         self.device = next(model.parameters()).device
         self.bucketed = self.device.type == "cuda" if bucketed is None else bucketed
@@ -140,32 +140,35 @@ class Task:
             return self.losses(batch, count)
 
     @torch.no_grad()
-    def scores(self, batch_size: int = 32) -> torch.Tensor:
-        """float32 [examples, options] of a task with options, in the order of the examples."""
+    def scores(self, batch_size: int = 32, first: int | None = None) -> torch.Tensor:
+        """float32 [examples, options] of a task with options, in the order of the examples; first: of so many."""
         parts: dict[int, torch.Tensor] = {}
-        for indices in tracked(self._by_length(batch_size), "evaluating", "batches"):
+        count = len(self.examples[:first])
+        for indices in tracked(self._by_length(batch_size, count), "evaluating", "batches"):
             batch = self.batch(indices, 1)
             with self._starting(batch):
                 parts.update(zip(indices, option_scores(self.model, batch), strict=True))
-        return torch.stack([parts[i] for i in range(len(self.examples))])
+        return torch.stack([parts[i] for i in range(count)])
 
     def evaluate(self, batch_size: int = 32) -> Measure:
-        """{"loss", "accuracy"}: mean over examples; accuracy is None for a task without options."""
+        """{"loss", "accuracy"}: mean over examples; of a task without options over labelled tokens, and accuracy None.
+        So exp(loss) is then the perplexity, and no batch size changes what is meant."""
         if self.examples[0].options is not None:
             return measure(self.scores(batch_size), self.labels())
         total, count = 0.0, 0
-        for indices in tracked(self._by_length(batch_size), "evaluating", "batches"):
-            total += float(self.closure(indices, 1)()) * len(indices)
-            count += len(indices)
+        for indices in tracked(self._by_length(batch_size, len(self.examples)), "evaluating", "batches"):
+            tokens = sum(self._targets(self.examples[i], False) for i in indices)
+            total += float(self.closure(indices, 1)()) * tokens
+            count += tokens
         return {"loss": total / count, "accuracy": None}
 
     def labels(self) -> torch.Tensor:
         """int64 [examples]: the right option of each."""
         return torch.tensor([e.label for e in self.examples], device=self.device)
 
-    def _by_length(self, batch_size):
-        """Batches of similar length: little padding."""
-        order = sorted(range(len(self.examples)), key=lambda i: (len(self.examples[i].ids), i))
+    def _by_length(self, batch_size, count):
+        """Batches of the first `count` examples, of similar length: little padding."""
+        order = sorted(range(count), key=lambda i: (len(self.examples[i].ids), i))
         return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
     def batch(self, indices: Sequence[int], count: int) -> Batch:
@@ -201,7 +204,8 @@ class Task:
     def _targets(self, example, several):
         """How many places of a row of the example are read to predict a token."""
         if example.options is None:
-            return sum(label != IGNORED for label in example.labels[1:])
+            first = 0 if has_encoder(self.model) else 1  # a decoder behind an encoder predicts its first label too
+            return sum(label != IGNORED for label in example.labels[first:])
         return 0 if not several else (sum if self.shares else max)(map(len, example.options))
 
     def rows(self, example: Example) -> list[tuple[int, ...]]:
@@ -240,7 +244,7 @@ def fit_label_bias(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return (bias - bias.mean()).detach().float()
 
 
-def _rows_of(model):
+def known_tokens(model):
     """How many tokens the model knows; infinity where it does not say."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
@@ -248,9 +252,9 @@ def _rows_of(model):
         return math.inf
 
 
-def check_tables(model: "PreTrainedModel", examples: Sequence[Example]) -> None:
+def check_ids_and_lengths(model: "PreTrainedModel", examples: Sequence[Example]) -> None:
     """ValueError for a token or a place that the model has no row for: a GPU would end the process."""
-    known, longest = _rows_of(model), 0
+    known, longest = known_tokens(model), 0
     for number, example in enumerate(examples, 1):
         behind = example.options or ()
         highest = max(map(max, filter(None, (example.ids, example.labels, *behind))))

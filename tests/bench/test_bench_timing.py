@@ -295,7 +295,7 @@ def test_the_readme_shows_both_kinds_of_step_and_no_ratio_across_them():
         "| step a, graph | 2 | 1.50x |  |",
         "| step a, eager | 8 | 0.50x | 5.00x |",
     ]
-    shown = results.table(rows)
+    shown = results.as_markdown(rows)
     assert "| step a, graph | dense | 3 (3-3) |" in shown
     assert "| step a | official | 40 (40-40) |" in shown
     with pytest.raises(ValueError, match="share no case, provider, mode and device"):
@@ -311,7 +311,7 @@ def test_files_of_the_first_schema_are_read_and_gpu_ratios_left_out(tmp_path, de
     )
     read = results.read(path)
     assert [(r["mode"], r["ratio"], r["ms"]) for r in read][1] == (mode, ratio, 4.0)
-    assert "official" in results.table(read)
+    assert "official" in results.as_markdown(read)
     assert "official" in readme.ratio_table(read)
 
 

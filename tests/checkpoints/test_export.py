@@ -370,12 +370,3 @@ def test_odd_inputs(tmp_path):
         else:
             with pytest.raises(ValueError, match=f"a has out_features={size}, and gptq packs {32 // bits} codes"):
                 gptq.quantization_config(packed, [])
-
-
-def test_the_source_is_never_overwritten(tmp_path):
-    source = write_gptq(tmp_path / "in")
-    before = (source / "model.safetensors").read_bytes()
-    for form in ("gptq", "awq"):
-        with pytest.raises(ValueError, match="the source is never overwritten"):
-            qzo.export(load(source), source, form)
-    assert (source / "model.safetensors").read_bytes() == before

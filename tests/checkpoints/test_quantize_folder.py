@@ -170,14 +170,6 @@ def test_names_that_are_not_the_models_are_left_to_transformers(tmp_path, capsys
     assert len(layers(qzo.from_pretrained(tmp_path / "out", device="cpu"))) == 6
 
 
-def test_help_points_to_calibrated_quantizers(capsys):
-    with pytest.raises(SystemExit):
-        command.main(["quantize", "--help"])
-    shown = capsys.readouterr().out
-    for text in ("example: qzo quantize", "GPTQModel", "auto-round --model", "GPTQModifier"):
-        assert text in shown
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from transformers.core_model_loading import WeightRenaming
 
 import qzo
 from qzo.nn.layers import layers
-from tests.support.checkpoints import TYPES, scale_randomly, write_gguf
+from tests.support.checkpoints import scale_randomly
 from tests.support.front_door import (
     FIXTURES,
     FOLDERS,
@@ -155,20 +154,3 @@ def test_biases_of_zeros_that_the_model_lacks_come_along(tmp_path):
     write_gptq(tmp_path / "in", change=add_biases)
     qzo.from_pretrained(tmp_path / "in", device="cpu").save_pretrained(tmp_path / "out")
     same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "in"))
-
-
-def test_formats_that_transformers_does_not_write(tmp_path):
-    write_gguf(tmp_path / "m.gguf", TYPES.Q4_0)
-    for source in (tmp_path / "m.gguf", FIXTURES / "hqq-own-g64", FIXTURES / "bnb-nf4"):
-        with pytest.raises(ValueError, match=r"save_pretrained cannot write; use qzo\.save_pretrained\(model"):
-            qzo.from_pretrained(source, device="cpu").save_pretrained(tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_a_source_that_changed(tmp_path):
-    shutil.copytree(GPTQ, tmp_path / "in")
-    model = load(tmp_path / "in")
-    with open(tmp_path / "in" / "model.safetensors", "ab") as file:
-        file.write(b" ")
-    with pytest.raises(ValueError, match=r"model.safetensors had \d+ bytes when this model was loaded"):
-        model.save_pretrained(tmp_path / "out")

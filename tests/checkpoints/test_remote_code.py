@@ -149,8 +149,6 @@ def test_without_the_flag_it_is_asked_for(folder, tmp_path, capsys):
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qzo train")]
     assert f"{folder} brings code of its own" in line
     assert "--trust-remote-code" in line
-    with pytest.raises(ValueError, match="brings code of its own, which is run only with trust_remote_code=True"):
-        qzo.load_tokenizer(folder)
 
 
 def test_the_class_that_auto_map_puts_it_under(folder, tmp_path):
@@ -179,7 +177,6 @@ def test_the_class_that_auto_map_puts_it_under(folder, tmp_path):
     ("line", "message"),
     [
         ("import nosuchpackage", "ImportError: This modeling file requires the following packages that were not found"),
-        ("raise RuntimeError('of its\\nown')", "RuntimeError: of its own"),
         ("no python", "SyntaxError"),
     ],
 )

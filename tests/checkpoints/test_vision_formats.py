@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 import qzo
 from qzo.checkpoints.formats import compressed_tensors
 from qzo.nn.layers import layers
-from tests.checkpoints.test_told import change
 from tests.checkpoints.test_vision import same_state
-from tests.support.checkpoints import scale_randomly
+from tests.support.checkpoints import change_config, scale_randomly
 from tests.support.gptq_checkpoints import contents
 from tests.support.vision_models import build
 
@@ -62,7 +61,9 @@ def made(tmp_path, name, form, old, nested):
         assert set(renamed) != set(tensors)
         save_file(renamed, file, {"format": "pt"})
     if nested:
-        change(tmp_path / "in", lambda c: c["text_config"].update(quantization_config=c.pop("quantization_config")))
+        change_config(
+            tmp_path / "in", lambda c: c["text_config"].update(quantization_config=c.pop("quantization_config"))
+        )
     return tmp_path / "in", model
 
 
@@ -103,7 +104,7 @@ def test_what_tools_say_of_a_vision_tower_that_stays_dense(tmp_path):
         place = tmp_path / form
         place.mkdir()
         folder, want = made(place, "Qwen2VL", form, True, False)
-        change(folder, lambda c, changes=changes: c["quantization_config"].update(changes))
+        change_config(folder, lambda c, changes=changes: c["quantization_config"].update(changes))
         same_state(load(folder), want)
 
 

@@ -99,17 +99,6 @@ def test_overwrite_replaces_files_of_the_same_names_and_no_other(base, tmp_path,
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_steps_that_a_journal_has_not(base, tmp_path, capsys):
-    assert main(arguments(base, tmp_path)) == 0
-    journal = str(tmp_path / "out/journal.qzo")
-    capsys.readouterr()
-    assert main(["replay", str(base), journal, "--output-dir", str(tmp_path / "o"), "--until", "3"]) == 2
-    assert capsys.readouterr().err == f"qzo replay: --until 3: {journal} has 2 steps\n"
-    assert main(["replay", str(base), str(tmp_path / "none"), "--output-dir", str(tmp_path / "o")]) == 2
-    assert "there is no journal" in capsys.readouterr().err
-    assert not (tmp_path / "o").exists()
-
-
 def test_a_model_that_got_worse_is_said(base, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()

@@ -1,6 +1,7 @@
 """Every code block of README and docs/ runs, and so does every file of examples/."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -16,10 +17,14 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 EXAMPLES = {  # file: (arguments, what its last lines say)
     "tune_a_module.py": ((), r"error 0\.01\d+ -> 0\.00\d+ by 288 scales"),
     "an_objective_without_gradient.py": ((), r"wrong predictions: 5\d\.\d% -> [12]\d\.\d%"),
+    "train_on_a_reward.py": (("llama-w4",), r"reward: 0\.[0-2]\d -> (0\.[6-9]|1\.0)"),
+    "train_on_exact_match.py": (("llama-w4",), r"exact matches: [01] of 6 -> [3-6] of 6"),
     "tune_a_language_model.py": (("llama-w4", "spoken"), r"step 9: loss \d"),
     "replay_a_journal.py": (("llama-w4", "run/journal.qzo", "2"), r"2 steps applied; .* moved by \d"),
     "through_transformers.py": (("llama", "through"), r"14 layers of 4 bits\nHeadline : red"),
+    "trl_sft.py": (("llama-w4", "sft-example"), r"loss on held-out rows: \d\.\d+ -> \d\.\d+"),
 }
+OPTIONAL = {"trainer.md": ("accelerate", "trl"), "trl_sft.py": ("accelerate", "trl")}  # packages that these need
 
 
 def blocks(page):
@@ -59,6 +64,13 @@ def program(page):
     return "\n".join(lines)
 
 
+def skip_without_packages(name):
+    """Skip a page or an example that needs a package which is not installed."""
+    lacking = [package for package in OPTIONAL.get(name, ()) if importlib.util.find_spec(package) is None]
+    if lacking:
+        pytest.skip(f"{name} needs {' and '.join(lacking)}: pip install 'qzo[trl]'")
+
+
 def run(code_or_file, folder, *arguments):
     start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     done = subprocess.run(
@@ -82,11 +94,13 @@ def test_blocks_have_a_language_that_is_known():
     "page", [p for p in PAGES if "main(" in program(p) or "exec(" in program(p)], ids=lambda p: p.name
 )
 def test_a_pages_blocks_run(page, folder):
+    skip_without_packages(page.name)
     run(program(page), folder)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, folder):
+    skip_without_packages(name)
     path = ROOT / "examples" / name
     assert len(path.read_text().splitlines()) < 60
     arguments, said = EXAMPLES[name]

@@ -223,11 +223,11 @@ def as_float(decode, value, shift):
     return decode(np.atleast_1d(value) >> np.uint64(shift) & np.uint64(0xFFFF))
 
 
-def lop3(a, b, c, table):
+def lop3(a, b, c, truth):
     """The truth table's bit 4a + 2b + c for each bit of the three operands."""
     result = np.zeros_like(a)
     for entry in range(8):
-        if int(table) >> entry & 1:
+        if int(truth) >> entry & 1:
             terms = [v if entry & bit else ~v for v, bit in ((a, 4), (b, 2), (c, 1))]
             result |= terms[0] & terms[1] & terms[2]
     return result & np.uint64(0xFFFFFFFF)

@@ -12,9 +12,8 @@ from qzo.kernels.codes import pack_planes, pack_rows
 from qzo.kernels.forms import form_of
 from qzo.kernels.table import FP4, NF4
 from tests import oracle
-from tests.kernels.test_qmm import assert_zero_block_is_plain, changed
 from tests.support.close import assert_close, assert_same_bits
-from tests.support.matmuls import TILE, Matmul
+from tests.support.matmuls import TILE, Matmul, assert_zero_block_is_plain, changed
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 

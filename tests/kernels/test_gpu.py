@@ -5,10 +5,9 @@ import torch
 from qzo.kernels import noise, perturb, tiles, update
 from qzo.kernels.table import NF4
 from tests import oracle
-from tests.kernels.test_qmm import changed
 from tests.kernels.test_update import rows_run, scales_of
 from tests.support.close import assert_same_bits
-from tests.support.matmuls import Matmul
+from tests.support.matmuls import Matmul, changed
 from tests.support.tensor_core import truncations
 
 pytestmark = pytest.mark.gpu

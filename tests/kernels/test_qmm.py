@@ -1,4 +1,4 @@
-"""The matmul: kernel (interpreted) and CPU backend against the oracle, and the promises about their bits."""
+"""The matmul: the kernel (interpreted) against the oracle, and the promises about its bits."""
 import dataclasses
 
 import hypothesis
@@ -6,11 +6,18 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from qzo.kernels import plan, qmm_torch, tiles
-from qzo.kernels.codes import pack_planes, pack_rows
-from tests import oracle
+from qzo.kernels import plan, tiles
 from tests.support.close import assert_close, assert_same_bits
-from tests.support.matmuls import TILE, Matmul
+from tests.support.matmuls import (
+    TILE,
+    Matmul,
+    assert_derivative,
+    assert_zero_block_is_plain,
+    changed,
+    explore,
+    matmuls,
+    plain_of_block,
+)
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
@@ -22,31 +29,6 @@ LANES = dataclasses.replace(FOLDED, in_order=True)
 TILES = {"plain": TILE, "ratio": RATIO, "deep": DEEP, "split": SPLIT, "lanes": LANES, "folded": FOLDED,
          "all": dataclasses.replace(TILE, ratio=True, deep=True, splits=4),
          "large": tiles.Tile(rows=32, outputs=64, warps=4, stages=1)}
-EVALUATIONS = [((5,), (0.1,)), ((5, 5), (0.1, -0.1)), ((-1, 2**63 - 1, -1), (0.1, 0.0, -0.1)),
-               ((5, 5, 2**63 - 1, 2**63 - 1), (0.1, -0.1, 0.0, 0.05)),
-               ((1, 2, 3, 4, 5), (0.1, -0.2, 0.3, 0.0, 1e-3))]
-
-
-def explore(examples):
-    return hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-
-
-@st.composite
-def matmuls(draw, largest_k, rows):
-    """Every kind of matmul; K is a multiple of the group and often not of 128."""
-    group = draw(st.sampled_from([32, 64, 128, 0]))
-    width = group or draw(st.sampled_from([32, 64, 96, 100, 128, 200, 576]))
-    k = width if group == 0 else width * draw(st.integers(1, largest_k // width))
-    seeds, coefs = draw(st.sampled_from(EVALUATIONS))
-    relative = draw(st.booleans())
-    pair = len(seeds) % 2 == 0 and seeds[0::2] == seeds[1::2] and draw(st.booleans())
-    return Matmul(k=k, n=draw(st.sampled_from([1, 16, 33, 48])), rows=draw(rows), group=group, seeds=seeds,
-                  coefs=coefs if relative else tuple(c / 10 for c in coefs),
-                  law=draw(st.sampled_from([None, "rademacher", "ih4", "gaussian"])), relative=relative,
-                  zeros=draw(st.sampled_from([None, "uint8", "float32"])), bias=draw(st.booleans()),
-                  dtype=draw(st.sampled_from([torch.float16, torch.float32])),
-                  base4=draw(st.sampled_from([0, 1000, 2**32 - 20, 2**33 + 1])), pair=pair,
-                  shared=relative and draw(st.booleans()), bits=draw(st.sampled_from([2, 4, 4, 8])))
 
 
 # ----------------------------------------------------------------------------------------- against the oracle
@@ -55,13 +37,6 @@ def matmuls(draw, largest_k, rows):
 @hypothesis.given(matmuls(largest_k=320, rows=st.sampled_from([1, 2, 5])), st.sampled_from(sorted(TILES)))
 def test_kernel_is_true(matmul, tile):
     matmul.assert_true(matmul.kernel(TILES[tile]))
-
-
-@explore(60)
-@hypothesis.given(matmuls(largest_k=640, rows=st.sampled_from([1, 2, 5, 17])),
-                  st.sampled_from([pack_rows, pack_planes]))
-def test_cpu_backend_is_true(matmul, form):
-    matmul.assert_true(matmul.reference(form))
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -95,61 +70,12 @@ def test_the_groups_that_fill_the_last_tile_add_nothing(tile, k, group, zeros):
     matmul.assert_true(matmul.kernel(TILES[tile]))
 
 
-def test_no_rows():
-    assert Matmul(rows=0, bias=True).reference().shape == (0, 33)
-
-
-def test_cpu_backend_over_several_chunks_and_noise_blocks():
-    matmul = Matmul(k=640, n=700, rows=2, group=32, law="ih4", zeros="uint8", bias=True)
-    assert qmm_torch.chunk_rows(matmul.n, matmul.k) < matmul.n / 1.5
-    matmul.assert_true(matmul.reference())
-
-
-def test_cpu_noise_made_in_small_blocks_is_the_same(monkeypatch):
-    matmul = Matmul(k=640, n=70, rows=2, group=32)
-    whole = matmul.reference()
-    monkeypatch.setattr(qmm_torch, "BLOCK_QUADS", 64)
-    assert_same_bits(matmul.reference(), whole)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("relative", [True, False])
-def test_sixteen_bit_input_and_output_on_the_cpu(dtype, relative):
-    """Input is exact in float32; the output is rounded once, by at most half a unit of its own last place."""
-    matmul = Matmul(dtype=dtype, relative=relative, bias=True)
-    exact = matmul.reference()
-    matmul.assert_true(exact)
-    assert_same_bits(matmul.reference(out_dtype=dtype), exact.to(dtype))
-
-
 def test_sixteen_bit_output_of_the_kernel():
     matmul = Matmul(bias=True)
     assert_same_bits(matmul.kernel(out_dtype=torch.float16), matmul.kernel().half())
 
 
 # --------------------------------------------------------------------------------------------- the derivative
-
-def assert_derivative(relative, eps, run, allowed, **more):
-    """RMS error of (y+ - y-) / 2 eps in units of the derivative's RMS, and no entry four times as wrong."""
-    matmul = Matmul(k=640, n=24, rows=8, group=128, seeds=(7, 7), coefs=(eps, -eps), relative=relative,
-                    **more)
-    half = matmul.rows
-    matmul.__dict__["x"] = matmul.x[:half].repeat(2, 1)
-    plus, minus = run(matmul).double().split(half)
-    k = matmul.raw_noise[0]
-    slope = matmul.scales.double() * k if relative else k
-    want = matmul.x[:half].double() @ oracle.weight(matmul.codes, slope, matmul.zero_points).T
-    got = (plus - minus) / (2 * matmul.raw_coefs[0].item())
-    assert_close(got, want, want.square().mean().sqrt(), 4 * allowed, allowed)
-
-
-@pytest.mark.parametrize("law", ["rademacher", "ih4"])
-@pytest.mark.parametrize("zeros", [None, "uint8"])
-@pytest.mark.parametrize(("eps", "allowed"), [(1e-1, 1e-5), (1e-2, 1e-4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_derivative_on_the_cpu(eps, allowed, law, zeros, dtype):
-    assert_derivative(True, eps, Matmul.reference, allowed, law=law, zeros=zeros, dtype=dtype)
-
 
 @pytest.mark.parametrize("tile", ["plain", "ratio", "deep", "split"])
 @pytest.mark.parametrize(("eps", "allowed"), [(1e-1, 1e-5), (1e-2, 1e-4)])
@@ -165,14 +91,6 @@ def test_derivative_absolute(run):
 
 
 # ------------------------------------------------------------------------------------------- pairs of evaluations
-
-def changed(matmul, **fields):
-    """The same matmul, random values included, with other fields."""
-    other = dataclasses.replace(matmul, **fields)
-    for name in ("codes", "scales", "zero_points", "bias_values", "x"):
-        other.__dict__[name] = getattr(matmul, name)
-    return other
-
 
 @pytest.mark.parametrize("tile", ["plain", "deep", "split"])
 @pytest.mark.parametrize("rows", [1, 8, 9, 20])
@@ -206,53 +124,6 @@ def test_a_pair_is_one_program(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- coefficient zero
-
-def plain_of_block(matmul, e):
-    """The same layer and rows of evaluation e alone, without noise."""
-    alone = dataclasses.replace(matmul, seeds=matmul.seeds[e:e + 1], coefs=(0.0,), law=None)
-    for name in ("codes", "scales", "zero_points", "bias_values"):
-        alone.__dict__[name] = getattr(matmul, name)
-    alone.__dict__["x"] = matmul.x[e * matmul.rows:(e + 1) * matmul.rows]
-    return alone
-
-
-def assert_zero_block_is_plain(matmul, e, run):
-    y = run(matmul)
-    blocks = y.split(matmul.rows)
-    assert_same_bits(blocks[e], run(plain_of_block(matmul, e)))
-    perturbed = y.abs().median() * 1e-3
-    assert all((other - blocks[e]).abs().max() > perturbed for other in blocks[:e] + blocks[e + 1:])
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 16, 33, 64])
-@pytest.mark.parametrize(("k", "n"), [(128, 33), (576, 192), (640, 600)])
-def test_zero_coefficient_is_the_plain_forward_on_the_cpu(threads, rows, k, n):
-    matmul = Matmul(k=k, n=n, rows=rows, group=64, coefs=(0.1, 0.0, -0.1), dtype=torch.float32)
-    torch.set_num_threads(threads)
-    try:
-        assert_zero_block_is_plain(matmul, 1, Matmul.reference)
-    finally:
-        torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("law", ["rademacher", "ih4", "gaussian"])
-@pytest.mark.parametrize("offset", [1, 3, 8])
-@pytest.mark.parametrize("rows", [2, 5])
-def test_zero_coefficient_on_unaligned_rows(relative, law, offset, rows):
-    """The batch is a view that starts `offset` floats into a buffer, the plain rows are not: without a copy
-    MKL gives up to three such rows other bits."""
-    matmul = Matmul(k=192, n=40, rows=rows, coefs=(0.1, -0.1, 0.0), law=law, relative=relative,
-                    dtype=torch.float32)
-    plain = plain_of_block(matmul, 2).reference()
-    buffer = torch.zeros(matmul.x.numel() + offset)
-    view = buffer[offset:].view(matmul.x.shape)
-    view.copy_(matmul.x)
-    matmul.__dict__["x"] = view
-    assert view.data_ptr() % 64
-    assert_same_bits(matmul.reference()[2 * rows:], plain)
-
 
 @pytest.mark.parametrize("tile", ["plain", "ratio", "deep", "split", "large"])
 @pytest.mark.parametrize("law", ["rademacher", "gaussian"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qzo.kernels import dequantize, forms, plan, qmm, tiles, vectors
+from qzo.kernels import dequantize, plan, qmm, tiles, vectors
 from tests import oracle
 from tests.support.close import assert_same_bits
 from tests.support.matmuls import TILE, Matmul
@@ -118,19 +118,6 @@ def test_inline_ptx(books, bits, dtype):
             want = oracle.vector_weight(codes[:, :, mine], ones, codebooks[mine], bits).float()
             got = torch.stack([value_of(r, dtype).view(-1, 2) for r in registers], 1).flatten(1)
             assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("kernel", [qmm._qmm_kernel, dequantize._dequantize_kernel], ids=lambda k: k.fn.__name__)
-def test_the_parameter_that_assembly_names_is_the_codebooks(kernel):
-    """PTX numbers what is passed at run time: pointers only stand before this one, none of which Triton leaves out.
-    bench/sass.py holds the name against the parameters of every kernel that is compiled."""
-    books = torch.zeros(2, 256, 8, dtype=torch.float16)
-    _, constants = forms.Vectors(books, 8).lookup(kernel, torch.float16, False, None)
-    name, number = re.search(r"\[(\w+)_param_(\d+)\]", constants["TEXTS"][0]).groups()
-    assert name == kernel.fn.__name__
-    before = kernel.arg_names[:int(number) + 1]
-    assert before[-1] == "entries_ptr"
-    assert all(argument.endswith("_ptr") for argument in before)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])

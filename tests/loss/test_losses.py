@@ -89,7 +89,7 @@ def test_bad_batches(model):
         qzo.losses(model, qzo.pair(batch_of(), 3), 5)
     with pytest.raises(ValueError, match="every entry of labels is -100"):
         qzo.losses(model, {**batch_of(), "labels": torch.full((4, 7), -100)}, 1)
-    with pytest.raises(ValueError, match="E=0"):
+    with pytest.raises(ValueError, match="copies=0"):
         qzo.pair(torch.ones(2), 0)
 
 

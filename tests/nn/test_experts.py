@@ -107,12 +107,12 @@ def test_an_evaluation_among_others_has_the_bits_it_has_alone(folder):
     assert torch.equal(together, torch.cat(alone))
     assert torch.equal(together[2:3], qzo.losses(model, BATCH, 1))
     assert len(set(together.tolist())) == 4
-    assert all(layer._evaluations is None for layer in layers(model).values())
+    assert all(layer.evaluations is None for layer in layers(model).values())
 
 
 def test_only_experts_perturbed_move_the_loss(folder):
     model = load(folder)
-    qzo.train_only(model, lambda name: ".experts." in name)
+    qzo.train_only_(model, lambda name: ".experts." in name)
     with evaluating(model, qzo.Evaluations([3, 3], [1e-2, -1e-2])):
         plus, minus = qzo.losses(model, BATCH, 2).tolist()
     assert plus != minus
@@ -216,7 +216,7 @@ def test_rows_that_do_not_divide_are_refused(folder):
     module = load(folder).model.layers[0].mlp.experts
     index, weights = torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2)
     for layer in layers(module).values():
-        layer._evaluations = qzo.Evaluations([1, 1], [0.1, -0.1])
+        layer.evaluations = qzo.Evaluations([1, 1], [0.1, -0.1])
     with pytest.raises(ValueError, match="5 rows do not divide into 2 evaluations"):
         module(torch.zeros(5, 64), index, weights)
 

@@ -52,15 +52,10 @@ def test_fake_tensors_pass_through_a_layer_and_meet_the_same_checks():
 
 
 def test_operators_refuse_what_does_not_fit():
+    """What else the matmul refuses: test_checks.py."""
     x, codes, scales, zeros, bias, seeds, coefs, *rest = qmm_arguments(asymmetric())
-    for wrong, message in (
-        ((x, codes, scales[:, :5], zeros, bias, seeds, coefs), "scales must be float32"),
-        ((x, codes, scales, zeros[:2], bias, seeds, coefs), "zeros must be"),
-        ((x, codes, scales, zeros, bias[:5], seeds, coefs), "bias must have shape"),
-        ((x, codes, scales, zeros, bias, seeds, coefs[:1]), "2 seeds and 1 coefficients"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            torch.ops.qzo.qmm(*wrong, *rest)
+    with pytest.raises(ValueError, match="2 seeds and 1 coefficients"):
+        torch.ops.qzo.qmm(x, codes, scales, zeros, bias, seeds, coefs[:1], *rest)
     with pytest.raises(ValueError, match="whole quads"):
         torch.ops.qzo.update_(torch.ones(5), seeds, coefs, 0, noise.IH4, True, 0.0)
     with pytest.raises(ValueError, match="int64 and float32"):
@@ -95,23 +90,8 @@ def test_opcheck_vectors():
 
 def test_operators_refuse_codebooks_that_do_not_fit():
     plain, form = vector_arguments()
-    books = form["codebooks"]
-    for wrong, message in (
-        (books[:, :200], r"codebooks must be \[C, 256, 8\] for codes of 8 bits.* got \[2, 200, 8\]"),
-        (books[None], r"for codes of 8 bits, got \[1, 2, 256, 8\]"),
-        (torch.cat([books, books]), "does not fit 8-bit codes"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            torch.ops.qzo.qmm(*plain, **form | {"codebooks": wrong})
-    zeros = torch.zeros(1, 24)
-    with pytest.raises(ValueError, match=r"x has 128 columns.* no zeros and no table; got a group_size of 128, zeros"):
-        torch.ops.qzo.qmm(*plain[:3], zeros, *plain[4:], **form)
-    with pytest.raises(ValueError, match="got a group_size of 64"):
-        torch.ops.qzo.qmm(*plain[:8], 64, *plain[9:], **form)
     with pytest.raises(ValueError, match="contiguous float32 with noise for each number, got "):
-        torch.ops.qzo.qmm(*plain, **form | {"codebooks": books.half(), "book4": 24})
-    with pytest.raises(ValueError, match="noise shared by rows"):
-        torch.ops.qzo.qmm(*plain, **form, book4=24, shared=True)
+        torch.ops.qzo.qmm(*plain, **form | {"codebooks": form["codebooks"].half(), "book4": 24})
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

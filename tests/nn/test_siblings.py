@@ -153,14 +153,14 @@ def test_five_layers_share_two_launches(launches):
 
 def test_who_trains_and_who_does_not_share_apart(launches):
     model = attention()
-    qzo.train_only(model, lambda name: name in ("q", "k"))
+    qzo.train_only_(model, lambda name: name in ("q", "k"))
     evaluations = qzo.Evaluations([1, 1], [0.1, -0.1])
     with qzo.evaluating(model, evaluations):
         want = model(*xs())
         launches.clear()
         assert_same_bits(model(*xs()), want)
         assert launches == [2, 1, 1]
-    qzo.train_only(model, lambda name: name == "o")
+    qzo.train_only_(model, lambda name: name == "o")
     model(*xs())
     launches.clear()
     model(*xs())
@@ -201,7 +201,7 @@ def test_an_output_that_nobody_asks_for_is_dropped_and_not_made_again(launches):
     for _ in range(3):
         model(*xs())
     assert launches == [3, 1, 1, 1, 1, 2, 1]
-    assert not model.q._siblings._run.kept
+    assert not model.q.siblings._run.kept
 
 
 CHANGES = {
@@ -234,7 +234,7 @@ def test_what_changes_is_multiplied_as_it_is(change, between):
             model.q(x)
         CHANGES[change](model)
         found = [model.k(x)] if between else [*model.all(x)]
-    for together in model.q._siblings._plans.values():
+    for together in model.q.siblings._plans.values():
         assert [layer().kernel_weight() for layer in together.layers] == list(together.weights[1:])
     other = copy.deepcopy(model)
     with qzo.backend(shared_launches=False), qzo.evaluating(other, evaluations):
@@ -257,7 +257,7 @@ def test_what_another_perturbation_or_choice_asks_for_is_not_what_was_kept(betwe
     if between in ("other seeds", "no evaluations"):
         now = qzo.Evaluations([2, 2], [0.1, -0.1]) if between == "other seeds" else None
     with qzo.backend(tile=TILE) if between == "tile" else contextlib.nullcontext():
-        model.k._evaluations = now
+        model.k.evaluations = now
         launches.clear()
         y, other = model.k(x), copy.deepcopy(model)
         assert len(launches) == 1
@@ -285,8 +285,8 @@ def test_copies_learn_for_themselves(launches):
     stored.seek(0)
     assert_same_bits(torch.load(stored, weights_only=False)(*xs()), model.q(*xs()))
     other = copy.deepcopy(model)
-    assert other.q._siblings is other.k._siblings is other.v._siblings is not model.q._siblings
-    assert not other.q._siblings._after
+    assert other.q.siblings is other.k.siblings is other.v.siblings is not model.q.siblings
+    assert not other.q.siblings._after
     want = alone(model, *xs())
     other.ask = other.all  # a copied method is the original's
     for expected in ([1, 1, 1, 1], [3, 1]):
@@ -306,12 +306,12 @@ def test_nothing_is_kept_alive():
         assert held[0]() is None
         x = xs()[0]
         model.q(x)
-        kept = weakref.ref(next(iter(model.q._siblings._run.kept.values()))[0])
+        kept = weakref.ref(next(iter(model.q.siblings._run.kept.values()))[0])
         model.q(x.clone())
         assert kept() is None, "dropped at the next call with another x"
         for _ in range(3):
             model.all(x)
-        assert any(together.layers for together in model.q._siblings._plans.values())
+        assert any(together.layers for together in model.q.siblings._plans.values())
         codes = weakref.ref(model.k.codes)
         model.k.codes = model.k.codes.clone()
         assert codes() is None
@@ -347,7 +347,7 @@ def test_what_is_known_is_bounded():
     model = taught()
     for rows in range(1, MOST_KNOWN + 9):
         model(torch.randn(rows, 64).half())
-    assert len(model.q._siblings._plans) <= MOST_KNOWN
+    assert len(model.q.siblings._plans) <= MOST_KNOWN
 
 
 def test_the_door_says_which_weights_a_launch_is_for():

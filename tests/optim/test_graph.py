@@ -108,7 +108,7 @@ def test_few_graphs_are_held_and_the_least_used_goes(recorders, monkeypatch):
 def test_the_table_of_uses_stays_short(recorders):
     optimizer = qzo.QZO(two_layers(), lr=0.1)
     for step in range(3 * graph.PERIOD):
-        optimizer.step(lambda batch: torch.ones(2), batch={"step": step})
+        optimizer.step(lambda batch: torch.tensor([1.0, 2.0]), batch={"step": step})
     assert len(optimizer.graphs.uses) <= graph.PERIOD + 1
     assert optimizer.graphs.captured == {}
 

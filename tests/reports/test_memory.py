@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import qzo
-from qzo.bench.cases import CODES
 from qzo.cli import main as command
-from qzo.kernels import qmm_torch, update
 from qzo.kernels.table import NF4
 from qzo.nn.choice import group_for, quantizable
 from qzo.nn.layers import layers
-from qzo.reports import footprint, memory, models
+from qzo.reports import memory, models
 from tests.support.paths import ROOT
 
 from ..support.tiny import save_checkpoint
@@ -154,12 +151,9 @@ def test_what_a_model_holds_is_its_arithmetic():
     assert numbers["zeros"] == 0
     norms = 65 * 4096 * 2
     assert numbers["dense"] == pytest.approx(2 * 2 * 32000 * 4096 + norms, abs=1024)  # rotary tables beside
-    rivals = memory.rivals(model, memory.Run(), numbers)
-    parameters = linear + 2 * 32000 * 4096 + 65 * 4096
-    assert rivals["AdamW, all parameters"] == 16 * parameters + 34 * 32 * 64 * 4096 + 4 * 64 * 32000
-    assert rivals["AdamW, all parameters"] > 18 * numbers["total"]
-    assert 2 * parameters < rivals["MeZO, 16 bit"] < 2.01 * parameters
-    assert numbers["total"] < rivals["QLoRA, NF4, rank 16"] < 1.2 * numbers["total"]
+    assert (
+        numbers["total"] < memory.rivals(model, memory.Run(), numbers)["QLoRA, NF4, rank 16"] < 1.2 * numbers["total"]
+    )
 
 
 def test_the_image_transformer_fits_24_gb():
@@ -228,79 +222,6 @@ def test_a_float_checkpoint_is_quantized_as_asked(tmp_path, monkeypatch):
         loaded.clear()
 
 
-@pytest.mark.parametrize("codes", CODES)
-def test_random_weights_keep_the_size_of_what_runs_through(codes):
-    model = torch.nn.Sequential(torch.nn.Linear(512, 256, bias=False, device="meta"))
-    kind = CODES[codes]
-    form = models.Form(-1 if kind.books else 64, None, kind.bits, kind.table, books=kind.books)
-    models.fill_random(models.quantize_empty(model, {"0": form}, cpu=True), "cpu")
-    assert float(model(torch.randn(64, 512)).square().mean().sqrt()) == pytest.approx(1, rel=0.1)
-
-
-def test_the_ledger_counts_what_lives():
-    ledger = footprint.Ledger("cuda", "sm_90", labelled=5, padded=True)
-    with ledger:
-        a = torch.empty(1000, 1000, device="meta")  # 4,000,256 in units of 512
-        assert ledger.current() == 4_000_256
-        b = a * 2
-        c = b.view(-1)[3:]  # a view costs nothing
-        assert ledger.current() == 2 * 4_000_256
-        del b
-        assert ledger.current() == 2 * 4_000_256  # c still holds it
-        del c
-        assert ledger.current() == 4_000_256
-        assert ledger.peak() == 2 * 4_000_256
-        ledger.reset()
-        row, column = torch.nonzero(a > 0, as_tuple=True)
-        assert row.shape == column.shape == (5,)
-        assert not bool((a > 0).all())  # padded: not every position is attended
-        q = torch.empty(2, 4, 100, 64, device="meta", dtype=torch.float16)
-        ledger.reset()
-        before = ledger.current()
-        y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        assert y.shape == q.shape
-        assert ledger.peak() - before == 2 * 4 * 100 * 64 * 2 + 3584  # the output, and a float per query: 3200
-    assert ledger.current() > 0
-
-
-def highest(function):
-    """Most bytes that torch's CPU allocator held at once for `function`."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        kept = function()
-    events, found = list(record.profiler.kineto_results.experimental_event_tree()), []
-    while events:
-        event = events.pop()
-        events += event.children
-        if hasattr(event.extra_fields, "alloc_size"):
-            found.append((event.start_time_ns, event.extra_fields.alloc_size))
-    now = most = 0
-    for _, size in sorted(found):
-        now += size
-        most = max(most, now)
-    del kept
-    return most
-
-
-@pytest.mark.parametrize("law", ["rademacher", "ih4", "gaussian"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_cpu_matmuls_scratch_is_as_its_formula(law, dtype):
-    m, n, k, group = 64, 2048, 1024, 64
-    model = qzo.quantize_(torch.nn.Sequential(torch.nn.Linear(k, n, bias=False)), group_size=group)
-    x = torch.randn(m, k, dtype=dtype)
-    evaluations = qzo.Evaluations([1, 1], [0.1, -0.1], noise=law)
-    with qzo.evaluating(model, evaluations):
-        model(x)
-        held = highest(lambda: model(x)) - m * n * dtype.itemsize
-        formula = qmm_torch.scratch_bytes(m, dtype, model[0].kernel_weight(), evaluations.perturbation, 1)
-    assert 0.6 * formula < held < 1.2 * formula
-
-
-def test_the_updates_scratch_is_as_its_formula():
-    arena, seeds, coefs = torch.rand(1 << 20), torch.tensor([1]), torch.tensor([0.1])
-    held = highest(lambda: update.update_torch(arena, seeds, coefs, base4=0, law=1, relative=True, floor=0.0))
-    assert 0.6 * update.scratch_bytes(1 << 18) < held < 1.2 * update.scratch_bytes(1 << 18)
-
-
 # ---------------------------------------------------------------------------------------------- an image model trains
 
 
@@ -363,9 +284,3 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
     assert said in shown.err
     assert shown.err.count("\n") == 1
     assert not shown.out
-
-
-def test_cards_are_those_that_hold_it():
-    assert memory.fits(23.9e9)[0].startswith("24 GB")
-    assert memory.fits(24.1e9)[0].startswith("32 GB")
-    assert memory.fits(1e12) == []

@@ -72,7 +72,7 @@ def test_what_enters_and_leaves_every_layer_is_rounded(model, batch):
     x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(2))
     exact = layer(x.bfloat16().float())
     before, plain = hooks(model), losses(model, batch, 1)
-    with signal.rounded(model, "bfloat16"):
+    with signal.rounding(model, "bfloat16"):
         assert hooks(model) == before + 2 * len(layers(model, trainable=None))
         seen["y"] = layer(x)
         assert not torch.equal(losses(model, batch, 1), plain)
@@ -83,7 +83,7 @@ def test_what_enters_and_leaves_every_layer_is_rounded(model, batch):
 
 def test_hooks_go_after_an_error(model):
     before = hooks(model)
-    with pytest.raises(KeyError), signal.rounded(model, "bfloat16"):
+    with pytest.raises(KeyError), signal.rounding(model, "bfloat16"):
         raise KeyError
     assert hooks(model) == before
 

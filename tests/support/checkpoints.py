@@ -206,6 +206,14 @@ def write_compressed(folder, schemes, groups, *, seed=0, order=()):
     (folder / "config.json").write_text(json.dumps(content))
 
 
+def change_config(folder, edit):
+    """Edit the content of config.json; returns what `edit` gave."""
+    content = json.loads((folder / "config.json").read_text())
+    given = edit(content)
+    (folder / "config.json").write_text(json.dumps(content))
+    return given
+
+
 def quantized(model):
     """name -> QZOLinear."""
     return {name: module for name, module in model.named_modules() if type(module).__name__ == "QZOLinear"}

@@ -4,14 +4,16 @@ import dataclasses
 import functools
 import zlib
 
+import hypothesis
 import torch
+from hypothesis import strategies as st
 
 from qzo.kernels import dequantize, noise, plan, qmm_torch, tiles
 from qzo.kernels.codes import pack_planes, pack_rows
 from qzo.kernels.operands import Perturbation, Weight
 from qzo.kernels.vectors import pack_vectors
 from tests import oracle
-from tests.support.close import ULP, assert_close
+from tests.support.close import ULP, assert_close, assert_same_bits
 
 TILE = tiles.Tile(rows=16, outputs=32, warps=4, stages=1)
 
@@ -233,3 +235,87 @@ class Matmul:
         """
         unit = torch.hypot(self.magnitude(), truncations / 3**0.5 * self.spread()) if truncations else self.magnitude()
         assert_close(y, self.want(), unit * ULP, largest, rms)
+
+
+# ---- any matmul
+
+EVALUATIONS = [
+    ((5,), (0.1,)),
+    ((5, 5), (0.1, -0.1)),
+    ((-1, 2**63 - 1, -1), (0.1, 0.0, -0.1)),
+    ((5, 5, 2**63 - 1, 2**63 - 1), (0.1, -0.1, 0.0, 0.05)),
+    ((1, 2, 3, 4, 5), (0.1, -0.2, 0.3, 0.0, 1e-3)),
+]
+
+
+def explore(examples):
+    return hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+
+
+@st.composite
+def matmuls(draw, largest_k, rows):
+    """Every kind of matmul; K is a multiple of the group and often not of 128."""
+    group = draw(st.sampled_from([32, 64, 128, 0]))
+    width = group or draw(st.sampled_from([32, 64, 96, 100, 128, 200, 576]))
+    k = width if group == 0 else width * draw(st.integers(1, largest_k // width))
+    seeds, coefs = draw(st.sampled_from(EVALUATIONS))
+    relative = draw(st.booleans())
+    pair = len(seeds) % 2 == 0 and seeds[0::2] == seeds[1::2] and draw(st.booleans())
+    return Matmul(
+        k=k,
+        n=draw(st.sampled_from([1, 16, 33, 48])),
+        rows=draw(rows),
+        group=group,
+        seeds=seeds,
+        coefs=coefs if relative else tuple(c / 10 for c in coefs),
+        law=draw(st.sampled_from([None, "rademacher", "ih4", "gaussian"])),
+        relative=relative,
+        zeros=draw(st.sampled_from([None, "uint8", "float32"])),
+        bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float16, torch.float32])),
+        base4=draw(st.sampled_from([0, 1000, 2**32 - 20, 2**33 + 1])),
+        pair=pair,
+        shared=relative and draw(st.booleans()),
+        bits=draw(st.sampled_from([2, 4, 4, 8])),
+    )
+
+
+# ---- what kernel and reference promise alike
+
+
+def changed(matmul, **fields):
+    """The same matmul, random values included, with other fields."""
+    other = dataclasses.replace(matmul, **fields)
+    for name in ("codes", "scales", "zero_points", "bias_values", "x"):
+        other.__dict__[name] = getattr(matmul, name)
+    return other
+
+
+def assert_derivative(relative, eps, run, allowed, **more):
+    """RMS error of (y+ - y-) / 2 eps in units of the derivative's RMS, and no entry four times as wrong."""
+    matmul = Matmul(k=640, n=24, rows=8, group=128, seeds=(7, 7), coefs=(eps, -eps), relative=relative, **more)
+    half = matmul.rows
+    matmul.__dict__["x"] = matmul.x[:half].repeat(2, 1)
+    plus, minus = run(matmul).double().split(half)
+    k = matmul.raw_noise[0]
+    slope = matmul.scales.double() * k if relative else k
+    want = matmul.x[:half].double() @ oracle.weight(matmul.codes, slope, matmul.zero_points).T
+    got = (plus - minus) / (2 * matmul.raw_coefs[0].item())
+    assert_close(got, want, want.square().mean().sqrt(), 4 * allowed, allowed)
+
+
+def plain_of_block(matmul, e):
+    """The same layer and rows of evaluation e alone, without noise."""
+    alone = dataclasses.replace(matmul, seeds=matmul.seeds[e : e + 1], coefs=(0.0,), law=None)
+    for name in ("codes", "scales", "zero_points", "bias_values"):
+        alone.__dict__[name] = getattr(matmul, name)
+    alone.__dict__["x"] = matmul.x[e * matmul.rows : (e + 1) * matmul.rows]
+    return alone
+
+
+def assert_zero_block_is_plain(matmul, e, run):
+    y = run(matmul)
+    blocks = y.split(matmul.rows)
+    assert_same_bits(blocks[e], run(plain_of_block(matmul, e)))
+    perturbed = y.abs().median() * 1e-3
+    assert all((other - blocks[e]).abs().max() > perturbed for other in blocks[:e] + blocks[e + 1 :])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from qzo.cli.main import main
 from qzo.system import memory
 
 CUDA = (
@@ -30,29 +29,3 @@ def test_other_errors_are_not_taken_for_it():
     assert not memory.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
     assert memory.is_out_of_memory(MemoryError())
     assert memory.explain(RuntimeError("something\n else"), "x").startswith("out of memory: something else, ")
-
-
-@pytest.mark.parametrize(
-    "command",
-    [["train", "--model", "m", "--data", "README.md", "--output-dir", "o"], ["memory", "--config", "smollm2"]],
-)
-def test_a_command_ends_in_one_line_and_status_1(command, monkeypatch, capsys):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError(CUDA)
-
-    monkeypatch.setattr("qzo.cli.train.read_data", full)
-    monkeypatch.setattr("qzo.cli.memory.make_report", full)
-    assert main(command) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"qzo {command[0]}: out of memory: 21.47 GB more were asked for, 11.07 GB free; ")
-    assert "--sequential" in said
-    assert said.count("\n") == 1
-
-
-def test_a_fault_stays_a_fault(monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("a fault")
-
-    monkeypatch.setattr("qzo.cli.memory.make_report", broken)
-    with pytest.raises(RuntimeError, match="a fault"):
-        main(["memory", "--config", "smollm2"])

@@ -154,7 +154,8 @@ def test_a_chat_template_that_fails(tmp_path, name):
 
 def test_chats_that_no_template_can_give(tmp_path):
     assert named(tmp_path, TURNS, words("$A", None)) == (
-        "the tokenizer has no chat template: give lines of prompt and completion"
+        "the tokenizer has no chat template: put a chat_template.jinja, that of the model's chat version, beside its "
+        "tokenizer_config.json, or give lines of prompt and completion"
     )
     assert named(tmp_path, TURNS, words("$A", "{{ messages | length }}")).startswith(
         "the chat template does not continue its own generation prompt"

@@ -87,6 +87,13 @@ def test_sharegpt():
     assert tokenize([record], words("$A")) == tokenize([{"messages": [USER, YES]}], words("$A"))
 
 
+def test_a_prompt_and_a_completion_of_messages_are_one_conversation():
+    both = {"prompt": [USER], "completion": [YES], "tools": [{"name": "look"}]}
+    assert problem(both) is None
+    assert conversation(both) == ([USER, YES], [{"name": "look"}])
+    assert tokenize([both], words("$A")) == tokenize([{"messages": [USER, YES]}], words("$A"))
+
+
 def test_alpaca_is_a_conversation_where_there_is_a_template():
     tokenizer = words("$A")
     plain = {"instruction": "a", "input": "", "output": "yes"}
@@ -190,7 +197,18 @@ MORE = "'messages' must end with the assistant's, which is learned, after at lea
             {"instruction": "a", "output": "b", "history": [["c", "d"]]},
             "'history' is not read beside an instruction: give the whole conversation as 'messages'",
         ),
-        ({"prompt": [USER], "completion": [YES]}, "must be a string, got list: give a conversation as 'messages'"),
+        (
+            {"prompt": [USER], "completion": "yes"},
+            "'prompt' must be a string, got list: give a conversation as 'messages', or both 'prompt' and 'completion'",
+        ),
+        (
+            {"prompt": "a", "completion": [YES]},
+            "'completion' must be a string, got list: give a conversation as 'messages', or both 'prompt' and",
+        ),
+        ({"text": [USER]}, "'text' must be a string, got list: give a conversation as 'messages'"),
+        ({"prompt": [USER], "completion": []}, "'completion' must end with the assistant's, which is learned"),
+        ({"prompt": [3], "completion": [YES]}, "prompt[0] must be an object with 'role' and 'content', got int"),
+        ({"prompt": [USER], "completion": [{"role": "assistant"}]}, "completion[0] has no 'content', a string"),
     ],
 )
 def test_the_key_that_is_wrong_is_named(record, said):

@@ -1,13 +1,14 @@
 """From lines to examples: special tokens stand where the text begins and ends, and a line that cannot be learned is
 named before anything trains."""
 
+import itertools
 import warnings
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qzo.training.data import IGNORED, Example, tokenize
+from qzo.training.data import IGNORED, Example, batch_indices, tokenize
 from qzo.training.records import read_records
 from tests.support import tiny, zoo
 
@@ -231,3 +232,15 @@ def test_a_line_is_read_as_its_first_form_whatever_else_it_has():
     assert tokenize([record | extra for record in records], tokenizer) == tokenize(records, tokenizer)
     with pytest.raises(ValueError, match="example 1: has the keys"):
         tokenize([{"question": "a"}], tokenizer)
+
+
+def test_every_pass_sees_each_example_once():
+    lengths, strata = [5 + i % 7 for i in range(48)], [i % 3 for i in range(48)]
+    first = [batch_indices(t, lengths, 6, seed=3, strata=strata) for t in range(8)]
+    assert sorted(itertools.chain(*first)) == list(range(48))
+    assert all(sorted(strata[i] for i in batch) == [0, 0, 1, 1, 2, 2] for batch in first)
+    again = [batch_indices(t, lengths, 6, seed=3, strata=strata) for t in range(8)]
+    assert first == again
+    assert first != [batch_indices(t, lengths, 6, seed=4, strata=strata) for t in range(8)]
+    second = [batch_indices(t, lengths, 6, 3, strata) for t in range(8, 16)]
+    assert sorted(itertools.chain(*second)) == list(range(48))

@@ -133,6 +133,33 @@ def test_texts_and_messages_are_as_the_tokenizer_gives_them(name):
 
 
 @EVERY
+def test_all_turns_of_the_assistant_are_its_text_and_no_more(name):
+    tokenizer = zoo.make(name)
+    for prompt, completion in pairs()[:60]:
+        said_by = [f"{completion}a", f"no{completion}7", f"yes {prompt}"]
+        turns = [
+            {"role": role, "content": content}
+            for answer in said_by
+            for role, content in (("user", f"{prompt}."), ("assistant", answer))
+        ]
+        [last], _ = quietly([{"messages": turns}], tokenizer)
+        [example], warned = quietly([{"messages": turns}], tokenizer, chat_loss="all")
+        assert example.ids == last.ids
+        stretches, labels = [], list(example.labels)
+        for number, label in enumerate(labels):
+            if label != IGNORED:
+                stretches += [[]] if number == 0 or labels[number - 1] == IGNORED else []
+                stretches[-1].append(label)
+                assert label == example.ids[number]
+        assert len(stretches) == 3
+        over = False
+        for stretch, answer in zip(stretches, said_by, strict=True):
+            assert covers(tokenizer, stretch, f" {answer}\n"), (answer, tokenizer.convert_ids_to_tokens(stretch))
+            over = over or len(said(tokenizer, stretch)) > len(spelled(tokenizer, f" {answer}\n"))
+        assert len(warned) == over
+
+
+@EVERY
 def test_a_prompt_cut_from_the_left_keeps_what_stands_in_front(name):
     tokenizer = zoo.make(name)
     front = opening(tokenizer)

@@ -17,7 +17,6 @@ from qzo.cli.main import main
 from qzo.training.data import tokenize
 from qzo.training.task import Task
 from tests.support import tiny
-from tests.support.close import assert_same_bits
 
 MODELS = {
     "t5": lambda: T5ForConditionalGeneration(
@@ -88,26 +87,6 @@ def test_it_learns_and_is_saved(model, tmp_path):
     assert float(qzo.losses(again, BATCH, 1)) == pytest.approx(report["loss_after"], rel=1e-6)
 
 
-def test_a_weight_tells_shape_and_dtype_and_nothing_else():
-    layer = qzo.QZOLinear(64, 8, group_size=32)
-    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device.type) == ((8, 64), torch.float32, "cpu")
-    assert isinstance(layer.weight, torch.Tensor)
-    assert "no values" in repr(layer.weight)
-    assert qzo.QZOLinear(64, 8, group_size=32, dtype=torch.float16).weight.dtype == torch.float16
-    for compute in (
-        lambda w: torch.ones(1, 64) @ w.T,
-        lambda w: torch.nn.functional.linear(torch.ones(1, 64), w),
-        lambda w: w * 2,
-        lambda w: w.to(torch.float16),
-        lambda w: w[0],
-        lambda w: w.tolist(),
-    ):
-        with pytest.raises(RuntimeError, match="QZOLinear"):
-            compute(layer.weight)
-    assert "weight" not in layer.state_dict()
-    assert_same_bits(layer.dequantize(), layer.packed().dequantize())
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -163,6 +142,10 @@ def test_the_encoder_reads_the_prompt_and_the_decoder_the_completion(tmp_path):
         ({"prompt": "red", "options": ["warm", "cold"], "label": 0}, "learns from lines of prompt and completion"),
         ({"prompt": "red", "completion": "one two three four"}, "the completion has 5 tokens, max_length=4"),
         ({"prompt": "", "completion": "one"}, "the text '' has no tokens"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+            "learns from lines of prompt and completion, .*; this one has completion, prompt of messages",
+        ),
     ],
 )
 def test_lines_that_an_encoder_decoder_model_cannot_learn(tmp_path, record, message):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qzo.training.records import read_data, read_records
+from qzo.training.records import problem, read_data, read_records
 from tests.support import tiny
 
 RECORDS = [{"text": "a b"}, {"prompt": "a", "completion": " b"}]
@@ -74,17 +74,8 @@ def test_what_is_wrong_with_a_file(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        (
-            "d.parquet",
-            b"PAR1",
-            ["is a Parquet file; JSON lines or a JSON array", "pandas.read_parquet('", "lines=True"],
-        ),
-        ("d.csv", b"a,b\n1,2\n", ["is a CSV file", "pandas.read_csv('", "d.jsonl', orient='records'"]),
-        ("d.TSV", b"a\tb\n", ["is a TSV file", r"sep='\t')"]),
         ("d.xlsx", b"PK\x03\x04", ["is an Excel file", "read_excel"]),
-        ("d.jsonl", b"PAR1", ["is a Parquet file"]),
-        ("d.arrow", b"ARROW1\0\0", ["is an Arrow file", "read_feather"]),
-        ("d.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0), ["is compressed", "Unpack it first: gzip -d"]),
+        ("d.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0), ["is compressed; unpack it first: gzip -d"]),
         ("d.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), ["is compressed", "gzip -d"]),
         ("d.zip", b"PK\x03\x04", ["is compressed", "unzip"]),
         ("d.jsonl.zst", b"\x28\xb5\x2f\xfd", ["is compressed", "zstd -d"]),
@@ -103,19 +94,54 @@ def test_a_folder_of_lines_and_arrays(tmp_path):
     written(tmp_path / "valid.json", json.dumps(RECORDS[:1]))
     written(tmp_path / "notes.csv", "a")
     assert read_data(tmp_path) == {"train": RECORDS, "valid": RECORDS[:1]}
-    written(tmp_path / "test.parquet", b"PAR1")
-    with pytest.raises(ValueError, match=r"test.parquet is a Parquet file"):
+    written(tmp_path / "test.csv", "text\na b\n")
+    assert read_data(tmp_path)["test"] == RECORDS[:1]
+    written(tmp_path / "test.csv", "text\n")
+    with pytest.raises(ValueError, match=r"test.csv holds no examples"):
+        read_data(tmp_path)
+    (tmp_path / "test.csv").unlink()
+    written(tmp_path / "test.xlsx", b"PK")
+    with pytest.raises(ValueError, match=r"test.xlsx is an Excel file"):
         read_data(tmp_path)
     written(tmp_path / "train.json", json.dumps(RECORDS))
     with pytest.raises(ValueError, match=r"holds both train.jsonl and train.json: keep one"):
         read_data(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["input", "output"], "; nearest is instruction+output: add 'instruction'"),
+        (["prompt", "response"], "; nearest is prompt+completion: add 'completion'"),
+        (["options", "prompt"], "; nearest is prompt+options+label: add 'label'"),
+        (
+            ["Completion", "Prompt"],
+            "; nearest is prompt+completion: rename 'Prompt' to 'prompt', rename 'Completion' to",
+        ),
+        (["message"], "; nearest is messages: rename 'message' to 'messages'"),
+        ([" text"], "; nearest is text: rename ' text' to 'text'"),
+        (["TEXT"], "; nearest is text: rename 'TEXT' to 'text'"),
+        (["answer", "question"], ""),
+        ([], ""),
+    ],
+)
+def test_the_nearest_form_is_named(keys, said):
+    told = problem(dict.fromkeys(keys, "a"))
+    start = (
+        f"has the keys {keys}; wanted are prompt+completion, messages, text, prompt+options+label, conversations, or "
+        "instruction+output"
+    )
+    assert told is not None
+    assert told.startswith(start)
+    assert told.removeprefix(start).startswith(said)
+    assert bool(said) == (told != start)
+
+
 def test_a_folder_without_training_records(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no train.jsonl \(or train.json\)"):
+    with pytest.raises(FileNotFoundError, match=r"holds no train.jsonl \(nor .json, .csv, .tsv, .parquet\)"):
         read_data(tmp_path)
-    written(tmp_path / "train.csv", "a")
-    with pytest.raises(ValueError, match=r"train.csv is a CSV file"):
+    written(tmp_path / "train.xlsx", "a")
+    with pytest.raises(ValueError, match=r"train.xlsx is an Excel file"):
         read_data(tmp_path)
     with pytest.raises(FileNotFoundError, match="no data at"):
         read_data(tmp_path / "nowhere")

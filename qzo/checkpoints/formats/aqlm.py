@@ -18,7 +18,7 @@ from ...nn.weights import PackedWeight
 from . import files, safetensors_file
 from .folder import copy_all, read_weights, tensor_places
 from .folder_format import FolderFormat
-from .protocol import Entry, Find, Quantization, Rounded
+from .protocol import Entry, Find, Quantization, SavedScales
 from .rounding import stored_scales
 
 METHOD = "aqlm"
@@ -93,7 +93,7 @@ def save(folder: Path, staging: Path, find: Find) -> None:
         files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(new))])
 
 
-def rounded(folder: Path, find: Find) -> Iterator[Rounded]:
+def saved_scales(folder: Path, find: Find) -> Iterator[SavedScales]:
     """Yield (layer, float32 scales [G, N], None) and (layer.codebooks, float32, None) as `save` would write them."""
     for name, new, _, _ in _changes(folder, find):
         values = new.to(torch.float32)
@@ -103,4 +103,4 @@ def rounded(folder: Path, find: Find) -> Iterator[Rounded]:
             yield name.removesuffix(".scales"), values.view(1, -1), None
 
 
-FORMAT = FolderFormat(METHOD, check_config, weights, save, rounded)
+FORMAT = FolderFormat(METHOD, check_config, weights, save, saved_scales)

@@ -110,7 +110,7 @@ def save(folder, staging, find):
     save_scales(folder, staging, changed_scales(folder, find))
 
 
-def rounded(folder, find):
+def saved_scales(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
     places = tensor_places(folder)
     for layer, new, file, place in changed_scales(folder, find):
@@ -189,6 +189,9 @@ def _words(columns):
 
 
 FORMAT = dataclasses.replace(
-    gathered(METHOD, check_config, packer, PARTS, SCALES), changed_scales=changed_scales, save=save, rounded=rounded
+    gathered(METHOD, check_config, packer, PARTS, SCALES),
+    changed_scales=changed_scales,
+    save=save,
+    saved_scales=saved_scales,
 )
 TARGET = Target(METHOD, quantization_config, entries)

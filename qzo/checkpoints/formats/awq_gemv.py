@@ -115,6 +115,6 @@ def new_parts(packed, stored, name):
         return {"scales": scales}
     old, moved = stored["scales"][:groups], stored["scaled_zeros"].clone()
     zeros = torch.full_like(packed.scales, 8) if packed.zeros is None else packed.zeros
-    rounded = -(inside.float() * zeros.float().cpu())
-    moved[:groups] = torch.where(inside == old, moved[:groups], rounded.to(moved.dtype))
+    by_new_scale = -(inside.float() * zeros.float().cpu())
+    moved[:groups] = torch.where(inside == old, moved[:groups], by_new_scale.to(moved.dtype))
     return {"scales": scales, "scaled_zeros": moved}

@@ -175,7 +175,7 @@ def save(folder, staging, find):
             files.patch(staging / file.name, [(place[2], safetensors_file.to_bytes(absmax))])
 
 
-def rounded(folder, find):
+def saved_scales(folder, find):
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
     for layer, absmax, *_ in _changes(folder, find):
         outputs = find(f"{layer}.weight").out_features
@@ -280,5 +280,5 @@ def _nibbles(weight):
     return (codes[0::2] << 4 | codes[1::2]).unsqueeze(1)
 
 
-FORMAT = FolderFormat(METHOD, check_config, weights, save, rounded, SCALES)
+FORMAT = FolderFormat(METHOD, check_config, weights, save, saved_scales, SCALES)
 TARGET = Target(METHOD, quantization_config, entries)

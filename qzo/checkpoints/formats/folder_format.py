@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from . import files
 from .folder import copy_companions, read_weights, save_scales, scale_changes, weight_files
-from .protocol import Change, Checkpoint, Entry, Find, Make, Quantization, Rounded
+from .protocol import Change, Checkpoint, Entry, Find, Make, Quantization, SavedScales
 from .reading import read_config
 
 LEAST_LAYER_BYTES = 512  # less than a layer of any model takes, in 2 bits too
@@ -19,7 +19,7 @@ LEAST_LAYER_BYTES = 512  # less than a layer of any model takes, in 2 bits too
 
 @dataclasses.dataclass(frozen=True)
 class FolderFormat:
-    """A protocol.Copied, made of functions; method, scales, save and rounded are told there.
+    """A protocol.Copied, made of functions; method, scales, save and saved_scales are told there.
 
     check_config: of a quantization_config and the place to name; ValueError for what cannot be read
     weights: yields the entries of (folder, quantization_config, dtype or None)
@@ -32,7 +32,7 @@ class FolderFormat:
     check_config: Callable[[Quantization, object], object]
     weights: Callable[[Path, Quantization, torch.dtype | None], Iterator[Entry]]
     save: Callable[[Path, Path, Find], None]
-    rounded: Callable[[Path, Find], Iterator[Rounded]]
+    saved_scales: Callable[[Path, Find], Iterator[SavedScales]]
     scales: str | None = None
     weight_files: Callable[[Path], set[Path]] = weight_files
     for_servers: Callable[[str], bool] = lambda name: False
@@ -100,7 +100,7 @@ def gathered(
     def save(folder: Path, staging: Path, find: Find) -> None:
         save_scales(folder, staging, changed_scales(folder, find))
 
-    def rounded(folder: Path, find: Find) -> Iterator[Rounded]:
+    def saved_scales(folder: Path, find: Find) -> Iterator[SavedScales]:
         for layer, new, _, _ in changed_scales(folder, find):
             yield layer, (new.T if transposed else new).to(torch.float32), None
 
@@ -109,7 +109,7 @@ def gathered(
         check_config,
         weights,
         save,
-        rounded,
+        saved_scales,
         scales,
         parts=parts,
         packer=packer,

@@ -27,11 +27,11 @@ from .gguf_blocks import NAMES, Q4_0, Q4_1, Q8_0, codes, halves
 from .gguf_config import config, family, heads, kv_heads
 from .gguf_file import GGUFFile
 from .gguf_models import ROPE_TENSORS, TOP
-from .protocol import Checkpoint, Entry, Find, Quantization, Rounded
+from .protocol import Checkpoint, Entry, Find, Quantization, SavedScales
 from .reading import make_config
 from .rounding import stored_scales
 
-__all__ = ["FORMAT", "METHOD", "TRAINED", "config", "hf_name", "rounded", "save", "weights"]
+__all__ = ["FORMAT", "METHOD", "TRAINED", "config", "hf_name", "save", "saved_scales", "weights"]
 METHOD = "gguf"
 TRAINED = {Q4_0: 4, Q4_1: 4, Q8_0: 8}  # bits of a code
 _HEADS = {"attn_q": heads, "attn_k": kv_heads}
@@ -153,7 +153,7 @@ def save(file: GGUFFile, target: Path, find: Find) -> None:
                 files.patch(target, [(info.offset, raw.numpy().tobytes())])
 
 
-def rounded(file: GGUFFile, find: Find) -> Iterator[Rounded]:
+def saved_scales(file: GGUFFile, find: Find) -> Iterator[SavedScales]:
     """Yield (layer, float32 scales [G, N], zero points or None) as `save` writes them: -m / d moves too."""
     for info in file.tensors.values():
         name = hf_name(file, info.name)
@@ -240,9 +240,9 @@ class GGUFFormat:
         """As protocol.Copied."""
         save(GGUFFile(path), target, find)
 
-    def rounded(self, path: Path, find: Find) -> Iterator[Rounded]:
+    def saved_scales(self, path: Path, find: Find) -> Iterator[SavedScales]:
         """As protocol.Copied: -m / d moves too."""
-        return rounded(GGUFFile(path), find)
+        return saved_scales(GGUFFile(path), find)
 
 
 FORMAT = GGUFFormat()

@@ -16,7 +16,7 @@ from ...nn.weights import PackedWeight
 from . import files
 from .folder import copy_all
 from .folder_format import FolderFormat
-from .protocol import Entry, Find, Quantization, Rounded
+from .protocol import Entry, Find, Quantization, SavedScales
 from .rounding import stored_scales
 from .safetensors_file import to_bytes
 from .torch_file import TorchFile
@@ -74,7 +74,7 @@ def save(folder: Path, staging: Path, find: Find) -> None:
     files.patch(staging / FILE, file.patches(chunks))
 
 
-def rounded(folder: Path, find: Find) -> Iterator[Rounded]:
+def saved_scales(folder: Path, find: Find) -> Iterator[SavedScales]:
     """Yield (layer, float32 scales [G, N], None) as `save` would write them."""
     for module, new, _, packed in _changes(TorchFile(folder / FILE), find):
         yield module, new.view(packed.scales.T.shape).T.to(torch.float32), None
@@ -175,4 +175,6 @@ def _unpack(words, bits, rows):
     return torch.cat(planes)[:rows]
 
 
-FORMAT = FolderFormat(METHOD, check_config, weights, save, rounded, weight_files=weight_files, float_zeros=float_zeros)
+FORMAT = FolderFormat(
+    METHOD, check_config, weights, save, saved_scales, weight_files=weight_files, float_zeros=float_zeros
+)

@@ -20,7 +20,7 @@ Quantization = Mapping[str, Any]  # a quantization_config; empty for HQQ's own f
 Place = tuple[str, tuple[int, ...], int, int]  # of a tensor in its file: safetensors_file.places
 Entry = tuple[str, PackedWeight | torch.Tensor, str]  # Hugging Face name, what it is, where it came from
 Find = Callable[[str], PackedWeight | None]  # the layer whose weight has this name in the files; None: not in codes
-Rounded = tuple[str, torch.Tensor, torch.Tensor | None]  # layer, scales float32 [G, N], zeros float32 or None: the same
+SavedScales = tuple[str, torch.Tensor, torch.Tensor | None]  # layer, scales [G, N], zeros, None: the same; in float32
 Change = tuple[str, torch.Tensor, Path, Place]  # layer, its scales as the file holds them, file, where in it
 NewTensor = tuple[str, torch.dtype, Iterable[int], Callable[[], torch.Tensor]]  # as safetensors_file.write takes them
 Make = Callable[[str, Mapping[str, torch.Tensor]], PackedWeight]  # (layer, {part: tensor}) -> the layer
@@ -103,7 +103,7 @@ class Copied(Format, Protocol):
         """Write a copy of `path` to `target`, with the scales of the layers that `find` gives."""
         ...
 
-    def rounded(self, path: Path, find: Find, /) -> Iterator[Rounded]:
+    def saved_scales(self, path: Path, find: Find, /) -> Iterator[SavedScales]:
         """Yield what `save` would write; (layer.codebooks, float32, None) for codebooks that train."""
         ...
 

@@ -102,16 +102,19 @@ class TorchFile:
         for name, entry in entries.items():
             if name.endswith("/byteorder") and self._bytes(entry) != b"little":
                 raise ValueError(f"{self.path}: its numbers are not little-endian; save it on such a machine")
+        for opcode, argument, _ in self._opcodes(self._bytes(entries[pickles[0]])):
+            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") and not (
+                opcode.name == "GLOBAL" and _is_plain(argument)
+            ):
+                raise ValueError(
+                    f"{self.path}: its pickle asks for {argument or opcode.name!r:.200}; "
+                    "only tensors, numbers and containers of them are read"
+                )
+
+    def _opcodes(self, pickle):
         try:
-            for opcode, argument, _ in pickletools.genops(self._bytes(entries[pickles[0]])):
-                if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") and not (
-                    opcode.name == "GLOBAL" and _is_plain(argument)
-                ):
-                    raise ValueError(
-                        f"{self.path}: its pickle asks for {argument or opcode.name!r:.200}; "
-                        "only tensors, numbers and containers of them are read"
-                    )
-        except (struct.error, UnicodeDecodeError) as error:
+            yield from pickletools.genops(pickle)
+        except (struct.error, ValueError) as error:
             raise ValueError(f"{self.path}: its pickle is damaged ({error}); fetch it again") from None
 
     def _bytes(self, entry):

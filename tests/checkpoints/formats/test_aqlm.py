@@ -84,9 +84,9 @@ def test_a_step_changes_scales_and_nothing_else(tmp_path, bits):
 
 def test_no_other_format_holds_them(tmp_path):
     model = qzo.from_pretrained(FIXTURES[8], device="cpu")
-    for format in ("gptq", "awq", "compressed-tensors"):
+    for name in ("gptq", "awq", "compressed-tensors"):
         with pytest.raises(ValueError, match="stand for vectors"):
-            qzo.export(model, tmp_path / "no", format=format)
+            qzo.export(model, tmp_path / "no", format=name)
     with pytest.raises(ValueError, match="these have other codes"):
         qzo.export(model, tmp_path / "no", format="bitsandbytes")
     assert not (tmp_path / "no").exists()

@@ -1,4 +1,4 @@
-"""AWQ and auto-round folders, made for what those of the tools lack, and what of them is refused."""
+"""AWQ folders, made for what those of the tool lack, and what of them is refused."""
 
 import pytest
 import torch
@@ -56,44 +56,6 @@ def test_awq_takes_dense_tensors_of_any_dtype(tmp_path):
     assert contents(tmp_path / "out") == contents(folder)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_auto_round_with_layers_of_their_own(tmp_path, bits):
-    extra = {
-        "model.layers.1.mlp.up_proj": {"bits": 8},
-        ".*down_proj$": {"bits": 8, "group_size": -1},
-        "lm_head": {"bits": 16},
-        "model.layers.0.mlp.up_proj": {"bits": 8, "sym": True},
-    }
-    folder = write_gptq(
-        tmp_path / "in",
-        bits,
-        by_layer={"up_proj": (8, 32), "down_proj": (8, -1)},
-        layers=2,
-        sym=True,
-        zeros="middle",
-        quant_method="auto-round",
-        packing_format="auto_round:auto_gptq",
-        extra_config=extra,
-        dynamic={".*(up|down)_proj": {"bits": 8}},
-    )
-    expected = decode_folder(folder)
-    for name, layer in quantized(load(folder)).items():
-        assert torch.equal(layer.dequantize(), expected[name]), name
-
-
-def test_auto_round_in_awqs_layout(tmp_path):
-    folder = write_gptq(
-        tmp_path / "in",
-        layer=awq_layer,
-        quant_method="auto-round",
-        data_type="int",
-        packing_format="auto_round:auto_awq",
-    )
-    expected = decode_folder(folder)
-    for name, layer in quantized(load(folder)).items():
-        assert torch.equal(layer.dequantize(), expected[name]), name
-
-
 # ------------------------------------------------------------------------------------- what is refused
 
 
@@ -121,25 +83,5 @@ def test_auto_round_in_awqs_layout(tmp_path):
 def test_awq_refused(tmp_path, config, tensors, message):
     folder = write_gptq(tmp_path / "in", layer=awq_layer, change=tensors)
     say(folder, {"quant_method": "awq", "version": "gemm", **config})
-    with pytest.raises(ValueError, match=message):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"packing_format": "auto_round:gptq"}, "packing_format 'auto_round:gptq'; supported are int in auto_round"),
-        ({"packing_format": ["x"]}, "packing_format"),
-        ({"packing_format": None}, "packing_format 'None'"),
-        ({"data_type": "mx_fp"}, "data_type 'mx_fp'"),
-        ({"act_bits": 8}, r"activations are quantized too \(act_bits 8\)"),
-        ({"extra_config": {"x": 4}}, "extra_config must be layers and what they change"),
-        ({"extra_config": {"re:(": {"bits": 4}}}, "is no regular expression"),
-    ],
-)
-def test_auto_round_refused(tmp_path, config, message):
-    folder = write_gptq(
-        tmp_path / "in", **{"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", **config}
-    )
     with pytest.raises(ValueError, match=message):
         load(folder)

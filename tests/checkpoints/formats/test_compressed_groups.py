@@ -13,11 +13,9 @@ from qzo.checkpoints.formats import compressed_tensors
 from qzo.nn.weights import PackedWeight
 from tests.support.checkpoints import (
     decode_compressed,
-    pack_stream,
     quantized,
     relative_error,
     scale_randomly,
-    unpack_stream,
     write_compressed,
 )
 from tests.support.paths import FIXTURES
@@ -122,17 +120,6 @@ def test_an_exact_name_beats_a_pattern_and_a_pattern_a_class():
     }
     # of two patterns the first in alphabetical order counts, as in the library
     assert found == {"x.q_proj": None, "x.k_proj": 64, "x.a_proj": 128, "head": 32}
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("count", [1, 7, 8, 10, 11, 21, 32, 33, 95, 96, 100])
-def test_streams_of_codes(bits, count):
-    codes = torch.randint(2**bits, (5, count), generator=torch.Generator().manual_seed(count))
-    words = pack_stream(codes, bits)
-    assert torch.equal(compressed_tensors.unpack(words, count, bits).long(), codes)
-    assert torch.equal(unpack_stream(words, bits, count), codes)
-    if bits != 3:
-        assert torch.equal(compressed_tensors.pack(codes.to(torch.uint8), bits), words)
 
 
 def refuse(mixed, tmp_path, change, message):

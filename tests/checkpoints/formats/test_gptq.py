@@ -345,14 +345,6 @@ def test_gptq_refused(tmp_path, config, tensors, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_quantized_head_that_is_tied_is_refused(tmp_path):
-    folder = write_gptq(tmp_path / "in", head=True)
-    content = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"^lm_head\.qweight in .*the config ties it to model\.embed_tokens\.weight"):
-        load(folder)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -59,7 +59,7 @@ def test_a_format_has_all_that_its_protocols_say(method):
 def test_members_are_those_of_the_documents():
     attributes = {"method", "quantized", "scales"}
     assert set(members(protocol.Format)) == attributes | {"open", "for_servers", "take_along", "new_config"}
-    assert set(members(protocol.Copied)) - set(members(protocol.Format)) == {"save", "rounded"}
+    assert set(members(protocol.Copied)) - set(members(protocol.Format)) == {"save", "saved_scales"}
     assert set(members(protocol.Gathered)) - set(members(protocol.Copied)) == {"parts", "packer", "changed_scales"}
 
 
@@ -82,8 +82,8 @@ class Planted:
 
 def test_planted_faults_are_seen():
     assert list(lacks(Planted(), protocol.Format)) == ["take_along: too many positional arguments", "no new_config"]
-    [_, _, save, rounded] = lacks(Planted(), protocol.Copied)
-    assert (save, rounded) == ("save: missing a required argument: 'more'", "no rounded")
+    [_, _, save, saved_scales] = lacks(Planted(), protocol.Copied)
+    assert (save, saved_scales) == ("save: missing a required argument: 'more'", "no saved_scales")
 
 
 def test_who_can_what():

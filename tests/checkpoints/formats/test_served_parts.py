@@ -13,8 +13,8 @@ from qzo.checkpoints.formats import told
 from qzo.checkpoints.formats.compressed_tensors import is_for_servers
 from qzo.cli.main import main
 from qzo.nn.layers import layers
-from tests.checkpoints.test_told import change
 from tests.checkpoints.test_vision import same_state
+from tests.support.checkpoints import change_config
 from tests.support.gptq_checkpoints import contents, step
 from tests.support.paths import FIXTURES
 from tests.support.tiny import RECORDS, save_checkpoint, write_jsonl
@@ -44,7 +44,7 @@ def plain(tmp_path):
 @pytest.fixture
 def cached(plain):
     """A folder with a scheme for the cache and its scales."""
-    change(plain, lambda content: content["quantization_config"].update(kv_cache_scheme=CACHE))
+    change_config(plain, lambda content: content["quantization_config"].update(kv_cache_scheme=CACHE))
     owners = {
         name.partition(".self_attn.")[0] + ".self_attn"
         for name in load_file(plain / "model.safetensors")
@@ -120,7 +120,9 @@ def test_names_of_what_servers_read(name, told):
 
 
 def quantize_inputs(folder, arguments=INPUTS):
-    change(folder, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(input_activations=arguments))
+    change_config(
+        folder, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(input_activations=arguments)
+    )
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -226,7 +228,7 @@ def to_integers(folder, change_tensors=lambda tensors: None):
             tensors.pop(f"{layer}.{part}")
     change_tensors(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
-    change(folder, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(format="int-quantized"))
+    change_config(folder, lambda c: c["quantization_config"]["config_groups"]["group_0"].update(format="int-quantized"))
     quantize_inputs(folder)
     return folder
 

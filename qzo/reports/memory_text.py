@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from .memory import PARTS
 
 
-def table(report):
+def as_text(report):
     """The report as text: predicted beside measured, then the phases, the rivals and the cards."""
     predicted, measured = report["predicted"], report["measured"]
     lines = [f"{'':12}{'predicted':>12}" + (f"{'measured':>12}" if measured else "")]

@@ -1,0 +1,96 @@
+"""The optimizer of a trainer: losses arrive in parts, from micro-batches and ranks, and are added up before a step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..kernels.noise import law_number
+from ..nn.evaluations import Evaluations
+from ..optim.optimizer import QZO
+from ..optim.step import project
+
+UNMOVED = 5  # steps in a row whose losses are the same under +eps and -eps, before a run is ended
+
+
+class AccumulatedQZO(QZO):
+    """QZO whose `step` takes no closure: it uses the losses that `accumulate` was given since the last one.
+
+    Losses are added in float64, micro-batch after micro-batch, then over the ranks in their order, and divided by the
+    number of ranks: so every rank gets the same bits, and for a power of two of ranks those of one process that takes
+    the ranks' batches as micro-batches.
+
+    Parameters
+    ----------
+    gather
+        float64 [1, E] of this rank -> [R, E] of all R ranks, in their order; the same on each.
+    module, lr, settings
+        As in `QZO`.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, lr: float, gather: Callable[[torch.Tensor], torch.Tensor], **settings: Any
+    ) -> None:
+        super().__init__(module, lr, **settings)
+        self._gather = gather
+        self._sum: torch.Tensor | None = None
+        self._reduced: torch.Tensor | None = None
+        self._coming: Evaluations | None = None
+        self._unmoved = 0
+
+    def evaluations(self) -> Evaluations:
+        """As in `QZO`; one object for all micro-batches of a step."""
+        if self._coming is None:
+            self._coming = super().evaluations()
+        return self._coming
+
+    def accumulate(self, losses: torch.Tensor) -> None:
+        """Add the losses [E] of a micro-batch, already scaled by its share of the step."""
+        losses = losses.detach().double()
+        self._sum = losses if self._sum is None else self._sum + losses
+
+    def reduce(self) -> torch.Tensor:
+        """The derivatives of the coming step before clipping, float64 [J] on the CPU. All ranks have to ask."""
+        if self._reduced is None:
+            if self._sum is None:
+                raise RuntimeError("a step has no losses: accumulate() comes before reduce() and step()")
+            ranks = self._gather(self._sum[None]).cpu()
+            total = ranks[0]
+            for of_rank in ranks[1:]:
+                total = total + of_rank
+            self._reduced = total / len(ranks)
+        return (self._reduced[0::2] - self._reduced[1::2]) / self.rates()[1]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget losses that no step has used: those of a run that was interrupted."""
+        self._sum = self._reduced = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> float:  # type: ignore[override]
+        """One step by the losses that were added up; returns their mean.
+
+        Raises
+        ------
+        ValueError
+            The losses of UNMOVED steps in a row were the same under +eps and -eps; a closure was given.
+        FloatingPointError, OSError
+            As in `QZO`.
+        """
+        if closure is not None:
+            raise ValueError("this optimizer takes its losses by accumulate(), not from a closure")
+        self.reduce()
+        assert self._reduced is not None
+        losses = self._reduced
+        derivatives, applied = project(losses, self.rates(), law_number(self.param_groups[0]["noise"]))
+        self._sum = self._reduced = self._coming = None
+        mean = self._finish(losses.tolist(), derivatives.tolist(), applied.tolist())
+        unmoved = torch.equal(losses[0::2], losses[1::2]) and bool(losses.isfinite().all())
+        self._unmoved = self._unmoved + 1 if unmoved else 0
+        if self._unmoved >= UNMOVED:
+            raise ValueError(
+                f"the objective ignores the perturbation: in {UNMOVED} steps in a row its losses under +eps and -eps "
+                f"were the same bit for bit (last: {losses.tolist()}). Nothing is learned from such a loss: it is "
+                "constant, is made of values that were detached or computed beforehand, or eps is too small for the "
+                f"dtype of the activations (eps={self.param_groups[0]['eps']:g})"
+            )
+        return mean

@@ -1,0 +1,138 @@
+"""Rows of tables as records, a column a key: CSV and TSV, Parquet, Arrow, and the folders that `save_to_disk` of
+Hugging Face's datasets writes (Arrow files, and a JSON file that names them).
+
+    a CSV or TSV    its first line names the columns; they are separated by what that line has most of: comma,
+                    semicolon or tab. Cells are text; in the columns of LISTS they are the JSON text of a list
+    Parquet, Arrow  read by pyarrow, which is not installed with qzo; a null is a key that is not there
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LISTS = ("messages", "conversations", "options", "tools", "history")
+DELIMITED = (".csv", ".tsv")
+COLUMNAR = {".parquet": "Parquet", ".arrow": "Arrow", ".feather": "Arrow"}
+READ = (*DELIMITED, *COLUMNAR)
+DATASET, SPLIT_NAMES = "state.json", "dataset_dict.json"  # in a folder of one split, of several
+
+Numbered = Iterator[tuple[int, dict[str, Any]]]
+
+
+def rows(path: Path, kind: str) -> Numbered:
+    """(number, record) of each row of a table: the line that it begins on, or its place among the rows, from 1.
+
+    kind: one of READ. ValueError for a file that is not what its kind says, for rows that do not fit the first line,
+    and where pyarrow is wanted and missing.
+    """
+    return _delimited(path) if kind in DELIMITED else _columnar(path, kind)
+
+
+def dataset_files(folder: Path) -> list[Path]:
+    """The Arrow files of a folder that `Dataset.save_to_disk` has written, in order. ValueError for another."""
+    try:
+        named = [folder / entry["filename"] for entry in json.loads((folder / DATASET).read_bytes())["_data_files"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{folder / DATASET} does not name the files of a dataset ({error!r})") from None
+    missing = [str(file) for file in named if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder / DATASET} names files that are not there: {', '.join(missing)}")
+    return named
+
+
+def dataset_splits(folder: Path) -> list[str]:
+    """The splits of a folder that `DatasetDict.save_to_disk` has written: folders in it. ValueError for another."""
+    try:
+        return list(map(str, json.loads((folder / SPLIT_NAMES).read_bytes())["splits"]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{folder / SPLIT_NAMES} does not name the splits of a dataset ({error!r})") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys of its objects that hold None: tables have a column for every key, or field for every
+    one of a message. A message's content may be null beside calls, and is kept."""
+    if isinstance(value, dict):
+        return {key: without_nulls(v) for key, v in value.items() if v is not None or key == "content"}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _delimited(path: Path) -> Numbered:
+    limit = csv.field_size_limit(sys.maxsize)  # texts are longer than the 128 KB that a cell may have
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True)
+            names = [name.strip() for name in next(reader, [])]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{path}: the first line names a column twice: {', '.join(map(repr, twice))}")
+            begins = reader.line_num + 1
+            for cells in reader:
+                if cells:  # none in an empty line
+                    yield begins, _record(f"{path}, line {begins}", names, cells)
+                begins = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _record(place: str, names: list[str], cells: list[str]) -> dict[str, Any]:
+    """A line of a CSV as a record."""
+    if len(cells) != len(names):
+        raise ValueError(
+            f"{place}: it has {len(cells)} cells, the first line names {len(names)} columns; a cell that holds the "
+            "separator, a quote or a line break stands in double quotes"
+        )
+    record: dict[str, Any] = dict(zip(names, cells, strict=True))
+    for key in record.keys() & LISTS:
+        if not record[key].strip():  # left out
+            del record[key]
+            continue
+        try:
+            record[key] = json.loads(record[key])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{place}: the cell {key!r} must be the JSON text of a list: it is not JSON ({error})"
+            ) from None
+    label, options = record.get("label"), record.get("options")
+    if isinstance(options, list) and label not in options and str(label).isdecimal():
+        record["label"] = int(str(label))
+    return record
+
+
+def _columnar(path: Path, kind: str) -> Numbered:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            f"{path}: {COLUMNAR[kind]} files are read by pyarrow, which is not installed: pip install pyarrow"
+        ) from None
+    number = 0
+    try:
+        for batch in _batches(pyarrow, path, kind):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, without_nulls(record)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as {COLUMNAR[kind]}: {error}") from None
+
+
+def _batches(pyarrow: Any, path: Path, kind: str) -> Iterator[Any]:
+    if kind == ".parquet":
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from file.iter_batches()
+        return
+    with pyarrow.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":  # a file; else a stream, as datasets writes them
+            opened = pyarrow.ipc.open_file(source)
+            yield from map(opened.get_batch, range(opened.num_record_batches))
+        else:
+            source.seek(0)
+            yield from pyarrow.ipc.open_stream(source)

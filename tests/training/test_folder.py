@@ -1,0 +1,94 @@
+"""What a run leaves beside its journal: a line of metrics a step, what it was run with, and a curve."""
+
+import json
+import math
+
+import pytest
+
+from qzo.training import folder
+from qzo.training.folder import Metrics, draw_curve, finite, versions, write_results
+from qzo.training.settings import Settings
+
+LINES = [{"step": step, "loss": 1.0 / (step + 1)} for step in range(6)]
+
+
+def write(path, lines, tail=""):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, []), (4, [0, 1, 2, 3]), (6, list(range(6))), (9, list(range(6)))])
+def test_lines_from_the_first_step_on_are_dropped(tmp_path, start, kept):
+    path = tmp_path / "metrics.jsonl"
+    write(path, LINES)
+    metrics = Metrics(path, start)
+    assert steps(path) == kept
+    with metrics as file:
+        file.write(json.dumps({"step": start}) + "\n")
+        file.flush()
+        assert steps(path) == [*kept, start], "a line is there as soon as it is flushed"
+    assert file.closed
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"loss": 1}\n{"step": 4}\n', "7\n"])
+def test_what_a_killed_run_left_of_a_line_is_dropped_with_all_behind_it(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    write(path, LINES[:3], torn)
+    Metrics(path, 5)
+    assert steps(path) == [0, 1, 2]
+
+
+def test_a_run_that_goes_on_without_its_metrics_begins_them_anew(tmp_path):
+    Metrics(tmp_path / "metrics.jsonl", 5)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_the_record_of_a_run(tmp_path):
+    write(tmp_path / "metrics.jsonl", LINES)
+    results = {"before": None, "tuned": {"loss": math.nan, "accuracy": 0.5}, "steps": 6}
+    write_results(tmp_path, Settings(max_steps=6, clip=math.inf), results)
+    record = json.loads((tmp_path / "run.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert record["tuned"] == {"loss": None, "accuracy": 0.5}
+    assert (record["steps"], record["before"]) == (6, None)
+    assert record["settings"]["max_steps"] == 6
+    assert record["settings"]["clip"] is None, "infinity is no JSON"
+    assert record["versions"] == versions()
+    assert set(versions()) == {"qzo", "torch", "transformers", "python"}
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def drawn(monkeypatch, tmp_path, lines, results):
+    """The axes of what draw_curve saves."""
+    figures, figure = [], folder.Figure
+    monkeypatch.setattr(folder, "Figure", lambda **given: figures.append(figure(**given)) or figures[-1])
+    draw_curve(tmp_path / "c.png", lines, results)
+    [axes] = figures[0].axes
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+
+
+def test_a_curve_has_each_loss_its_running_mean_and_the_evaluations(monkeypatch, tmp_path):
+    lines = [{"step": step, "loss": float(step % 2)} for step in range(40)]
+    lines[7]["loss"] = None  # a step that was skipped
+    results = {"zero_shot": {"loss": 0.75}, "control": None, "tuned": {"loss": 0.25}, "steps": 40}
+    shown = drawn(monkeypatch, tmp_path, lines, results)
+    assert list(shown) == ["batch", "mean of 1 steps", "held out, zero-shot", "held out, tuned"]
+    assert [x for x, _ in shown["batch"]] == [step for step in range(40) if step != 7]
+    assert {y for _, y in shown["held out, zero-shot"]} == {0.75}
+    lines = [{"step": step, "loss": float(step % 2)} for step in range(40)]
+    shown = drawn(monkeypatch, tmp_path, lines, {"before": {"loss": 3.0}})
+    assert list(shown) == ["batch", "mean of 2 steps", "held out, before"]
+    assert shown["mean of 2 steps"][:3] == [[0.0, 0.0], [1.0, 0.5], [2.0, 0.5]]
+
+
+def test_a_run_whose_every_step_was_skipped_has_an_empty_curve(tmp_path):
+    draw_curve(tmp_path / "c.png", [{"step": 0, "loss": None}], {})
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_that_json_lacks_become_none():
+    given = {"a": math.nan, "b": {"c": -math.inf, "d": 1.5}, "e": "nan", "f": 3, "g": None}
+    assert finite(given) == {"a": None, "b": {"c": None, "d": 1.5}, "e": "nan", "f": 3, "g": None}
+    assert finite(0.5) == 0.5
