@@ -35,8 +35,6 @@ def _new_folder(name: str) -> str:
 
 
 def _replay(options: argparse.Namespace) -> None:
-    if options.until is not None and options.until < 0:
-        raise ValueError(f"--until {options.until}: expected a step number >= 0")
     check_folder(options.output_dir, options.overwrite, options.base)
 
 

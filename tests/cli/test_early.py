@@ -118,7 +118,7 @@ def test_places_are_refused_without_torch(files):
         "export m.gguf --to gptq --output-dir w4",
         "demo --output-dir file",
         "demo --resume",
-        "replay w4 run/journal.qzo --output-dir o --until -1",
+        "replay w4 run/journal.qzo --output-dir run",
     ):
         said, errors = shell(files, *line.split())
         assert said == "2 False", line
