@@ -8,7 +8,7 @@ import torch
 import qzo
 
 torch.manual_seed(0)
-x = torch.randn(512, 32)
+x = torch.randn(256, 32)
 label = (x[:, :16].sum(1) > 0).long()
 model = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.ReLU(), torch.nn.Linear(256, 2))
 qzo.quantize_(model, group_size=32)
@@ -24,6 +24,6 @@ def wrong():
 
 
 first = optimizer.step(wrong)
-for _ in range(200):
+for _ in range(100):
     last = optimizer.step(wrong)
 print(f"wrong predictions: {first:.1%} -> {last:.1%}")

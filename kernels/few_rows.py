@@ -11,7 +11,7 @@ the order of operations of the kernels on a GPU: a group's scale meets its sum. 
 or a codebook cannot be had from a code by a product. Sums are added in another order than qmm_torch.py adds them, so
 this runs only where it is asked for (qzo.generating), never in a step.
 
-Terms (codes, rows): docs/glossary.md.
+Terms (codes, rows, turned): docs/glossary.md.
 """
 import functools
 
