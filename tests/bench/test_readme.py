@@ -19,7 +19,7 @@ def test_the_readme_shows_both_kinds_of_step_and_no_ratio_across_them():
         "| step a, graph | 2 | 1.50x |  |",
         "| step a, eager | 8 | 0.50x | 5.00x |",
     ]
-    shown = results.table(rows)
+    shown = results.as_markdown(rows)
     assert "| step a, graph | dense | 3 (3-3) |" in shown
     assert "| step a | official | 40 (40-40) |" in shown
     with pytest.raises(ValueError, match="share no case, provider, mode and device"):

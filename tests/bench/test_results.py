@@ -59,5 +59,5 @@ def test_files_of_the_first_schema_are_read_and_gpu_ratios_left_out(tmp_path, de
     )
     read = results.read(path)
     assert [(r["mode"], r["ratio"], r["ms"]) for r in read][1] == (mode, ratio, 4.0)
-    assert "official" in results.table(read)
+    assert "official" in results.as_markdown(read)
     assert "official" in readme.ratio_table(read)

@@ -83,8 +83,10 @@ def test_the_truth_knows_the_table(monkeypatch):
 def test_a_provider_that_is_wrong_is_reported_and_not_timed(monkeypatch):
     def wrong(problem):
         good = run.LAYER_PROVIDERS[0].build(problem)
+        output = good.output
+        assert output is not None
         return Built(
-            lambda: pytest.fail("a wrong provider was timed"), 1, lambda: good.output() * 1.01, good.want, good.allowed
+            lambda: pytest.fail("a wrong provider was timed"), 1, lambda: output() * 1.01, good.want, good.allowed
         )
 
     monkeypatch.setattr(run, "PROVIDERS", (Provider("wrong", wrong), *run.LAYER_PROVIDERS[:1]))
@@ -151,27 +153,22 @@ def test_what_only_the_host_does_is_timed_on_the_host(monkeypatch):
     """Room for the launch overhead of an operator: a callable's own time, without bytes or operations."""
     asked = []
     monkeypatch.setattr(timing, "clock", lambda run, device, mode, passes, generators: asked.append((device, mode)))
-    run._clocks({"qzo": built("qzo", cases.Case("journal", "", 0, 0, 0)), "other": Built(None)}, ("graph",), "cuda", {})
+    run._clocks({"qzo": built("qzo", cases.Case("journal", "", 0, 0, 0)), "other": Built(list)}, ("graph",), "cuda", {})
     assert asked == [("cpu", "eager"), ("cuda", "graph")]
     monkeypatch.undo()
-    monkeypatch.setattr(
-        run,
-        "PROVIDERS",
-        (
-            Provider(
-                "qzo",
-                lambda problem: Built(lambda part=EVERY: [None for _ in range(100)[part]], 100, host=True),
-                kinds=("overhead",),
-            ),
-        ),
-    )
+
+    def calls(part: slice = EVERY) -> list[None]:
+        return [None for _ in range(100)[part]]
+
+    only = Provider("qzo", lambda problem: Built(calls, 100, host=True), kinds=("overhead",))
+    monkeypatch.setattr(run, "PROVIDERS", (only,))
     [row] = run.measure(cases.Case("overhead", "", 0, 1, 0), "cpu", **FAST)
     assert row["ms"] > 0
     assert (row["mode"], row["gbps"], row["roof_ms"], row["note"]) == ("eager", None, None, "")
 
 
 def test_a_peer_that_is_wrong_is_named_with_its_version():
-    peer = Provider("bitsandbytes", None, package="pytest")
+    peer = Provider("bitsandbytes", lambda problem: pytest.fail("it is not built"), package="pytest")
     note = run._wrong(peer, cases.Case("linear", "", 64, 64, 8192), 35.123, 0.2)
     assert note == (
         f"wrong: what bitsandbytes (pytest {pytest.__version__}) gives for 16384 rows is off by 35.1 of "

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ ROOF = timing.roof.__wrapped__
 def capturing(monkeypatch):
     """torch.cuda's graphs as far as random numbers see them: what is drawn from has to be registered before, nothing is
     seeded inside. Returns the graphs that were made."""
-    made, active = [], []
+    made: list[Any] = []
+    active: list[Any] = []
 
     class Graph:
         def __init__(self):

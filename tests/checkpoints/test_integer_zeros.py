@@ -47,6 +47,7 @@ def source(request, q4_1, tmp_path_factory):
 def test_what_is_exported_loads_with_the_same_codes_and_the_error_that_was_told(source, form, tmp_path):
     model = load(source)
     errors = qzo.export(model, tmp_path / "out", form, round_zeros=True)
+    assert errors is not None
     exported = load(tmp_path / "out")
     old, new = quantized(model), quantized(exported)
     assert set(new) == set(old) == set(errors)
@@ -65,6 +66,7 @@ def test_scales_are_the_best_for_the_rounded_zero_points():
     zeros = torch.rand(4, 8, generator=generator) * 19 - 2  # some beyond what a code can be
     weight = PackedWeight.from_codes(codes, scales, zeros)
     made, errors = with_integer_zeros({"a": weight})
+    assert made["a"].zeros is not None
     assert torch.equal(made["a"].zeros.float(), zeros.round().clamp(0, 15))
     wanted = weight.dequantize()
     assert errors["a"] == pytest.approx(relative(made["a"].dequantize(), wanted), rel=1e-5)
@@ -104,6 +106,7 @@ def test_the_command_refuses_before_it_loads(source, form, tmp_path, capsys):
 def test_the_command_tells_what_it_cost(q4_1, tmp_path, capsys):
     line = ["export", str(q4_1), "--to", "gptq", "--round-zeros", "--device", "cpu", "--output-dir"]
     errors = qzo.export(load(q4_1), tmp_path / "same", "gptq", round_zeros=True)
+    assert errors is not None
     assert main([*line, str(tmp_path / "a"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["rounded_zeros"]
     assert told["layers"] == len(errors)

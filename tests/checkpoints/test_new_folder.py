@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import qzo
 from qzo.checkpoints import new_folder
 from qzo.checkpoints.formats import TARGETS
-from qzo.checkpoints.source import source_of
+from qzo.checkpoints.source import Source, source_of
 from tests.support import tiny
 from tests.support.aqlm_checkpoints import folder_of
 
@@ -23,6 +23,13 @@ def load(path, **options):
     return qzo.from_pretrained(path, device="cpu", group_size=32, **options)
 
 
+def known_source(model: torch.nn.Module) -> Source:
+    """Of a model that was loaded from files."""
+    source = source_of(model)
+    assert source is not None
+    return source
+
+
 @pytest.mark.parametrize(
     ("table", "method", "dtype"), [(None, "compressed-tensors", torch.float16), ("nf4", "bitsandbytes", torch.float32)]
 )
@@ -32,7 +39,7 @@ def test_what_a_model_without_a_format_is_saved_as(floats, tmp_path, table, meth
     assert new_folder.own_config(model)["quant_method"] == method
     weight = model.model.layers[0].mlp.up_proj.packed()
     assert new_folder.new_scale_dtype(weight) == dtype
-    new_folder.write_new(model, source_of(model), tmp_path / "out", TARGETS[method])
+    new_folder.write_new(model, known_source(model), tmp_path / "out", TARGETS[method])
     stored = load_file(tmp_path / "out/model.safetensors")
     assert {t.dtype for name, t in stored.items() if name.endswith((".absmax", "_scale"))} == {dtype}
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -85,7 +92,7 @@ def test_weights_that_readers_would_take_for_these(tmp_path, there, written, ref
 def test_nothing_is_written_that_the_format_cannot_hold(tmp_path):
     model = qzo.from_pretrained(folder_of(tmp_path / "source")[0], device="cpu")
     with pytest.raises(ValueError, match="has codes that stand for vectors"):
-        new_folder.write_new(model, source_of(model), tmp_path / "out", TARGETS["gptq"])
+        new_folder.write_new(model, known_source(model), tmp_path / "out", TARGETS["gptq"])
     assert not (tmp_path / "out").exists()
 
 
@@ -95,5 +102,5 @@ def test_the_source_is_never_overwritten(floats, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in floats.iterdir()}
     for folder in (floats, tmp_path / "link"):
         with pytest.raises(ValueError, match="is where this model was loaded from; the source is never overwritten"):
-            new_folder.write_new(model, source_of(model), folder, TARGETS["gptq"])
+            new_folder.write_new(model, known_source(model), folder, TARGETS["gptq"])
     assert {path.name: path.stat().st_mtime_ns for path in floats.iterdir()} == before

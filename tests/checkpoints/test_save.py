@@ -20,8 +20,8 @@ CT = FIXTURES / "ct-w4a16-sym-g64-bias-tied"
 IDS = torch.arange(24).view(2, 12)
 
 
-def load(path, **options):
-    return qzo.from_pretrained(path, **{"device": "cpu", "group_size": 32} | options)
+def load(path, device="cpu", group_size=32, **options):
+    return qzo.from_pretrained(path, device=device, group_size=group_size, **options)
 
 
 def forward(model):

@@ -63,7 +63,7 @@ def test_folders_without_one_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"neither config\.json with weights nor a \.gguf file"):
         source.locate(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match=r"holds a config\.json and no weights: fetch its"):
         source.locate(tmp_path)
     (tmp_path / "a.gguf").write_text("")
     assert source.locate(tmp_path) == tmp_path / "a.gguf"
@@ -90,6 +90,7 @@ def test_what_saving_needs_to_know(tmp_path):
     assert (found.method, found.path, found.dtype, found.names) == ("compressed-tensors", CT, torch.float16, ())
     assert found.format is found.copied is FORMATS["compressed-tensors"]
     assert found.files == tuple((file, file.stat().st_size) for file in (CT / "config.json", CT / "model.safetensors"))
+    assert checkpoint.quantization is not None
     assert checkpoint.quantization["quant_method"] == "compressed-tensors"
     floats = source.Source.of(source.open_checkpoint(tiny.save_checkpoint(tmp_path / "float")))
     assert floats.format is FORMATS["float"]

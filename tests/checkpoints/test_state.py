@@ -66,6 +66,7 @@ def test_formats_that_transformers_does_not_write(tmp_path, name, method):
 def test_a_source_that_changed_or_is_gone(tmp_path, gone):
     shutil.copytree(CT, tmp_path / "copy")
     model, file = qzo.from_pretrained(tmp_path / "copy", device="cpu"), tmp_path / "copy/model.safetensors"
+    error: type[Exception]
     if gone:
         file.unlink()
         error, message = FileNotFoundError, r"model\.safetensors, which this model was loaded from, is gone"

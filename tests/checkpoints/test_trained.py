@@ -23,7 +23,9 @@ def model(tmp_path_factory):
 def renamed(model):
     """As if the files called the model's layers old.*, and its one ownerless tensor `gain`."""
     names = (("old.mlp.up", UP), ("gain", "model.gain"))
-    return Trained(model, dataclasses.replace(source_of(model), names=names))
+    source = source_of(model)
+    assert source is not None
+    return Trained(model, dataclasses.replace(source, names=names))
 
 
 def test_names_in_the_files_and_in_new_ones(renamed):

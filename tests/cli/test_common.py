@@ -109,7 +109,10 @@ def test_steps_of_a_journal_and_what_is_none(run, tmp_path):
 
 
 def test_results_stand_in_columns():
-    rows = [("zero-shot", {"loss": 1.23456, "accuracy": 0.5}), ("x", {"loss": 12.5, "accuracy": None})]
+    rows: list[tuple[str, dict[str, float | None]]] = [
+        ("zero-shot", {"loss": 1.23456, "accuracy": 0.5}),
+        ("x", {"loss": 12.5, "accuracy": None}),
+    ]
     assert common.scores_as_text(rows).split("\n") == [
         "           accuracy    loss",
         "zero-shot    50.0 %   1.235",

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from typing import Any
 
 import pytest
 import transformers as t
@@ -166,7 +167,7 @@ def test_a_chat_goes_through_the_template(base, tmp_path, capsys):
 
 def test_a_gguf_ends_at_its_eos_token(tmp_path, capsys):
     letters = [chr(ord("A") + i) for i in range(VOCAB - 2)]
-    words = {
+    words: dict[str, Any] = {
         "tokenizer_model": "llama",
         "token_list": ["<unk>", "<s>", *letters],
         "token_types": [UNKNOWN, CONTROL, *[NORMAL] * len(letters)],

@@ -98,6 +98,7 @@ for name, code, arguments in json.load(sys.stdin):
 @pytest.fixture(scope="module")
 def said(folder):
     """name of a page or example -> (0 if it ended well, what it printed, what it said on standard error)."""
+    wanted: list[tuple[str, str, tuple[str, ...]]]
     wanted = [(page.name, program(page), ()) for page in RUNNABLE if not lacking(page.name)]
     wanted += [
         (name, (ROOT / "examples" / name).read_text(), arguments)

@@ -63,7 +63,7 @@ def test_the_readmes_lines_of_data_are_read(tmp_path):
     lines = [line for line in text.splitlines() if line.startswith('{"')]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     kinds = [form(record) for record in read_records(tmp_path / "data.jsonl")]
-    assert sorted(map(sorted, kinds)) == sorted(map(sorted, FORMS[:4]))
+    assert sorted(sorted(kind or ()) for kind in kinds) == sorted(map(sorted, FORMS[:4]))
 
 
 def test_a_table_follows_its_file(tmp_path):

@@ -160,7 +160,6 @@ def test_functions_are_short(path):
 
 
 # modules of the product without a test file of their name, and the reason
-OTHERWISE = "held by the tests of what is built on it; a file of its own is to come"
 SCRIPT = "measures once, for a page; nothing stands on it"
 PART = "a part of gpu_check.py that needs a GPU; test_gpu_check.py runs it at small sizes without"
 UNTESTED = {
@@ -178,36 +177,7 @@ UNTESTED = {
     "bench/test_speed.py": "a file of tests itself, for pytest-benchmark",
     "qzo/__main__.py": "two lines, which tests/cli runs",
     "qzo/version.py": "one number",
-    "qzo/cli/bench.py": OTHERWISE,
-    "qzo/cli/common.py": OTHERWISE,
-    "qzo/cli/demo.py": OTHERWISE,
-    "qzo/cli/errors.py": OTHERWISE,
-    "qzo/cli/inspect.py": OTHERWISE,
-    "qzo/cli/main.py": OTHERWISE,
-    "qzo/cli/memory.py": OTHERWISE,
-    "qzo/cli/quantize.py": OTHERWISE,
-    "qzo/cli/replay.py": OTHERWISE,
-    "qzo/cli/report_options.py": OTHERWISE,
-    "qzo/cli/train.py": OTHERWISE,
-    "qzo/loss/head.py": OTHERWISE,
-    "qzo/nn/arena.py": OTHERWISE,
-    "qzo/nn/checks.py": OTHERWISE,
-    "qzo/nn/evaluations.py": OTHERWISE,
-    "qzo/nn/no_values.py": OTHERWISE,
-    "qzo/nn/quantize.py": OTHERWISE,
-    "qzo/nn/weights.py": OTHERWISE,
-    "qzo/optim/defaults.py": OTHERWISE,
-    "qzo/optim/replay.py": OTHERWISE,
-    "qzo/optim/step.py": OTHERWISE,
-    "qzo/reports/codes.py": OTHERWISE,
-    "qzo/reports/footprint.py": OTHERWISE,
-    "qzo/reports/models.py": OTHERWISE,
-    "qzo/reports/rivals.py": OTHERWISE,
-    "qzo/training/demo.py": OTHERWISE,
-    "qzo/training/folder.py": OTHERWISE,
-    "qzo/training/loop.py": OTHERWISE,
-    "qzo/training/prefix.py": OTHERWISE,
-    "qzo/training/task.py": OTHERWISE,
+    "qzo/optim/defaults.py": "three constants; test_options.py finds them alike in options and in Settings",
 }
 
 

@@ -103,7 +103,9 @@ def test_the_parameter_that_assembly_names_is_the_codebooks(kernel):
     looked, constants = forms.Vectors(books, 8).lookup(kernel, torch.float16, False, None)
     assert looked is books
     assert (constants["BOOKS"], constants["PASSES"]) == (2, 1)
-    name, number = re.search(r"\[(\w+)_param_(\d+)\]", constants["TEXTS"][0]).groups()
+    found = re.search(r"\[(\w+)_param_(\d+)\]", constants["TEXTS"][0])
+    assert found is not None
+    name, number = found.groups()
     assert name == kernel.fn.__name__
     before = kernel.arg_names[:int(number) + 1]
     assert before[-1] == "entries_ptr"

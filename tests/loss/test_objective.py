@@ -125,5 +125,6 @@ def test_a_metric_that_is_nan_skips_the_step(model):
     before = qzo.scales(model)
     with pytest.warns(UserWarning, match="step 0 had a NaN or infinite loss .* what the closure computes"):
         optimizer.step(lambda: qzo.objective(lambda part: float("nan"), ["a"] * 4, 4))
+    assert optimizer.last is not None
     assert optimizer.last.skipped
     assert all(torch.equal(before[name], scale) for name, scale in qzo.scales(model).items())

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_more_rows_and_other_codes_have_the_bits_that_they_have_outside():
 
 def written_and_broken_off(made, x):
     """y of x inside, and a weak reference to what was held there; an error ended it."""
-    found = []
+    found: list[Any] = []
 
     def write():
         with qzo.generating(made):

@@ -94,6 +94,7 @@ def test_from_linear_holds_what_the_quantizer_makes_and_the_same_bias(bits, symm
     assert (layer.bits, layer.group_size, layer.zeros is None) == (bits, 64, symmetric)
     assert_same_bits(layer.dequantize(), packed.dequantize())
     assert_same_bits(layer.read_scales(), packed.scales)
+    assert layer.bias is not None
     assert_same_bits(layer.bias.detach(), source.bias.detach())
 
 

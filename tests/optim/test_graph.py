@@ -113,6 +113,7 @@ def test_the_table_of_uses_stays_short(recorders):
     optimizer = qzo.QZO(two_layers(), lr=0.1)
     for step in range(3 * graph.PERIOD):
         optimizer.step(lambda batch: torch.tensor([1.0, 2.0]), batch={"step": step})
+    assert optimizer.graphs is not None
     assert len(optimizer.graphs.uses) <= graph.PERIOD + 1
     assert optimizer.graphs.captured == {}
 

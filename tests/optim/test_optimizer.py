@@ -10,8 +10,8 @@ from torch import nn
 
 import qzo
 from qzo.nn.layers import arena_of
-from qzo.optim.journal import read
 from tests import oracle
+from tests.support.journals import read_whole
 
 
 def two_layers(seed=0):
@@ -183,7 +183,7 @@ def test_resume_and_replay_end_in_the_same_bits(tmp_path, sharing, law):
     model = two_layers()
     assert qzo.replay(model, tmp_path / "a") == 6
     assert torch.equal(arena_of(model).data, whole)
-    assert read(tmp_path / "a")[0]["law"] == law
+    assert read_whole(tmp_path / "a")[0]["law"] == law
 
 
 def test_a_journal_of_other_settings_is_not_resumed(tmp_path):

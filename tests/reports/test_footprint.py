@@ -1,5 +1,7 @@
 """Bytes that are held, and when: the ledger, the meters, and the spans that a step is cut in."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ def test_chips_and_what_their_libraries_keep():
 
 
 def test_what_a_model_holds_counts_each_storage_once():
-    model = qzo.quantize_(nn.ModuleDict({"a": Block(), "b": Block()}), group_size=32, symmetric=False)
+    model: Any = qzo.quantize_(nn.ModuleDict({"a": Block(), "b": Block()}), group_size=32, symmetric=False)
     model["b"].up = model["a"].up
     model["b"].lm_head.weight = model["a"].lm_head.weight
     model.register_buffer("view", model["a"].lm_head.weight.detach()[:1])
@@ -90,13 +92,13 @@ def test_storages_that_are_counted_elsewhere_and_bytes_that_stay():
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(4, True), (4096, False)])
-def test_a_layers_scratch_is_added_to_what_lives(rows, parts):
+def test_a_layers_scratch_is_added_to_what_lives(monkeypatch, rows, parts):
     """What the operator allocates inside itself is not seen on the meta device, and known by its formula."""
     with torch.device("meta"):
         layer = qzo.QZOLinear(4096, 4096, group_size=128, bias=False)
-    counted = []
+    counted: list[int] = []
     ledger = footprint.Ledger("cuda", "sm_90", labelled=1, padded=False)
-    ledger.brush = counted.append
+    monkeypatch.setattr(ledger, "brush", counted.append)
     with ledger, qzo.evaluating(layer, qzo.Evaluations([1], [0.1]).to("meta")):
         layer(torch.empty(rows, 4096, dtype=torch.float16, device="meta"))
     [scratch] = counted
@@ -138,7 +140,7 @@ def highest(function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_cpu_matmuls_scratch_is_as_its_formula(law, dtype):
     m, n, k, group = 64, 2048, 1024, 64
-    model = qzo.quantize_(torch.nn.Sequential(torch.nn.Linear(k, n, bias=False)), group_size=group)
+    model: Any = qzo.quantize_(torch.nn.Sequential(torch.nn.Linear(k, n, bias=False)), group_size=group)
     x = torch.randn(m, k, dtype=dtype)
     evaluations = qzo.Evaluations([1, 1], [0.1, -0.1], noise=law)
     with qzo.evaluating(model, evaluations):

@@ -151,9 +151,9 @@ def test_what_a_model_holds_is_its_arithmetic():
     assert numbers["zeros"] == 0
     norms = 65 * 4096 * 2
     assert numbers["dense"] == pytest.approx(2 * 2 * 32000 * 4096 + norms, abs=1024)  # rotary tables beside
-    assert (
-        numbers["total"] < memory.rivals(model, memory.Run(), numbers)["QLoRA, NF4, rank 16"] < 1.2 * numbers["total"]
-    )
+    run = memory.Run()
+    other = memory.rivals(model, run.rows, run.tokens, run.evaluations, numbers)["QLoRA, NF4, rank 16"]
+    assert numbers["total"] < other < 1.2 * numbers["total"]
 
 
 def test_the_image_transformer_fits_24_gb():
@@ -245,15 +245,6 @@ def test_a_tiny_image_transformer_trains():
 
 
 # ---------------------------------------------------------------------------------------------- the command
-
-
-def test_the_table_and_the_picture(tmp_path, capsys):
-    picture = tmp_path / "bars.png"
-    assert command.main(["memory", "--config", "smollm2", "--plot", str(picture)]) == 0
-    shown = capsys.readouterr().out
-    for word in (*memory.PARTS, "total", "forward", "loss", "update", "MeZO", "QLoRA", "AdamW", "24 GB"):
-        assert word in shown
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def model():
     "run", [Run(), Run(rows=3, tokens=10, directions=4), Run(rows=3, directions=4, sequential=True)]
 )
 def test_by_their_published_formulas(model, run):
-    found = rivals(model, run, {"activations": 8000, "logits": 800})
+    found = rivals(model, run.rows, run.tokens, run.evaluations, {"activations": 8000, "logits": 800})
     tokens = run.rows * run.tokens
     at_once = 1 if run.sequential else 2 * run.directions
     assert found["MeZO, 16 bit"] == 2 * (WEIGHTS + REST) + 8800 // at_once, "the forward of one evaluation"

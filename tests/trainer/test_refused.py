@@ -8,7 +8,6 @@ import torch
 
 from qzo.optim.journal import JournalError
 from qzo.trainer import QZOTrainer
-from qzo.trainer.accumulated import UNMOVED, AccumulatedQZO
 from qzo.trainer.refused import why_refused
 from tests.support import trainers
 from tests.support.small_layers import block
@@ -72,43 +71,6 @@ def test_losses_and_settings_by_name(name, args, attributes, told):
 )
 def test_others_are_accepted(name, args, attributes):
     assert why_refused(trainer_named(name, args, **attributes)) is None
-
-
-# ------------------------------------------------------------------------------------------------ the optimizer alone
-
-
-def test_an_objective_that_ignores_the_perturbation_ends_the_run():
-    optimizer = AccumulatedQZO(block(), 1e-2, lambda losses: losses)
-    moved, same = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.5])
-    steps = [same] * (UNMOVED - 1) + [moved] + [same] * (UNMOVED - 1)
-    for losses in steps:
-        optimizer.accumulate(losses)
-        optimizer.step()
-    optimizer.accumulate(same)
-    with pytest.raises(ValueError, match=rf"ignores the perturbation: in {UNMOVED} steps in a row .*\[1.5, 1.5\]"):
-        optimizer.step()
-
-
-@pytest.mark.filterwarnings("ignore:step 0 had a NaN")
-def test_losses_that_are_infinite_are_no_such_objective():
-    optimizer = AccumulatedQZO(block(), 1e-2, lambda losses: losses, max_skipped=UNMOVED + 1)
-    for _ in range(UNMOVED):
-        optimizer.accumulate(torch.tensor([torch.inf, torch.inf]))
-        optimizer.step()
-    assert optimizer.last.skipped
-
-
-def test_losses_without_a_step_are_forgotten():
-    optimizer = AccumulatedQZO(block(), 1e-2, lambda losses: losses)
-    optimizer.accumulate(torch.tensor([100.0, 1.0]))
-    optimizer.zero_grad()
-    optimizer.accumulate(torch.tensor([2.0, 1.0]))
-    optimizer.step()
-    assert optimizer.last.losses == [2.0, 1.0]
-    with pytest.raises(RuntimeError, match="accumulate"):
-        optimizer.step()
-    with pytest.raises(ValueError, match="closure"):
-        optimizer.step(lambda: 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ whole trainers

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
 ]
 PROMPTS = [f"Headline : {a} {b}" for a in ("red", "fire", "blue", "sky") for b in ("one", "two", "three", "four")]
-ROWS = {
+ROWS: dict[str, Any] = {
     "SFT": [{"prompt": p, "completion": " warm up" if i % 3 else " cold"} for i, p in enumerate(PROMPTS)],
     "DPO": [{"prompt": p, "chosen": " warm up", "rejected": " cold"} for p in PROMPTS],
     "KTO": [{"prompt": p, "completion": " warm up", "label": i % 2 == 0} for i, p in enumerate(PROMPTS)],

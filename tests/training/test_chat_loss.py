@@ -25,7 +25,8 @@ TURNS = [
 
 def spoken(example, tokenizer):
     """What is learned of an example, as text, each stretch by itself."""
-    stretches, before = [], IGNORED
+    stretches: list[list[int]] = []
+    before = IGNORED
     for label in example.labels:
         if label != IGNORED and before == IGNORED:
             stretches.append([])

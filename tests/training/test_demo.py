@@ -79,7 +79,8 @@ def test_it_trains_on_the_one_side_and_measures_on_the_other(packages, monkeypat
     monkeypatch.setattr(demo, "TRAIN_LAYERS", 1)
     monkeypatch.setattr(demo, "TRAIN_ROWS", 12)
     monkeypatch.setattr(demo, "STEPS", 3)
-    said, out = [], tmp_path / "out"
+    said: list[str] = []
+    out = tmp_path / "out"
     results = demo.run(5, out, say=said.append)
     assert list(results) == ["zero_shot", "control", "tuned", "steps", "seconds", "seed", "device"]
     for name in ("zero_shot", "control", "tuned"):

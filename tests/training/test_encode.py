@@ -145,7 +145,8 @@ def test_all_turns_of_the_assistant_are_its_text_and_no_more(name):
         [last], _ = quietly([{"messages": turns}], tokenizer)
         [example], warned = quietly([{"messages": turns}], tokenizer, chat_loss="all")
         assert example.ids == last.ids
-        stretches, labels = [], list(example.labels)
+        stretches: list[list[int]] = []
+        labels = list(example.labels)
         for number, label in enumerate(labels):
             if label != IGNORED:
                 stretches += [[]] if number == 0 or labels[number - 1] == IGNORED else []

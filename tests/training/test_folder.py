@@ -2,7 +2,9 @@
 
 import json
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
 from qzo.training import folder
@@ -27,10 +29,9 @@ def test_lines_from_the_first_step_on_are_dropped(tmp_path, start, kept):
     metrics = Metrics(path, start)
     assert steps(path) == kept
     with metrics as file:
-        file.write(json.dumps({"step": start}) + "\n")
-        file.flush()
-        assert steps(path) == [*kept, start], "a line is there as soon as it is flushed"
-    assert file.closed
+        file.write({"step": start})
+        assert steps(path) == [*kept, start], "a line is there as soon as it is written"
+    assert metrics.file.closed
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"loss": 1}\n{"step": 4}\n', "7\n"])
@@ -66,11 +67,11 @@ def drawn(monkeypatch, tmp_path, lines, results):
     monkeypatch.setattr(folder, "Figure", lambda **given: figures.append(figure(**given)) or figures[-1])
     draw_curve(tmp_path / "c.png", lines, results)
     [axes] = figures[0].axes
-    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    return {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
 
 
 def test_a_curve_has_each_loss_its_running_mean_and_the_evaluations(monkeypatch, tmp_path):
-    lines = [{"step": step, "loss": float(step % 2)} for step in range(40)]
+    lines: list[dict[str, Any]] = [{"step": step, "loss": float(step % 2)} for step in range(40)]
     lines[7]["loss"] = None  # a step that was skipped
     results = {"zero_shot": {"loss": 0.75}, "control": None, "tuned": {"loss": 0.25}, "steps": 40}
     shown = drawn(monkeypatch, tmp_path, lines, results)

@@ -14,7 +14,7 @@ from torch import nn
 
 import qzo
 from qzo.nn.layers import arena_of, layers, train_codebooks_
-from qzo.optim.journal import RECORD_BYTES, JournalError, read
+from qzo.optim.journal import RECORD_BYTES, JournalError
 from qzo.optim.optimizer import QZO
 from qzo.training.loop import (
     build_task,
@@ -29,6 +29,7 @@ from qzo.training.loop import (
 from qzo.training.settings import PAPER, Settings
 from tests.support import small_layers, tiny
 from tests.support.aqlm_checkpoints import a_layer
+from tests.support.journals import read_whole
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def rates(settings, start=0):
     for step in range(start, settings.max_steps):
         found[step] = optimizer.param_groups[0]["lr"]
         assert scheduler.get_last_lr() == [found[step]]
-        optimizer._opt_called = True  # what its step would say
+        vars(optimizer)["_opt_called"] = True  # what its step would say
         scheduler.step()
     return found
 
@@ -178,7 +179,7 @@ def test_a_run_writes_a_line_of_metrics_a_step_and_goes_on_where_it_was(loaded, 
     lines = [json.loads(line) for line in (tmp_path / "new/out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert set(lines[0]) == {"step", "loss", "derivative", "lr", "skipped", "seconds"}
-    header, steps, _ = read(tmp_path / "new/out/journal.qzo")
+    header, steps, _ = read_whole(tmp_path / "new/out/journal.qzo")
     assert [line["loss"] for line in lines] == pytest.approx(
         [(records[0].loss_plus + records[0].loss_minus) / 2 for records in steps], rel=1e-6
     )
@@ -192,7 +193,7 @@ def test_fewer_examples_than_a_batch_are_refused_before_anything_is_written(load
     task = build_task(loaded[0], tiny.RECORDS, loaded[1], settings, None)
     with pytest.raises(ValueError, match="batch_size=25, but there are 24 training examples"):
         fit(task, settings, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------- its parts
@@ -202,6 +203,7 @@ def test_layers_of_the_top_blocks_are_chosen(loaded):
     model = copy.deepcopy(loaded[0])
     prefix = choose_layers(model, 1)
     assert {name.split(".")[2] for name in layers(model)} == {"1"}
+    assert prefix is not None
     assert len(prefix.below) == 1
     assert trained_count(model) == sum(scales.numel() for scales in qzo.scales(model).values())
     assert trained_text(model) == f"{trained_count(model):,} scales"

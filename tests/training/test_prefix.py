@@ -90,7 +90,7 @@ def test_a_model_that_cannot_be_split_is_refused(model):
     odd = copy.deepcopy(model)
     prefix = FrozenPrefix(odd, 1)
     shared = []  # the block below hands the trained one more than hidden states
-    prefix.below[0].mlp.register_forward_hook(lambda *_: shared.append(1.0))
+    odd.model.layers[0].mlp.register_forward_hook(lambda *_: shared.append(1.0))
 
     def use(module, args, out):
         out = out + float(len(shared))

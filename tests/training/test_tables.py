@@ -6,6 +6,7 @@
 import json
 import shutil
 import sys
+from typing import Any
 
 import pytest
 
@@ -184,8 +185,9 @@ def test_objects_are_read_as_files_are(tmp_path):
     found = read_data(nulls)
     assert found == {"train": ROWS} == read_data(iter(nulls)) == read_data(tiny.write_jsonl(tmp_path / "d", ROWS))
     assert found["train"][1].place == "train, record 2"
+    splits: dict[str, Any] = {"train": nulls, "validation": nulls[:1], "extra": 3}
     with pytest.warns(UserWarning, match="the data: splits that are not read: extra"):
-        both = read_data({"train": nulls, "validation": nulls[:1], "extra": 3})
+        both = read_data(splits)
     assert both == {"train": ROWS, "valid": ROWS[:1]}
     assert both["valid"][0].place == "validation, record 1"
 

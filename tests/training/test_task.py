@@ -203,10 +203,13 @@ def test_scores_and_measures_are_in_the_order_of_the_examples(blocks):
     assert float(task.losses(batch, 2)[1]) == pytest.approx(task.evaluate()["loss"], rel=1e-4)
 
 
-def test_texts_are_measured_by_the_mean_of_their_examples():
+def test_texts_are_measured_by_the_mean_of_their_labelled_tokens():
     task = Task(llama(), [text(4), text(9), text(6)], 0, bucketed=False)
     each = [float(task.closure([i], 1)()) for i in range(3)]
-    assert task.evaluate(batch_size=1) == {"loss": pytest.approx(sum(each) / 3, rel=1e-5), "accuracy": None}
+    wanted = (3 * each[0] + 8 * each[1] + 5 * each[2]) / 16  # the first token of a text is not predicted
+    for batch_size in (1, 2):
+        found = task.evaluate(batch_size)
+        assert found == {"loss": pytest.approx(wanted, rel=1e-5), "accuracy": None}
 
 
 def test_rows_that_an_example_goes_through_the_model_as(monkeypatch):
@@ -241,13 +244,19 @@ def test_a_measure_is_cross_entropy_and_the_share_that_is_right():
     assert found == {"loss": pytest.approx(wanted, rel=1e-6), "accuracy": pytest.approx(2 / 3)}
 
 
+def loss_of(scores: torch.Tensor, label: torch.Tensor) -> float:
+    loss = measure(scores, label)["loss"]
+    assert loss is not None
+    return loss
+
+
 def test_label_bias_is_the_best_there_is():
     torch.manual_seed(0)
     scores, label = torch.randn(200, 4) + torch.tensor([3.0, 0, -2, 0]), torch.randint(0, 4, (200,))
     bias = fit_label_bias(scores, label)
-    best = measure(scores + bias, label)["loss"]
-    assert best < measure(scores, label)["loss"] - 0.5
+    best = loss_of(scores + bias, label)
+    assert best < loss_of(scores, label) - 0.5
     assert (bias.dtype, bias.mean().abs() < 1e-6) == (torch.float32, True)
     for i in range(4):
         for move in (-0.05, 0.05):
-            assert measure(scores + bias + move * torch.eye(4)[i], label)["loss"] > best
+            assert loss_of(scores + bias + move * torch.eye(4)[i], label) > best

@@ -133,7 +133,9 @@ def test_layers_are_made_of_their_parts_and_the_rest_is_dense(layer):
     }
     assert set(read) == {"x.weight", "x.bias", "norm.weight", "steps"}
     assert read["x.weight"][1] == "x.codes in model.safetensors"
-    assert torch.equal(read["x.weight"][0].unpacked(), tensors["x.codes"])
+    weight = read["x.weight"][0]
+    assert isinstance(weight, PackedWeight)
+    assert torch.equal(weight.unpacked(), tensors["x.codes"])
     assert read["norm.weight"][1] == "norm.weight in model.safetensors"
     assert_same_bits(read["norm.weight"][0], tensors["norm.weight"].float())
     assert_same_bits(read["steps"][0], tensors["steps"])

@@ -76,8 +76,11 @@ def test_an_open_folder(folder):
     assert found.files == tuple((f, f.stat().st_size) for f in (folder / "config.json", folder / "model.safetensors"))
     entries = {name: value for name, value, _ in found.read(torch.float16)}
     assert set(entries) == {"x.weight", "norm"}
-    assert entries["x.weight"].group_size == 32
-    assert entries["norm"].dtype == torch.float16
+    weight, norm = entries["x.weight"], entries["norm"]
+    assert isinstance(weight, PackedWeight)
+    assert weight.group_size == 32
+    assert isinstance(norm, torch.Tensor)
+    assert norm.dtype == torch.float16
     with pytest.raises(ValueError, match="in: 8 bits"):
         FORMAT.open(folder, {"bits": 8}, False)
     (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
@@ -86,6 +89,7 @@ def test_an_open_folder(folder):
 
 def test_a_copy_has_the_new_scales_as_the_file_rounds_them(folder, tmp_path):
     [weight] = [value for name, value, _ in FORMAT.weights(folder, {"bits": 4}, None) if name == "x.weight"]
+    assert isinstance(weight, PackedWeight)
     new = weight.scales * 1.0001
     weight = PackedWeight.from_codes(weight.unpacked(), new)
     find = {"x.weight": weight}.get
@@ -93,9 +97,9 @@ def test_a_copy_has_the_new_scales_as_the_file_rounds_them(folder, tmp_path):
     out.mkdir()
     FORMAT.save(folder, out, find)
     assert_same_bits(load_file(out / "model.safetensors")["x.scale"], new.half().T.contiguous())
-    [(layer, rounded, zeros)] = FORMAT.rounded(folder, find)
+    [(layer, rounded, zeros)] = FORMAT.saved_scales(folder, find)
     assert (layer, zeros) == ("x", None)
     assert_same_bits(rounded.contiguous(), new.half().float())
     assert (out / "tokenizer.json").exists()
-    assert FORMAT.new_config(folder, None, None) == json.loads((folder / "config.json").read_text())
+    assert FORMAT.new_config(folder, None, torch.float16) == json.loads((folder / "config.json").read_text())
     assert not FORMAT.for_servers("x.scale")

@@ -9,6 +9,7 @@ from qzo.checkpoints.formats import order
 def test_inputs_of_a_group_stand_side_by_side_in_their_order():
     g_idx = torch.tensor([1, 0, 1, 2, 0, 2], dtype=torch.int32)
     perm = order.perm_of(g_idx, 6, 2)
+    assert perm is not None
     assert perm.tolist() == [1, 4, 0, 2, 3, 5]
     assert g_idx[perm].tolist() == [0, 0, 1, 1, 2, 2]
 

@@ -1,6 +1,7 @@
 """What transformers raises, as one ValueError that names the folder; what is not about the folder stays what it is."""
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,4 +68,4 @@ def test_configs(tmp_path):
     with pytest.raises(ValueError, match=rf"^{tmp_path}: its config\.json cannot be read: .*llamb"):
         read_config(tmp_path)
     with pytest.raises(ValueError, match=r"^x\.gguf: its metadata make no model: .*llamb"):
-        make_config("x.gguf", {"model_type": "llamb"})
+        make_config(Path("x.gguf"), {"model_type": "llamb"})

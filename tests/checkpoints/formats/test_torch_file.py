@@ -3,6 +3,7 @@
 import struct
 import zipfile
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -24,15 +25,15 @@ def test_checksums_of_both_kinds_of_record(tmp_path, written_with):
                 archive.writestr(name, data)
     file = TorchFile(path)
     offset, _ = file.place(file.content["a"], "a")
-    data = bytearray(path.read_bytes())
+    patched = bytearray(path.read_bytes())
     for at, chunk in file.patches([(offset + 4, b"\0\0\0\0")]):
-        data[at : at + len(chunk)] = chunk
-    path.write_bytes(data)
+        patched[at : at + len(chunk)] = chunk
+    path.write_bytes(patched)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     if written_with == "descriptor":
-        assert data[offset + 16 : offset + 24] == b"PK\x07\x08" + struct.pack(
-            "<I", zlib.crc32(data[offset : offset + 16])
+        assert patched[offset + 16 : offset + 24] == b"PK\x07\x08" + struct.pack(
+            "<I", zlib.crc32(patched[offset : offset + 16])
         )
     assert torch.load(path, weights_only=True)["a"].tolist() == [0, 0, 2, 3]
     assert TorchFile(path).read(TorchFile(path).content["a"], "a").tolist() == [0, 0, 2, 3]
@@ -62,7 +63,7 @@ class Harmful:
 
 def test_tensors_are_known_without_a_byte_of_them_and_read_one_by_one(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
-    content = {
+    content: dict[str, Any] = {
         "a": whole,
         "part": whole[1:],
         "b": [torch.ones(2, dtype=torch.bfloat16)],

@@ -12,12 +12,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 import qzo
-from qzo.bench import trainer as bench
 from qzo.kernels.noise import kernel_coefs, law_number
 from qzo.nn.layers import arena_of
-from qzo.optim.journal import read
 from qzo.trainer import QZOTrainer
 from tests.support import trainers
+from tests.support.journals import read_whole
 from tests.support.paths import ROOT
 from tests.support.trainers import losses_of, rows, scales, trained
 
@@ -159,7 +158,7 @@ def test_accumulation_is_one_larger_batch(kind, base, tmp_path):
 
 def test_the_schedule_is_in_the_journal(base, plain):
     """Coefficients are those of the rates that transformers' own schedule gives, by the losses in the journal."""
-    header, steps, _ = read(Path(plain.args.output_dir) / "journal.qzo")
+    header, steps, _ = read_whole(Path(plain.args.output_dir) / "journal.qzo")
     assert (header["eps"], header["clip"], header["seed"]) == (1e-2, 5.0, 1)
     assert header["recipe"] == {"trainer": "transformers", "paired": True}
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-2)
@@ -239,7 +238,7 @@ def test_a_second_call_goes_on(base, tmp_path):
     run = trained(base, tmp_path, changes={"max_steps": 2, "save_strategy": "no"})
     first = scales(run).clone()
     run.train()
-    assert len(read(tmp_path / "journal.qzo")[1]) == 4
+    assert len(read_whole(tmp_path / "journal.qzo")[1]) == 4
     assert not torch.equal(scales(run), first)
 
 
@@ -283,12 +282,3 @@ def test_the_best_step_is_the_model_at_the_end(base, tmp_path):
     assert run.evaluate()["eval_loss"] == losses[best]
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # in the same process: the base's scales are kept
     assert torch.equal(scales(run), arena_of(model).data)
-
-
-# ------------------------------------------------------------------------------------------------ what it costs
-
-
-def test_what_it_costs_a_step():
-    """Under 3 % of 50 ms by bench/trainer.py on a quiet core; twice that here, where others run beside it."""
-    row = bench.measure(blocks=1, steps=15, turns=2)
-    assert 0 < row["overhead_ms"] < 3, row

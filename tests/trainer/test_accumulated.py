@@ -1,0 +1,102 @@
+"""The optimizer of a trainer: losses in parts, from micro-batches and ranks, are added up in one order."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+from qzo.nn.layers import arena_of
+from qzo.optim.optimizer import QZO
+from qzo.trainer.accumulated import UNMOVED, AccumulatedQZO
+from tests.support.small_layers import block
+
+PARTS = torch.tensor([[1.5, 2.25], [0.125, 3.0], [7.0, 0.5], [2.0, 1.0]])
+
+
+def alone(losses):
+    """What a single process gathers."""
+    return losses
+
+
+def test_parts_that_were_added_up_are_one_step_of_their_sum():
+    added, whole = AccumulatedQZO(block(), 1e-2, alone), QZO(block(), 1e-2)
+    for part in PARTS:
+        added.accumulate(part)
+    total = PARTS.double().sum(0)
+    assert added.step() == whole.step(lambda: total) == float(total.mean())
+    assert torch.equal(arena_of(added.module).data, arena_of(whole.module).data)
+    assert not torch.equal(arena_of(added.module).data, arena_of(block()).data)
+
+
+def test_ranks_are_added_in_their_order_and_divided_by_their_number():
+    """1e16 + 1 - 1e16 is 0 in float64: another order of the ranks has other bits."""
+    of_others = torch.tensor([[1.0, 4.0], [-1e16, 8.0]], dtype=torch.float64)
+    optimizer = AccumulatedQZO(block(), 1e-2, lambda losses: torch.cat([losses, of_others]), eps=0.5)
+    optimizer.accumulate(torch.tensor([1e16, 3.0], dtype=torch.float64))
+    assert optimizer.reduce().tolist() == [-5.0]  # (0 - 15) / 3 over 2 eps
+    optimizer.step()
+    assert optimizer.last is not None
+    assert optimizer.last.losses == [0.0, 5.0]
+
+
+def test_ranks_are_asked_once_a_step():
+    asked: list[torch.Tensor] = []
+
+    def gather(losses):
+        asked.append(losses)
+        return losses
+
+    optimizer = AccumulatedQZO(block(), 1e-2, gather)
+    for step in range(2):
+        optimizer.accumulate(torch.tensor([1.0, 2.0]))
+        first = optimizer.reduce()
+        assert torch.equal(optimizer.reduce(), first)
+        optimizer.step()
+        assert len(asked) == step + 1
+    assert {tuple(losses.shape) for losses in asked} == {(1, 2)}
+    assert {losses.dtype for losses in asked} == {torch.float64}
+
+
+def test_micro_batches_of_a_step_share_their_evaluations():
+    optimizer = AccumulatedQZO(block(), 1e-2, alone)
+    first = optimizer.evaluations()
+    assert optimizer.evaluations() is first
+    optimizer.accumulate(torch.tensor([1.0, 2.0]))
+    optimizer.step()
+    assert optimizer.evaluations() is not first
+
+
+def test_an_objective_that_ignores_the_perturbation_ends_the_run():
+    optimizer = AccumulatedQZO(block(), 1e-2, alone)
+    moved, same = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.5])
+    steps = [same] * (UNMOVED - 1) + [moved] + [same] * (UNMOVED - 1)
+    for losses in steps:
+        optimizer.accumulate(losses)
+        optimizer.step()
+    optimizer.accumulate(same)
+    with pytest.raises(ValueError, match=rf"ignores the perturbation: in {UNMOVED} steps in a row .*\[1.5, 1.5\]"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:step 0 had a NaN")
+def test_losses_that_are_infinite_are_no_such_objective():
+    optimizer = AccumulatedQZO(block(), 1e-2, alone, max_skipped=UNMOVED + 1)
+    for _ in range(UNMOVED):
+        optimizer.accumulate(torch.tensor([torch.inf, torch.inf]))
+        optimizer.step()
+    assert optimizer.last is not None
+    assert optimizer.last.skipped
+
+
+def test_losses_without_a_step_are_forgotten():
+    optimizer = AccumulatedQZO(block(), 1e-2, alone)
+    optimizer.accumulate(torch.tensor([100.0, 1.0]))
+    optimizer.zero_grad()
+    optimizer.accumulate(torch.tensor([2.0, 1.0]))
+    optimizer.step()
+    assert optimizer.last is not None
+    assert optimizer.last.losses == [2.0, 1.0]
+    with pytest.raises(RuntimeError, match="accumulate"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(cast(Any, lambda: 0.0))
