@@ -5,6 +5,7 @@ in sync.
 """
 
 import argparse
+from typing import Any
 
 from ..optim.defaults import CLIP, EPS, FLOOR
 
@@ -31,7 +32,7 @@ DEFAULTS = {  # of training/settings.py
 }
 RATE = 2e-2  # learning rate per direction
 A_MODEL = "a checkpoint: a folder, a .gguf file, or a Hub id"
-CUDA_GRAPH = dict(
+CUDA_GRAPH: dict[str, Any] = dict(
     action=argparse.BooleanOptionalAction,
     help="run the steps of each shape of batch as one CUDA graph: bit-identical, faster (default: where the model is "
     "on a CUDA device)",
@@ -43,20 +44,20 @@ CALIBRATED = """calibrated quantization starts from better codes, with data and 
                    ignore=["lm_head"]), output_dir=OUT)"""
 
 
-def add_model(parser):
+def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL or --model: `model_of` takes either."""
     parser.add_argument("checkpoint", nargs="?", metavar="MODEL", help=A_MODEL)
     parser.add_argument("--model", help="the same, by name")
 
 
-def model_of(options):
+def model_of(options: argparse.Namespace) -> str | None:
     """The model that was given, None if none was. ValueError for two."""
     if options.checkpoint and options.model:
         raise ValueError(f"MODEL {options.checkpoint} and --model {options.model}: give one of the two")
     return options.checkpoint or options.model
 
 
-def add_reading(parser, group_size):
+def add_reading(parser: argparse._ActionsContainer, group_size: str) -> None:
     """How a checkpoint is read; group_size: what the command says of it."""
     parser.add_argument("--group-size", type=int, help=group_size)
     parser.add_argument(
@@ -64,7 +65,7 @@ def add_reading(parser, group_size):
     )
 
 
-def add_loading(parser):
+def add_loading(parser: argparse.ArgumentParser) -> None:
     """How the model is loaded."""
     model = parser.add_argument_group("the model")
     model.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
@@ -80,7 +81,7 @@ def add_loading(parser):
     )
 
 
-def add_strict(parser):
+def add_strict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -90,14 +91,14 @@ def add_strict(parser):
     )
 
 
-def add_overwrite(parser):
+def add_overwrite(parser: argparse._ActionsContainer) -> None:
     """Leave to replace files that are there."""
     parser.add_argument(
         "--overwrite", action="store_true", default=None, help="replace existing files (default: refuse)"
     )
 
 
-def add_demo(parser):
+def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
     parser.add_argument(
         "--output-dir",
@@ -108,7 +109,7 @@ def add_demo(parser):
     parser.add_argument("--cuda-graph", **CUDA_GRAPH)
 
 
-def add_train(parser):
+def add_train(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -135,7 +136,7 @@ def add_train(parser):
     add_strict(parser)
 
 
-def _add_run(run):
+def _add_run(run: argparse._ArgumentGroup) -> None:
     run.add_argument(
         "--max-steps",
         type=int,
@@ -182,7 +183,7 @@ def _add_run(run):
     )
 
 
-def _add_validation(held_out):
+def _add_validation(held_out: argparse._ArgumentGroup) -> None:
     held_out.add_argument(
         "--eval-every",
         type=int,
@@ -203,7 +204,7 @@ def _add_validation(held_out):
     )
 
 
-def _add_perturbation(step):
+def _add_perturbation(step: argparse._ArgumentGroup) -> None:
     step.add_argument(
         "--learning-rate",
         type=float,
@@ -229,7 +230,7 @@ def _add_perturbation(step):
     )
 
 
-def _add_launching(how):
+def _add_launching(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--sequential",
         action="store_true",
@@ -260,13 +261,13 @@ def _add_launching(how):
     )
 
 
-def _add_journal(parser):
+def _add_journal(parser: argparse.ArgumentParser) -> None:
     """A run on the model, or the beginning of one: common.py has `check_until` and `replayed` for them."""
     parser.add_argument("--journal", help="the journal.qzo of a run on this model, which is replayed first")
     parser.add_argument("--until", type=int, metavar="N", help="the run's first N steps only (default: all)")
 
 
-def add_eval(parser):
+def add_eval(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "--data", required=True, help="a JSONL file, or a folder with valid.jsonl, test.jsonl, train.jsonl"
@@ -282,7 +283,7 @@ def add_eval(parser):
     add_loading(parser)
 
 
-def add_generate(parser):
+def add_generate(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompt = parser.add_argument_group("the prompt (default: standard input, as --prompt)")
     asked = prompt.add_mutually_exclusive_group()
@@ -309,7 +310,7 @@ def add_generate(parser):
     add_loading(parser)
 
 
-def add_replay(parser):
+def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", help="the checkpoint the run started from")
     parser.add_argument("journal", help="journal.qzo of the run")
     parser.add_argument("--output-dir", required=True, help="where the tuned checkpoint goes")
@@ -318,7 +319,7 @@ def add_replay(parser):
     add_loading(parser)
 
 
-def add_export(parser):
+def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=A_MODEL)
     parser.add_argument(
         "--to",
@@ -339,9 +340,9 @@ def add_export(parser):
     add_loading(parser)
 
 
-def add_quantize(parser):
+def add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the epilog's lines
-    parser.epilog += f"\n\n{CALIBRATED}"
+    parser.epilog = f"{parser.epilog}\n\n{CALIBRATED}"
     parser.add_argument("model", help="a float checkpoint: a folder, or a Hub id")
     parser.add_argument("--output-dir", required=True, help="where the new checkpoint goes")
     add_overwrite(parser)

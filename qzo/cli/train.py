@@ -1,22 +1,25 @@
 """`qzo train`."""
 
+import argparse
 import dataclasses
 import json
 import statistics
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
 from ..reports.memory import Run, predict_loaded
-from ..training.data import IGNORED
+from ..training.data import IGNORED, Example
 from ..training.folder import write_results
 from ..training.loop import build_task, check_batch_size, choose_layers, fit, planned_steps
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
-from ..training.task import fit_label_bias, measure
+from ..training.task import Measure, Task, fit_label_bias, measure
 from ..training.validation import PARTS, Base, Validation
 from .common import load, say, scores_as_text, steps_of
 from .options import model_of
@@ -25,7 +28,7 @@ from .outputs import JOURNAL
 CONTROL_EXAMPLES = 512  # of the training data, that the control's biases are fitted on
 
 
-def merge_options(options):
+def merge_options(options: argparse.Namespace) -> tuple[Settings, dict[str, Any]]:
     """(Settings, all options) of a command line, over the recipe's. ValueError for what is missing or out of range."""
     own = vars(options) | {"model": model_of(options)}
     missing = [f"--{name.replace('_', '-')}" for name in ("model", "data", "output_dir") if not own[name]]
@@ -36,7 +39,7 @@ def merge_options(options):
     return Settings(**{**(PAPER if options.recipe == "paper" else {}), **given}), own
 
 
-def execute(options):
+def execute(options: argparse.Namespace) -> int:
     """Train, and tell; exit status. ValueError for bad input."""
     settings, own = merge_options(options)
     options.output_dir = own["output_dir"]
@@ -89,7 +92,7 @@ def execute(options):
     return 0
 
 
-def train(task, settings, own, valid):
+def train(task: Task, settings: Settings, own: Mapping[str, Any], valid: Task | None) -> dict[str, Any]:
     """Make the run; the model is then the one of the step to keep.
 
     Returns {"steps", "resumed_from", "best", "model_step"}: steps made, how many of them before, the best measurement
@@ -113,7 +116,7 @@ def train(task, settings, own, valid):
     return {"steps": steps, "resumed_from": already, "best": best, "model_step": kept}
 
 
-def controlled(task, held_out):
+def controlled(task: Task, held_out: Mapping[str, Task]) -> dict[str, Measure]:
     """What label biases alone do for each held-out split, fitted on training examples before the run; {} without
     options."""
     if task.examples[0].options is None or not held_out:
@@ -122,7 +125,7 @@ def controlled(task, held_out):
     return {split: measure(held.scores() + bias, held.labels()) for split, held in held_out.items()}
 
 
-def show_results(results, settings):
+def show_results(results: Mapping[str, Any], settings: Settings) -> None:
     """What the run has done, on standard output."""
     rows = [(f"{name}, {when}", scores) for name, both in results["splits"].items() for when, scores in both.items()]
     if rows:
@@ -135,7 +138,7 @@ def show_results(results, settings):
     print(f"tuned model: {results['model']}{'' if step == results['steps'] else f' (step {step}, the best on valid)'}")
 
 
-def show_plan(task, settings, model, trust_remote_code):
+def show_plan(task: Task, settings: Settings, model: Any, trust_remote_code: bool) -> None:
     """What the run will do and hold in memory, on standard error."""
     told = plan(task, settings, model)
     say("\n".join(lines(told)))
@@ -149,14 +152,14 @@ def show_plan(task, settings, model, trust_remote_code):
     say(f"memory: {total / 1e9:.2f} GB predicted for a step of {rows} x {longest} tokens on {task.device}, all blocks")
 
 
-def labelled(example):
+def labelled(example: Example) -> int:
     """How many positions of a row of this example carry a label."""
     if example.options is not None:
         return max(map(len, example.options))
     return sum(label != IGNORED for label in example.labels)
 
 
-def warn_if_worse(splits, best, step):
+def warn_if_worse(splits: Mapping[str, Any], best: Mapping[str, Any] | None, step: int) -> None:
     """A warning where the loss of held-out data is higher after the run than before.
 
     best: the best measurement on the way, or None; step: whose model this is.
@@ -174,7 +177,7 @@ def warn_if_worse(splits, best, step):
             )
 
 
-def save(model, out):
+def save(model: Any, out: str | Path) -> Path:
     """Write the tuned checkpoint to OUT/model and return that path."""
     target = Path(out) / "model"
     save_pretrained(model, target)

@@ -8,10 +8,11 @@ OUT/model/         the tuned model in its source's format
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..loss.head import has_encoder
@@ -38,7 +39,7 @@ BUCKETS = "buckets/1, as on a CUDA device"  # what a journal says of batches pad
 class Interrupted(Exception):
     """Ctrl-C between two steps; `steps` are in the journal."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int) -> None:
         super().__init__(steps)
         self.steps = steps
 
@@ -105,8 +106,9 @@ def check_batch_size(settings: Settings, examples: int) -> None:
         raise ValueError(f"batch_size={settings.batch_size}, but there are {examples} training examples")
 
 
-def _optimizer(task, settings, journal, resume, planned):
+def _optimizer(task: Task, settings: Settings, journal: Path, resume: bool, planned: int) -> QZO:
     """The QZO of a run, its model where the journal left it."""
+    assert settings.learning_rate is not None  # Settings has filled it in
     return QZO(
         task.model,
         settings.learning_rate,
@@ -154,17 +156,19 @@ def schedule(optimizer: QZO, settings: Settings, planned: int | None = None) -> 
     group.setdefault("initial_lr", settings.learning_rate)
     steps = planned or settings.max_steps
 
-    def factor(step):
+    def factor(step: int) -> float:
         return 1 - (1 - settings.decay) * min(step, steps) / steps
 
     return LambdaLR(optimizer, factor, last_epoch=group["step"] - 1)
 
 
-def _steps(task, settings, optimizer, planned, validation):
+def _steps(
+    task: Task, settings: Settings, optimizer: QZO, planned: int, validation: Validation | None
+) -> Iterator[dict[str, Any]]:
     """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
     at_once = 1 if settings.sequential else 2 * settings.directions
 
-    def losses(batch):  # one object for all steps: a captured step is found by it
+    def losses(batch: data.Batch) -> torch.Tensor:  # one object for all steps: a captured step is found by it
         return task.compiled_losses(batch, at_once)
 
     rates = schedule(optimizer, settings, planned)
@@ -175,7 +179,8 @@ def _steps(task, settings, optimizer, planned, validation):
         indices, [rate] = task.indices(step, settings.batch_size, settings.seed), rates.get_last_lr()
         loss = optimizer.step(losses, batch=task.batch(indices, at_once))
         rates.step()
-        line = {
+        assert optimizer.last is not None
+        line: dict[str, Any] = {
             "step": step,
             "loss": loss,
             "derivative": max(map(abs, optimizer.last.derivatives)),
@@ -187,12 +192,12 @@ def _steps(task, settings, optimizer, planned, validation):
         yield line if found is None else {**line, "valid": found}
 
 
-def _settle_large_rows(task, settings, journal, show):
+def _settle_large_rows(task: Task, settings: Settings, journal: Path | None, show: bool | None) -> str:
     """ "auto" or "fused" for a run that asks for "auto"; journal: of a run that goes on, or None."""
     found = read(journal) if journal is not None else None
     recorded = None if found is None else found[0].get("recipe", {}).get("large_rows", "fused")
 
-    def measure():
+    def measure() -> float:
         batch = task.batch(task.indices(0, settings.batch_size, settings.seed), 2)
         return many_rows.lost(
             task.model,
