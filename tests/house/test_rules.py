@@ -316,6 +316,6 @@ def test_the_readme_runs():
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 20
     lines = [line for line in text.splitlines() if line.startswith("python3 -m venv")]
-    assert [line.split()[-1] for line in lines] == ["demo", "loadfile"]
+    assert [line.split(".venv/bin/")[-1].split(" -q")[0] for line in lines] == ["qzo demo", "python -m pytest"]
     for line in lines:
         assert line.index("torch==2.13.0") < line.index("install -q .") if "install -q ." in line else "-e" in line

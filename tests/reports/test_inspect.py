@@ -209,7 +209,7 @@ def test_signal_says_how_much_of_a_long_line_it_reads(words, tmp_path, capsys):
     assert command.main(["inspect", str(words), "--signal", "--data", str(data), "--signal-directions", "1"]) == 0
     [line] = [line for line in capsys.readouterr().err.splitlines() if "more than 256 tokens" in line]
     assert line.startswith(f"qzo: warning: 1 of 2 lines of {data} have more")
-    assert line.endswith("(all that --signal reads of a line)")
+    assert "(all that --signal reads of a line)" in line
 
 
 def test_the_table(words, capsys):
