@@ -29,6 +29,7 @@ from ..nn.layers import arena_of, layers
 from ..optim.defaults import CLIP, EPS, FLOOR
 from ..optim.replay import replay
 from ..system.disk import write_whole
+from ..training.validation import Base
 from .accumulated import AccumulatedQZO
 from .refused import why_refused
 from .stacked import StackedModel, shadowed
@@ -103,7 +104,7 @@ class QZOTrainerMixin(_Base):
         }
         self._qzo: AccumulatedQZO | None = None
         self._resumed: Path | None = None  # the journal in the checkpoint that a run goes on from
-        self._untrained: torch.Tensor | None = None  # the scales before the first step, if they may be wanted again
+        self._base: Base | None = None  # the scales before the first step, if they may be wanted again
         for given in (*args, *kwargs.values()):
             if isinstance(given, TrainingArguments):  # one process, one device: no DataParallel
                 given._n_gpu = min(1, given.n_gpu)
@@ -164,9 +165,9 @@ class QZOTrainerMixin(_Base):
         if self._qzo is not None:
             self._qzo.close()
         if self._qzo is not None and self._qzo.module is self.model:  # resumed after steps in this process
-            self._restore_untrained()
+            self._known_base().restore()
         elif self.args.load_best_model_at_end:
-            self._untrained = arena_of(self.model, exact=True).data.to("cpu", copy=True)
+            self._base = Base(self.model)
         if main and journal.exists() and self._resumed is None:
             raise ValueError(
                 f"{journal} exists already, the journal of an earlier run: resume that "
@@ -213,13 +214,13 @@ class QZOTrainerMixin(_Base):
         optimizer.journal.path = beside.replace(journal)
         return optimizer
 
-    def _restore_untrained(self) -> None:
-        if self._untrained is None:
+    def _known_base(self) -> Base:
+        if self._base is None:
             raise ValueError(
                 "this model has been trained in this process, and a journal is replayed on the base: load the base "
                 "model again and make a new trainer (load_best_model_at_end=True keeps a copy of the base's scales)"
             )
-        arena_of(self.model, exact=True).data.copy_(self._untrained)
+        return self._base
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in the trainer."""
@@ -326,8 +327,7 @@ class QZOTrainerMixin(_Base):
 
     def _load_best_model(self) -> None:
         """The scales as they were at the best checkpoint, from the base's and the journal."""
-        self._restore_untrained()
-        replay(self.model, _journal_in(self.state.best_model_checkpoint))
+        self._known_base().rebuild(_journal_in(self.state.best_model_checkpoint))
 
 
 class QZOTrainer(QZOTrainerMixin, Trainer):

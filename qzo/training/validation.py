@@ -78,7 +78,11 @@ class Base:
         self.values = arena_of(model, exact=True).data.to("cpu", copy=True)
 
     @torch.no_grad()
-    def rebuild(self, journal: Path, step: int) -> None:
-        """Make the model what it was after so many steps of the journal, bit for bit."""
+    def restore(self) -> None:
+        """Make the model the base again, bit for bit."""
         arena_of(self.model, exact=True).data.copy_(self.values)
+
+    def rebuild(self, journal: Path, step: int | None = None) -> None:
+        """Make the model what it was after so many steps of the journal, bit for bit; None: after all."""
+        self.restore()
         replay(self.model, journal, until=step)

@@ -12,21 +12,14 @@ from qzo.nn.linear import QZOLinear
 from qzo.nn.quantize import quantize_weight
 from qzo.nn.weights import PackedWeight
 from tests.support.close import assert_same_bits
+from tests.support.float_models import ONE_BLOCK
 
 FOLDER, CPU = Path("a/folder"), torch.device("cpu")
 UP = "model.layers.0.mlp.up_proj.weight"
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 16,
-}
 
 
 def config(**more):
-    return LlamaConfig(**TINY, **more)
+    return LlamaConfig(**ONE_BLOCK, **more)
 
 
 @pytest.fixture(scope="module")

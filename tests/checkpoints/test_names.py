@@ -5,16 +5,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from qzo.checkpoints.names import Names
+from tests.support.float_models import ONE_BLOCK
 from tests.support.vision_models import build
-
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 16,
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,7 @@ def test_an_older_name_is_found_and_remembered_by_its_owner(llava):
 @pytest.fixture
 def mixtral():
     with torch.device("meta"):
-        return MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=2))
+        return MixtralForCausalLM(MixtralConfig(**ONE_BLOCK, num_local_experts=2))
 
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
@@ -74,7 +66,7 @@ def test_what_is_more_than_a_name_is_left_to_transformers(llava):
     """It stacks experts until they are split here; a renaming alone is done here."""
     sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 2}
     with torch.device("meta"):
-        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**TINY | sizes))
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**ONE_BLOCK | sizes))
     names = Names(model)
     assert names.converted("model.layers.0.mlp.experts.1.down_proj.weight")
     assert not names.converted("model.layers.0.mlp.shared_expert.down_proj.weight")

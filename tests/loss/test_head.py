@@ -9,17 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from qzo.loss import head
+from tests.support.float_models import TWO_BLOCKS
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
 IDS = torch.arange(3, 15)[None] + torch.tensor([[0], [7], [14], [21]])
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 ROW, COLUMN = torch.tensor([0, 0, 1, 3, 3, 2]), torch.tensor([2, 7, 11, 0, 5, 5])  # of two evaluations, three each
@@ -40,7 +31,7 @@ class HeadNotNamed(transformers.LlamaForCausalLM):
 
 def make(cls=transformers.LlamaForCausalLM, **changes):
     torch.manual_seed(0)
-    return cls(transformers.LlamaConfig(**SIZES | changes)).eval()
+    return cls(transformers.LlamaConfig(**TWO_BLOCKS | changes)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +106,7 @@ def test_where_the_head_cannot_be_cut_all_logits_are_computed_with_one_warning(c
 
 
 def test_a_model_without_logits_is_refused():
-    bare = transformers.LlamaModel(transformers.LlamaConfig(**SIZES)).eval()
+    bare = transformers.LlamaModel(transformers.LlamaConfig(**TWO_BLOCKS)).eval()
     with pytest.raises(ValueError, match=r"LlamaModel has no language-model head \(its output has no logits\)"):
         next(head.logits_at(bare, INPUTS, ROW, COLUMN))
 
@@ -139,7 +130,9 @@ def test_what_the_head_reads(model):
 
 
 def test_a_forward_has_no_cache_and_no_routers_loss():
-    config = transformers.MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
+    config = transformers.MixtralConfig(
+        **TWO_BLOCKS, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True
+    )
     torch.manual_seed(0)
     output = head.forward(transformers.MixtralForCausalLM(config).eval(), INPUTS)
     assert output.past_key_values is None

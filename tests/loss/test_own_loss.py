@@ -13,17 +13,8 @@ from qzo.loss.losses import Stacked
 from qzo.nn.layers import arena_of, layers
 from qzo.training.data import Example
 from qzo.training.task import Task
+from tests.support.float_models import TWO_BLOCKS
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
 IDS = torch.arange(3, 15)[None].repeat(2, 1)
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
 
@@ -63,7 +54,7 @@ class Smoothed(transformers.LlamaForCausalLM):
 
 def make(cls=transformers.LlamaForCausalLM, dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    return cls(transformers.LlamaConfig(**SIZES | changes)).to(dtype).eval()
+    return cls(transformers.LlamaConfig(**TWO_BLOCKS | changes)).to(dtype).eval()
 
 
 def own(model):
@@ -92,7 +83,7 @@ def test_a_model_with_another_objective_is_refused():
 def test_a_model_that_reads_in_both_directions_is_refused():
     """Its own loss is the cross entropy of its own logits, and both are of tokens that it has read."""
     torch.manual_seed(0)
-    sizes = {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"}
+    sizes = {key: TWO_BLOCKS[key] for key in TWO_BLOCKS if key != "num_key_value_heads"}
     model = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, max_position_embeddings=32)).eval()
     with pytest.raises(ValueError, match=r"BertLMHeadModel reads text in both directions: .* \(is_decoder in its"):
         qzo.losses(model, BATCH, 1)
@@ -107,7 +98,7 @@ def test_a_task_refuses_before_anything_runs():
 
 def test_a_regression_is_no_classification():
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES | {"num_labels": 3, "problem_type": "multi_label_classification"})
+    config = transformers.LlamaConfig(**TWO_BLOCKS | {"num_labels": 3, "problem_type": "multi_label_classification"})
     model = transformers.LlamaForSequenceClassification(config).eval()
     with pytest.raises(ValueError, match="Target size"):
         qzo.losses(model, {**BATCH, "labels": torch.tensor([0, 2])}, 1)
@@ -120,7 +111,7 @@ def test_a_router_whose_loss_the_config_asks_for():
     """Mixtral adds the router's loss to its own; neither the step nor the comparison has it."""
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        **SIZES, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True, router_aux_loss_coef=1.0
+        **TWO_BLOCKS, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True, router_aux_loss_coef=1.0
     )
     model = transformers.MixtralForCausalLM(config).eval()
     with torch.no_grad():
@@ -178,7 +169,9 @@ def test_vision_language_models_do_what_their_own_forward_does(text, changes):
     sight = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, image_size=28, num_attention_heads=2, patch_size=14
     )
-    config = transformers.LlavaConfig(text_config=text(**SIZES | changes), vision_config=sight, image_token_index=60)
+    config = transformers.LlavaConfig(
+        text_config=text(**TWO_BLOCKS | changes), vision_config=sight, image_token_index=60
+    )
     model = transformers.LlavaForConditionalGeneration(config).eval()
     assert torch.allclose(qzo.losses(model, BATCH, 2), own(model).expand(2), rtol=1e-5)
 
@@ -194,7 +187,7 @@ def test_labels_that_differ_between_evaluations_are_refused():
 def test_losses_that_are_not_finite_are_no_other_logits(value):
     """A dtype that overflows, or a damaged tensor: the step is skipped and says so."""
     torch.manual_seed(0)
-    model = qzo.quantize_(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), group_size=32)
+    model = qzo.quantize_(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TWO_BLOCKS)), group_size=32)
     weight = model.model.norm.weight
     good, weight.data = weight.data, torch.full_like(weight, value)
     optimizer = qzo.QZO(model, lr=0.1)

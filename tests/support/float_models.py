@@ -14,6 +14,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+ONE_BLOCK = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 16,
+}
+TWO_BLOCKS = ONE_BLOCK | {"num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0, "initializer_range": 0.2}
 TINY = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 # no K of the Llama is a multiple of 128
 LLAMA = LlamaConfig(

@@ -9,12 +9,10 @@ import pytest
 import torch
 import transformers
 
-from qzo.cli.main import main
 from qzo.training.data import Example
 from qzo.training.packing import row_of
 from qzo.training.prefix import FrozenPrefix
 from qzo.training.task import Task, fit_label_bias, measure
-from tests.support import tiny
 
 BERT = {
     "hidden_size": 64,
@@ -123,38 +121,6 @@ def test_rows_longer_than_what_the_config_says_keep_their_tokens_in_buckets():
     model, examples = llama(max_position_embeddings=10), [text(4), text(12)]
     wanted = Task(model, examples, 0, bucketed=False).evaluate()["loss"]
     assert Task(model, examples, 0, bucketed=True).evaluate()["loss"] == pytest.approx(wanted, rel=1e-6)
-
-
-def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
-    base = tiny.save_checkpoint(tmp_path / "base")
-    config = transformers.AutoConfig.from_pretrained(base)
-    config.vocab_size = 8
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    data = tiny.write_jsonl(tmp_path / "train.jsonl", [{"prompt": "red", "completion": "warm"}] * 2)
-    assert (
-        main(
-            [
-                "train",
-                "--model",
-                str(base),
-                "--data",
-                str(data),
-                "--output-dir",
-                str(tmp_path / "out"),
-                "--max-steps",
-                "1",
-                "--batch-size",
-                "2",
-                "--group-size",
-                "32",
-                "--device",
-                "cpu",
-            ]
-        )
-        == 2
-    )
-    assert "LlamaForCausalLM knows 8: the tokenizer is another model's" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------------------------- what it holds
