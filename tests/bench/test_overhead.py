@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-import torch
 
 import qzo
 from qzo.bench import overhead
