@@ -1,7 +1,7 @@
 """The study that decides the defaults: `python -m qzo.bench.study TASK --packages FOLDER --out FILE.jsonl`.
 
-Three real tasks (tasks.py), each method (methods.py) at equal numbers of forward rows with its own learning rate: the
-one of a few with the least loss on validation rows, mean of two seeds, so that the held-out rows decide nothing. A row of the
+Three real tasks (tasks.py), each method (methods.py) at equal numbers of forward rows with its own learning rate: that
+of a few with the least loss on validation rows, mean of two seeds: the held-out rows decide nothing. A row of the
 file is a run; what stands there already is not run again, so a study that was stopped goes on. `python -m
 qzo.bench.study.report FILE.jsonl` makes the table and the picture.
 """
