@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 Same = TypeVar("Same", bound=dict[str, Any])
 
-NOT_INPUTS = (
+NOT_INPUTS = {
     "labels",
     "label",
     "option_ids",
@@ -26,10 +26,9 @@ NOT_INPUTS = (
     "slots",
     "static",
     "states",
-    "logits_to_keep",
-    "num_logits_to_keep",
-    "return_dict",
-)  # the last three: ours to say
+}
+NOT_INPUTS |= {"logits_to_keep", "num_logits_to_keep", "return_dict"}  # ours to say
+GRAIN = 2.0**30  # losses are summed in whole parts of this size
 
 
 class Stacked(dict[str, Any]):
@@ -169,19 +168,40 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor
         A batch without labels; labels of another shape or dtype than these; rows that E does not divide; a model
         without a config, or whose own loss is another than the cross entropy above.
     """
+    sums = loss_sums(model, batch, copies)
+    return (sums[:, 0] / sums[:, 1]).float()
+
+
+def loss_sums(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
+    """What the means of `losses`, whose arguments and errors these are, are made of: sums of losses and their numbers.
+
+    Sums over parts of a batch, on several ranks or one after another, add up to those of the whole: each loss is
+    rounded to a multiple of 2**-30, and sums of such below 2**23 are exact, so no order or division changes a bit.
+
+    Returns
+    -------
+    torch.Tensor
+        float64 [E, 2]: nats, and how many labels they are of (examples, where they have options); on the model's
+        device, no gradient.
+    """
     batch = _stacked(model, batch, copies)
     with torch.no_grad():
         own_loss.check(model, batch, copies)
         if "option_ids" in batch or "options" in batch:
             scores = option_scores(model, batch, copies)
-            each = functional.cross_entropy(scores, batch["label"], reduction="none")
-            return each.view(copies, -1).mean(1)
+            each = functional.cross_entropy(scores, batch["label"], reduction="none").view(copies, -1)
+            return _sums(each, torch.ones_like(each))
         if "labels" not in batch and "targets" not in batch:
             raise ValueError(
                 f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
                 "-100 where there is none, or option_ids and label"
             )
-        return _label_losses(model, batch, copies)
+        return _label_sums(model, batch, copies)
+
+
+def _sums(each: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """float64 [E, 2] of losses and what counts among them, both of E rows in turn."""
+    return torch.stack([(each.double() * GRAIN).round() / GRAIN, counted.double()]).sum(2).T
 
 
 def _stacked(model: "PreTrainedModel", batch: Inputs, copies: int) -> Stacked:
@@ -317,20 +337,19 @@ def model_inputs(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> di
     return inputs
 
 
-def _label_losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
+def _label_sums(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
     if "labels" in batch and batch["labels"].dim() == 1:
-        logits = forward(model, model_inputs(model, batch)).logits.float()
-        each = functional.cross_entropy(logits, batch["labels"], reduction="none").view(copies, -1)
-        return each.sum(1) / (batch["labels"] != -100).view(copies, -1).sum(1)
+        logits, labels = forward(model, model_inputs(model, batch)).logits.float(), batch["labels"]
+        each = functional.cross_entropy(logits, labels, reduction="none").view(copies, -1)
+        return _sums(each, (labels != -100).view(copies, -1))
     if "static" in batch:
         each, labelled = _target_losses(model, batch, copies), batch["targets"] != -100
-        return each.view(copies, -1).sum(1) / labelled.view(copies, -1).sum(1)
-    row, _, each = _token_losses(model, batch, copies)
+        return _sums(each.view(copies, -1), labelled.view(copies, -1))
+    _, _, each = _token_losses(model, batch, copies)
     if not len(each):
         raise ValueError("no position of the batch carries a label: every entry of labels is -100")
-    evaluation = row // (_rows(batch) // copies)
-    total = torch.zeros(copies, device=each.device).index_add_(0, evaluation, each)
-    return total / (len(each) // copies)  # every evaluation holds the same labels
+    each = each.view(copies, -1)  # every evaluation holds the same labels
+    return _sums(each, torch.ones_like(each))
 
 
 def _rows(batch: Inputs) -> int:

@@ -21,6 +21,7 @@ from torch import nn
 from ..kernels.noise import law_number
 from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
+from .shares import means
 from .step import project, update
 
 LIMIT = 8  # graphs held at once
@@ -47,7 +48,7 @@ class Optimizer(Protocol):
         """Those of the coming step."""
 
     def losses(self, closure: Closure, evaluations: Evaluations, paired: bool) -> torch.Tensor:
-        """[2 J] of the evaluations."""
+        """[2 J] of the evaluations, or their sums and counts [2 J, 2]."""
 
     def rates(self) -> tuple[float, float, float]:
         """(lr / J, 2 eps, clip) of the coming step."""
@@ -132,7 +133,7 @@ class GraphStep:
     def _step(self) -> torch.Tensor:
         """float64 [4 J]: losses, derivatives, applied."""
         group = self.optimizer.param_groups[0]
-        losses = self.optimizer.losses(self.call, self.evaluations, self.paired).double()
+        losses = means(self.optimizer.losses(self.call, self.evaluations, self.paired))
         derivatives, applied = project(losses, self.rates, law_number(group["noise"]))
         update(self.optimizer.arena, self.evaluations.seeds[0::2].contiguous(), applied, group)
         return torch.cat([losses, derivatives, applied.double()])

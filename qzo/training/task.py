@@ -11,7 +11,7 @@ import torch
 
 from ..loss import own_loss
 from ..loss.head import has_encoder
-from ..loss.losses import losses, model_inputs, option_scores, pair
+from ..loss.losses import loss_sums, losses, model_inputs, option_scores, pair
 from ..system.progress import tracked
 from .buckets import Buckets, next_step
 from .compiled import Compiled
@@ -136,8 +136,16 @@ class Task:
 
     def compiled_losses(self, batch: Batch, count: int) -> torch.Tensor:
         """The same through the compiled body, if there is one."""
-        with contextlib.nullcontext() if self.compiled is None else self.compiled.body():
+        with self._body():
             return self.losses(batch, count)
+
+    def compiled_sums(self, batch: Batch, count: int) -> torch.Tensor:
+        """What those are the means of (`loss_sums`), float64 [count, 2], through the compiled body too."""
+        with self._body(), self._starting(batch):
+            return loss_sums(self.model, batch, count)
+
+    def _body(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.compiled is None else self.compiled.body()
 
     @torch.no_grad()
     def scores(self, batch_size: int = 32, first: int | None = None) -> torch.Tensor:
@@ -171,14 +179,25 @@ class Task:
         order = sorted(range(count), key=lambda i: (len(self.examples[i].ids), i))
         return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
-    def batch(self, indices: Sequence[int], count: int) -> Batch:
-        """The batch of these examples for `count` evaluations, stacked; with the prefix's output as `states`."""
+    def batch(self, indices: Sequence[int], count: int, among: Sequence[int] | None = None) -> Batch:
+        """The batch of these examples for `count` evaluations, stacked; with the prefix's output as `states`.
+
+        among: the examples of the whole step, where these are a rank's part of them: rows that are not joined have the
+        width they have in the batch of all, so that they also have the bits.
+        """
         examples = [self.examples[i] for i in indices]
         several = _several(examples)
         rows = [self._rows(example, several) for example in examples]
-        lengths = [len(row) for some in rows for row in some]
-        join = self.joins and joining_pays(lengths)
-        shape = self._shape(examples, several, lengths, join) if self.bucketed else None
+        lengths = of_all = [len(row) for some in rows for row in some]
+        if among is not None:
+            step = [self.examples[i] for i in among]
+            of_all = [len(row) for example in step for row in self._rows(example, _several(step))]
+        join = self.joins and joining_pays(of_all)
+        shape: tuple[int, int | None] | None = None
+        if self.bucketed:
+            shape = self._shape(examples, several, lengths if join else of_all, join)
+        elif among is not None and not join:
+            shape = max(of_all), None
         if join or (several and self.shares):
             batch = packed_batch(examples, self.pad_id, self.device, join, shape)
         else:
