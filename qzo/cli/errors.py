@@ -9,7 +9,7 @@ from ..optim.journal import JournalError, read
 from ..system import disk
 from ..system.memory import explain, is_out_of_memory
 from ..system.progress import showing
-from ..system.ranks import RanksDiverged
+from ..system.ranks import RankLost, RanksDiverged
 from ..training.loop import Interrupted
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -43,7 +43,7 @@ def reporting(execute: Callable[[argparse.Namespace], int | None], options: argp
     except BAD_INPUT as error:
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError, RanksDiverged) as error:
+    except (FloatingPointError, OSError, RanksDiverged, RankLost) as error:
         out = vars(options).get("output_dir")
         text = full_disk(error, options.command, out) if disk.full(error) else _line(error)
         print(f"qzo {options.command}: {text}", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
 from ..reports.memory import Run, predict_loaded
-from ..system.ranks import FirstFailed, Ranks, RanksDiffer, RanksDiverged, joined, launched
+from ..system.ranks import FirstFailed, RankLost, Ranks, RanksDiffer, RanksDiverged, joined, launched
 from ..training.data import IGNORED, Example
 from ..training.folder import write_results
 from ..training.loop import build_task, check_batch_size, choose_layers, fit, planned_steps
@@ -66,7 +66,7 @@ def execute(options: argparse.Namespace) -> int:
         stack.enter_context(contextlib.redirect_stderr(nowhere))
         try:
             return execute_on(ranks, settings, own)
-        except (RanksDiffer, RanksDiverged, FirstFailed):  # which the first tells
+        except (RanksDiffer, RanksDiverged, FirstFailed, RankLost):  # which the first, or the one that is lost, tells
             return 1
 
 

@@ -15,19 +15,8 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 Same = TypeVar("Same", bound=dict[str, Any])
 
-NOT_INPUTS = {
-    "labels",
-    "label",
-    "option_ids",
-    "options",
-    "seen_until",
-    "sources",
-    "targets",
-    "slots",
-    "static",
-    "states",
-}
-NOT_INPUTS |= {"logits_to_keep", "num_logits_to_keep", "return_dict"}  # ours to say
+NOT_INPUTS = {"labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots", "static"}
+NOT_INPUTS |= {"states", "logits_to_keep", "num_logits_to_keep", "return_dict"}  # the last three: ours to say
 GRAIN = 2.0**30  # losses are summed in whole parts of this size
 
 

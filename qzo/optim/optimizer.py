@@ -179,7 +179,7 @@ class QZO(torch.optim.Optimizer):
         """See that all ranks are alike, open the journal on the first, and apply the steps it holds on all."""
         group = self.param_groups[0]
         if self.ranks.count > 1:
-            recipe = {**recipe, "ranks": self.ranks.count, "parallel": self.parallel}
+            recipe = {**recipe, "ranks": self.ranks.count, "shares": self.parallel}
         header = journal_header(self.module, group, recipe)
         self.ranks.check_same({**header, "lr": group["lr"], "journal": journal is not None})
         if journal is None:

@@ -30,6 +30,10 @@ class RanksDiverged(RuntimeError):
     """The scales of some ranks have other bits than those of the others."""
 
 
+class RankLost(RuntimeError):
+    """Another rank has ended, or does not answer."""
+
+
 class Ranks:
     """The processes of a run, this one among them.
 
@@ -49,7 +53,8 @@ class Ranks:
             return values.cpu()[None]
         values = values.to(_device()).contiguous()
         found = [torch.empty_like(values) for _ in range(self.count)]
-        dist.all_gather(found, values)
+        with _listening():
+            dist.all_gather(found, values)
         self.sent += values.nbytes
         return torch.stack(found).cpu()
 
@@ -76,11 +81,12 @@ class Ranks:
     def _broadcast(self, data: bytes) -> bytes:
         """Bytes of the first rank, on all."""
         size = torch.tensor(len(data), device=_device())
-        dist.broadcast(size, 0)
-        body = torch.empty(int(size), dtype=torch.uint8, device=size.device)
-        if self.first:
-            body.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(body, 0)
+        with _listening():
+            dist.broadcast(size, 0)
+            body = torch.empty(int(size), dtype=torch.uint8, device=size.device)
+            if self.first:
+                body.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            dist.broadcast(body, 0)
         self.sent += self.first * (size.nbytes + body.nbytes)
         return body.cpu().numpy().tobytes()
 
@@ -153,6 +159,18 @@ def digest(scales: torch.Tensor) -> int:
     for block in scales.detach().flatten().split(BLOCK):
         hashed.update(block.contiguous().cpu().numpy().data)
     return int.from_bytes(hashed.digest(), "little", signed=True)
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[None]:
+    """What a collective call says of ranks that are no longer there becomes RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(
+            f"another rank has ended or does not answer ({str(error).splitlines()[0]}): what it said itself tells why; "
+            "steps in the journal are whole"
+        ) from error
 
 
 def _shown(value: Any) -> str:

@@ -7,8 +7,13 @@ from typing import Any, cast
 import pytest
 import torch
 
+from qzo.nn.layers import arena_of
+from qzo.optim.optimizer import QZO
 from qzo.optim.shares import Share, check_parallel, means
 from qzo.system.ranks import Ranks
+from tests.support import ranks
+from tests.support.close import assert_same_bits
+from tests.support.small_layers import block
 
 
 def share(rank, count, evaluations, parallel, gathered=None):
@@ -81,3 +86,39 @@ def test_fewer_examples_than_parts_are_refused():
 def test_a_division_is_a_text():
     with pytest.raises(ValueError, match="parallel=4"):
         check_parallel(cast(Any, 4))
+
+
+def steps_of(parallel, paired=True):
+    """Six steps of a library's user, whose examples lie on the ranks as `rows` says; (scales, bytes sent a step)."""
+    torch.manual_seed(3)
+    x, module = torch.randn(8, 64), block()
+    optimizer = QZO(module, 0.1, directions=2, parallel=parallel, paired=paired, check_every=0)
+    mine = x[optimizer.share.rows(8)]
+
+    def closure():
+        count = len(optimizer.evaluations()) if paired else 1
+        return module(mine.repeat(count, 1)).double().square().view(count, -1).mean(1)
+
+    before = optimizer.ranks.sent
+    for _ in range(6):
+        optimizer.step(closure)
+    return arena_of(module).data.tolist(), (optimizer.ranks.sent - before) / 6
+
+
+@pytest.mark.parametrize(("parallel", "evaluations"), [("data", 4), ("directions", 1), ("2x2", 2)])
+def test_a_step_sends_16_bytes_for_each_evaluation_of_a_rank(parallel, evaluations, tmp_path):
+    found = ranks.run(tmp_path, 4, steps_of, parallel)
+    assert [sent for _, sent in found] == [16 * evaluations] * 4
+    assert all(scales == found[0][0] for scales, _ in found)
+    whole, nothing = steps_of(None)
+    assert nothing == 0
+    if parallel == "directions":
+        assert_same_bits(torch.tensor(found[0][0]), torch.tensor(whole))
+    else:  # means of means in float64 round otherwise than the mean of all
+        torch.testing.assert_close(torch.tensor(found[0][0]), torch.tensor(whole), rtol=1e-4, atol=0)
+
+
+def test_a_rank_that_asks_to_be_alone_is_no_part_of_the_group(tmp_path):
+    alone, whole = ranks.run(tmp_path, 2, steps_of, None, False), steps_of(None)
+    assert [sent for _, sent in alone] == [0, 0]
+    assert alone[0][0] == alone[1][0] == whole[0]

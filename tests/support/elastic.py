@@ -13,7 +13,6 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qzo.cli.main import main
-from qzo.optim.journal import Journal
 from qzo.optim.optimizer import QZO
 
 KILLS = ((2, 70), (0, 141))
@@ -61,6 +60,5 @@ def launch(count, *arguments):
 
 
 if __name__ == "__main__":
-    assert Journal
     launch(*sys.argv[1:5])
     train(*sys.argv[2:4], sys.argv[4] + "-alone")

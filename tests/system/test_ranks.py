@@ -1,6 +1,7 @@
 """What ranks tell each other: in order, the same on each, with the first difference named."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ def fails():
 
 
 def said(function, *arguments):
+    """What it raises, None if nothing."""
     try:
         function(*arguments)
     except (ValueError, RuntimeError) as error:
@@ -47,6 +49,14 @@ def conversation():
     found["diverged"] = said(one.check_alike, scales, 200, 100)
     found["alone"] = Ranks(alone=True).count
     return found
+
+
+def one_ends():
+    """Rank 1 is gone when rank 0 asks."""
+    one = Ranks()
+    if one.rank:
+        os._exit(1)
+    return said(one.gather, torch.zeros(1))
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +89,11 @@ def test_the_rank_whose_scales_differ_is_named_on_all(heard):
         assert one["alike"] is None
         assert one["diverged"].startswith("RanksDiverged: after step 200 the scales of rank 2 of 3 have other bits")
         assert "after step 100 all were the same" in one["diverged"]
+
+
+def test_a_rank_that_has_ended_is_said_to_have(tmp_path):
+    [told] = ranks.run(tmp_path, 2, one_ends, left=1)
+    assert told.startswith("RankLost: another rank has ended or does not answer (")
 
 
 def test_one_process_is_the_first_of_one_and_sends_nothing():
