@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -14,15 +15,16 @@ from typing import Any
 
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
+from ..loss.label_bias import fit_label_bias
 from ..reports.memory import Run, predict_loaded
 from ..system.ranks import FirstFailed, RankLost, Ranks, RanksDiffer, RanksDiverged, joined, launched
 from ..training.data import IGNORED, Example
 from ..training.folder import write_results
-from ..training.loop import build_task, check_batch_size, choose_layers, fit, planned_steps
+from ..training.loop import build_task, check_batch_size, choose_layers, fit, fits_biases, planned_steps
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
-from ..training.task import Measure, Task, fit_label_bias, measure
+from ..training.task import Measure, Task, measure
 from ..training.validation import PARTS, Base, Validation
 from .common import load, say, scores_as_text, steps_of
 from .options import model_of
@@ -96,6 +98,7 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
     run = train(task, settings, own, held_out.get("valid"))
     if not ranks.first:
         return 0
+    biases = task.fit_biases_() if fits_biases(task, settings) else []
     after = {split: held.evaluate() for split, held in held_out.items()}
     model_dir = save(model, own["output_dir"])
     split = "valid" if "valid" in after else "test"
@@ -108,6 +111,7 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
             for name in after
         },
         **run,
+        "label_bias": biases,
         "seconds": round(time.perf_counter() - started, 1),
         "seed": settings.seed,
         "device": str(task.device),
@@ -138,7 +142,8 @@ def train(task: Task, settings: Settings, own: Mapping[str, Any], valid: Task | 
         steps = steps_of(out / "journal.qzo")
         return {"steps": steps, "resumed_from": already, "best": None, "model_step": steps}
     every = settings.eval_every or max(1, settings.max_steps // PARTS)
-    validation = Validation(valid.evaluate, every, settings.patience)
+    measured = functools.partial(valid.evaluate, fitted=fits_biases(task, settings))
+    validation = Validation(measured, every, settings.patience)
     base = Base(task.model) if settings.keep == "best" else None
     already = fit(task, settings, out, resume=bool(own["resume"]), validation=validation)
     if not Ranks().first:

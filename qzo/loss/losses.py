@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from . import own_loss
 from .head import Inputs, decoder_inputs, forward, has_encoder, head_input, logits_at, row_count
+from .label_bias import centring
+from .sums import exact_sums, means
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,9 +17,8 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 Same = TypeVar("Same", bound=dict[str, Any])
 
-NOT_INPUTS = {"labels", "label", "option_ids", "options", "seen_until", "sources", "targets", "slots", "static"}
-NOT_INPUTS |= {"states", "logits_to_keep", "num_logits_to_keep", "return_dict"}  # the last three: ours to say
-GRAIN = 2.0**30  # losses are summed in whole parts of this size
+NOT_INPUTS = {"labels", "label", "option_ids", "option_bias", "options", "seen_until", "sources", "targets", "slots"}
+NOT_INPUTS |= {"static", "states", "logits_to_keep", "num_logits_to_keep", "return_dict"}  # the last three: ours to say
 
 
 class Stacked(dict[str, Any]):
@@ -120,7 +121,8 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor
     - labels [B, T]: next-token cross entropy where labels are not -100, as in transformers; for an encoder-decoder
       model those of the decoder, its inputs made of them if not given
     - labels [B]: class labels of a model that returns logits [B, classes]
-    - option_ids [B, O], label [B]: cross entropy over O next tokens after each row's last attended position
+    - option_ids [B, O], label [B]: cross entropy over O next tokens after each row's last attended position; with
+      option_bias float32 [B, O], these are added to their scores
     - labels [B*O, T], options O, label [B]: cross entropy over O options of several tokens each, one row an option,
       scored by their mean log-likelihood
 
@@ -157,40 +159,35 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor
         A batch without labels; labels of another shape or dtype than these; rows that E does not divide; a model
         without a config, or whose own loss is another than the cross entropy above.
     """
-    sums = loss_sums(model, batch, copies)
-    return (sums[:, 0] / sums[:, 1]).float()
+    return means(loss_sums(model, batch, copies)).float()
 
 
-def loss_sums(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
+def loss_sums(model: "PreTrainedModel", batch: Inputs, copies: int, centred: bool = False) -> torch.Tensor:
     """What the means of `losses`, whose arguments and errors these are, are made of: sums of losses and their numbers.
 
-    Sums over parts of a batch, on several ranks or one after another, add up to those of the whole: each loss is
-    rounded to a multiple of 2**-30, and sums of such below 2**23 are exact, so no order or division changes a bit.
+    Those of parts of a batch, on several ranks or one after another, add up to those of the whole, bit for bit
+    (sums.py). centred: of a batch with options also the sums by which a loss leaves out what biases do (label_bias.py).
 
     Returns
     -------
     torch.Tensor
-        float64 [E, 2]: nats, and how many labels they are of (examples, where they have options); on the model's
-        device, no gradient.
+        float64 [E, 2], centred [E, 2 + 2 O]: nats, and how many labels they are of (examples, where they have options);
+        on the model's device, no gradient.
     """
     batch = _stacked(model, batch, copies)
     with torch.no_grad():
         own_loss.check(model, batch, copies)
         if "option_ids" in batch or "options" in batch:
             scores = option_scores(model, batch, copies)
-            each = functional.cross_entropy(scores, batch["label"], reduction="none").view(copies, -1)
-            return _sums(each, torch.ones_like(each))
+            each = functional.cross_entropy(scores, batch["label"], reduction="none")[:, None]
+            columns = [each, torch.ones_like(each), *([centring(scores, batch["label"])] if centred else [])]
+            return exact_sums(torch.cat(columns, 1).unflatten(0, (copies, -1)))
         if "labels" not in batch and "targets" not in batch:
             raise ValueError(
                 f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
                 "-100 where there is none, or option_ids and label"
             )
         return _label_sums(model, batch, copies)
-
-
-def _sums(each: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """float64 [E, 2] of losses and what counts among them, both of E rows in turn."""
-    return torch.stack([(each.double() * GRAIN).round() / GRAIN, counted.double()]).sum(2).T
 
 
 def _stacked(model: "PreTrainedModel", batch: Inputs, copies: int) -> Stacked:
@@ -266,7 +263,8 @@ def option_scores(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> t
         for logits in logits_at(model, model_inputs(model, batch, copies), row, column, copies):
             parts.append(logits.gather(2, ids[:, start : start + logits.shape[1]]))
             start += logits.shape[1]
-        return torch.cat(parts, 1).flatten(0, 1)
+        scores = torch.cat(parts, 1).flatten(0, 1)
+        return scores + batch["option_bias"] if "option_bias" in batch else scores
     count = batch["label"].shape[0] * batch["options"]
     if "static" in batch:
         negative, targets = _target_losses(model, batch, copies), batch["targets"]
@@ -330,15 +328,15 @@ def _label_sums(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.T
     if "labels" in batch and batch["labels"].dim() == 1:
         logits, labels = forward(model, model_inputs(model, batch)).logits.float(), batch["labels"]
         each = functional.cross_entropy(logits, labels, reduction="none").view(copies, -1)
-        return _sums(each, (labels != -100).view(copies, -1))
+        return exact_sums(torch.stack([each, (labels != -100).view_as(each)], 2))
     if "static" in batch:
         each, labelled = _target_losses(model, batch, copies), batch["targets"] != -100
-        return _sums(each.view(copies, -1), labelled.view(copies, -1))
+        return exact_sums(torch.stack([each, labelled], 2).view(copies, -1, 2))
     _, _, each = _token_losses(model, batch, copies)
     if not len(each):
         raise ValueError("no position of the batch carries a label: every entry of labels is -100")
     each = each.view(copies, -1)  # every evaluation holds the same labels
-    return _sums(each, torch.ones_like(each))
+    return exact_sums(torch.stack([each, torch.ones_like(each)], 2))
 
 
 def _rows(batch: Inputs) -> int:

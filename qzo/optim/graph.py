@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from ..kernels.noise import law_number
+from ..loss.sums import means
 from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
-from .shares import means
 from .step import project, update
 
 LIMIT = 8  # graphs held at once
@@ -48,7 +48,7 @@ class Optimizer(Protocol):
         """Those of the coming step."""
 
     def losses(self, closure: Closure, evaluations: Evaluations, paired: bool) -> torch.Tensor:
-        """[2 J] of the evaluations, or their sums and counts [2 J, 2]."""
+        """[2 J] of the evaluations, or their sums [2 J, S]."""
 
     def rates(self) -> tuple[float, float, float]:
         """(lr / J, 2 eps, clip) of the coming step."""

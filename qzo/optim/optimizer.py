@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..kernels.noise import check_sharing, law_number, step_seed
+from ..loss.sums import fits
 from ..nn import ops
 from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
@@ -241,7 +242,7 @@ class QZO(torch.optim.Optimizer):
             closure(), or closure(batch), runs forward only. Paired it is called once and returns the loss of each
             evaluation, a tensor [2 J] of any float dtype, of a batch stacked 2 J times (`qzo.pair`, `qzo.losses`); else
             it is called 2 J times, each under one evaluation, and returns a scalar. On one of several ranks it returns
-            those of `evaluations()` over its own examples, which count alike on all, or [2 J, 2] of `qzo.loss_sums`.
+            those of `evaluations()` over its own examples, which count alike on all, or what `qzo.loss_sums` gives.
         paired
             None: what the optimizer was made with (True unless said otherwise).
         batch
@@ -350,12 +351,11 @@ class QZO(torch.optim.Optimizer):
             yield
 
     def losses(self, closure: Closure, evaluations: Evaluations, paired: bool) -> torch.Tensor:
-        """[e] or [e, 2] of the evaluations, where the closure left them; what `step` raises for another shape."""
+        """[e] or [e, S] of the evaluations, where the closure left them; what `step` raises for another shape."""
         if paired:
             with self.perturbed(evaluations):
                 losses = closure()
-            shapes = (len(evaluations),), (len(evaluations), 2)
-            if not isinstance(losses, torch.Tensor) or losses.shape not in shapes:
+            if not isinstance(losses, torch.Tensor) or not fits(losses, len(evaluations)):
                 got = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
                 raise ValueError(
                     f"the closure must return a tensor [{len(evaluations)}], the loss of each evaluation; got {got}. "
@@ -366,12 +366,12 @@ class QZO(torch.optim.Optimizer):
         for e in range(len(evaluations)):
             with self.perturbed(evaluations[e : e + 1]):
                 singles.append(torch.as_tensor(closure(), dtype=torch.float64))
-            if singles[-1].numel() != 1 and singles[-1].shape != (1, 2):
+            if singles[-1].numel() != 1 and not fits(singles[-1], 1):
                 raise ValueError(
                     f"with paired=False the closure must return one number, the loss of the evaluation it "
                     f"runs under; got {list(singles[-1].shape)}"
                 )
-        return torch.cat([loss if loss.shape == (1, 2) else loss.view(1) for loss in singles])
+        return torch.cat([loss.view(1) if loss.numel() == 1 else loss for loss in singles])
 
     def _apply(self, records: Sequence[Record]) -> None:
         """The update of one step from its records: what a replay does, too."""

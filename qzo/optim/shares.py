@@ -13,6 +13,7 @@ import re
 
 import torch
 
+from ..loss.sums import means
 from ..system.ranks import Ranks
 
 PARALLEL = re.compile(r"data|directions|[1-9]\d*x[1-9]\d*")
@@ -56,24 +57,18 @@ class Share:
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
         """The loss of each of the step's evaluations, float64 [2 J] on the CPU, the same bits on every rank.
 
-        losses: of this rank's evaluations; [e, 2], sums and counts (`loss_sums`), or [e], which count alike. They are
-        added in the order of the ranks.
+        losses: of this rank's evaluations; [e, S], sums (`loss_sums`), or [e], which count alike. They are added in the
+        order of the ranks.
         """
-        losses, counted = losses.detach().double().cpu(), losses.dim() == 2
-        pairs = losses if counted else torch.stack([losses, torch.ones_like(losses)], 1)
-        padded = pairs.new_zeros(-(-self.evaluations // self.groups), 2)
-        padded[: len(pairs)] = pairs
-        total = torch.zeros(self.evaluations, 2, dtype=torch.float64)
+        losses, summed = losses.detach().double().cpu(), losses.dim() == 2
+        columns = losses if summed else torch.stack([losses, torch.ones_like(losses)], 1)
+        padded = columns.new_zeros(-(-self.evaluations // self.groups), columns.shape[1])
+        padded[: len(columns)] = columns
+        total = columns.new_zeros(self.evaluations, columns.shape[1])
         for rank, of_rank in enumerate(self.ranks.gather(padded)):
             its = _slice(self.evaluations, rank % self.groups, self.groups)
             total[its] += of_rank[: its.stop - its.start]
-        return means(total) if counted else total[:, 0] / total[:, 1]
-
-
-def means(losses: torch.Tensor) -> torch.Tensor:
-    """float64 [E] of losses [E], or of sums and counts [E, 2], whose mean is rounded to float32 as in `losses`."""
-    losses = losses.double()
-    return losses if losses.dim() == 1 else (losses[:, 0] / losses[:, 1]).float().double()
+        return means(total if summed else total[:, 0] / total[:, 1])
 
 
 def check_parallel(parallel: str) -> None:

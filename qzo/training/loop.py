@@ -28,7 +28,7 @@ from .compiled import Compiled
 from .folder import Metrics, finite
 from .prefix import FrozenPrefix
 from .progress import Progress
-from .settings import Settings
+from .settings import CLASSIFICATION_RATE, RATE, Settings
 from .task import Task
 from .validation import Validation
 
@@ -83,6 +83,9 @@ def fit(
         batch = data.collate(task.examples[:2], task.pad_id, task.device)
         task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
     task.settle()
+    if settings.learning_rate is None:
+        rate = CLASSIFICATION_RATE if fits_biases(task, settings) else RATE
+        settings.learning_rate = rate * settings.directions
     planned, settings.large_rows = ranks.from_first(lambda: _settled(task, settings, out, resume, show))
     optimizer = _optimizer(task, settings, out / "journal.qzo", resume, planned)
     start = optimizer.param_groups[0]["step"]
@@ -122,7 +125,7 @@ def check_batch_size(settings: Settings, examples: int) -> None:
 
 def _optimizer(task: Task, settings: Settings, journal: Path, resume: bool, planned: int) -> QZO:
     """The QZO of a run, its model where the journal left it."""
-    assert settings.learning_rate is not None  # Settings has filled it in
+    assert settings.learning_rate is not None  # `fit` has filled it in
     return QZO(
         task.model,
         settings.learning_rate,
@@ -185,8 +188,10 @@ def _steps(
     share = optimizer.share
     at_once = 1 if settings.sequential else len(range(2 * settings.directions)[share.mine])
 
+    centred = fits_biases(task, settings)
+
     def sums(batch: data.Batch) -> torch.Tensor:  # one object for all steps: a captured step is found by it
-        return task.compiled_sums(batch, at_once)
+        return task.compiled_sums(batch, at_once, centred)
 
     rates = schedule(optimizer, settings, planned)
     for step in range(optimizer.param_groups[0]["step"], settings.max_steps):
@@ -233,6 +238,11 @@ def _settle_large_rows(task: Task, settings: Settings, journal: Path | None, sho
     return value
 
 
+def fits_biases(task: Task, settings: Settings) -> bool:
+    """Whether label biases are fitted when the run has ended, and its steps learn the rest (label_bias.py)."""
+    return settings.label_bias == "fit" and task.classes is not None
+
+
 def recipe(task: Task, settings: Settings, planned: int) -> dict[str, Any]:
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
     digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
@@ -241,6 +251,8 @@ def recipe(task: Task, settings: Settings, planned: int) -> dict[str, Any]:
     bits["large_rows"] = many_rows.NAMES.get(settings.large_rows, settings.large_rows)
     if settings.compile:
         bits["compile"] = True
+    if fits_biases(task, settings):
+        bits["label_bias"] = settings.label_bias
     return {
         "max_steps": planned,
         **{name: getattr(settings, name) for name in kept},

@@ -9,7 +9,7 @@ import torch
 
 from qzo.nn.layers import arena_of
 from qzo.optim.optimizer import QZO
-from qzo.optim.shares import Share, check_parallel, means
+from qzo.optim.shares import Share, check_parallel
 from qzo.system.ranks import Ranks
 from tests.support import ranks
 from tests.support.close import assert_same_bits
@@ -54,12 +54,6 @@ def test_sums_and_counts_are_weighed_by_their_counts():
 def test_a_loss_that_is_not_finite_on_one_rank_is_so_on_all():
     gathered = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[torch.nan, 1.0], [2.0, 1.0]]], dtype=torch.float64)
     assert [x == x for x in share(0, 2, 2, "data", gathered).combine(torch.ones(2)).tolist()] == [False, True]
-
-
-def test_means_of_losses_are_themselves():
-    losses = torch.tensor([0.1, 2.0], dtype=torch.float64)
-    assert torch.equal(means(losses), losses)
-    assert torch.equal(means(torch.tensor([[1.0, 3.0]])), torch.tensor([1 / 3]).double())
 
 
 @pytest.mark.parametrize(

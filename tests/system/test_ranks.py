@@ -74,7 +74,7 @@ def test_what_is_gathered_is_in_the_order_of_the_ranks_and_counted(heard):
 def test_what_the_first_does_is_told_to_all_and_so_is_its_failure(heard):
     assert [one["told"] for one in heard] == [0, 0, 0]
     assert heard[0]["failed"] == "ValueError: no such journal"
-    assert {one["failed"] for one in heard[1:]} == {"ValueError: rank 0: no such journal"}
+    assert {one["failed"] for one in heard[1:]} == {"FirstFailed: rank 0: no such journal"}
 
 
 def test_ranks_that_were_started_otherwise_are_refused_on_all(heard):

@@ -102,7 +102,7 @@ def test_a_journal_of_another_number_of_ranks_is_refused(loaded, tmp_path):
     [first, second] = ranks.run(tmp_path / "ranks", 2, lambda: trained(loaded, tmp_path / "out", resume=True))
     assert first.startswith("JournalError: ")
     assert 'its parallel is null, this run\'s is "data"' in first
-    assert second == f"ValueError: rank 0: {first.partition(': ')[2]}"
+    assert second == f"FirstFailed: rank 0: {first.partition(': ')[2]}"
 
 
 def test_ranks_of_other_settings_or_data_are_refused_before_the_first_step(loaded, tmp_path):
