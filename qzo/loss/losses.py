@@ -328,10 +328,10 @@ def _label_sums(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.T
     if "labels" in batch and batch["labels"].dim() == 1:
         logits, labels = forward(model, model_inputs(model, batch)).logits.float(), batch["labels"]
         each = functional.cross_entropy(logits, labels, reduction="none").view(copies, -1)
-        return exact_sums(torch.stack([each, (labels != -100).view_as(each)], 2))
+        return exact_sums(torch.stack([each, (labels != -100).view_as(each).to(each)], 2))
     if "static" in batch:
         each, labelled = _target_losses(model, batch, copies), batch["targets"] != -100
-        return exact_sums(torch.stack([each, labelled], 2).view(copies, -1, 2))
+        return exact_sums(torch.stack([each, labelled.to(each)], 2).view(copies, -1, 2))
     _, _, each = _token_losses(model, batch, copies)
     if not len(each):
         raise ValueError("no position of the batch carries a label: every entry of labels is -100")

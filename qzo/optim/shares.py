@@ -5,8 +5,9 @@
     AxB          both: A parts of the examples times B groups of the evaluations; A * B ranks
 
 Rank r has part r // B of the examples and group r % B of the evaluations. It sends 16 bytes for each of its
-evaluations, the sum of its losses and how many they are; all ranks then hold the losses of the whole step, take the
-same step by them, and make the noise of all directions themselves.
+evaluations, the sum of its losses and how many they are (and 16 for each option, where label biases are fitted:
+loss/label_bias.py); all ranks then hold the losses of the whole step, take the same step by them, and make the noise of
+all directions themselves.
 """
 
 import re
