@@ -65,7 +65,8 @@ class Ranks:
         """
         if self.count == 1:
             return make()
-        error, told = None, b""
+        error: ValueError | OSError | None = None
+        told = b""
         if self.first:
             try:
                 told = json.dumps([make(), None]).encode()

@@ -26,7 +26,7 @@ def share(rank, count, evaluations, parallel, gathered=None):
     [(1, 2, "data", 3), (3, 4, "data", 8), (3, 4, "directions", 5), (6, 4, "3x2", 7), (6, 6, "2x3", 2)],
 )
 def test_each_example_meets_each_evaluation_on_one_rank(count, evaluations, parallel, examples):
-    met = []
+    met: list[tuple[int, int]] = []
     for rank in range(count):
         one = share(rank, count, evaluations, parallel)
         met += itertools.product(range(examples)[one.rows(examples)], range(evaluations)[one.mine])
