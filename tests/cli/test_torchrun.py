@@ -37,8 +37,7 @@ def test_a_run_whose_ranks_were_killed_twice_ends_in_the_bits_of_the_unbroken_ru
     _, alone, _ = read_whole(folder / "out-alone" / "journal.qzo")
     assert (header["recipe"]["ranks"], len(steps)) == (4, 200)
     assert steps == alone
-    for name in ("model.safetensors",):
-        assert (folder / "out/model" / name).read_bytes() == (folder / "out-alone/model" / name).read_bytes()
+    assert len({(folder / out / "model/model.safetensors").read_bytes() for out in ("out", "out-alone")}) == 1
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(200)]
 
@@ -53,7 +52,7 @@ def test_the_command_line_of_two_ranks(folder):
     done = started(folder, *launcher, *command, str(folder / "two"), "--parallel", "directions", "--json")
     [line] = done.stdout.splitlines()
     assert json.loads(line)["steps"] == 6
-    assert done.stderr.count("step 6/6") <= 1
+    assert done.stderr.count(f"loading {folder}") == 1
     assert main([*command, str(folder / "one")]) == 0
     assert read_whole(folder / "two/journal.qzo")[1] == read_whole(folder / "one/journal.qzo")[1]
     models = [qzo.from_pretrained(folder / name / "model", device="cpu") for name in ("one", "two")]

@@ -34,8 +34,8 @@ def test_each_example_meets_each_evaluation_on_one_rank(count, evaluations, para
 
 
 def test_parts_are_added_in_the_order_of_the_ranks():
-    """1e16 + 1 - 1e16 is 0 in float64: another order of the ranks has other bits."""
-    gathered = torch.tensor([[[1e16, 1.0]], [[1.0, 1.0]], [[-1e16, 1.0]]], dtype=torch.float64)
+    """1 + 1e16 - 1e16 is 0 in float64: another order of the ranks has other bits."""
+    gathered = torch.tensor([[[1.0, 1.0]], [[1e16, 1.0]], [[-1e16, 1.0]]], dtype=torch.float64)
     assert share(0, 3, 1, "data", gathered).combine(torch.ones(1)).tolist() == [0.0]
 
 
