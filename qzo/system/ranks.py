@@ -8,14 +8,18 @@ import collections
 import contextlib
 import hashlib
 import json
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 TOLD = 512  # bytes of a rank's own complaint that others hear
 BLOCK = 1 << 16  # numbers that are hashed at a time
+PATIENCE = 1800.0  # seconds that ranks wait for each other to begin, as torch's groups do
 
 
 class RanksDiffer(ValueError):
@@ -136,11 +140,36 @@ def joined() -> Iterator[Ranks]:
     its own GPU of its machine as the current one, if there are any. ValueError where a variable is missing."""
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank(0) % torch.cuda.device_count())
-    dist.init_process_group()  # gloo for what lies on a CPU, NCCL for what lies on a GPU
+    store, rank, count = next(rendezvous("env://"))
+    store = dist.PrefixStore(_start(store, rank, count), store)
+    dist.init_process_group(store=store, rank=rank, world_size=count)  # gloo on a CPU, NCCL on a GPU
     try:
         yield Ranks()
     finally:
         dist.destroy_process_group()
+
+
+def _start(store: dist.Store, rank: int, count: int) -> str:
+    """A name that all ranks share, and that no earlier start of them had.
+
+    torchrun keeps its store when it starts ranks anew, and in it the addresses of the dead, which those who come first
+    would try (torch 2.13). So each rank leaves a new name; the first lists what is there until each has found its own.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + PATIENCE
+    store.set(f"here/{rank}", mine)
+    while time.monotonic() < until:
+        if rank == 0:
+            names = [store.get(f"here/{other}").decode() for other in range(1, count)]
+            store.set("start", ",".join([mine, *names]))
+            if all(store.check([f"found/{mine}/{name}"]) for name in names):
+                return mine
+        else:
+            first, *names = store.get("start").decode().split(",")
+            if mine in names:
+                store.set(f"found/{first}/{mine}", "")
+                return first
+        time.sleep(0.02)
+    raise RankLost(f"{count} ranks have not found each other within {PATIENCE:g} s")
 
 
 def difference(wanted: Any, got: Any, name: str = "") -> tuple[str, Any, Any] | None:

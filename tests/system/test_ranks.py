@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from qzo.system.ranks import Ranks, difference, digest, joined
+from qzo.system.ranks import Ranks, _start, difference, digest, joined
 from tests.support import ranks
 
 FIELDS = {"seed": 1, "recipe": {"batch_size": 8, "data": "abc"}, "versions": {"qzo": "1"}}
@@ -94,6 +94,17 @@ def test_the_rank_whose_scales_differ_is_named_on_all(heard):
 def test_a_rank_that_has_ended_is_said_to_have(tmp_path):
     [told] = ranks.run(tmp_path, 2, one_ends, left=1)
     assert told.startswith("RankLost: another rank has ended or does not answer (")
+
+
+def name_of_start(kept, count):
+    store = torch.distributed.FileStore(str(kept), count)
+    return _start(store, torch.distributed.get_rank(), count)
+
+
+def test_every_start_of_the_ranks_has_a_name_of_its_own_in_a_store_that_stays(tmp_path):
+    starts = [ranks.run(tmp_path / str(life), 3, name_of_start, tmp_path / "kept", 3) for life in range(2)]
+    assert [len({*names}) for names in starts] == [1, 1]
+    assert starts[0][0] != starts[1][0]
 
 
 def test_one_process_is_the_first_of_one_and_sends_nothing():
