@@ -121,8 +121,8 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor
     - labels [B, T]: next-token cross entropy where labels are not -100, as in transformers; for an encoder-decoder
       model those of the decoder, its inputs made of them if not given
     - labels [B]: class labels of a model that returns logits [B, classes]
-    - option_ids [B, O], label [B]: cross entropy over O next tokens after each row's last attended position; with
-      option_bias float32 [B, O], these are added to their scores
+    - option_ids [B, O], label [B] and perhaps option_bias float32 [B, O]: cross entropy over O next tokens after each
+      row's last attended position, biases added to their scores
     - labels [B*O, T], options O, label [B]: cross entropy over O options of several tokens each, one row an option,
       scored by their mean log-likelihood
 
@@ -136,8 +136,7 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor
     `static`: True beside sources, targets, slots, of plain rows too: no shape and nothing on the host depends on what
     the tensors hold, as a CUDA graph wants it; targets that are -100 are read and count as nothing.
 
-    The model's first batch is checked (own_loss.py): its loss has to be the model's own. Dropout is off, whichever
-    mode the model is in.
+    The model's first batch is checked (own_loss.py): its loss has to be the model's own. Dropout is off in any mode.
 
     Parameters
     ----------
