@@ -6,7 +6,7 @@ losses give a directional derivative; the codes never change.
 The folders are the floors that data passes through, each built on those above it:
 
     kernels/          what a layer computes, in Triton and in torch
-    qzo/system/       disk and memory of the machine
+    qzo/system/       disk and memory of the machine, and its ranks
     qzo/nn/           packed weights, layers, evaluations
     qzo/loss/         logits -> loss of each evaluation
     qzo/optim/        losses -> derivative -> clip -> scales, journal

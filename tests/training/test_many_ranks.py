@@ -113,11 +113,12 @@ def test_ranks_of_other_settings_or_data_are_refused_before_the_first_step(loade
 
 
 def nan_at_the_second_step(task: Task) -> None:
-    calls, sums = [], task.compiled_sums
+    calls: list[int] = []
+    sums = task.compiled_sums
 
-    def faulty(batch, count):
+    def faulty(*arguments):
         calls.append(1)
-        return sums(batch, count) * (math.nan if len(calls) == 2 else 1)
+        return sums(*arguments) * (math.nan if len(calls) == 2 else 1)
 
     task.compiled_sums = faulty  # type: ignore[method-assign]
 
@@ -134,13 +135,14 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(loaded, tmp_path):
 
 def flip(task: Task) -> None:
     """From the third step on this rank's first scale has another bit."""
-    calls, sums = [], task.compiled_sums
+    calls: list[int] = []
+    sums = task.compiled_sums
 
-    def faulty(batch, count):
+    def faulty(*arguments):
         calls.append(1)
         if len(calls) == 3:
             arena_of(task.model).data.view(-1)[0] *= 1 + 2.0**-20
-        return sums(batch, count)
+        return sums(*arguments)
 
     task.compiled_sums = faulty  # type: ignore[method-assign]
 
