@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checkpoints.load import from_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
-from ..loss.label_bias import Centred
+from ..loss.sums import means
 from ..optim.optimizer import QZO
 from ..training import demo, loop
 from ..training.settings import Settings
@@ -44,14 +44,14 @@ def measure(repeats: int) -> dict[str, Any]:
     prefix = loop.choose_layers(model, demo.TRAIN_LAYERS)
     task = loop.build_task(model, demo.headlines()[0][:EXAMPLES], tokenizer, settings, prefix)
     copies = 2 * settings.directions
-    batch, centred = task.batch(task.indices(0, settings.batch_size, 0), copies), Centred(copies)
+    batch = task.batch(task.indices(0, settings.batch_size, 0), copies)
     optimizer = QZO(model, 1e-3, directions=settings.directions)
     step: list[float] = []
     dense: list[float] = []
     for _ in range(repeats + 1):
-        step.append(milliseconds(lambda: optimizer.step(lambda: task.losses(batch, copies, centred))))
+        step.append(milliseconds(lambda: optimizer.step(lambda: task.compiled_sums(batch, copies, centred=True))))
         with torch.no_grad(), adapted(model, Dense, 0):
-            dense.append(milliseconds(lambda: task.losses(batch, copies, centred)))
+            dense.append(milliseconds(lambda: means(task.compiled_sums(batch, copies, centred=True))))
     ours, theirs = (statistics.median(times[1:]) for times in (step, dense))  # the first ones warm up
     return {
         "case": "a step of the demo",

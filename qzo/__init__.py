@@ -6,7 +6,7 @@ losses give a directional derivative; the codes never change.
 The folders are the floors that data passes through, each built on those above it:
 
     kernels/          what a layer computes, in Triton and in torch
-    qzo/system/       disk and memory of the machine
+    qzo/system/       disk and memory of the machine, and its ranks
     qzo/nn/           packed weights, layers, evaluations
     qzo/loss/         logits -> loss of each evaluation
     qzo/optim/        losses -> derivative -> clip -> scales, journal
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .checkpoints.save import export, save_pretrained
     from .checkpoints.tokenizer import load_tokenizer
     from .kernels.noise import noise
-    from .loss.losses import losses, pair, static_batch
+    from .loss.losses import loss_sums, losses, pair, static_batch
     from .loss.objective import generate_texts, objective
     from .nn.arena import ScaleArena
     from .nn.choice import quantize_
@@ -51,7 +51,7 @@ _HOMES = {
     "checkpoints.save": ("export", "save_pretrained"),
     "checkpoints.tokenizer": ("load_tokenizer",),
     "kernels.noise": ("noise",),
-    "loss.losses": ("losses", "pair", "static_batch"),
+    "loss.losses": ("loss_sums", "losses", "pair", "static_batch"),
     "loss.objective": ("generate_texts", "objective"),
     "nn.arena": ("ScaleArena",),
     "nn.evaluations": ("Evaluations",),
@@ -83,6 +83,7 @@ __all__ = [
     "generating",
     "load_tokenizer",
     "loading",
+    "loss_sums",
     "losses",
     "noise",
     "objective",

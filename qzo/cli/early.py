@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from .options import model_of
-from .outputs import check_apart, check_file, check_folder, check_run
+from .outputs import JOURNAL, check_apart, check_file, check_folder, check_run
 
 
 def check(options: argparse.Namespace) -> None:
@@ -18,6 +18,7 @@ def check(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     model = model_of(options)
     if options.output_dir:
+        options.resume = options.resume or (options.auto_resume and (Path(options.output_dir) / JOURNAL).exists())
         check_run(options.output_dir, options.resume, options.overwrite, model)
 
 

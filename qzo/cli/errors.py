@@ -9,6 +9,7 @@ from ..optim.journal import JournalError, read
 from ..system import disk
 from ..system.memory import explain, is_out_of_memory
 from ..system.progress import showing
+from ..system.ranks import RankLost, RanksDiverged
 from ..training.loop import Interrupted
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -42,7 +43,7 @@ def reporting(execute: Callable[[argparse.Namespace], int | None], options: argp
     except BAD_INPUT as error:
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, RanksDiverged, RankLost) as error:
         out = vars(options).get("output_dir")
         text = full_disk(error, options.command, out) if disk.full(error) else _line(error)
         print(f"qzo {options.command}: {text}", file=sys.stderr)
@@ -61,7 +62,7 @@ def _line(error: BaseException) -> str:
     return disk.unusable(error) or " ".join(str(error).split())
 
 
-def full_disk(error: FloatingPointError | OSError, command: str, out: str | None) -> str:
+def full_disk(error: Exception, command: str, out: str | None) -> str:
     """One line for a full disk: where, and what to do after this command. out: its --output-dir, or None."""
     where = getattr(error, "filename", None) or out
     text = disk.WHAT.get(disk.full(error) or 0, str(error)) + (f" ({where})" if where else "")

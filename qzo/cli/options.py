@@ -27,6 +27,7 @@ DEFAULTS = {  # of training/settings.py
     "max_length": 1024,
     "max_cut": 0.5,
     "decay": 0.1,
+    "check_every": 100,
     "floor": FLOOR,
     "eps": EPS,
     "clip": CLIP,
@@ -128,11 +129,19 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="continue the journal in --output-dir: the result has the bits of an unbroken run",
     )
+    files.add_argument(
+        "--auto-resume",
+        action="store_true",
+        default=None,
+        help="continue the journal in --output-dir if there is one, else begin: for a command that torchrun "
+        "--max-restarts or a scheduler starts again",
+    )
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))
     _add_validation(parser.add_argument_group("validation, where the data have a valid split"))
     _add_perturbation(parser.add_argument_group("the perturbation and the update"))
     _add_launching(parser.add_argument_group("how a step is computed"))
+    _add_ranks(parser.add_argument_group("several processes (torchrun --nproc-per-node N -m qzo train ...)"))
     add_loading(parser)
     add_strict(parser)
 
@@ -266,6 +275,22 @@ def _add_launching(how: argparse._ArgumentGroup) -> None:
         default=None,
         help="what lies between the quantized layers goes through torch.compile: other roundings, and the first step "
         "of each shape waits (default: off)",
+    )
+
+
+def _add_ranks(ranks: argparse._ArgumentGroup) -> None:
+    ranks.add_argument(
+        "--parallel",
+        metavar="WHAT",
+        help="what a step divides among them: its examples (data, the default), its evaluations (directions), or both, "
+        "as 2x4: 2 parts of the examples times 4 groups of the evaluations. The first process writes and prints",
+    )
+    ranks.add_argument(
+        "--check-every",
+        type=int,
+        metavar="STEPS",
+        help="steps between two comparisons of all processes' scales, which end the run where they differ (default "
+        f"{DEFAULTS['check_every']}; 0: never)",
     )
 
 

@@ -1,9 +1,11 @@
 """`qzo train`."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import statistics
 import time
 import warnings
@@ -15,6 +17,7 @@ from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.label_bias import fit_label_bias
 from ..reports.memory import Run, predict_loaded
+from ..system.ranks import FirstFailed, RankLost, Ranks, RanksDiffer, RanksDiverged, joined, launched
 from ..training.data import IGNORED, Example
 from ..training.folder import write_results
 from ..training.loop import build_task, check_batch_size, choose_layers, fit, fits_biases, planned_steps
@@ -42,10 +45,36 @@ def merge_options(options: argparse.Namespace) -> tuple[Settings, dict[str, Any]
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Train, and tell; exit status. ValueError for bad input."""
+    """Train, and tell; exit status. ValueError for bad input.
+
+    Of several ranks the first tells, and writes; another says only what fails on it alone.
+    """
     settings, own = merge_options(options)
     options.output_dir = own["output_dir"]
-    if own["resume"]:
+    if not launched() and own["parallel"] is None:
+        return execute_on(Ranks(), settings, own)
+    with contextlib.ExitStack() as stack:
+        try:
+            ranks = stack.enter_context(joined())
+        except ValueError as error:
+            raise ValueError(
+                f"--parallel {settings.parallel} divides steps among ranks, and this process was not started as one "
+                f"({error}): torchrun --nproc-per-node N -m qzo train ..., or leave --parallel out"
+            ) from None
+        if ranks.first:
+            return execute_on(ranks, settings, own)
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            return execute_on(ranks, settings, own)
+        except (RanksDiffer, RanksDiverged, FirstFailed, RankLost):  # which the first, or the one that is lost, tells
+            return 1
+
+
+def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
+    """The part of one of the ranks."""
+    if own["resume"] and ranks.first:
         planned_steps(settings, Path(own["output_dir"]) / JOURNAL)
     records = read_data(own["data"])
     if settings.patience is not None and "valid" not in records:
@@ -67,6 +96,8 @@ def execute(options: argparse.Namespace) -> int:
     before = {split: held.evaluate() for split, held in held_out.items()}
     controls = controlled(task, held_out)
     run = train(task, settings, own, held_out.get("valid"))
+    if not ranks.first:
+        return 0
     biases = task.fit_biases_() if fits_biases(task, settings) else []
     after = {split: held.evaluate() for split, held in held_out.items()}
     model_dir = save(model, own["output_dir"])
@@ -88,7 +119,7 @@ def execute(options: argparse.Namespace) -> int:
         "source": own["model"],
     }
     write_results(own["output_dir"], settings, results)
-    if options.json:
+    if own["json"]:
         print(json.dumps(results))
     else:
         show_results(results, settings)
@@ -100,11 +131,14 @@ def train(task: Task, settings: Settings, own: Mapping[str, Any], valid: Task | 
     """Make the run; the model is then the one of the step to keep.
 
     Returns {"steps", "resumed_from", "best", "model_step"}: steps made, how many of them before, the best measurement
-    of the validation task `valid` (None without one), and the step whose model this is.
+    of the validation task `valid` (None without one), and the step whose model this is; {} on other ranks than the
+    first.
     """
     out = Path(own["output_dir"])
     if valid is None:
         already = fit(task, settings, out, resume=bool(own["resume"]))
+        if not Ranks().first:
+            return {}
         steps = steps_of(out / "journal.qzo")
         return {"steps": steps, "resumed_from": already, "best": None, "model_step": steps}
     every = settings.eval_every or max(1, settings.max_steps // PARTS)
@@ -112,6 +146,8 @@ def train(task: Task, settings: Settings, own: Mapping[str, Any], valid: Task | 
     validation = Validation(measured, every, settings.patience)
     base = Base(task.model) if settings.keep == "best" else None
     already = fit(task, settings, out, resume=bool(own["resume"]), validation=validation)
+    if not Ranks().first:
+        return {}
     steps = kept = steps_of(out / "journal.qzo")
     if base is not None and validation.best is not None and validation.best.step < steps:
         kept = validation.best.step

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Inputs = Mapping[str, Any]  # what a model's forward is given: tensors, and flags
 
 LOGIT_BYTES = 64 << 20  # float32 logits held at once
+LEAST_ROWS = 4  # of an evaluation that a CPU's head reads: MKL rounds a row among fewer otherwise than among more
 
 _whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose logits are taken whole
 
@@ -198,7 +199,12 @@ class _Reading:
                     return read(x, *args, **kwargs)
                 self.states = x
                 self.rows = x[self.place].view(self.copies, -1, x.shape[-1])
-            return read(self.rows[:, start : start + count], *args, **kwargs)
+            part = self.rows[:, start : start + count]
+            missing = LEAST_ROWS - part.shape[1] if part.device.type == "cpu" else 0
+            if missing <= 0:
+                return read(part, *args, **kwargs)
+            part = torch.cat([part, part[:, :1].expand(-1, missing, -1)], 1)
+            return read(part, *args, **kwargs)[:, :-missing]
 
         with contextlib.ExitStack() as patches:
             patches.enter_context(_patched(self.head, forward_rows))

@@ -19,12 +19,13 @@ Biases = list[tuple[int, float]]  # of tokens
 PRIOR = 0.01  # pulls biases to 0, less than an example would: that of an option which none chooses stays finite
 
 
-def uncentred(scores: torch.Tensor, label: torch.Tensor, copies: int) -> torch.Tensor:
-    """Cross entropy of E = `copies` evaluations: scores float32 [E * B, O], label int64 [E * B] -> float32 [E]."""
-    return functional.cross_entropy(scores, label, reduction="none").view(copies, -1).mean(1)
+def centring(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """scores float32 [R, O], label int64 [R] -> float32 [R, 2 O], of whose means over a batch `centred` is made."""
+    right = torch.arange(scores.shape[1], device=label.device) == label[:, None]  # one_hot reads it on the host
+    return torch.cat([scores, scores.softmax(1) - right.float()], 1)
 
 
-class Centred:
+def centred(losses: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """Losses of options, without the part that a bias per option would take away.
 
     With residuals r_i = softmax(scores_i) - onehot(label_i) and their mean R over the rows of the step's first
@@ -37,23 +38,11 @@ class Centred:
     each batch, its largest part, left out: a control variate. The mean over the evaluations stays the cross entropy but
     for terms of the order of eps.
 
-    evaluations : of a step, 2 J; they come in one call or in several, in turn
+    losses float [E], the mean cross entropies of all evaluations of a step; means float [E, 2 O], those of `centring`,
+    or [E, 0]: the losses are as they are. Returns [E].
     """
-
-    def __init__(self, evaluations: int):
-        self.evaluations, self._seen = evaluations, 0
-        self._residual = self._origin = torch.empty(0)
-
-    def __call__(self, scores: torch.Tensor, label: torch.Tensor, copies: int) -> torch.Tensor:
-        """scores float32 [E * B, O] of the coming E = `copies` evaluations, label int64 [E * B] -> losses [E]."""
-        options = scores.shape[1]
-        means = scores.view(copies, -1, options).mean(1)
-        if self._seen % self.evaluations == 0:
-            right = torch.arange(options, device=label.device) == label[:, None]  # one_hot reads it on the host
-            residuals = (scores.softmax(1) - right.float()).view(copies, -1, options)
-            self._residual, self._origin = residuals[0].mean(0), means[0]
-        self._seen += copies
-        return uncentred(scores, label, copies) - ((means - self._origin) * self._residual).sum(1)
+    scores, residuals = means.chunk(2, 1)
+    return losses - ((scores - scores[:1]) * residuals[:1]).sum(1)
 
 
 def fit_label_bias(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from . import own_loss
 from .head import Inputs, decoder_inputs, forward, has_encoder, head_input, logits_at, row_count
-from .label_bias import Centred, uncentred
+from .label_bias import centring
+from .sums import exact_sums, means
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,22 +17,8 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 Same = TypeVar("Same", bound=dict[str, Any])
 
-NOT_INPUTS = (
-    "labels",
-    "label",
-    "option_ids",
-    "option_bias",
-    "options",
-    "seen_until",
-    "sources",
-    "targets",
-    "slots",
-    "static",
-    "states",
-    "logits_to_keep",
-    "num_logits_to_keep",
-    "return_dict",
-)  # the last three: ours to say
+NOT_INPUTS = {"labels", "label", "option_ids", "option_bias", "options", "seen_until", "sources", "targets", "slots"}
+NOT_INPUTS |= {"static", "states", "logits_to_keep", "num_logits_to_keep", "return_dict"}  # the last three: ours to say
 
 
 class Stacked(dict[str, Any]):
@@ -126,7 +113,7 @@ def static_batch(batch: Same, targets: int | None = None) -> Same:
     )
 
 
-def losses(model: "PreTrainedModel", batch: Inputs, copies: int, centred: Centred | None = None) -> torch.Tensor:
+def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
     """Loss of each evaluation: the mean over the evaluation's rows, from logits at labelled positions only (head.py).
 
     A batch is a mapping of model inputs [B, T] (stacked here unless `pair` has done it) and one of
@@ -159,8 +146,6 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int, centred: Centre
         As above; numbers of tokens, classes and options are int64.
     copies
         E, how many evaluations its rows are stacked for, or will be.
-    centred
-        Of a batch with options: makes their scores losses in place of the cross entropy (label_bias.py).
 
     Returns
     -------
@@ -173,17 +158,35 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int, centred: Centre
         A batch without labels; labels of another shape or dtype than these; rows that E does not divide; a model
         without a config, or whose own loss is another than the cross entropy above.
     """
+    return means(loss_sums(model, batch, copies)).float()
+
+
+def loss_sums(model: "PreTrainedModel", batch: Inputs, copies: int, centred: bool = False) -> torch.Tensor:
+    """What the means of `losses`, whose arguments and errors these are, are made of: sums of losses and their numbers.
+
+    Those of parts of a batch, on several ranks or one after another, add up to those of the whole, bit for bit
+    (sums.py). centred: of a batch with options also the sums by which a loss leaves out what biases do (label_bias.py).
+
+    Returns
+    -------
+    torch.Tensor
+        float64 [E, 2], centred [E, 2 + 2 O]: nats, and how many labels they are of (examples, where they have options);
+        on the model's device, no gradient.
+    """
     batch = _stacked(model, batch, copies)
     with torch.no_grad():
         own_loss.check(model, batch, copies)
         if "option_ids" in batch or "options" in batch:
-            return (centred or uncentred)(option_scores(model, batch, copies), batch["label"], copies)
+            scores = option_scores(model, batch, copies)
+            each = functional.cross_entropy(scores, batch["label"], reduction="none")[:, None]
+            columns = [each, torch.ones_like(each), *([centring(scores, batch["label"])] if centred else [])]
+            return exact_sums(torch.cat(columns, 1).unflatten(0, (copies, -1)))
         if "labels" not in batch and "targets" not in batch:
             raise ValueError(
                 f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
                 "-100 where there is none, or option_ids and label"
             )
-        return _label_losses(model, batch, copies)
+        return _label_sums(model, batch, copies)
 
 
 def _stacked(model: "PreTrainedModel", batch: Inputs, copies: int) -> Stacked:
@@ -320,20 +323,19 @@ def model_inputs(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> di
     return inputs
 
 
-def _label_losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
+def _label_sums(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
     if "labels" in batch and batch["labels"].dim() == 1:
-        logits = forward(model, model_inputs(model, batch)).logits.float()
-        each = functional.cross_entropy(logits, batch["labels"], reduction="none").view(copies, -1)
-        return each.sum(1) / (batch["labels"] != -100).view(copies, -1).sum(1)
+        logits, labels = forward(model, model_inputs(model, batch)).logits.float(), batch["labels"]
+        each = functional.cross_entropy(logits, labels, reduction="none").view(copies, -1)
+        return exact_sums(torch.stack([each, (labels != -100).view_as(each).to(each)], 2))
     if "static" in batch:
         each, labelled = _target_losses(model, batch, copies), batch["targets"] != -100
-        return each.view(copies, -1).sum(1) / labelled.view(copies, -1).sum(1)
-    row, _, each = _token_losses(model, batch, copies)
+        return exact_sums(torch.stack([each, labelled.to(each)], 2).view(copies, -1, 2))
+    _, _, each = _token_losses(model, batch, copies)
     if not len(each):
         raise ValueError("no position of the batch carries a label: every entry of labels is -100")
-    evaluation = row // (_rows(batch) // copies)
-    total = torch.zeros(copies, device=each.device).index_add_(0, evaluation, each)
-    return total / (len(each) // copies)  # every evaluation holds the same labels
+    each = each.view(copies, -1)  # every evaluation holds the same labels
+    return exact_sums(torch.stack([each, torch.ones_like(each)], 2))
 
 
 def _rows(batch: Inputs) -> int:

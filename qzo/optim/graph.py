@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..kernels.noise import law_number
+from ..loss.sums import means
 from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
 from .step import project, update
@@ -47,7 +48,7 @@ class Optimizer(Protocol):
         """Those of the coming step."""
 
     def losses(self, closure: Closure, evaluations: Evaluations, paired: bool) -> torch.Tensor:
-        """[2 J] of the evaluations."""
+        """[2 J] of the evaluations, or their sums [2 J, S]."""
 
     def rates(self) -> tuple[float, float, float]:
         """(lr / J, 2 eps, clip) of the coming step."""
@@ -132,7 +133,7 @@ class GraphStep:
     def _step(self) -> torch.Tensor:
         """float64 [4 J]: losses, derivatives, applied."""
         group = self.optimizer.param_groups[0]
-        losses = self.optimizer.losses(self.call, self.evaluations, self.paired).double()
+        losses = means(self.optimizer.losses(self.call, self.evaluations, self.paired))
         derivatives, applied = project(losses, self.rates, law_number(group["noise"]))
         update(self.optimizer.arena, self.evaluations.seeds[0::2].contiguous(), applied, group)
         return torch.cat([losses, derivatives, applied.double()])

@@ -13,18 +13,21 @@ import torch
 from torch import nn
 
 from ..kernels.noise import check_sharing, law_number, step_seed
+from ..loss.sums import fits
 from ..nn import ops
 from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
 from ..nn.layers import arena_of, check_sharing_of, evaluating, layers
+from ..system.ranks import Ranks
+from .advice import against_nan, warn_if_rounded_away
 from .defaults import CLIP, EPS, FLOOR
 from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
 from .replay import journal_header
+from .shares import Share
 from .step import LARGEST, apply_records, project
 
 ALIKE = 50  # first steps without a difference, after which the objective is taken to ignore the perturbation
-ROUNDOFF = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9, torch.float32: 2.0**-24}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +87,19 @@ class QZO(torch.optim.Optimizer):
         kernels one by one. None (the default): steps that are given their batch, where the scales are on a CUDA device.
         True: also those of a closure that comes again, which has to find each batch in the same tensors, and a warning
         where there is no such device. False: never. What cannot be captured runs without, after one warning that says
-        why.
+        why. Steps of several ranks run without.
+    parallel
+        What is divided among several processes, the ranks of torch.distributed's default group where it is initialized:
+        "data", the examples; "directions", the evaluations; "AxB", A parts of the examples times B groups of the
+        evaluations (shares.py). All take the same steps; the first writes the journal. None: this process is alone.
+    check_every
+        Steps after which ranks compare a digest of their scales; 0: never.
 
     Raises
     ------
     ValueError
-        A value out of range; a module in which nothing trains, or codebooks train under noise shared by rows.
+        A value out of range; a module in which nothing trains, or codebooks train under noise shared by rows; ranks
+        that were started otherwise, or are not as many as `parallel` says.
     JournalError
         A ValueError: the journal exists and is not resumed, is damaged, or belongs to another model or recipe.
     """
@@ -114,6 +124,8 @@ class QZO(torch.optim.Optimizer):
         recipe: dict[str, Any] | None = None,
         large_rows: str = "fused",
         cuda_graph: bool | None = None,
+        parallel: str | None = "data",
+        check_every: int = 100,
     ) -> None:
         _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
         _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
@@ -121,6 +133,7 @@ class QZO(torch.optim.Optimizer):
         _check(isinstance(directions, int) and 1 <= directions < 1 << 16, "directions", directions, "an int >= 1")
         _check(isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64, "seed", seed, "a 64-bit int")
         _check(floor >= 0, "floor", floor, "a number >= 0")
+        _check(isinstance(check_every, int) and check_every >= 0, "check_every", check_every, "an int >= 0")
         _check(
             cuda_graph is None or isinstance(cuda_graph, bool),
             "cuda_graph",
@@ -154,15 +167,39 @@ class QZO(torch.optim.Optimizer):
                 step=0,
             ),
         )
-        _warn_if_rounded_away(module, self.arena, eps, relative)
+        warn_if_rounded_away(module, self.arena, eps, relative)
+        self.ranks = Ranks(alone=parallel is None)
+        self.parallel = parallel or "data"
+        self.check_every, self._checked = check_every, 0
         self.journal: Journal | None = None
-        if journal is not None:
-            header = journal_header(module, self.param_groups[0], recipe)
+        _ = self.share  # refused now, if it is
+        if journal is not None or self.ranks.count > 1:
+            self._begin(journal, resume, recipe or {})
+
+    def _begin(self, journal: str | os.PathLike[str] | None, resume: bool, recipe: dict[str, Any]) -> None:
+        """See that all ranks are alike, open the journal on the first, and apply the steps it holds on all."""
+        group = self.param_groups[0]
+        if self.ranks.count > 1:
+            recipe = {**recipe, "ranks": self.ranks.count, "shares": self.parallel}
+        header = journal_header(self.module, group, recipe)
+        self.ranks.check_same({**header, "lr": group["lr"], "journal": journal is not None})
+        if journal is None:
+            return
+
+        def opened() -> list[list[tuple[Any, ...]]]:
             self.journal = Journal.resume(journal, header) if resume else Journal.create(journal, header)
-            for records in self.journal.steps:
-                self._apply(records)
-                self._count(records)
-            self.param_groups[0]["step"] = len(self.journal.steps)
+            return [[dataclasses.astuple(record) for record in records] for records in self.journal.steps]
+
+        held = self.ranks.from_first(opened)
+        for records in ([Record(*values) for values in step] for step in held):
+            self._apply(records)
+            self._count(records)
+        group["step"] = self._checked = len(held)
+
+    @property
+    def share(self) -> Share:
+        """Which part of the coming step is this rank's."""
+        return Share(self.ranks, 2 * self.param_groups[0]["directions"], self.parallel)
 
     def evaluations(self) -> Evaluations:
         """The Evaluations of the coming step: +eps and -eps of each direction in turn.
@@ -170,7 +207,7 @@ class QZO(torch.optim.Optimizer):
         Returns
         -------
         Evaluations
-            2 J of them, on the device of the scales; those of a direction share a seed.
+            2 J of them, or those of this rank, on the device of the scales; those of a direction share a seed.
 
         Raises
         ------
@@ -185,7 +222,8 @@ class QZO(torch.optim.Optimizer):
         group = self.param_groups[0]
         seeds = [step_seed(group["seed"], group["step"], j) for j in range(group["directions"]) for _ in range(2)]
         coefs = [sign * group["eps"] for _ in range(group["directions"]) for sign in (1, -1)]
-        return Evaluations(seeds, coefs, group["noise"], group["relative"], group["sharing"]).to(self.arena.data.device)
+        law, mine = (group["noise"], group["relative"], group["sharing"]), self.share.mine
+        return Evaluations(seeds[mine], coefs[mine], *law).to(self.arena.data.device)
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # there is no step without a closure, and it may return a tensor
@@ -203,7 +241,8 @@ class QZO(torch.optim.Optimizer):
         closure
             closure(), or closure(batch), runs forward only. Paired it is called once and returns the loss of each
             evaluation, a tensor [2 J] of any float dtype, of a batch stacked 2 J times (`qzo.pair`, `qzo.losses`); else
-            it is called 2 J times, each under one evaluation, and returns a scalar.
+            it is called 2 J times, each under one evaluation, and returns a scalar. On one of several ranks it returns
+            those of `evaluations()` over its own examples, which count alike on all, or what `qzo.loss_sums` gives.
         paired
             None: what the optimizer was made with (True unless said otherwise).
         batch
@@ -224,18 +263,20 @@ class QZO(torch.optim.Optimizer):
             The batch is no mapping.
         OSError
             The journal cannot be written.
+        RanksDiverged
+            A RuntimeError: the ranks' scales are no longer the same.
         """
         if batch is not None and not isinstance(batch, Mapping):
             raise TypeError(
                 f"batch={type(batch).__name__}: expected a mapping of tensors, or none and a closure that knows its own"
             )
         paired = self.paired if paired is None else paired
-        if self.cuda_graph or (self.cuda_graph is None and batch is not None):
+        if self.ranks.count == 1 and (self.cuda_graph or (self.cuda_graph is None and batch is not None)):
             result = self._as_graph(closure, batch, paired)
             if result is not None:
                 return self._finish(*result, updated=True)
         call = closure if batch is None else functools.partial(closure, batch)
-        losses = self.losses(call, self.evaluations(), paired).double().cpu()
+        losses = self.share.combine(self.losses(call, self.evaluations(), paired))
         derivatives, applied = project(losses, self.rates(), law_number(self.param_groups[0]["noise"]))
         return self._finish(losses.tolist(), derivatives.tolist(), applied.tolist())
 
@@ -272,11 +313,14 @@ class QZO(torch.optim.Optimizer):
         if not updated:
             self._apply(records)
         group["step"] += 1
+        if self.check_every and group["step"] % self.check_every == 0:
+            self.check_ranks()
         self.last = StepResult(losses, derivatives, applied, skipped)
         self._count(records)
         if self._skipped_in_a_row >= self.max_skipped:
             raise FloatingPointError(
-                f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: {losses}); {self._advice()}"
+                f"{self._skipped_in_a_row} steps in a row had a NaN or infinite loss (last: {losses}); "
+                f"{against_nan(self.module, group)}"
             )
         if self._alike is not None and self._alike >= ALIKE:
             raise ValueError(
@@ -289,21 +333,16 @@ class QZO(torch.optim.Optimizer):
             self._told = True
             warnings.warn(
                 f"step {group['step'] - 1} had a NaN or infinite loss and changes nothing; if that goes on: "
-                f"{self._advice()}",
+                f"{against_nan(self.module, group)}",
                 stacklevel=3,
             )
         return sum(losses) / len(losses)
 
-    def _advice(self) -> str:
-        """What to do about losses that are not finite; many models of bfloat16 leave float16's range."""
-        group, first = self.param_groups[0], ""
-        if any(p.dtype == torch.float16 for p in self.module.parameters()):
-            first = (
-                f"float16 activations end at {torch.finfo(torch.float16).max:g}: load the model in bfloat16 or "
-                "float32 (--dtype bfloat16 or float32); else "
-            )
-        rates = f"lower lr ({group['lr']:g}) or eps ({group['eps']:g})"
-        return f"{first}{rates}, or check the data and what the closure computes"
+    def check_ranks(self) -> None:
+        """RanksDiverged unless all ranks hold the same scales; all have to ask."""
+        step = self.param_groups[0]["step"]
+        self.ranks.check_alike(self.arena.data, step, self._checked)
+        self._checked = step
 
     @contextlib.contextmanager
     def perturbed(self, evaluations: Evaluations) -> Iterator[None]:
@@ -312,11 +351,11 @@ class QZO(torch.optim.Optimizer):
             yield
 
     def losses(self, closure: Closure, evaluations: Evaluations, paired: bool) -> torch.Tensor:
-        """[2 J] of the evaluations, where the closure left them; what `step` raises for another shape."""
+        """[e] or [e, S] of the evaluations, where the closure left them; what `step` raises for another shape."""
         if paired:
             with self.perturbed(evaluations):
                 losses = closure()
-            if not isinstance(losses, torch.Tensor) or losses.shape != (len(evaluations),):
+            if not isinstance(losses, torch.Tensor) or not fits(losses, len(evaluations)):
                 got = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
                 raise ValueError(
                     f"the closure must return a tensor [{len(evaluations)}], the loss of each evaluation; got {got}. "
@@ -327,12 +366,12 @@ class QZO(torch.optim.Optimizer):
         for e in range(len(evaluations)):
             with self.perturbed(evaluations[e : e + 1]):
                 singles.append(torch.as_tensor(closure(), dtype=torch.float64))
-            if singles[-1].numel() != 1:
+            if singles[-1].numel() != 1 and not fits(singles[-1], 1):
                 raise ValueError(
                     f"with paired=False the closure must return one number, the loss of the evaluation it "
                     f"runs under; got {list(singles[-1].shape)}"
                 )
-        return torch.stack([loss.view(()) for loss in singles])
+        return torch.cat([loss.view(1) if loss.numel() == 1 else loss for loss in singles])
 
     def _apply(self, records: Sequence[Record]) -> None:
         """The update of one step from its records: what a replay does, too."""
@@ -357,26 +396,3 @@ class QZO(torch.optim.Optimizer):
 def _check(good: bool, name: str, got: object, wanted: str) -> None:
     if not good:
         raise ValueError(f"{name}={got!r}: expected {wanted}")
-
-
-def _warn_if_rounded_away(module: nn.Module, arena: ScaleArena, eps: float, relative: bool) -> None:
-    """Warn when the activations' rounding drowns L+ - L-.
-
-    The rms error of L+ - L- over its rms size was measured near 1.25 * u / eps_relative, u the roundoff of the
-    activations (4-layer network, eps 1e-3 and 1e-2, float16 and bfloat16).
-    """
-    dtypes = {p.dtype for p in module.parameters() if p.dtype in ROUNDOFF}
-    if not dtypes or arena.data.is_meta:
-        return
-    dtype = max(dtypes, key=ROUNDOFF.__getitem__)
-    size = 1.0
-    if not relative:
-        read = [layer.read_scales() for layer in layers(module).values()]
-        size = sum(float(s.abs().sum()) for s in read) / sum(s.numel() for s in read)
-    wanted = 5 * ROUNDOFF[dtype] * size
-    if eps < wanted / 2:
-        warnings.warn(
-            f"eps={eps:g} is too small for {str(dtype).removeprefix('torch.')} activations: their rounding "
-            f"is larger than the signal; use eps >= {wanted:.1g}, or float32/float16 activations",
-            stacklevel=3,
-        )

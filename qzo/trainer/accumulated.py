@@ -1,6 +1,5 @@
 """The optimizer of a trainer: losses arrive in parts, from micro-batches and ranks, and are added up before a step."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,21 +17,11 @@ class AccumulatedQZO(QZO):
 
     Losses are added in float64, micro-batch after micro-batch, then over the ranks in their order, and divided by the
     number of ranks: so every rank gets the same bits, and for a power of two of ranks those of one process that takes
-    the ranks' batches as micro-batches.
-
-    Parameters
-    ----------
-    gather
-        float64 [1, E] of this rank -> [R, E] of all R ranks, in their order; the same on each.
-    module, lr, settings
-        As in `QZO`.
+    the ranks' batches as micro-batches. Parameters are those of `QZO`.
     """
 
-    def __init__(
-        self, module: torch.nn.Module, lr: float, gather: Callable[[torch.Tensor], torch.Tensor], **settings: Any
-    ) -> None:
+    def __init__(self, module: torch.nn.Module, lr: float, **settings: Any) -> None:
         super().__init__(module, lr, **settings)
-        self._gather = gather
         self._sum: torch.Tensor | None = None
         self._reduced: torch.Tensor | None = None
         self._coming: Evaluations | None = None
@@ -54,11 +43,7 @@ class AccumulatedQZO(QZO):
         if self._reduced is None:
             if self._sum is None:
                 raise RuntimeError("a step has no losses: accumulate() comes before reduce() and step()")
-            ranks = self._gather(self._sum[None]).cpu()
-            total = ranks[0]
-            for of_rank in ranks[1:]:
-                total = total + of_rank
-            self._reduced = total / len(ranks)
+            self._reduced = self.share.combine(self._sum)
         return (self._reduced[0::2] - self._reduced[1::2]) / self.rates()[1]
 
     def zero_grad(self, set_to_none: bool = True) -> None:

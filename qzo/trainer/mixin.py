@@ -27,7 +27,6 @@ from ..loss.head import has_encoder
 from ..loss.losses import losses as own_losses
 from ..nn.layers import arena_of, layers
 from ..optim.defaults import CLIP, EPS, FLOOR
-from ..optim.replay import replay
 from ..system.disk import write_whole
 from ..training.validation import Base
 from .accumulated import AccumulatedQZO
@@ -161,7 +160,7 @@ class QZOTrainerMixin(_Base):
         model.__dict__.update(train=train, zero_grad=lambda set_to_none=True: self._optimizer.zero_grad())
 
     def _new_optimizer(self) -> AccumulatedQZO:
-        journal, main = Path(self.args.output_dir) / JOURNAL, self.args.should_save
+        journal, main = Path(self.args.output_dir) / JOURNAL, self.args.process_index == 0
         if self._qzo is not None:
             self._qzo.close()
         if self._qzo is not None and self._qzo.module is self.model:  # resumed after steps in this process
@@ -173,21 +172,14 @@ class QZOTrainerMixin(_Base):
                 f"{journal} exists already, the journal of an earlier run: resume that "
                 "(train(resume_from_checkpoint=True)), give another output_dir, or delete the journal"
             )
-        if not main:  # one process writes the journal
-            optimizer = self._qzo_of(None)
-            if self._resumed is not None:
-                optimizer.param_groups[0]["step"] = replay(self.model, self._resumed)
-        elif self._resumed is None:
-            optimizer = self._qzo_of(journal)
-        else:
-            optimizer = self._go_on(journal, self._resumed.read_bytes())
-        return optimizer
+        if self._resumed is not None and main:
+            return self._go_on(journal, self._resumed.read_bytes())
+        return self._qzo_of(journal, resume=self._resumed is not None)  # of which the first process writes it
 
     def _qzo_of(self, journal: Path | None, resume: bool = False) -> AccumulatedQZO:
         return AccumulatedQZO(
             self.model,
             self.args.learning_rate,
-            self.accelerator.gather,
             seed=self.args.seed,
             journal=journal,
             resume=resume,

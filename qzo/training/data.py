@@ -208,11 +208,12 @@ def collate(
     examples: Sequence[Example],
     pad_id: int,
     device: torch.device | str | None = None,
-    shape: tuple[int, int] | None = None,
+    shape: tuple[int, int | None] | None = None,
 ) -> Batch:
     """A batch for `losses`: padded on the right. All examples are of one kind (ValueError otherwise).
 
     shape: (tokens, targets) of each row instead of what the examples need; the batch is then `static` (losses.py).
+    Without targets (None) it is a plain one of as many tokens.
     """
     check_one_kind(examples)
     label: Batch = (
@@ -228,7 +229,7 @@ def collate(
         label["options"] = len(examples[0].options)
     width, targets = shape or (None, None)
     batch = {**padded(rows, pad_id, device, width), **label}
-    return static_batch(batch, targets) if shape and "labels" in batch else batch
+    return static_batch(batch, targets) if targets is not None and "labels" in batch else batch
 
 
 def padded(

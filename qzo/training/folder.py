@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import platform
 import statistics
 from pathlib import Path
@@ -26,12 +27,13 @@ RESULTS = "run.json"
 
 
 class Metrics:
-    """metrics.jsonl, open for the next step: lines at or beyond `start`, and a line cut short, are dropped."""
+    """metrics.jsonl, open for the next step: lines at or beyond `start`, and a line cut short, are dropped. path:
+    None on a rank that writes none."""
 
-    def __init__(self, path: Path, start: int):
+    def __init__(self, path: Path | None, start: int):
         kept = []
         self.lines: list[dict[str, Any]] = []  # those of the steps before
-        if start and path.exists():
+        if path is not None and start and path.exists():
             for line in path.read_text().splitlines():
                 try:
                     found = json.loads(line)
@@ -40,11 +42,12 @@ class Metrics:
                         self.lines.append(found)
                 except (json.JSONDecodeError, KeyError, TypeError):
                     break
-        disk.write_whole(path, ("".join(line + "\n" for line in kept)).encode())
+        if path is not None:
+            disk.write_whole(path, ("".join(line + "\n" for line in kept)).encode())
         self.path = path
 
     def __enter__(self) -> "Metrics":
-        self.file: TextIO = open(self.path, "a")
+        self.file: TextIO = open(self.path or os.devnull, "a")
         return self
 
     def write(self, line: dict[str, Any]) -> None:

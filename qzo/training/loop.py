@@ -5,6 +5,7 @@ OUT/metrics.jsonl  one line a step                        OUT/run.json    settin
 OUT/model/         the tuned model in its source's format
 """
 
+import dataclasses
 import hashlib
 import sys
 import time
@@ -16,15 +17,15 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..loss.head import has_encoder
-from ..loss.label_bias import Centred
 from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only_
 from ..optim.journal import read
 from ..optim.optimizer import QZO
 from ..system import disk
+from ..system.ranks import Ranks
 from . import data
 from . import large_rows as many_rows
 from .compiled import Compiled
-from .folder import Metrics
+from .folder import Metrics, finite
 from .prefix import FrozenPrefix
 from .progress import Progress
 from .settings import CLASSIFICATION_RATE, RATE, Settings
@@ -70,8 +71,13 @@ def fit(
     Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. validation: measured on the way; a
     run that has run out of its patience ends. Interrupted on Ctrl-C, FloatingPointError when losses stay NaN,
     JournalError for a journal that exists (without resume) or does not fit.
+
+    Where torch.distributed's default group is initialized, all its ranks call this: each makes its share of the steps
+    (settings.parallel) and takes all of them, and the first alone reads and writes in `out`. RanksDiffer, RanksDiverged
+    as `QZO` has them.
     """
-    out = Path(out)
+    out, ranks = Path(out), Ranks()
+    ranks.check_same({"settings": finite(dataclasses.asdict(settings))})
     check_batch_size(settings, len(task.examples))
     if task.prefix is not None:
         batch = data.collate(task.examples[:2], task.pad_id, task.device)
@@ -80,28 +86,35 @@ def fit(
     if settings.learning_rate is None:
         rate = CLASSIFICATION_RATE if fits_biases(task, settings) else RATE
         settings.learning_rate = rate * settings.directions
-    if settings.large_rows == "auto":
-        settings.large_rows = _settle_large_rows(task, settings, out / "journal.qzo" if resume else None, show)
-    planned = planned_steps(settings, out / "journal.qzo" if resume else None)
-    out.mkdir(parents=True, exist_ok=True)
+    planned, settings.large_rows = ranks.from_first(lambda: _settled(task, settings, out, resume, show))
     optimizer = _optimizer(task, settings, out / "journal.qzo", resume, planned)
     start = optimizer.param_groups[0]["step"]
     try:
         with (
             disk.naming(out),
-            Metrics(out / "metrics.jsonl", start) as metrics,
-            Progress(settings.max_steps, start, show) as progress,
+            Metrics(out / "metrics.jsonl" if ranks.first else None, start) as metrics,
+            Progress(settings.max_steps, start, show if ranks.first else False) as progress,
         ):
             if validation is not None:
-                validation.recall(metrics.lines)
+                validation.recall(ranks.from_first(lambda: metrics.lines))
             for line in _steps(task, settings, optimizer, planned, validation):
                 metrics.write(line)
                 progress.step(line)
+            if settings.check_every:
+                optimizer.check_ranks()
     except KeyboardInterrupt:
         raise Interrupted(optimizer.param_groups[0]["step"]) from None
     finally:
         optimizer.close()
     return start
+
+
+def _settled(task: Task, settings: Settings, out: Path, resume: bool, show: bool | None) -> tuple[int, str]:
+    """(planned steps, large_rows) of a run, which the journal of one that goes on decides."""
+    journal, large_rows = out / "journal.qzo" if resume else None, settings.large_rows
+    if large_rows == "auto":
+        large_rows = _settle_large_rows(task, settings, journal, show)
+    return planned_steps(settings, journal), large_rows
 
 
 def check_batch_size(settings: Settings, examples: int) -> None:
@@ -130,6 +143,8 @@ def _optimizer(task: Task, settings: Settings, journal: Path, resume: bool, plan
         large_rows=settings.large_rows,
         paired=not settings.sequential,
         cuda_graph=settings.cuda_graph,
+        parallel=settings.parallel,
+        check_every=settings.check_every,
     )
 
 
@@ -170,12 +185,13 @@ def _steps(
     task: Task, settings: Settings, optimizer: QZO, planned: int, validation: Validation | None
 ) -> Iterator[dict[str, Any]]:
     """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
-    at_once = 1 if settings.sequential else 2 * settings.directions
+    share = optimizer.share
+    at_once = 1 if settings.sequential else len(range(2 * settings.directions)[share.mine])
 
-    centred = Centred(2 * settings.directions) if fits_biases(task, settings) else None
+    centred = fits_biases(task, settings)
 
-    def losses(batch: data.Batch) -> torch.Tensor:  # one object for all steps: a captured step is found by it
-        return task.compiled_losses(batch, at_once, centred)
+    def sums(batch: data.Batch) -> torch.Tensor:  # one object for all steps: a captured step is found by it
+        return task.compiled_sums(batch, at_once, centred)
 
     rates = schedule(optimizer, settings, planned)
     for step in range(optimizer.param_groups[0]["step"], settings.max_steps):
@@ -183,7 +199,8 @@ def _steps(
             return
         begun = time.perf_counter()
         indices, [rate] = task.indices(step, settings.batch_size, settings.seed), rates.get_last_lr()
-        loss = optimizer.step(losses, batch=task.batch(indices, at_once))
+        mine = indices[share.rows(len(indices))]
+        loss = optimizer.step(sums, batch=task.batch(mine, at_once, indices if len(mine) < len(indices) else None))
         rates.step()
         assert optimizer.last is not None
         line: dict[str, Any] = {

@@ -106,7 +106,7 @@ def packed_batch(
     pad_id: int,
     device: torch.device | str | None = None,
     join: bool = False,
-    shape: tuple[int, int] | None = None,
+    shape: tuple[int, int | None] | None = None,
 ) -> Batch:
     """A batch for `losses` in which options share their prompt; join: and all examples one row, unpadded.
 
@@ -114,7 +114,8 @@ def packed_batch(
     int64 [R, N]: sources, and for labels and options of several tokens targets (-100: none) and slots
     beside them, as `collate` gives them: option_ids [B, O], or options O; label [B]
 
-    shape: (T, N) instead of what the rows need; the batch is then `static` (losses.py) if it has targets
+    shape: (T, N) instead of what the rows need; the batch is then `static` (losses.py) if it has targets; N may be
+    None, and only T is given
     ValueError when the examples are not of one kind, or a static batch has no target.
     """
     check_one_kind(examples)
@@ -130,7 +131,7 @@ def packed_batch(
             batch["option_ids"] = torch.tensor([[o[0] for o in e.options] for e in examples], device=device)
         else:
             batch["options"] = count
-    if shape and "targets" in batch:
+    if shape and shape[1] is not None and "targets" in batch:
         if not any(row.targets for row in rows):
             raise ValueError("no position of the batch carries a label: every entry of labels is -100")
         batch["static"] = True

@@ -7,6 +7,7 @@ from typing import Any
 from ..kernels.noise import check_sharing, law_number
 from ..nn.ops import check_large_rows
 from ..optim.defaults import CLIP, EPS, FLOOR
+from ..optim.shares import check_parallel
 from .encode import CHAT_LOSSES
 from .packing import PACKINGS
 
@@ -45,6 +46,8 @@ class Settings:
     max_cut : the share of examples that may be cut to max_length, in [0, 1]
     eval_every : steps between two measurements of the validation split; None: a tenth of the run
     patience : measurements in a row without a lower loss after which the run ends; None: it makes all its steps
+    parallel : what several ranks divide among them, as `QZO` has it; decides nothing where there is one
+    check_every : steps after which several ranks compare their scales; 0: never
     label_bias : "fit": of a classification (the same options of one token in all examples) the steps learn what a bias
         per option cannot do, and these are fitted when the run has ended; "none": the steps learn all
     keep : "last", the last step is what is saved; or "best", the one with the lowest validation loss
@@ -76,6 +79,8 @@ class Settings:
     eval_every: int | None = None
     patience: int | None = None
     keep: str = "last"
+    parallel: str = "data"
+    check_every: int = 100
     label_bias: str = "fit"
 
     def __post_init__(self) -> None:
@@ -96,6 +101,7 @@ class Settings:
         law_number(self.noise)
         check_sharing(self.sharing, self.relative)
         check_large_rows(self.large_rows)
+        check_parallel(self.parallel)
         for name, known in (
             ("packing", PACKINGS),
             ("keep", KEEPS),
@@ -114,6 +120,7 @@ class Settings:
             "seed": (-(1 << 63), (1 << 64) - 1, "an int of 64 bits, from -2**63 to 2**64 - 1"),
             "train_layers": (1, math.inf, "an int >= 1 (or none: the whole model)"),
             "eval_every": (1, math.inf, "an int >= 1 (or none: a tenth of the run)"),
+            "check_every": (0, math.inf, "an int >= 0 (0: never)"),
             "patience": (1, math.inf, "an int >= 1 (or none: the run makes all its steps)"),
         }
         for name, (least, most, wanted) in ranges.items():

@@ -11,8 +11,8 @@ import torch
 
 from ..loss import own_loss
 from ..loss.head import has_encoder
-from ..loss.label_bias import Biases, Centred, add_biases_, biases_of, fit_label_bias
-from ..loss.losses import losses, model_inputs, option_scores, pair
+from ..loss.label_bias import Biases, add_biases_, biases_of, fit_label_bias
+from ..loss.losses import loss_sums, losses, model_inputs, option_scores, pair
 from ..system.progress import tracked
 from .buckets import Buckets, next_step
 from .compiled import Compiled
@@ -131,15 +131,23 @@ class Task:
         """
         return functools.partial(self.losses, self.batch(indices, count), count)
 
-    def losses(self, batch: Batch, count: int, centred: Centred | None = None) -> torch.Tensor:
-        """The loss of each of `count` evaluations over a `batch`, float32 [count]; centred: as `qzo.losses` has it."""
+    def losses(self, batch: Batch, count: int) -> torch.Tensor:
+        """The loss of each of `count` evaluations over a `batch`, float32 [count]."""
         with self._starting(batch):
-            return losses(self.model, batch, count, centred)
+            return losses(self.model, batch, count)
 
-    def compiled_losses(self, batch: Batch, count: int, centred: Centred | None = None) -> torch.Tensor:
+    def compiled_losses(self, batch: Batch, count: int) -> torch.Tensor:
         """The same through the compiled body, if there is one."""
-        with contextlib.nullcontext() if self.compiled is None else self.compiled.body():
-            return self.losses(batch, count, centred)
+        with self._body():
+            return self.losses(batch, count)
+
+    def compiled_sums(self, batch: Batch, count: int, centred: bool = False) -> torch.Tensor:
+        """What those are the means of, as `loss_sums` gives it, through the compiled body too."""
+        with self._body(), self._starting(batch):
+            return loss_sums(self.model, batch, count, centred)
+
+    def _body(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.compiled is None else self.compiled.body()
 
     @torch.no_grad()
     def scores(self, batch_size: int = 32, first: int | None = None) -> torch.Tensor:
@@ -189,14 +197,25 @@ class Task:
         order = sorted(range(count), key=lambda i: (len(self.examples[i].ids), i))
         return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
-    def batch(self, indices: Sequence[int], count: int) -> Batch:
-        """The batch of these examples for `count` evaluations, stacked; with the prefix's output as `states`."""
+    def batch(self, indices: Sequence[int], count: int, among: Sequence[int] | None = None) -> Batch:
+        """The batch of these examples for `count` evaluations, stacked; with the prefix's output as `states`.
+
+        among: the examples of the whole step, where these are a rank's part of them: rows that are not joined have the
+        width they have in the batch of all, so that they also have the bits.
+        """
         examples = [self.examples[i] for i in indices]
         several = _several(examples)
         rows = [self._rows(example, several) for example in examples]
-        lengths = [len(row) for some in rows for row in some]
-        join = self.joins and joining_pays(lengths)
-        shape = self._shape(examples, several, lengths, join) if self.bucketed else None
+        lengths = of_all = [len(row) for some in rows for row in some]
+        if among is not None:
+            step = [self.examples[i] for i in among]
+            of_all = [len(row) for example in step for row in self._rows(example, _several(step))]
+        join = self.joins and joining_pays(of_all)
+        shape: tuple[int, int | None] | None = None
+        if self.bucketed:
+            shape = self._shape(examples, several, lengths if join else of_all, join)
+        elif among is not None and not join:
+            shape = max(of_all), None
         if join or (several and self.shares):
             batch = packed_batch(examples, self.pad_id, self.device, join, shape)
         else:

@@ -12,6 +12,7 @@ import torch
 
 from ..nn.layers import arena_of
 from ..optim.replay import replay
+from ..system.ranks import Ranks
 from .task import Measure
 
 if TYPE_CHECKING:
@@ -45,10 +46,12 @@ class Validation:
         self.history = [Measured(line["step"] + 1, **line["valid"]) for line in lines if _whole(line.get("valid"))]
 
     def after(self, step: int, last: bool) -> Measure | None:
-        """Measure if it is time to, `step` steps being done; `last`: there are no more."""
+        """Measure if it is time to, `step` steps being done; `last`: there are no more. All ranks measure, so that none
+        waits for long, and go by what the first one found."""
         if step % self.every and not last:
             return None
-        found = self.measure()
+        own = self.measure()
+        found: Measure = Ranks().from_first(lambda: own)
         assert found["loss"] is not None
         self.history.append(Measured(step, found["loss"], found["accuracy"]))
         return found

@@ -34,6 +34,8 @@ def files(tmp_path_factory):
 REFUSED = {
     "train w4 --data data.jsonl --output-dir o --batch-size 400": "batch_size=400, but there are 24 training examples",
     "train w4 --data data.jsonl --output-dir o --group-size 0": "group_size=0: use one of 32, 64, 128, or -1",
+    "train w4 --data data.jsonl --output-dir o --parallel both": "parallel='both': expected data, directions, or",
+    "train w4 --data data.jsonl --output-dir o --parallel 2x2": "--parallel 2x2 divides steps among ranks, and this",
     "train w4 --data data.jsonl --output-dir file/x": "--output-dir file/x: a part of this path is a file (file)",
     "train run/model --data data.jsonl --output-dir run --overwrite": "--output-dir run/model is where the model is",
     "train w4 --data data.jsonl --output-dir run --resume --max-steps 1": "max_steps=1: run/journal.qzo has 2 steps",
@@ -50,6 +52,17 @@ REFUSED = {
     "export m.gguf --to gguf --output-dir m.gguf --overwrite": "--output-dir m.gguf is where the model is",
     "quantize base --output-dir o --table nf4 --asymmetric": "a table's codes have 4 bits and no zero points",
 }
+
+
+def test_auto_resume_goes_on_where_there_is_a_journal_and_else_begins(files, tmp_path):
+    """The same command both times; a folder that holds something else is refused as ever."""
+    for folder, goes_on in ((files / "run", True), (tmp_path / "new", False)):
+        options = parse(f"train w4 --data data.jsonl --output-dir {folder} --auto-resume".split())
+        early.check(options)
+        assert bool(options.resume) is goes_on
+    (tmp_path / "other").write_text("x")
+    with pytest.raises(FileExistsError, match="holds other already"):
+        early.check(parse(f"train w4 --data data.jsonl --output-dir {tmp_path} --auto-resume".split()))
 
 
 @pytest.mark.parametrize("line", REFUSED)

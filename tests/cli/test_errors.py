@@ -10,6 +10,7 @@ import torch
 from qzo.cli.errors import full_disk, reporting
 from qzo.cli.main import main
 from qzo.optim.journal import Journal, JournalError, Record
+from qzo.system.ranks import RankLost, RanksDiverged
 from qzo.training.loop import Interrupted
 
 CUDA = (
@@ -69,6 +70,14 @@ def test_a_failed_run_is_status_1(capsys):
     assert told(capsys, OSError(errno.EIO, "Input/output error", "/x"), "eval", output_dir=None) == (
         1,
         "qzo eval: [Errno 5] Input/output error: '/x'",
+    )
+
+
+@pytest.mark.parametrize("kind", [RanksDiverged, RankLost])
+def test_what_ranks_stop_for_is_one_line_and_status_1(capsys, kind):
+    assert told(capsys, kind("after step 4 the scales\nof rank 1")) == (
+        1,
+        "qzo train: after step 4 the scales of rank 1",
     )
 
 

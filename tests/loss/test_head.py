@@ -70,6 +70,7 @@ def test_the_body_runs_once_and_the_head_reads_these_rows_and_no_others(model, m
         model.model.layers[0].register_forward_hook(lambda *_: bodies.append(1)),
         model.lm_head.register_forward_hook(lambda _, args, out: heads.append(out[..., 0].numel())),
     ]
+    monkeypatch.setattr(head, "LEAST_ROWS", 1)
     monkeypatch.setattr(head, "LOGIT_BYTES", 4 * 64 * 4)  # four positions of float32 logits
     try:
         assert len(list(head.logits_at(model, INPUTS, ROW, COLUMN, 2))) == 2
@@ -238,3 +239,14 @@ def test_a_warning_comes_once_for_a_model():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         head.take_whole(odd, "of another")
+
+
+def test_a_row_among_few_has_the_bits_that_it_has_among_many(model):
+    """A CPU's head is given four rows of an evaluation at least, of which those beyond are dropped."""
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.randint(3, 30, (12, 5))}
+    many = torch.cat([*head.logits_at(model, inputs, torch.arange(12), torch.full((12,), 4))], 1)
+    for count in (1, 2, 3, 5):
+        row, column = torch.arange(count), torch.full((count,), 4)
+        [few] = head.logits_at(model, {"input_ids": inputs["input_ids"][:count]}, row, column)
+        assert torch.equal(few, many[:, :count])

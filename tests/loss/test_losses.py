@@ -98,3 +98,24 @@ def test_pair():
     assert stacked["x"].flatten().tolist() == [1, 2, 1, 2]
     assert stacked["n"] == 3
     assert stacked["t"][0].shape == (2,)
+
+
+@pytest.mark.parametrize("kind", ["labels", "options", "static"])
+def test_sums_of_parts_are_those_of_the_whole_bit_for_bit(model, kind):
+    """In any parts and order, at the width of the whole: their rows have the same bits on a CPU, and sums are exact."""
+    batch = batch_of(labels=kind != "options")
+    if kind == "options":
+        batch |= {"option_ids": torch.tensor([[4, 5, 9]] * 4), "label": torch.tensor([0, 2, 1, 0])}
+    batch = qzo.static_batch(batch) if kind == "static" else batch
+
+    def sums(rows):
+        part = {key: value[rows] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        with qzo.evaluating(model, qzo.Evaluations([1, 1], [0.3, -0.3])):
+            return qzo.loss_sums(model, part, 2)
+
+    whole = sums([0, 1, 2, 3])
+    assert whole.dtype == torch.float64
+    assert whole[:, 1].tolist() == {"options": [4, 4]}.get(kind, [14, 14])
+    assert torch.equal(sums([3]) + sums([1, 2]) + sums([0]), whole)
+    with qzo.evaluating(model, qzo.Evaluations([1, 1], [0.3, -0.3])):
+        assert torch.equal(qzo.losses(model, batch, 2), (whole[:, 0] / whole[:, 1]).float())

@@ -13,13 +13,8 @@ from tests.support.small_layers import block
 PARTS = torch.tensor([[1.5, 2.25], [0.125, 3.0], [7.0, 0.5], [2.0, 1.0]])
 
 
-def alone(losses):
-    """What a single process gathers."""
-    return losses
-
-
 def test_parts_that_were_added_up_are_one_step_of_their_sum():
-    added, whole = AccumulatedQZO(block(), 1e-2, alone), QZO(block(), 1e-2)
+    added, whole = AccumulatedQZO(block(), 1e-2), QZO(block(), 1e-2)
     for part in PARTS:
         added.accumulate(part)
     total = PARTS.double().sum(0)
@@ -28,10 +23,12 @@ def test_parts_that_were_added_up_are_one_step_of_their_sum():
     assert not torch.equal(arena_of(added.module).data, arena_of(block()).data)
 
 
-def test_ranks_are_added_in_their_order_and_divided_by_their_number():
+def test_ranks_are_added_in_their_order_and_divided_by_their_number(monkeypatch):
     """1e16 + 1 - 1e16 is 0 in float64: another order of the ranks has other bits."""
-    of_others = torch.tensor([[1.0, 4.0], [-1e16, 8.0]], dtype=torch.float64)
-    optimizer = AccumulatedQZO(block(), 1e-2, lambda losses: torch.cat([losses, of_others]), eps=0.5)
+    of_others = torch.tensor([[[1.0, 1], [4, 1]], [[-1e16, 1], [8, 1]]], dtype=torch.float64)
+    optimizer = AccumulatedQZO(block(), 1e-2, eps=0.5)
+    monkeypatch.setattr(optimizer.ranks, "count", 3)
+    monkeypatch.setattr(optimizer.ranks, "gather", lambda losses: torch.cat([losses[None], of_others]))
     optimizer.accumulate(torch.tensor([1e16, 3.0], dtype=torch.float64))
     assert optimizer.reduce().tolist() == [-5.0]  # (0 - 15) / 3 over 2 eps
     optimizer.step()
@@ -39,26 +36,23 @@ def test_ranks_are_added_in_their_order_and_divided_by_their_number():
     assert optimizer.last.losses == [0.0, 5.0]
 
 
-def test_ranks_are_asked_once_a_step():
+def test_ranks_are_asked_once_a_step(monkeypatch):
     asked: list[torch.Tensor] = []
-
-    def gather(losses):
-        asked.append(losses)
-        return losses
-
-    optimizer = AccumulatedQZO(block(), 1e-2, gather)
+    optimizer = AccumulatedQZO(block(), 1e-2)
+    gather = optimizer.ranks.gather
+    monkeypatch.setattr(optimizer.ranks, "gather", lambda losses: asked.append(losses) or gather(losses))
     for step in range(2):
         optimizer.accumulate(torch.tensor([1.0, 2.0]))
         first = optimizer.reduce()
         assert torch.equal(optimizer.reduce(), first)
         optimizer.step()
         assert len(asked) == step + 1
-    assert {tuple(losses.shape) for losses in asked} == {(1, 2)}
+    assert {tuple(losses.shape) for losses in asked} == {(2, 2)}
     assert {losses.dtype for losses in asked} == {torch.float64}
 
 
 def test_micro_batches_of_a_step_share_their_evaluations():
-    optimizer = AccumulatedQZO(block(), 1e-2, alone)
+    optimizer = AccumulatedQZO(block(), 1e-2)
     first = optimizer.evaluations()
     assert optimizer.evaluations() is first
     optimizer.accumulate(torch.tensor([1.0, 2.0]))
@@ -67,7 +61,7 @@ def test_micro_batches_of_a_step_share_their_evaluations():
 
 
 def test_an_objective_that_ignores_the_perturbation_ends_the_run():
-    optimizer = AccumulatedQZO(block(), 1e-2, alone)
+    optimizer = AccumulatedQZO(block(), 1e-2)
     moved, same = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.5])
     steps = [same] * (UNMOVED - 1) + [moved] + [same] * (UNMOVED - 1)
     for losses in steps:
@@ -80,7 +74,7 @@ def test_an_objective_that_ignores_the_perturbation_ends_the_run():
 
 @pytest.mark.filterwarnings("ignore:step 0 had a NaN")
 def test_losses_that_are_infinite_are_no_such_objective():
-    optimizer = AccumulatedQZO(block(), 1e-2, alone, max_skipped=UNMOVED + 1)
+    optimizer = AccumulatedQZO(block(), 1e-2, max_skipped=UNMOVED + 1)
     for _ in range(UNMOVED):
         optimizer.accumulate(torch.tensor([torch.inf, torch.inf]))
         optimizer.step()
@@ -89,7 +83,7 @@ def test_losses_that_are_infinite_are_no_such_objective():
 
 
 def test_losses_without_a_step_are_forgotten():
-    optimizer = AccumulatedQZO(block(), 1e-2, alone)
+    optimizer = AccumulatedQZO(block(), 1e-2)
     optimizer.accumulate(torch.tensor([100.0, 1.0]))
     optimizer.zero_grad()
     optimizer.accumulate(torch.tensor([2.0, 1.0]))

@@ -1,0 +1,86 @@
+"""Which part of each step is a rank's, and how the losses of all parts become those of the step.
+
+    data         every rank runs all evaluations of the step on its own examples
+    directions   every rank runs its own evaluations on all examples
+    AxB          both: A parts of the examples times B groups of the evaluations; A * B ranks
+
+Rank r has part r // B of the examples and group r % B of the evaluations. It sends 16 bytes for each of its
+evaluations, the sum of its losses and how many they are (and 16 for each option, where label biases are fitted:
+loss/label_bias.py); all ranks then hold the losses of the whole step, take the same step by them, and make the noise of
+all directions themselves.
+"""
+
+import re
+
+import torch
+
+from ..loss.sums import means
+from ..system.ranks import Ranks
+
+PARALLEL = re.compile(r"data|directions|[1-9]\d*x[1-9]\d*")
+
+
+class Share:
+    """The part of a rank in each step of `evaluations` = 2 J.
+
+    parts, groups : into how many the examples and the evaluations are divided; parts * groups ranks
+    mine : the slice of the step's evaluations that is this rank's
+
+    ValueError for another `parallel` than those above, for one of other ranks, and for more groups than evaluations.
+    """
+
+    def __init__(self, ranks: Ranks, evaluations: int, parallel: str = "data") -> None:
+        check_parallel(parallel)
+        self.ranks, self.evaluations = ranks, evaluations
+        named = {"data": (ranks.count, 1), "directions": (1, ranks.count)}
+        self.parts, self.groups = named.get(parallel) or map(int, parallel.split("x"))
+        if self.parts * self.groups != ranks.count:
+            raise ValueError(
+                f"parallel={parallel!r} is for {self.parts * self.groups} ranks, there are {ranks.count}: start as "
+                "many (torchrun --nproc-per-node), or divide the step otherwise"
+            )
+        if self.groups > evaluations:
+            raise ValueError(
+                f"parallel={parallel!r}: {self.groups} groups of evaluations, but a step has {evaluations}, two for "
+                "each direction: give more directions, or fewer groups"
+            )
+        self.mine = _slice(evaluations, ranks.rank % self.groups, self.groups)
+
+    def rows(self, count: int) -> slice:
+        """Which of the step's `count` examples are this rank's. ValueError where some rank would have none."""
+        if count < self.parts:
+            raise ValueError(
+                f"a batch of {count} examples cannot be divided over {self.parts} ranks: give at least as many "
+                "(--batch-size), or divide the evaluations (--parallel directions)"
+            )
+        return _slice(count, self.ranks.rank // self.groups, self.parts)
+
+    def combine(self, losses: torch.Tensor) -> torch.Tensor:
+        """The loss of each of the step's evaluations, float64 [2 J] on the CPU, the same bits on every rank.
+
+        losses: of this rank's evaluations; [e, S], sums (`loss_sums`), or [e], which count alike. They are added in the
+        order of the ranks.
+        """
+        losses, summed = losses.detach().double().cpu(), losses.dim() == 2
+        columns = losses if summed else torch.stack([losses, torch.ones_like(losses)], 1)
+        padded = columns.new_zeros(-(-self.evaluations // self.groups), columns.shape[1])
+        padded[: len(columns)] = columns
+        total = columns.new_zeros(self.evaluations, columns.shape[1])
+        for rank, of_rank in enumerate(self.ranks.gather(padded)):
+            its = _slice(self.evaluations, rank % self.groups, self.groups)
+            total[its] += of_rank[: its.stop - its.start]
+        return means(total if summed else total[:, 0] / total[:, 1])
+
+
+def check_parallel(parallel: str) -> None:
+    """ValueError for what names no division of a step."""
+    if not isinstance(parallel, str) or not PARALLEL.fullmatch(parallel):
+        raise ValueError(
+            f"parallel={parallel!r}: expected data, directions, or how many parts of the examples times groups of the "
+            "evaluations, such as 2x4"
+        )
+
+
+def _slice(count: int, number: int, parts: int) -> slice:
+    """The part of this number among as many, all of about one size."""
+    return slice(number * count // parts, (number + 1) * count // parts)
