@@ -7,7 +7,7 @@ in sync.
 import argparse
 from typing import Any
 
-from ..optim.defaults import CLIP, EPS, FLOOR
+from ..optim.defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 
 DTYPES = ("float32", "float16", "bfloat16")
 NOISES = ("rademacher", "ih4", "gaussian")
@@ -29,6 +29,7 @@ DEFAULTS = {  # of training/settings.py
     "floor": FLOOR,
     "eps": EPS,
     "clip": CLIP,
+    "journal_fsync": SYNC_SECONDS,
 }
 RATE = 2e-2  # learning rate per direction
 A_MODEL = "a checkpoint: a folder, a .gguf file, or a Hub id"
@@ -126,6 +127,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="continue the journal in --output-dir: the result has the bits of an unbroken run",
+    )
+    files.add_argument(
+        "--journal-fsync",
+        type=float,
+        metavar="SECONDS",
+        help=f"seconds of the run that a power failure may cost (default {SYNC_SECONDS:g}; 0: each step is synced); a "
+        "killed process costs nothing",
     )
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))

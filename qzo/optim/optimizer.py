@@ -17,7 +17,7 @@ from ..nn import ops
 from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
 from ..nn.layers import arena_of, check_sharing_of, evaluating, layers
-from .defaults import CLIP, EPS, FLOOR
+from .defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
 from .replay import journal_header
@@ -85,13 +85,17 @@ class QZO(torch.optim.Optimizer):
         True: also those of a closure that comes again, which has to find each batch in the same tensors, and a warning
         where there is no such device. False: never. What cannot be captured runs without, after one warning that says
         why.
+    journal_fsync
+        Seconds of a run that a power failure may cost: a step is synced to the disk when so much time has passed since
+        the last sync (0: each step, math.inf: the last one). A killed process costs nothing whatever this is.
 
     Raises
     ------
     ValueError
         A value out of range; a module in which nothing trains, or codebooks train under noise shared by rows.
     JournalError
-        A ValueError: the journal exists and is not resumed, is damaged, or belongs to another model or recipe.
+        A ValueError: the journal exists and is not resumed, is damaged, is written by another process, or belongs to
+        another model or recipe.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class QZO(torch.optim.Optimizer):
         recipe: dict[str, Any] | None = None,
         large_rows: str = "fused",
         cuda_graph: bool | None = None,
+        journal_fsync: float = SYNC_SECONDS,
     ) -> None:
         _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
         _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
@@ -121,6 +126,7 @@ class QZO(torch.optim.Optimizer):
         _check(isinstance(directions, int) and 1 <= directions < 1 << 16, "directions", directions, "an int >= 1")
         _check(isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64, "seed", seed, "a 64-bit int")
         _check(floor >= 0, "floor", floor, "a number >= 0")
+        _check(journal_fsync >= 0, "journal_fsync", journal_fsync, "seconds >= 0 (0: each step is synced)")
         _check(
             cuda_graph is None or isinstance(cuda_graph, bool),
             "cuda_graph",
@@ -158,7 +164,8 @@ class QZO(torch.optim.Optimizer):
         self.journal: Journal | None = None
         if journal is not None:
             header = journal_header(module, self.param_groups[0], recipe)
-            self.journal = Journal.resume(journal, header) if resume else Journal.create(journal, header)
+            begin = Journal.resume if resume else Journal.create
+            self.journal = begin(journal, header, journal_fsync)
             for records in self.journal.steps:
                 self._apply(records)
                 self._count(records)

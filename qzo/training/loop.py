@@ -126,6 +126,7 @@ def _optimizer(task: Task, settings: Settings, journal: Path, resume: bool, plan
         large_rows=settings.large_rows,
         paired=not settings.sequential,
         cuda_graph=settings.cuda_graph,
+        journal_fsync=settings.journal_fsync,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..kernels.noise import check_sharing, law_number
 from ..nn.ops import check_large_rows
-from ..optim.defaults import CLIP, EPS, FLOOR
+from ..optim.defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 from .encode import CHAT_LOSSES
 from .packing import PACKINGS
 
@@ -42,6 +42,7 @@ class Settings:
     max_cut : the share of examples that may be cut to max_length, in [0, 1]
     eval_every : steps between two measurements of the validation split; None: a tenth of the run
     patience : measurements in a row without a lower loss after which the run ends; None: it makes all its steps
+    journal_fsync : seconds of the run that a power failure may cost; 0: each step is synced to the disk
     keep : "last", the last step is what is saved; or "best", the one with the lowest validation loss
     """
 
@@ -71,12 +72,13 @@ class Settings:
     eval_every: int | None = None
     patience: int | None = None
     keep: str = "last"
+    journal_fsync: float = SYNC_SECONDS
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATE_PER_DIRECTION * self.directions
-        for name in ("learning_rate", "eps", "clip", "floor", "decay", "max_cut"):
+        for name in ("learning_rate", "eps", "clip", "floor", "decay", "max_cut", "journal_fsync"):
             try:
                 setattr(self, name, float(getattr(self, name)))  # YAML reads 1e-2 as a text
             except (TypeError, ValueError):
@@ -122,6 +124,7 @@ class Settings:
             ("clip", self.clip > 0, "a number > 0 (inf: no clipping)"),
             ("floor", finite(self.floor) and self.floor >= 0, "a finite number >= 0"),
             ("decay", finite(self.decay) and self.decay >= 0, "a finite number >= 0"),
+            ("journal_fsync", self.journal_fsync >= 0, "seconds >= 0 (0: each step is synced)"),
             ("max_cut", 0 <= self.max_cut <= 1, "a share from 0 to 1"),
         ):
             if not good:

@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_whole_steps(path, monkeypatch):
             return getattr(self.file, name)
 
     monkeypatch.setattr(journal, "_file", Full(journal._file))
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match="No space left"):
         journal.append(step(4))
     journal.close()
     assert len(read_whole(path)[1]) == 4

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...system.disk import naming
+from ...system.disk import naming, sync
 
 
 @contextlib.contextmanager
@@ -32,26 +32,17 @@ def staged(folder: str | Path) -> Iterator[Path]:
             files = [path for path in staging.rglob("*") if path.is_file()]
             files.sort(key=lambda path: (path.name == "config.json", path))
             for file in files:
-                _sync(file)
+                sync(file)
             for file in files:
                 target = folder / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
-                _sync(target.parent)
+                sync(target.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
             for path in made:
                 with contextlib.suppress(OSError):  # it holds the result, or was never made
                     path.rmdir()
-
-
-def _sync(path: str | Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def copy(source: str | Path, target: str | Path) -> None:
