@@ -106,7 +106,7 @@ def _refused(command: str, error: Exception) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What a command line asks for, over what the file of `qzo train --config` does; ValueError or OSError for a bad
-    file, SystemExit for a bad line."""
+    file, SystemExit for a bad line. `line` of it is the line itself."""
     parser = build_parser()
     argcomplete.autocomplete(parser)
     line = sys.argv[1:] if arguments is None else list(arguments)
@@ -115,6 +115,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         from_file = arguments_of(options.config, but=("model",) if options.checkpoint else ())
         at = line.index("train") + 1
         options = parser.parse_args([*line[:at], *from_file, *line[at:]])
+    options.line = line
     return options
 
 

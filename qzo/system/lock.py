@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+LOCKS = Path("/proc/locks")
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without
 
 
@@ -29,7 +30,7 @@ def holder(handle: int) -> str:
     tell (the other is on another machine, or in another container)."""
     inode = os.fstat(handle).st_ino
     try:
-        table = Path("/proc/locks").read_text()
+        table = LOCKS.read_text()
     except OSError:
         table = ""
     found = re.search(rf"FLOCK +\w+ +WRITE +([1-9]\d*) +\w+:\w+:{inode} ", table)

@@ -20,6 +20,7 @@ from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_onl
 from ..optim.journal import read
 from ..optim.optimizer import QZO
 from ..system import disk
+from ..system.stopping import Interrupted, status_of
 from . import data
 from . import large_rows as many_rows
 from .compiled import Compiled
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUCKETS = "buckets/1, as on a CUDA device"  # what a journal says of batches padded so (buckets.py)
-
-
-class Interrupted(Exception):
-    """Ctrl-C between two steps; `steps` are in the journal."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__(steps)
-        self.steps = steps
 
 
 def choose_layers(model: "PreTrainedModel", train_layers: int | None, codebooks: bool = False) -> FrozenPrefix | None:
@@ -67,7 +60,7 @@ def fit(
     """Train the model of `task` into the folder `out`; returns the number of steps that were already there.
 
     Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. validation: measured on the way; a
-    run that has run out of its patience ends. Interrupted on Ctrl-C, FloatingPointError when losses stay NaN,
+    run that has run out of its patience ends. Interrupted on Ctrl-C, SIGTERM or SIGUSR1, FloatingPointError when losses stay NaN,
     JournalError for a journal that exists (without resume) or does not fit.
     """
     out = Path(out)
@@ -93,8 +86,8 @@ def fit(
             for line in _steps(task, settings, optimizer, planned, validation):
                 metrics.write(line)
                 progress.step(line)
-    except KeyboardInterrupt:
-        raise Interrupted(optimizer.param_groups[0]["step"]) from None
+    except KeyboardInterrupt as stop:
+        raise Interrupted(optimizer.param_groups[0]["step"], status_of(stop)) from None
     finally:
         optimizer.close()
     return start
