@@ -27,7 +27,8 @@ def reporting(execute: Callable[[argparse.Namespace], int | None], options: argp
             return execute(options) or 0
     except Interrupted as stop:
         print(
-            f"qzo: stopped after {stop.steps} steps, all of them saved; go on with: {resuming(options)}", file=sys.stderr
+            f"qzo: stopped after {stop.steps} steps, all of them saved; go on with: {resuming(options)}",
+            file=sys.stderr,
         )
         return stop.status
     except KeyboardInterrupt as stop:

@@ -171,11 +171,26 @@ class Contents:
     """What a file holds: its header, its whole steps, where they end, how long the file is, and what is wrong behind
     them (None: nothing, or a tail that a resume drops)."""
 
+    path: Path
     header: dict[str, Any]
     steps: list[list[Record]]
     end: int
     size: int
     damage: JournalError | None
+
+    def check(self) -> None:
+        """JournalError for damage."""
+        if self.damage is not None:
+            raise self.damage
+
+    def check_run(self) -> None:
+        """JournalError for damage, and for a piece that begins in the middle of a run."""
+        self.check()
+        if self.first:
+            raise JournalError(
+                f"{self.path} is a piece of a journal, from step {self.first} on: qzo journal concat joins it to the "
+                "steps before"
+            )
 
     @property
     def first(self) -> int:
@@ -193,12 +208,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[list[Record
     found = scan(path)
     if found is None:
         return None
-    if found.damage is not None:
-        raise found.damage
-    if found.first:
-        raise JournalError(
-            f"{path} is a piece of a journal, from step {found.first} on: qzo journal concat joins it to the steps before"
-        )
+    found.check_run()
     return found.header, found.steps, found.end
 
 
@@ -227,7 +237,7 @@ def scan(path: str | os.PathLike[str]) -> Contents | None:
         raise JournalError(f"{path} is damaged: the checksum of its header (offset {_FIRST}) is wrong")
     header = _header_of(path, body[:length])
     steps, end, damage = _read_steps(path, data, _FIRST + len(body), header)
-    return Contents(header, steps, end, len(data), damage)
+    return Contents(path, header, steps, end, len(data), damage)
 
 
 def _header_of(path: Path, text: bytes) -> dict[str, Any]:
@@ -238,7 +248,9 @@ def _header_of(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
-        raise JournalError(f"{path} is not a qzo journal: its header (offset {_FIRST}) does not say how many directions")
+        raise JournalError(
+            f"{path} is not a qzo journal: its header (offset {_FIRST}) does not say how many directions"
+        )
     return header
 
 

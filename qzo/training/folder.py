@@ -8,7 +8,6 @@ OUT/curve.png      the loss over the steps
 import dataclasses
 import io
 import json
-import math
 import platform
 import statistics
 from pathlib import Path
@@ -19,6 +18,7 @@ import transformers
 from matplotlib.figure import Figure
 
 from ..system import disk
+from ..system.as_json import finite
 from ..version import __version__
 from .settings import Settings
 
@@ -100,12 +100,3 @@ def draw_curve(path: Path, lines: list[dict[str, Any]], results: dict[str, Any])
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=150, format="png")
     disk.write_whole(path, drawn.getvalue())
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN: None stands for it."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

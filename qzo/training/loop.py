@@ -60,8 +60,8 @@ def fit(
     """Train the model of `task` into the folder `out`; returns the number of steps that were already there.
 
     Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. validation: measured on the way; a
-    run that has run out of its patience ends. Interrupted on Ctrl-C, SIGTERM or SIGUSR1, FloatingPointError when losses stay NaN,
-    JournalError for a journal that exists (without resume) or does not fit.
+    run that has run out of its patience ends. Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when
+    losses stay NaN; JournalError for a journal that exists (without resume) or does not fit.
     """
     out = Path(out)
     check_batch_size(settings, len(task.examples))

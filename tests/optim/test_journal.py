@@ -206,9 +206,14 @@ def test_what_the_disk_did_not_take_is_cut_off(path, monkeypatch):
     """After a sync that fails, what was written can be read, and may be gone later all the same."""
     whole, journal = path.read_bytes(), Journal.resume(path, HEADER, sync_seconds=0)
     journal.append(step(4))
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"Input/output error: .*journal\.qzo"):
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
-        journal.append(step(5))
+
+    def broken(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        with pytest.raises(OSError, match=r"Input/output error: .*journal\.qzo"):
+            journal.append(step(5))
     journal.append(step(5))
     journal.close()
     assert path.read_bytes() == whole + b"".join(r.pack() for number in (4, 5) for r in step(number))

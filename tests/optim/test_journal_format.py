@@ -1,4 +1,4 @@
-"""Version 1 as docs/journal.md has it: golden files that every later qzo reads, and a second reader that shares no code."""
+"""Version 1 as docs/journal.md has it: golden files that each later qzo reads, a second reader that shares no code."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import qzo
 from qzo.nn.layers import arena_of

@@ -126,7 +126,7 @@ def test_a_tool_that_writes_in_rust(base, tmp_path):
 
 
 def fail_sync(monkeypatch, number, code):
-    """Let the sync of this number fail: the journal's header, its folder, the empty metrics, their folder, then steps."""
+    """Let the sync of this number fail: the journal's header, its folder, the empty metrics, their folder, steps."""
     sync, calls = os.fsync, []
 
     def fail(handle):
