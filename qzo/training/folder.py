@@ -8,6 +8,7 @@ OUT/curve.png      the loss over the steps
 import dataclasses
 import io
 import json
+import os
 import platform
 import statistics
 from pathlib import Path
@@ -46,9 +47,12 @@ class Metrics:
         return self
 
     def write(self, line: dict[str, Any]) -> None:
-        """One step's line, on the disk when this returns (not yet synced)."""
+        """One step's line, with the operating system when this returns; one that holds a measurement, which a run that
+        goes on relies on, is on the disk."""
         self.file.write(json.dumps(finite(line)) + "\n")
         self.file.flush()
+        if "valid" in line:
+            os.fsync(self.file.fileno())
 
     def __exit__(self, *_: object) -> None:
         self.file.close()

@@ -6,6 +6,7 @@ OUT/model/         the tuned model in its source's format
 """
 
 import hashlib
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..loss.head import has_encoder
 from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only_
-from ..optim.journal import read
+from ..optim.journal import Journal, read
 from ..optim.optimizer import QZO
 from ..system import disk
 from ..system.stopping import Interrupted, status_of
@@ -83,6 +84,9 @@ def fit(
         ):
             if validation is not None:
                 validation.recall(metrics.lines)
+                found = validation.catch_up(start, last=start == settings.max_steps)
+                if found is not None:
+                    metrics.write({**line_of(optimizer.journal, start - 1), "valid": found})
             for line in _steps(task, settings, optimizer, planned, validation):
                 metrics.write(line)
                 progress.step(line)
@@ -91,6 +95,13 @@ def fit(
     finally:
         optimizer.close()
     return start
+
+
+def line_of(journal: Journal | None, step: int) -> dict[str, Any]:
+    """What the journal that a run goes on from knows of the line of metrics of a step, whose writing a kill came before."""
+    assert journal is not None
+    losses = [loss for record in journal.steps[step] for loss in (record.loss_plus, record.loss_minus)]
+    return {"step": step, "loss": statistics.fmean(losses), "skipped": journal.steps[step][0].skipped}
 
 
 def check_batch_size(settings: Settings, examples: int) -> None:
