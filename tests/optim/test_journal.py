@@ -125,6 +125,25 @@ def test_a_full_disk_leaves_whole_steps(path, monkeypatch):
     assert read_whole(path)[2] == path.stat().st_size
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("begin", [Journal.create, Journal.resume])
+def test_a_place_that_is_read_only_is_named_and_stays(path, monkeypatch, code, begin):
+    target = path if begin == Journal.resume else path.with_name("new")
+    before = {p: p.read_bytes() for p in path.parent.iterdir()}
+    really = open
+
+    def read_only(name, mode="r", **options):
+        if set(mode) & set("wa+"):
+            raise OSError(code, os.strerror(code), str(name))
+        return really(name, mode, **options)
+
+    monkeypatch.setattr("builtins.open", read_only)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        begin(target, HEADER)
+    assert caught.value.filename == str(target)
+    assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
 def test_a_header_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
