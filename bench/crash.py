@@ -23,6 +23,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -62,7 +63,7 @@ class Runs:
     def run(self, out):
         """Begin a run, or go on with the one that is there, to its end: in this process."""
         task = Task(copy.deepcopy(self.model), self.examples, 0)
-        fit(task, self.settings, out, resume=True, show=False)
+        fit(task, self.settings, out, resume=(out / "journal.qzo").exists(), show=False)
         save_pretrained(task.model, out / "model")
         disk.write_whole(out / "scales", arena_of(task.model).data.numpy().tobytes())
 
@@ -75,8 +76,10 @@ class Runs:
         try:
             work()
             status = 0
-        except OSError as error:
+        except BaseException as error:
             status = FULL if disk.full(error) == errno.ENOSPC else 1
+            if status != FULL:
+                traceback.print_exc()
         finally:
             os._exit(status)
 

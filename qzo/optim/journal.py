@@ -362,6 +362,12 @@ def _check_absent(path: Path) -> None:
         )
 
 
+def check_free(path: str | os.PathLike[str]) -> None:
+    """JournalError for a journal that is being written, OSError for one that cannot be: known before a model is loaded."""
+    with open(path, "r+b", buffering=0) as file:
+        _lock(file, Path(path))
+
+
 def _lock(file: io.FileIO, path: Path) -> None:
     """Lock, or close and refuse."""
     if not lock.take(file.fileno()):
