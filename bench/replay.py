@@ -1,8 +1,8 @@
 """A long run and its replay: `python -m qzo.bench.replay [--steps 20000] [--scales 4096] [--out FILE.jsonl]`.
 
-Steps of one quantized layer whose losses are drawn, not computed: what is left of a step is its seeds, its records in the
-journal and the update. Then the journal is replayed on the base, and the scales compared bit for bit. Process time, one
-thread; resident memory and open files of the process from a tenth of the run to its end.
+Steps of one quantized layer whose losses are drawn, not computed: what is left of a step is its seeds, its records in
+the journal and the update. Then the journal is replayed on the base, and the scales compared bit for bit. Process time,
+one thread; resident memory and open files of the process from a tenth of the run to its end.
 """
 
 import argparse

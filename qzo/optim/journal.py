@@ -363,7 +363,7 @@ def _check_absent(path: Path) -> None:
 
 
 def check_free(path: str | os.PathLike[str]) -> None:
-    """JournalError for a journal that is being written, OSError for one that cannot be: known before a model is loaded."""
+    """JournalError for a journal that is being written, OSError for one that cannot be, before a model is loaded."""
     with open(path, "r+b", buffering=0) as file:
         _lock(file, Path(path))
 

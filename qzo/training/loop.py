@@ -102,7 +102,7 @@ def fit(
 
 
 def line_of(journal: Journal | None, step: int) -> dict[str, Any]:
-    """What the journal that a run goes on from knows of the line of metrics of a step, whose writing a kill came before."""
+    """What the journal that a run goes on from knows of a step whose line of metrics a kill came before."""
     assert journal is not None
     losses = [loss for record in journal.steps[step] for loss in (record.loss_plus, record.loss_minus)]
     return {"step": step, "loss": statistics.fmean(losses), "skipped": journal.steps[step][0].skipped}

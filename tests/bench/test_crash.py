@@ -1,4 +1,4 @@
-"""Runs broken off by a kill, a power cut and a full disk end in the bits of an unbroken one; so many here, more by hand."""
+"""Runs broken off by a kill, a power cut and a full disk end in the bits of an unbroken one; more of them by hand."""
 
 import json
 import random

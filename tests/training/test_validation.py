@@ -160,7 +160,7 @@ def test_patience_ends_a_run_and_a_resumed_one_knows(data, tmp_path):
     assert again["tuned"] == whole["tuned"]
     lines = (out / "metrics.jsonl").read_text().splitlines()
     (out / "metrics.jsonl").write_text("\n".join(lines[:-1]))  # killed between the last step's record and its line
-    again, _, losses = run(data, out, "--patience", 1, "--keep", "best", "--resume", steps=20)
+    again, _, _ = run(data, out, "--patience", 1, "--keep", "best", "--resume", steps=20)
     assert again["resumed_from"] == again["steps"] == whole["steps"]
     assert (again["best"], again["tuned"]) == (whole["best"], whole["tuned"])
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])

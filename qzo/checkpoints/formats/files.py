@@ -16,9 +16,10 @@ from ...system.disk import naming, sync
 def staged(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder to write into; its files move to `folder` when the block ends without an error.
 
-    They are synced to disk first and then renamed one by one, so every name in `folder` holds a whole file at any time,
-    old or new. An old config.json goes first and the new one comes last: a folder that holds one is of one model. Files of
-    other names are left alone. On an error `folder` is as before; an OSError that names no path, or a full disk, names it.
+    They are synced to disk first and then renamed one by one, so every name in `folder` holds a whole file at any
+    time, old or new. An old config.json goes first and the new one comes last: a folder that holds one is of one model.
+    Files of other names are left alone. On an error `folder` is as before; an OSError that names no path, or a full
+    disk, names it.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

@@ -27,7 +27,7 @@ def test_staged_files_appear_when_all_are_written_and_the_config_last(tmp_path, 
 
 
 def test_a_folder_that_has_a_config_is_of_one_model(tmp_path, monkeypatch):
-    """Files of a model that is there are replaced one by one: whoever looks between two of them finds no config.json."""
+    """Files of a model that is there are replaced one by one: who looks between two of them finds no config.json."""
     names, replace, seen = ("a", "b", "config.json"), os.replace, []
     for name in names:
         (tmp_path / name).write_text("old")
