@@ -1,9 +1,8 @@
-"""A long run ends in the bits of its replay, in flat memory; a hundred steps here, twenty thousand in the kept row."""
+"""A long run ends in the bits of its replay, in flat memory; a hundred steps here, more by hand."""
 
 import json
 
 from qzo.bench import replay
-from tests.support.paths import ROOT
 
 
 def test_a_run_and_its_replay(tmp_path, capsys):
@@ -20,13 +19,3 @@ def test_a_replay_that_ends_otherwise_is_seen(monkeypatch, capsys):
     monkeypatch.setattr(replay, "replay", lambda base, path: real(base, path, 9) + 1)
     assert replay.main(["--steps", "10", "--scales", "64"]) == 1
     assert json.loads(capsys.readouterr().out)["same_bits"] is False
-
-
-def test_the_kept_row_is_of_twenty_thousand_steps_in_flat_memory():
-    [path] = (ROOT / "bench/results").glob("replay-*.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert max(row["steps"] for row in rows) == 20_000
-    for row in rows:
-        assert row["same_bits"] is True
-        assert abs(row["memory_growth"]) < 0.01
-        assert row["more_open_files"] == 0
