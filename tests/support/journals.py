@@ -44,5 +44,5 @@ def write_golden(folder: Path) -> None:
     for name, (settings, losses) in runs.items():
         optimizer = qzo.QZO(golden_model(), journal=folder / name, **settings)
         for given in losses:
-            optimizer.step(lambda given=given: torch.tensor(given))  # type: ignore[misc]
+            optimizer.step(lambda given=given: torch.tensor(given))
         optimizer.close()
