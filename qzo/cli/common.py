@@ -14,7 +14,7 @@ from ..kernels.tiles import GROUPS
 from ..loss.label_bias import set_biases_
 from ..nn.layers import train_slots_
 from ..nn.weights import check_group_size
-from ..optim.journal import read
+from ..optim.pieces import contents
 from ..optim.replay import replay
 from ..training.folder import RESULTS
 from .early import size_of
@@ -42,13 +42,9 @@ def load(path: str | Path, own: Mapping[str, Any]) -> Any:
 
 def _header_and_steps(journal: str | Path) -> tuple[dict[str, Any], int]:
     """Of a journal that has begun. ValueError for one that has not, FileNotFoundError for none."""
-    if not Path(journal).is_file():
-        what = f"{journal} is a folder" if Path(journal).is_dir() else f"there is no journal {journal}"
-        raise FileNotFoundError(f"{what}; a run's journal is OUT/journal.qzo")
-    found = read(journal)
-    if found is None:
-        raise ValueError(f"{journal} has no whole header: the run ended before its first step")
-    return found[0], len(found[1])
+    found = contents(journal)
+    found.check_run()
+    return found.header, len(found.steps)
 
 
 def steps_of(journal: str | Path) -> int:

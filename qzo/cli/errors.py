@@ -1,6 +1,7 @@
 """An error of a command as one line on standard error, and its exit status."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..system import disk
 from ..system.memory import explain, is_out_of_memory
 from ..system.progress import showing
 from ..system.ranks import RankLost, RanksDiverged
-from ..training.loop import Interrupted
+from ..system.stopping import Interrupted, status_of, stopping
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 LESS_TEXT = "a shorter prompt or fewer --max-new-tokens need less"
@@ -23,23 +24,22 @@ LESS_MEMORY = (
 def reporting(execute: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:
     """The exit status of execute(options); what it raises is one line, but a fault of our own keeps its traceback."""
     try:
-        with showing():
+        with showing(), stopping():
             return execute(options) or 0
     except Interrupted as stop:
         print(
-            f"qzo: stopped after {stop.steps} steps, all of them saved; go on with the same command, its "
-            "--output-dir and --resume",
+            f"qzo: stopped after {stop.steps} steps, all of them saved; go on with: {resuming(options)}",
             file=sys.stderr,
         )
-        return 1
-    except KeyboardInterrupt:
+        return stop.status
+    except KeyboardInterrupt as stop:
         if options.command == "generate":  # a way to end a text that goes on
             print("\nqzo: stopped", file=sys.stderr)
-            return 1
+            return status_of(stop)
         journal = Path(vars(options).get("output_dir") or "") / "journal.qzo"
-        saved = f"; {journal} is whole, so the same command with --resume goes on" if journal.exists() else ""
+        saved = f"; {journal} is whole, go on with: {resuming(options)}" if journal.exists() else ""
         print(f"qzo: stopped outside the training steps{saved}", file=sys.stderr)
-        return 1
+        return status_of(stop)
     except BAD_INPUT as error:
         print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
         return 2
@@ -56,6 +56,14 @@ def reporting(execute: Callable[[argparse.Namespace], int | None], options: argp
             file=sys.stderr,
         )
         return 1
+
+
+def resuming(options: argparse.Namespace) -> str:
+    """The command line that goes on with the run of this one."""
+    line = ["qzo", *options.line]
+    if options.command == "demo" and not any(word.startswith("--output-dir") for word in line):
+        line += ["--output-dir", options.output_dir]  # it has chosen a name itself
+    return shlex.join(line if "--resume" in line else [*line, "--resume"])
 
 
 def _line(error: BaseException) -> str:

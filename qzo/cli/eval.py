@@ -16,7 +16,7 @@ import torch
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.label_bias import fit_label_bias
 from ..optim.replay import replay
-from ..training.folder import finite
+from ..system.as_json import finite
 from ..training.loop import build_task
 from ..training.records import Line, read_data
 from ..training.settings import Settings

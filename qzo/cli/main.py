@@ -48,6 +48,11 @@ COMMANDS = {  # name: (what it does, an example, its options)
         "qzo replay model.gguf out/journal.qzo --output-dir tuned",
         options.add_replay,
     ),
+    "journal": (
+        "show, verify, compare, cut and join journals",
+        "qzo journal show out/journal.qzo",
+        report_options.add_journal,
+    ),
     "export": (
         "write a quantized model in another format, weight for weight",
         "qzo export model-awq --to gptq --output-dir model-gptq --journal out/journal.qzo",
@@ -96,17 +101,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     early.announce(options)
     warnings.showwarning = lambda message, *_: print(f"qzo: warning: {message}", file=sys.stderr)
     command = importlib.import_module(f".{options.command}", __package__)
+    if options.command == "journal":  # which reads files alone: torch is not worth waiting for
+        try:
+            return command.execute(options)
+        except (OSError, ValueError) as error:
+            return _refused(options.command, error)
     return importlib.import_module(".errors", __package__).reporting(command.execute, options)
 
 
 def _refused(command: str, error: Exception) -> int:
     print(f"qzo {command}: {disk.unusable(error) or ' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return 1 if disk.full(error) else 2
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What a command line asks for, over what the file of `qzo train --config` does; ValueError or OSError for a bad
-    file, SystemExit for a bad line."""
+    file, SystemExit for a bad line. `line` of it is the line itself."""
     parser = build_parser()
     argcomplete.autocomplete(parser)
     line = sys.argv[1:] if arguments is None else list(arguments)
@@ -115,6 +125,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         from_file = arguments_of(options.config, but=("model",) if options.checkpoint else ())
         at = line.index("train") + 1
         options = parser.parse_args([*line[:at], *from_file, *line[at:]])
+    options.line = line
     return options
 
 
@@ -131,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}"
         )
-        if name != "bench":  # whose actions have their own
+        if name not in ("bench", "journal"):  # whose actions have their own
             command.add_argument("--json", action="store_true", help="results as JSON on standard output")
         add_options(command)
     return parser

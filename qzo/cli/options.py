@@ -7,7 +7,7 @@ in sync.
 import argparse
 from typing import Any
 
-from ..optim.defaults import CLIP, EPS, FLOOR
+from ..optim.defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 
 DTYPES = ("float32", "float16", "bfloat16")
 NOISES = ("rademacher", "ih4", "gaussian")
@@ -31,6 +31,7 @@ DEFAULTS = {  # of training/settings.py
     "floor": FLOOR,
     "eps": EPS,
     "clip": CLIP,
+    "journal_fsync": SYNC_SECONDS,
 }
 RATE, CLASSIFICATION_RATE = 4e-2, 8e-2  # learning rates per direction
 A_MODEL = "a checkpoint: a folder, a .gguf file, or a Hub id"
@@ -135,6 +136,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="continue the journal in --output-dir if there is one, else begin: for a command that torchrun "
         "--max-restarts or a scheduler starts again",
+    )
+    files.add_argument(
+        "--journal-fsync",
+        type=float,
+        metavar="SECONDS",
+        help=f"seconds of the run that a power failure may cost (default {SYNC_SECONDS:g}; 0: each step is synced); a "
+        "killed process costs nothing",
     )
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))

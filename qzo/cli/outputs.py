@@ -4,7 +4,7 @@ import itertools
 import os
 from pathlib import Path
 
-from ..optim.journal import read
+from ..optim.journal import check_free, read
 
 JOURNAL = "journal.qzo"
 NAMED = 4  # files that a message names
@@ -57,14 +57,16 @@ def check_run(
 ) -> None:
     """The same for a run's folder, which goes on with the journal in it or begins one.
 
-    A journal is never overwritten: it may hold hours of work. ValueError for `resume` where there is none, and for a
-    `source` that the tuned model would replace.
+    A journal is never overwritten: it may hold hours of work. ValueError for `resume` where there is none, or where
+    another process goes on with it, and for a `source` that the tuned model would replace.
     """
     check_apart(Path(folder) / "model", source)
     journal = Path(folder) / JOURNAL
-    if resume and not journal.exists():
-        raise ValueError(f"--resume: there is no {journal} to go on with; leave --resume out to begin a run")
-    if not resume and journal.exists():
+    if resume:
+        if not journal.exists():
+            raise ValueError(f"--resume: there is no {journal} to go on with; leave --resume out to begin a run")
+        return check_free(journal)
+    if journal.exists():
         found = read(journal)
         count = 0 if found is None else len(found[1])
         steps = "1 step" if count == 1 else f"{count} steps"
@@ -72,5 +74,4 @@ def check_run(
             f"--output-dir {folder} holds a journal of {steps} already; continue it with --resume, name another "
             "folder, or delete the journal"
         )
-    if not resume:
-        check_folder(folder, overwrite)
+    check_folder(folder, overwrite)

@@ -1,4 +1,5 @@
-"""What the commands that report on a model, and the benchmark, can be asked; like options.py, without torch."""
+"""What the commands that report on a model or a journal, and the benchmark, can be asked; like options.py, without
+torch."""
 
 import argparse
 
@@ -149,3 +150,42 @@ def _add_bench_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     add_overwrite(run)
     run.add_argument("--json", action="store_true", help="JSON lines on standard output instead of a table")
     run.add_argument("--list", action="store_true", help="name the cases and stop")
+
+
+def add_journal(parser: argparse.ArgumentParser) -> None:
+    """`show`, `verify`, `diff`, `cut` and `concat`."""
+    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: qzo journal {example}"
+        )
+        added.add_argument("--json", action="store_true", help="results as JSON on standard output")
+        return added
+
+    shown = action("show", "what a journal holds: settings, base, steps, losses", "show out/journal.qzo --steps")
+    shown.add_argument("file")
+    shown.add_argument("--steps", action="store_true", help="also a line for each direction of each step")
+    checked = action("verify", "check every checksum; exit status 2 for damage", "verify out/journal.qzo")
+    checked.add_argument("file")
+    both = action("diff", "compare two journals; exit status 1 if they differ", "diff a/journal.qzo b/journal.qzo")
+    both.add_argument("first")
+    both.add_argument("second")
+    part = action(
+        "cut",
+        "write a part of a journal, also the steps before damage, to a new file",
+        "cut out/journal.qzo --until 100 --output first.qzo",
+    )
+    part.add_argument("file")
+    part.add_argument(
+        "--from",
+        dest="start",
+        type=int,
+        metavar="M",
+        help="begin with step M: a piece, for concat (default: the first)",
+    )
+    part.add_argument("--until", type=int, metavar="N", help="stop before step N (default: after the last)")
+    joined = action("concat", "join pieces of one journal, in order", "concat first.qzo rest.qzo --output whole.qzo")
+    joined.add_argument("files", nargs="+", metavar="file")
+    for writes in (part, joined):
+        writes.add_argument("--output", required=True, help="the new file; none is overwritten")

@@ -20,7 +20,7 @@ from ..nn.evaluations import Evaluations
 from ..nn.layers import arena_of, check_sharing_of, evaluating, layers
 from ..system.ranks import Ranks
 from .advice import against_nan, warn_if_rounded_away
-from .defaults import CLIP, EPS, FLOOR
+from .defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
 from .replay import journal_header
@@ -94,6 +94,9 @@ class QZO(torch.optim.Optimizer):
         evaluations (shares.py). All take the same steps; the first writes the journal. None: this process is alone.
     check_every
         Steps after which ranks compare a digest of their scales; 0: never.
+    journal_fsync
+        Seconds of a run that a power failure may cost: a step is synced to the disk when so much time has passed since
+        the last sync (0: each step, math.inf: the last one). A killed process costs nothing whatever this is.
 
     Raises
     ------
@@ -101,7 +104,8 @@ class QZO(torch.optim.Optimizer):
         A value out of range; a module in which nothing trains, or codebooks train under noise shared by rows; ranks
         that were started otherwise, or are not as many as `parallel` says.
     JournalError
-        A ValueError: the journal exists and is not resumed, is damaged, or belongs to another model or recipe.
+        A ValueError: the journal exists and is not resumed, is damaged, is written by another process, or belongs to
+        another model or recipe.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class QZO(torch.optim.Optimizer):
         cuda_graph: bool | None = None,
         parallel: str | None = "data",
         check_every: int = 100,
+        journal_fsync: float = SYNC_SECONDS,
     ) -> None:
         _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
         _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
@@ -134,6 +139,7 @@ class QZO(torch.optim.Optimizer):
         _check(isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64, "seed", seed, "a 64-bit int")
         _check(floor >= 0, "floor", floor, "a number >= 0")
         _check(isinstance(check_every, int) and check_every >= 0, "check_every", check_every, "an int >= 0")
+        _check(journal_fsync >= 0, "journal_fsync", journal_fsync, "seconds >= 0 (0: each step is synced)")
         _check(
             cuda_graph is None or isinstance(cuda_graph, bool),
             "cuda_graph",
@@ -174,9 +180,11 @@ class QZO(torch.optim.Optimizer):
         self.journal: Journal | None = None
         _ = self.share  # refused now, if it is
         if journal is not None or self.ranks.count > 1:
-            self._begin(journal, resume, recipe or {})
+            self._begin(journal, resume, recipe or {}, journal_fsync)
 
-    def _begin(self, journal: str | os.PathLike[str] | None, resume: bool, recipe: dict[str, Any]) -> None:
+    def _begin(
+        self, journal: str | os.PathLike[str] | None, resume: bool, recipe: dict[str, Any], fsync: float
+    ) -> None:
         """See that all ranks are alike, open the journal on the first, and apply the steps it holds on all."""
         group = self.param_groups[0]
         if self.ranks.count > 1:
@@ -187,7 +195,7 @@ class QZO(torch.optim.Optimizer):
             return
 
         def opened() -> list[list[tuple[Any, ...]]]:
-            self.journal = Journal.resume(journal, header) if resume else Journal.create(journal, header)
+            self.journal = (Journal.resume if resume else Journal.create)(journal, header, fsync)
             return [[dataclasses.astuple(record) for record in records] for records in self.journal.steps]
 
         held = self.ranks.from_first(opened)

@@ -19,7 +19,11 @@ _UNUSABLE = {
     errno.ENAMETOOLONG: "a name in this path is too long; give a shorter one",
     errno.ELOOP: "it is a loop of symbolic links; give another path",
 }
-WHAT = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded"}
+WHAT = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "a file would be larger than the file system or a limit (ulimit -f) allows",
+}
 
 
 def full(error: BaseException) -> int | None:
@@ -61,7 +65,8 @@ class naming(contextlib.AbstractContextManager):
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: into a temporary one beside it, which is on the disk before it is renamed."""
+    """Write a file whole or not at all: into a temporary one beside it, which is on the disk before it is renamed; the
+    new name is on the disk when this returns."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -69,6 +74,17 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

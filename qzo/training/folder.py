@@ -8,7 +8,6 @@ OUT/curve.png      the loss over the steps
 import dataclasses
 import io
 import json
-import math
 import os
 import platform
 import statistics
@@ -20,6 +19,7 @@ import transformers
 from matplotlib.figure import Figure
 
 from ..system import disk
+from ..system.as_json import finite
 from ..version import __version__
 from .settings import Settings
 
@@ -51,9 +51,12 @@ class Metrics:
         return self
 
     def write(self, line: dict[str, Any]) -> None:
-        """One step's line, on the disk when this returns (not yet synced)."""
+        """One step's line, with the operating system when this returns; one that holds a measurement, which a run that
+        goes on relies on, is on the disk."""
         self.file.write(json.dumps(finite(line)) + "\n")
         self.file.flush()
+        if "valid" in line:
+            os.fsync(self.file.fileno())
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -105,12 +108,3 @@ def draw_curve(path: Path, lines: list[dict[str, Any]], results: dict[str, Any])
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=150, format="png")
     disk.write_whole(path, drawn.getvalue())
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN: None stands for it."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

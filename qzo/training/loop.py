@@ -7,6 +7,7 @@ OUT/model/         the tuned model in its source's format
 
 import dataclasses
 import hashlib
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..loss.head import has_encoder
 from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only_
-from ..optim.journal import read
+from ..optim.journal import Journal, read
 from ..optim.optimizer import QZO
 from ..system import disk
 from ..system.ranks import Ranks
+from ..system.stopping import Interrupted, status_of
 from . import data
 from . import large_rows as many_rows
 from .compiled import Compiled
@@ -36,14 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUCKETS = "buckets/1, as on a CUDA device"  # what a journal says of batches padded so (buckets.py)
-
-
-class Interrupted(Exception):
-    """Ctrl-C between two steps; `steps` are in the journal."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__(steps)
-        self.steps = steps
 
 
 def choose_layers(model: "PreTrainedModel", train_layers: int | None, codebooks: bool = False) -> FrozenPrefix | None:
@@ -69,8 +63,8 @@ def fit(
     """Train the model of `task` into the folder `out`; returns the number of steps that were already there.
 
     Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. validation: measured on the way; a
-    run that has run out of its patience ends. Interrupted on Ctrl-C, FloatingPointError when losses stay NaN,
-    JournalError for a journal that exists (without resume) or does not fit.
+    run that has run out of its patience ends. Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when
+    losses stay NaN; JournalError for a journal that exists (without resume) or does not fit.
 
     Where torch.distributed's default group is initialized, all its ranks call this: each makes its share of the steps
     (settings.parallel) and takes all of them, and the first alone reads and writes in `out`. RanksDiffer, RanksDiverged
@@ -97,13 +91,16 @@ def fit(
         ):
             if validation is not None:
                 validation.recall(ranks.from_first(lambda: metrics.lines))
+                found = validation.catch_up(start, last=start == settings.max_steps)
+                if found is not None and ranks.first:
+                    metrics.write({**line_of(optimizer.journal, start - 1), "valid": found})
             for line in _steps(task, settings, optimizer, planned, validation):
                 metrics.write(line)
                 progress.step(line)
             if settings.check_every:
                 optimizer.check_ranks()
-    except KeyboardInterrupt:
-        raise Interrupted(optimizer.param_groups[0]["step"]) from None
+    except KeyboardInterrupt as stop:
+        raise Interrupted(optimizer.param_groups[0]["step"], status_of(stop)) from None
     finally:
         optimizer.close()
     return start
@@ -115,6 +112,13 @@ def _settled(task: Task, settings: Settings, out: Path, resume: bool, show: bool
     if large_rows == "auto":
         large_rows = _settle_large_rows(task, settings, journal, show)
     return planned_steps(settings, journal), large_rows
+
+
+def line_of(journal: Journal | None, step: int) -> dict[str, Any]:
+    """What the journal that a run goes on from knows of a step whose line of metrics a kill came before."""
+    assert journal is not None
+    losses = [loss for record in journal.steps[step] for loss in (record.loss_plus, record.loss_minus)]
+    return {"step": step, "loss": statistics.fmean(losses), "skipped": journal.steps[step][0].skipped}
 
 
 def check_batch_size(settings: Settings, examples: int) -> None:
@@ -145,6 +149,7 @@ def _optimizer(task: Task, settings: Settings, journal: Path, resume: bool, plan
         cuda_graph=settings.cuda_graph,
         parallel=settings.parallel,
         check_every=settings.check_every,
+        journal_fsync=settings.journal_fsync,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..kernels.noise import check_sharing, law_number
 from ..nn.ops import check_large_rows
-from ..optim.defaults import CLIP, EPS, FLOOR
+from ..optim.defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 from ..optim.shares import check_parallel
 from .encode import CHAT_LOSSES
 from .packing import PACKINGS
@@ -48,6 +48,7 @@ class Settings:
     patience : measurements in a row without a lower loss after which the run ends; None: it makes all its steps
     parallel : what several ranks divide among them, as `QZO` has it; decides nothing where there is one
     check_every : steps after which several ranks compare their scales; 0: never
+    journal_fsync : seconds of the run that a power failure may cost; 0: each step is synced to the disk
     label_bias : "fit": of a classification (the same options of one token in all examples) the steps learn what a bias
         per option cannot do, and these are fitted when the run has ended; "none": the steps learn all
     keep : "last", the last step is what is saved; or "best", the one with the lowest validation loss
@@ -81,11 +82,12 @@ class Settings:
     keep: str = "last"
     parallel: str = "data"
     check_every: int = 100
+    journal_fsync: float = SYNC_SECONDS
     label_bias: str = "fit"
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()
-        for name in ("learning_rate", "eps", "clip", "floor", "decay", "max_cut"):
+        for name in ("learning_rate", "eps", "clip", "floor", "decay", "max_cut", "journal_fsync"):
             if name == "learning_rate" and self.learning_rate is None:
                 continue
             try:
@@ -140,6 +142,7 @@ class Settings:
             ("clip", self.clip > 0, "a number > 0 (inf: no clipping)"),
             ("floor", finite(self.floor) and self.floor >= 0, "a finite number >= 0"),
             ("decay", finite(self.decay) and self.decay >= 0, "a finite number >= 0"),
+            ("journal_fsync", self.journal_fsync >= 0, "seconds >= 0 (0: each step is synced)"),
             ("max_cut", 0 <= self.max_cut <= 1, "a share from 0 to 1"),
         ):
             if not good:

@@ -56,6 +56,12 @@ class Validation:
         self.history.append(Measured(step, found["loss"], found["accuracy"]))
         return found
 
+    def catch_up(self, step: int, last: bool) -> Measure | None:
+        """Measure the step that a run goes on from, if it was time to and the run ended before its line was written."""
+        if step == 0 or any(one.step == step for one in self.history):
+            return None
+        return self.after(step, last)
+
     @property
     def best(self) -> Measured | None:
         """The measurement with the lowest loss, the first of equal ones; None before there is one. NaN is no loss."""

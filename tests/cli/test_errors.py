@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from qzo.cli.errors import full_disk, reporting
 from qzo.cli.main import main
 from qzo.optim.journal import Journal, JournalError, Record
 from qzo.system.ranks import RankLost, RanksDiverged
-from qzo.training.loop import Interrupted
+from qzo.system.stopping import Interrupted, Stopped
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 10.31 GiB "
@@ -19,13 +20,13 @@ CUDA = (
 )
 
 
-def told(capsys, error, command="train", **options):
+def told(capsys, error, command="train", line=(), **options):
     """(exit status, what is said) of a command that raises this."""
 
     def execute(_):
         raise error
 
-    status = reporting(execute, argparse.Namespace(command=command, **options))
+    status = reporting(execute, argparse.Namespace(command=command, line=[command, *line], **options))
     shown = capsys.readouterr()
     assert not shown.out
     assert shown.err.count("\n") == 1
@@ -86,18 +87,33 @@ def test_a_path_that_cannot_be_used_is_status_2(capsys):
     assert told(capsys, error) == (2, "qzo train: /x: its file system is read-only; give another path")
 
 
-def test_ctrl_c(capsys, tmp_path):
-    assert told(capsys, Interrupted(7)) == (
-        1,
-        "qzo: stopped after 7 steps, all of them saved; go on with the same command, its --output-dir and --resume",
-    )
-    assert told(capsys, KeyboardInterrupt()) == (1, "qzo: stopped outside the training steps")
+@pytest.mark.parametrize(
+    ("command", "line", "resuming"),
+    [
+        ("train", ["m", "--data", "my data"], "qzo train m --data 'my data' --resume"),
+        ("train", ["m", "--resume", "--seed", "1"], "qzo train m --resume --seed 1"),
+        ("demo", [], "qzo demo --output-dir o --resume"),
+        ("demo", ["--output-dir=o"], "qzo demo --output-dir=o --resume"),
+    ],
+)
+def test_a_run_that_is_stopped_says_how_to_go_on(capsys, command, line, resuming):
+    said = f"qzo: stopped after 7 steps, all of them saved; go on with: {resuming}"
+    assert told(capsys, Interrupted(7), command, line, output_dir="o") == (130, said)
+
+
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [(KeyboardInterrupt(), 130), (Stopped(signal.SIGTERM), 143), (Stopped(signal.SIGUSR1), 0)],
+    ids=["SIGINT", "SIGTERM", "SIGUSR1"],
+)
+def test_signals_have_the_status_that_shells_give_them(capsys, tmp_path, stop, status):
+    assert told(capsys, stop) == (status, "qzo: stopped outside the training steps")
     out = str(journal(tmp_path / "o", 2))
-    assert told(capsys, KeyboardInterrupt(), output_dir=out) == (
-        1,
-        f"qzo: stopped outside the training steps; {out}/journal.qzo is whole, so the same command with --resume "
-        "goes on",
+    assert told(capsys, stop, line=["m"], output_dir=out) == (
+        status,
+        f"qzo: stopped outside the training steps; {out}/journal.qzo is whole, go on with: qzo train m --resume",
     )
+    assert told(capsys, Interrupted(7, status), line=["m"])[0] == status
 
 
 # ---------------------------------------------------------------------------------------------- a full disk

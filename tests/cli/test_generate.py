@@ -254,5 +254,5 @@ def test_a_model_that_writes_no_text_is_named(tmp_path, capsys):
 
 def test_ctrl_c_ends_the_text_in_one_line(base, capsys, monkeypatch):
     monkeypatch.setattr("qzo.cli.generate.generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main(["generate", str(base), "--prompt", "red"]) == 1
+    assert main(["generate", str(base), "--prompt", "red"]) == 130
     assert capsys.readouterr().err.endswith("\nqzo: stopped\n")

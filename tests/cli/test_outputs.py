@@ -1,10 +1,12 @@
 """Nothing of the user's is overwritten: every command that writes refuses before it loads anything."""
 
 import json
+import os
 
 import pytest
 
 from qzo.cli.main import main
+from qzo.optim.journal import Journal
 from tests.support import tiny
 
 WRITING = {  # command: what stands in the way, arguments with OUT for the place; the model is not there: nothing loads
@@ -107,3 +109,13 @@ def test_a_model_that_got_worse_is_said(base, tmp_path, capsys):
     given = ["--data", folder, "--output-dir", tmp_path / "out", "--max-steps", 30, "--group-size", 32]
     assert main(["train", str(base), *map(str, given)]) == 0
     assert "warning: the run has made the model worse on valid: loss" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_goes_on_with(tmp_path, capsys):
+    journal = Journal.create(tmp_path / "journal.qzo", {"directions": 1})
+    for command in (["train", "no-model", "--data", "no-data"], ["demo"]):
+        assert main([*command, "--output-dir", str(tmp_path), "--resume"]) == 2
+        said = capsys.readouterr().err
+        assert f"qzo {command[0]}: {tmp_path}/journal.qzo is in use by process {os.getpid()}, this one: " in said
+        assert said.count("\n") == 1
+    journal.close()

@@ -1,6 +1,8 @@
 """`qzo train` from end to end on a tiny model: what a run writes, how it goes on, options and bad input."""
 
 import json
+import shlex
+import signal
 
 import pytest
 
@@ -256,20 +258,24 @@ def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
     assert "belongs to another model, or this model is already tuned: " in one_line(capsys)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(base, corpus, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)], ids=lambda n: str(n)
+)
+def test_a_signal_stops_the_run_and_its_own_line_goes_on(base, corpus, tmp_path, capsys, monkeypatch, number, status):
     real = Task.batch
     calls: list[int] = []  # the batches of steps: those of a measure have one evaluation
 
     def batch(self, indices, count):
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         calls.extend([count] * (count > 1))
         return real(self, indices, count)
 
     with monkeypatch.context() as patch:
         patch.setattr(Task, "batch", batch)
-        assert main(arguments(base, corpus, tmp_path / "out")) == 1
-    assert "stopped after 3 steps" in one_line(capsys)
-    assert main(arguments(base, corpus, tmp_path / "out", "--resume")) == 0
+        assert main(arguments(base, corpus, tmp_path / "out")) == status
+    said = one_line(capsys)
+    assert "stopped after 3 steps, all of them saved; go on with: qzo train " in said
+    assert main(shlex.split(said.partition("go on with: qzo ")[2])) == 0
     assert main(arguments(base, corpus, tmp_path / "whole")) == 0
     assert (tmp_path / "out" / "journal.qzo").read_bytes() == (tmp_path / "whole" / "journal.qzo").read_bytes()

@@ -179,7 +179,7 @@ UNTESTED = {
     "bench/test_speed.py": "a file of tests itself, for pytest-benchmark",
     "qzo/__main__.py": "two lines, which tests/cli runs",
     "qzo/version.py": "one number",
-    "qzo/optim/defaults.py": "three constants; test_options.py finds them alike in options and in Settings",
+    "qzo/optim/defaults.py": "four constants; test_options.py finds them alike in options and in Settings",
 }
 
 

@@ -126,7 +126,7 @@ def test_a_tool_that_writes_in_rust(base, tmp_path):
 
 
 def fail_sync(monkeypatch, number, code):
-    """Let the sync of this number fail: the journal's header, the empty metrics, then each step's records."""
+    """Let the sync of this number fail: the journal's header, its folder, the empty metrics, their folder, steps."""
     sync, calls = os.fsync, []
 
     def fail(handle):
@@ -135,14 +135,13 @@ def fail_sync(monkeypatch, number, code):
             raise OSError(code, os.strerror(code))
         sync(handle)
 
-    monkeypatch.setattr("qzo.optim.journal.SYNC_SECONDS", -1.0)
     monkeypatch.setattr(os, "fsync", fail)
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_training_before_its_first_step(base, tmp_path, capsys, monkeypatch, begun):
     out = tmp_path / "o"
-    fail_sync(monkeypatch, 2 if begun else 1, errno.ENOSPC)
+    fail_sync(monkeypatch, 3 if begun else 1, errno.ENOSPC)
     assert main(train(base, out)) == 1
     line = last_line(capsys)
     assert line.startswith(f"qzo train: no space left on the disk ({out}")
@@ -167,12 +166,13 @@ def test_training_after_its_steps(base, tmp_path, full_weights, capsys, monkeypa
 
 
 def test_a_step_that_the_journal_cannot_hold(base, tmp_path, capsys, monkeypatch):
-    fail_sync(monkeypatch, 4, errno.EDQUOT)
-    assert main(train(base, tmp_path / "o")) == 1
+    """What the disk did not take is cut off, though it could be read: it may be lost with the next power failure."""
+    fail_sync(monkeypatch, 6, errno.EDQUOT)
+    assert main(train(base, tmp_path / "o", "--journal-fsync", "0")) == 1
     line = last_line(capsys)
     assert line.startswith(f"qzo train: disk quota exceeded ({tmp_path / 'o'}); ")
     saved = len(read_whole(tmp_path / "o/journal.qzo")[1])
-    assert saved == 2
+    assert saved == 1
     assert f"; {saved} step" in line
     assert "--resume" in line
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qzo.training import folder
-from qzo.training.folder import Metrics, draw_curve, finite, versions, write_results
+from qzo.training.folder import Metrics, draw_curve, versions, write_results
 from qzo.training.settings import Settings
 
 LINES = [{"step": step, "loss": 1.0 / (step + 1)} for step in range(6)]
@@ -87,9 +87,3 @@ def test_a_curve_has_each_loss_its_running_mean_and_the_evaluations(monkeypatch,
 def test_a_run_whose_every_step_was_skipped_has_an_empty_curve(tmp_path):
     draw_curve(tmp_path / "c.png", [{"step": 0, "loss": None}], {})
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_numbers_that_json_lacks_become_none():
-    given = {"a": math.nan, "b": {"c": -math.inf, "d": 1.5}, "e": "nan", "f": 3, "g": None}
-    assert finite(given) == {"a": None, "b": {"c": None, "d": 1.5}, "e": "nan", "f": 3, "g": None}
-    assert finite(0.5) == 0.5

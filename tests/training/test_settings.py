@@ -36,6 +36,8 @@ WRONG = [
     ({"floor": -1}, "floor=-1.0: expected a finite number >= 0"),
     ({"decay": math.nan}, "decay=nan: expected a finite number >= 0"),
     ({"max_cut": 1.5}, "max_cut=1.5: expected a share from 0 to 1"),
+    ({"journal_fsync": -1}, "journal_fsync=-1.0: expected seconds >= 0 (0: each step is synced)"),
+    ({"journal_fsync": math.nan}, "journal_fsync=nan: expected seconds >= 0"),
     ({"text_eos": "yes"}, "text_eos='yes': expected true or false"),
     ({"relative": 1}, "relative=1: expected true or false"),
     ({"noise": "pink"}, "noise='pink' is not a noise law"),
@@ -63,6 +65,8 @@ def test_the_ends_of_the_ranges_are_in():
         {"seed": (1 << 64) - 1},
         {"seed": -(1 << 63)},
         {"max_cut": 0},
+        {"journal_fsync": 0},
+        {"journal_fsync": math.inf},
         {"max_cut": 1},
         {"floor": 0},
     ):

@@ -33,6 +33,17 @@ def test_it_measures_every_so_many_steps_and_the_last():
     assert validation.best == Measured(6, 2.0, None)
 
 
+def test_a_step_that_was_to_be_measured_is_when_a_run_goes_on_from_it():
+    validation = Validation(measuring([3.0, 2.0]), every=3)
+    assert [validation.catch_up(step, last=False) for step in (0, 2, 3, 3)] == [
+        *[None] * 2,
+        {"loss": 3.0, "accuracy": None},
+        None,
+    ]
+    assert validation.catch_up(4, last=True) == {"loss": 2.0, "accuracy": None}
+    assert [one.step for one in validation.history] == [3, 4]
+
+
 @pytest.mark.parametrize(
     ("losses", "patience", "ends_after"),
     [
@@ -147,6 +158,14 @@ def test_patience_ends_a_run_and_a_resumed_one_knows(data, tmp_path):
     assert again["resumed_from"] == again["steps"] == whole["steps"]  # no step more
     assert again["best"] == whole["best"]
     assert again["tuned"] == whole["tuned"]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join(lines[:-1]))  # killed between the last step's record and its line
+    again, _, _ = run(data, out, "--patience", 1, "--keep", "best", "--resume", steps=20)
+    assert again["resumed_from"] == again["steps"] == whole["steps"]
+    assert (again["best"], again["tuned"]) == (whole["best"], whole["tuned"])
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["valid"]) == (whole["steps"] - 1, json.loads(lines[-1])["valid"])
+    assert last["loss"] == pytest.approx(json.loads(lines[-1])["loss"], rel=1e-6)
 
 
 def test_patience_without_a_split_is_refused_before_anything_is_loaded(data, tmp_path, capsys):

@@ -9,16 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...system.disk import naming
+from ...system.disk import naming, sync
 
 
 @contextlib.contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder to write into; its files move to `folder` when the block ends without an error.
 
-    They are synced to disk first and then renamed one by one, config.json last, so every name in `folder`
-    holds a whole file at any time, old or new. Files of other names are left alone. On an error `folder` is
-    as before; an OSError that names no path, or a full disk, names it.
+    They are synced to disk first and then renamed one by one, so every name in `folder` holds a whole file at any
+    time, old or new. An old config.json goes first and the new one comes last: a folder that holds one is of one model.
+    Files of other names are left alone. On an error `folder` is as before; an OSError that names no path, or a full
+    disk, names it.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -32,26 +33,20 @@ def staged(folder: str | Path) -> Iterator[Path]:
             files = [path for path in staging.rglob("*") if path.is_file()]
             files.sort(key=lambda path: (path.name == "config.json", path))
             for file in files:
-                _sync(file)
+                sync(file)
+            if (staging / "config.json").exists() and len(files) > 1:
+                (folder / "config.json").unlink(missing_ok=True)
+                sync(folder)
             for file in files:
                 target = folder / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
-                _sync(target.parent)
+                sync(target.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
             for path in made:
                 with contextlib.suppress(OSError):  # it holds the result, or was never made
                     path.rmdir()
-
-
-def _sync(path: str | Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def copy(source: str | Path, target: str | Path) -> None:

@@ -26,6 +26,23 @@ def test_staged_files_appear_when_all_are_written_and_the_config_last(tmp_path, 
     assert not staging.exists()
 
 
+def test_a_folder_that_has_a_config_is_of_one_model(tmp_path, monkeypatch):
+    """Files of a model that is there are replaced one by one: who looks between two of them finds no config.json."""
+    names, replace, seen = ("a", "b", "config.json"), os.replace, []
+    for name in names:
+        (tmp_path / name).write_text("old")
+
+    def look_and_replace(old, new):
+        replace(old, new)
+        seen.append({name: (tmp_path / name).read_text() for name in names if (tmp_path / name).exists()})
+
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    with files.staged(tmp_path) as staging:
+        for name in names:
+            (staging / name).write_text("new")
+    assert seen == [{"a": "new", "b": "old"}, {"a": "new", "b": "new"}, dict.fromkeys(names, "new")]
+
+
 def test_files_of_other_names_stay(tmp_path):
     (tmp_path / "notes").write_text("mine")
     (tmp_path / "a").write_text("old")
