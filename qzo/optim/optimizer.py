@@ -17,6 +17,7 @@ from ..nn import ops
 from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
 from ..nn.layers import arena_of, check_sharing_of, evaluating, layers
+from ..nn.streaming.offload import together
 from .defaults import CLIP, EPS, FLOOR
 from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
@@ -323,16 +324,18 @@ class QZO(torch.optim.Optimizer):
                     "Stack the batch with qzo.pair and use qzo.losses, or step(closure, paired=False)"
                 )
             return losses
-        singles = []
-        for e in range(len(evaluations)):
+
+        def single(e: int) -> torch.Tensor:
             with self.perturbed(evaluations[e : e + 1]):
-                singles.append(torch.as_tensor(closure(), dtype=torch.float64))
-            if singles[-1].numel() != 1:
+                loss = torch.as_tensor(closure(), dtype=torch.float64)
+            if loss.numel() != 1:
                 raise ValueError(
                     f"with paired=False the closure must return one number, the loss of the evaluation it "
-                    f"runs under; got {list(singles[-1].shape)}"
+                    f"runs under; got {list(loss.shape)}"
                 )
-        return torch.stack([loss.view(()) for loss in singles])
+            return loss.view(())
+
+        return torch.stack(together(self.module, [functools.partial(single, e) for e in range(len(evaluations))]))
 
     def _apply(self, records: Sequence[Record]) -> None:
         """The update of one step from its records: what a replay does, too."""
