@@ -72,7 +72,7 @@ class Offload:
         return [*found, block.module.register_forward_hook(self._left)]
 
     def _left(self, *_: object) -> None:
-        """A block has run: for all, or for one of the calls of `together`."""
+        """A block has run: for all, or for one call of `together`, which lets the next one run it."""
         if self._running is None:
             self.slots.leave()
         else:
@@ -98,21 +98,24 @@ class Offload:
             What the first call to fail has raised; the others are ended.
         """
         calls = [Call(run) for run in runs]
-        outside = self._evaluations()
+        outer, outside = self._running, self._evaluations()
         of_call = [outside] * len(calls)
         try:
             while not all(call.finished for call in calls):
                 for number, call in enumerate(calls):
-                    if not call.finished:
-                        self._evaluate(of_call[number])
-                        self._running = call
-                        call.go_on()
-                        self._running, of_call[number] = None, self._evaluations()
+                    if call.finished:
+                        continue
+                    self._evaluate(of_call[number])
+                    self._running = call
+                    call.go_on()
+                    of_call[number] = self._evaluations()
                     if call.error is not None:
                         raise call.error
-                self.slots.leave()
+                self._running = outer
+                self._evaluate(outside)
+                self._left()
         finally:
-            self._running = None
+            self._running = outer
             for call in calls:
                 call.abandon()
             self._evaluate(outside)
@@ -232,9 +235,8 @@ def offload(
 def _store(blocks: Sequence[Block], to: str, folder: Path) -> Store:
     sizes = [block.nbytes for block in blocks]
     if to != "disk":
-        held = sum(
-            layer.codes.nbytes for block in blocks for layer in block.layers() if layer.codes.device.type == "cpu"
-        )
+        found = [tensor for block in blocks for layer in block.layers() for tensor in (layer.codes, layer.zeros)]
+        held = sum(tensor.nbytes for tensor in found if tensor is not None and tensor.device.type == "cpu")
         try:
             return HostStore(sizes, max(0, sum(sizes) - held) + max(sizes))
         except StoreError:

@@ -4,6 +4,8 @@ Both are written once, and read from then on: codes and zero points never change
 """
 
 import contextlib
+import fcntl
+import itertools
 import mmap
 import os
 import shutil
@@ -106,6 +108,7 @@ def starts_of(sizes: Sequence[int]) -> list[int]:
 class FileStore:
     """Blocks in a file of our own in `folder`, which is removed when the process or the store ends.
 
+    It is locked as long as it is used, so that the file that a killed process has left is taken again.
     It is read by pread, never mapped: a mapping of a file that is cut ends the process without a word. Before each read
     its size and time of change are looked at; from the first change of the time on, each block is compared with the
     checksum that it was written with.
@@ -118,14 +121,13 @@ class FileStore:
         self._starts = starts_of(sizes)
         self.nbytes = self._starts[-1]
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.path = Path(folder) / f"offload-{os.getpid()}.bin"
         free = shutil.disk_usage(folder).free
         if self.nbytes > free:
             raise StoreError(
                 f"--offload disk needs {self.nbytes:,} bytes in {folder}, {free:,} are available: free some, or name "
                 "another folder (--offload-dir)"
             )
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._file, self.path = _locked(Path(folder))
         self.close = weakref.finalize(self, _remove, self._file, self.path)
         self._checksums = [0] * len(sizes)
         os.ftruncate(self._file, self.nbytes)
@@ -175,7 +177,21 @@ class FileStore:
         )
 
 
+def _locked(folder: Path) -> tuple[int, Path]:
+    """The first of offload.bin, offload-2.bin, ... that nobody uses, open and locked."""
+    for number in itertools.count(1):
+        path = folder / f"offload{f'-{number}' if number > 1 else ''}.bin"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            continue
+        break
+    return file, path
+
+
 def _remove(file: int, path: Path) -> None:
-    os.close(file)
     with contextlib.suppress(OSError):
         path.unlink()
+    os.close(file)
