@@ -218,8 +218,7 @@ def offload(
         There are no such blocks, two share a layer, or the model is offloaded already; too little memory or room on the
         disk: bytes that are needed and that are available are named. Later, in a forward: the file was changed.
     """
-    if to not in PLACES:
-        raise ValueError(f"to={to!r}: {', '.join(map(repr, PLACES[:-1]))} or {PLACES[-1]!r} is wanted")
+    check_place(to)
     if slots not in (2, 3):
         raise ValueError(f"slots={slots!r}: 2 or 3 are wanted")
     found = list(layers(module, trainable=None).values())
@@ -230,6 +229,12 @@ def offload(
     where = torch.device(device or (found[0].codes.device if found else "cpu"))
     streamed = blocks_of(module, blocks, in_rows=not ops.uses_triton(where))
     return Offload(module, streamed, _store(streamed, to, Path(folder)), where, slots)
+
+
+def check_place(to: str) -> None:
+    """ValueError unless it is one of PLACES."""
+    if to not in PLACES:
+        raise ValueError(f"offload to {to!r}: {', '.join(map(repr, PLACES[:-1]))} or {PLACES[-1]!r} is wanted")
 
 
 def _store(blocks: Sequence[Block], to: str, folder: Path) -> Store:

@@ -9,6 +9,7 @@ import itertools
 import mmap
 import os
 import shutil
+import tempfile
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -44,6 +45,26 @@ class Store(Protocol):
         """Let go of memory or file. It is not read again."""
 
 
+def check_memory(needed: int) -> None:
+    """StoreError where the host has less memory than `needed` bytes."""
+    free = free_bytes("cpu")
+    if free is not None and needed > free:
+        raise StoreError(
+            f"--offload cpu needs {needed:,} bytes of the host's memory, {free:,} are available: take --offload disk, "
+            "or auto, which takes the disk where memory does not suffice"
+        )
+
+
+def spilled(tensor: torch.Tensor, folder: str | os.PathLike[str]) -> torch.Tensor:
+    """The same values in a file without a name in `folder`, whose pages the system can write back when memory is short;
+    it is gone with the tensor. tensor: contiguous, on the CPU."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(tensor.numpy().data)
+        file.flush()
+        return torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+
+
 class HostStore:
     """Blocks in one anonymous mapping of the host's memory, registered with CUDA as a whole if asked (`pin`).
 
@@ -54,12 +75,7 @@ class HostStore:
     """
 
     def __init__(self, sizes: Sequence[int], needed: int) -> None:
-        free = free_bytes("cpu")
-        if free is not None and needed > free:
-            raise StoreError(
-                f"--offload cpu needs {needed:,} bytes of the host's memory, {free:,} are available: take "
-                "--offload disk, or auto, which takes the disk where memory does not suffice"
-            )
+        check_memory(needed)
         self.sizes = sizes
         self._starts = starts_of(sizes)
         self.nbytes = self._starts[-1]
