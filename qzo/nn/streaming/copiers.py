@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 from .slots import Copier
-from .stores import HostStore, Store, pin
+from .stores import HostStore, Store
 
 STAGES = 2  # pieces of pinned memory between a file and a CUDA device: one is read into while the other is sent
 
@@ -57,6 +57,8 @@ class StreamCopier:
         self.side = cuda.Stream(self.device)
         self.copied = [cuda.Event() for _ in slots]
         self.consumed = [cuda.Event() for _ in slots]
+        for slot in range(len(slots)):
+            self.done(slot)  # what had the memory before may still be read
 
     def start(self, block: int, slot: int) -> None:
         assert isinstance(self.store, HostStore)
@@ -84,11 +86,10 @@ class StagedCopier(StreamCopier):
 
     def __init__(self, store: Store, slots: Sequence[torch.Tensor], cuda: ModuleType = torch.cuda) -> None:
         super().__init__(store, slots, cuda)
-        most = max(len(slot) for slot in slots)
-        self._stages = [torch.empty(most, dtype=torch.uint8) for _ in range(STAGES)]
-        for stage in self._stages:
-            pin(stage, cuda)
-        self._sent = [cuda.Event() for _ in self._stages]
+        sizes = [max(store.sizes)] * STAGES
+        self._stages = HostStore(sizes, sum(sizes))
+        self._stages.pin(cuda)
+        self._sent = [cuda.Event() for _ in sizes]
         self._turn = 0
         self._thread = ThreadPoolExecutor(1, "qzo-offload")
         self._reads: dict[int, Future[None]] = {}
@@ -99,8 +100,9 @@ class StagedCopier(StreamCopier):
     def _read(self, block: int, slot: int) -> None:
         turn, self._turn = self._turn, (self._turn + 1) % STAGES
         self._sent[turn].synchronize()
-        self.store.read(block, self._stages[turn])
-        self._send(self._stages[turn][: self.store.sizes[block]], slot)
+        stage = self._stages.view(turn)[: self.store.sizes[block]]
+        self.store.read(block, stage)
+        self._send(stage, slot)
         self._sent[turn].record(self.side)
 
     def wait(self, slot: int) -> None:
@@ -110,3 +112,4 @@ class StagedCopier(StreamCopier):
     def close(self) -> None:
         self._thread.shutdown()
         super().close()
+        self._stages.close()

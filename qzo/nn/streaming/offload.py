@@ -50,7 +50,7 @@ class Offload:
         self._layers = list(layers(module, trainable=None).values())
         self._fill(slot_of)
         self.slots = Slots(sizes, slot_of, copier_of(store, self._memory))
-        module.to(device)
+        nn.Module.to(module, device)  # transformers' own refuses some quantized models
         self._hooks = [hook for number, block in enumerate(blocks) for hook in self._watch(number, block)]
 
     def _fill(self, slot_of: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -57,10 +57,10 @@ def check_memory(needed: int) -> None:
 
 def spilled(tensor: torch.Tensor, folder: str | os.PathLike[str]) -> torch.Tensor:
     """The same values in a file without a name in `folder`, whose pages the system can write back when memory is short;
-    it is gone with the tensor. tensor: contiguous, on the CPU."""
+    it is gone with the tensor. tensor: on the CPU."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
-        file.write(tensor.numpy().data)
+        file.write(tensor.contiguous().numpy().data)
         file.flush()
         return torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
 
@@ -80,6 +80,7 @@ class HostStore:
         self._starts = starts_of(sizes)
         self.nbytes = self._starts[-1]
         self.memory = torch.frombuffer(mmap.mmap(-1, max(self.nbytes, PAGE)), dtype=torch.uint8)
+        self._unregister: Callable[[], object] = lambda: None
 
     def view(self, block: int) -> torch.Tensor:
         """The block's bytes themselves."""
@@ -95,22 +96,18 @@ class HostStore:
     def pin(self, cuda: ModuleType = torch.cuda) -> None:
         """Register the mapping, so that the device copies from it while it computes. StoreError where that is refused.
         cuda: stands for torch.cuda in tests."""
-        pin(self.memory, cuda)
+        runtime: Any = cuda.cudart()
+        code = int(runtime.cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 0))
+        if code != 0:
+            raise StoreError(
+                f"CUDA does not register {self.memory.nbytes:,} bytes of host memory (error {code}): the system limits "
+                "locked memory (ulimit -l, a container, WSL2); raise the limit, or take --offload disk"
+            )
+        self._unregister = weakref.finalize(self, runtime.cudaHostUnregister, self.memory.data_ptr())
 
     def close(self) -> None:
+        self._unregister()
         self.memory = self.memory[:0].clone()
-
-
-def pin(memory: torch.Tensor, cuda: ModuleType = torch.cuda) -> None:
-    """Register host memory with CUDA until the tensor is gone. StoreError where that is refused."""
-    runtime: Any = cuda.cudart()
-    code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-    if int(code) != 0:
-        raise StoreError(
-            f"CUDA does not register {memory.nbytes:,} bytes of host memory (error {int(code)}): the system limits "
-            "locked memory (ulimit -l, a container, WSL2); raise the limit, or take --offload disk"
-        )
-    weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
 
 
 def starts_of(sizes: Sequence[int]) -> list[int]:

@@ -100,6 +100,8 @@ def test_a_stream_copies_behind_the_last_use_of_a_slot_and_compute_waits_for_the
     cuda, slots = Cuda(), empty_slots()
     copier = StreamCopier(store, slots, cuda)
     copied, consumed = 1, 3  # the events of slot 0
+    assert cuda.log == ["main records 3", "main records 4"], "what had the memory before is waited for"
+    cuda.log.clear()
     copier.start(1, 0)
     copier.wait(0)
     copier.done(0)

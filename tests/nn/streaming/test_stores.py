@@ -3,11 +3,12 @@
 import gc
 import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from qzo.nn.streaming.stores import PAGE, FileStore, HostStore, StoreError, pin, starts_of
+from qzo.nn.streaming.stores import PAGE, FileStore, HostStore, StoreError, spilled, starts_of
 
 SIZES = [5000, 64, 9000]
 
@@ -60,7 +61,7 @@ def test_a_mapping_is_registered_until_it_is_gone():
 def test_memory_that_cannot_be_registered_is_told():
     runtime = types.SimpleNamespace(cudaHostRegister=lambda *given: 2)
     with pytest.raises(StoreError, match=r"4,096 bytes .*\(error 2\).*ulimit -l.*--offload disk"):
-        pin(torch.empty(4096, dtype=torch.uint8), types.SimpleNamespace(cudart=lambda: runtime))
+        HostStore([10], 0).pin(types.SimpleNamespace(cudart=lambda: runtime))
 
 
 def test_a_file_that_was_only_touched_is_read_on(tmp_path):
@@ -114,6 +115,15 @@ def test_a_disk_without_room_is_told_and_left_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match=rf"needs 24,576 bytes in {tmp_path}, 10 are available.*--offload-dir"):
         FileStore(SIZES, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_spilled_tensor_is_the_same_in_a_file_without_a_name(tmp_path):
+    codes = torch.randint(0, 256, (6, 50), dtype=torch.uint8).T
+    kept = spilled(codes, tmp_path / "new")
+    assert torch.equal(kept, codes)
+    assert kept.is_contiguous()
+    assert not list((tmp_path / "new").iterdir())
+    assert str(tmp_path / "new") in Path("/proc/self/maps").read_text(), "its pages are the file's"
 
 
 def test_memory_that_is_not_there_is_told(monkeypatch):
