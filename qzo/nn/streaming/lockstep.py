@@ -4,6 +4,7 @@ So the forwards of several micro-batches, or evaluations, run block by block sid
 for any model; which one runs is decided by their maker, and never by the system.
 """
 
+import contextlib
 import contextvars
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ class _Abandoned(BaseException):
 
 
 class Call(Generic[T]):
-    """One of the calls, in a thread of its own with the context, the gradient mode and the CUDA stream of its maker."""
+    """One of the calls, in a thread of its own with its maker's context, gradient mode, autocast and CUDA stream."""
 
     result: T
 
@@ -29,12 +30,19 @@ class Call(Generic[T]):
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         context, grad = contextvars.copy_context(), torch.is_grad_enabled()
         stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        casts = [
+            torch.autocast(kind, torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+            if torch.is_autocast_enabled(kind)
+        ]
 
         def whole() -> None:
             self._go.acquire()
             try:
                 if not self._abandoned:
-                    with torch.set_grad_enabled(grad), torch.cuda.stream(stream):
+                    with torch.set_grad_enabled(grad), torch.cuda.stream(stream), contextlib.ExitStack() as inside:
+                        for cast in casts:
+                            inside.enter_context(cast)
                         self.result = context.run(run)
             except BaseException as error:
                 self.error = error

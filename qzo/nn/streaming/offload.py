@@ -68,11 +68,15 @@ class Offload:
         def enter(*_: object) -> None:
             self.slots.enter(number)
 
-        found = [layer.register_forward_pre_hook(enter) for layer in block.layers()]
-        return [*found, block.module.register_forward_hook(self._left)]
+        def leave(*_: object) -> None:
+            if self.slots.current == number:  # a block that was skipped has not been entered
+                self._leave()
 
-    def _left(self, *_: object) -> None:
-        """A block has run: for all, or for one call of `together`, which lets the next one run it."""
+        found = [layer.register_forward_pre_hook(enter) for layer in block.layers()]
+        return [*found, block.module.register_forward_hook(leave)]
+
+    def _leave(self) -> None:
+        """The current block has run: for all, or for one call of `together`, which lets the next one run it."""
         if self._running is None:
             self.slots.leave()
         else:
@@ -113,7 +117,7 @@ class Offload:
                         raise call.error
                 self._running = outer
                 self._evaluate(outside)
-                self._left()
+                self._leave()
         finally:
             self._running = outer
             for call in calls:

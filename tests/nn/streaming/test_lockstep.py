@@ -29,13 +29,13 @@ def test_calls_take_turns_where_they_pause():
     assert [call.result for call in calls.values()] == ["a", "b"]
 
 
-def test_a_call_has_the_context_and_the_gradient_mode_of_its_maker():
-    token = VARIABLE.set("inside")
-    with torch.no_grad():
-        call = Call(lambda: (VARIABLE.get(), torch.is_grad_enabled()))
+def test_a_call_has_the_context_the_gradient_mode_and_the_autocast_of_its_maker():
+    one, token = torch.ones(1, 1), VARIABLE.set("inside")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        call = Call(lambda: (VARIABLE.get(), torch.is_grad_enabled(), (one @ one).dtype))
     VARIABLE.reset(token)
     call.go_on()
-    assert call.result == ("inside", False)
+    assert call.result == ("inside", False, torch.bfloat16)
 
 
 def test_what_it_raises_is_kept_and_an_abandoned_one_is_unwound():
