@@ -80,7 +80,7 @@ class FrozenPrefix:
             yield
         finally:
             for block in self.below:
-                vars(block).pop("forward", None)  # of two forwards side by side the other may have ended first
+                del block.forward
 
     def check(self, inputs: dict[str, Any]) -> None:
         """Raise ValueError unless the split forward gives the bits of the whole one on these inputs."""

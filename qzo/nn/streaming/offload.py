@@ -6,7 +6,7 @@ say when it begins, one on the block says when it has ended.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,6 @@ from torch import nn
 
 from ...system.memory import Trimmer
 from .. import ops
-from ..evaluations import Evaluations
 from ..layers import layers
 from ..linear import QZOLinear
 from .blocks import Block, Piece, blocks_of, packed_into
@@ -43,11 +42,10 @@ class Offload:
     """
 
     def __init__(self, module: nn.Module, blocks: list[Block], store: Store, device: torch.device, slots: int) -> None:
-        self.blocks, self.store = blocks, store
+        self.module, self.blocks, self.store = module, blocks, store
         sizes, slot_of = [block.nbytes for block in blocks], assign(len(blocks), min(slots, len(blocks)))
         self._memory = [torch.empty(n, dtype=torch.uint8, device=device) for n in slot_sizes(sizes, slot_of)]
         self._running: Call[Any] | None = None
-        self._layers = list(layers(module, trainable=None).values())
         self._fill(slot_of)
         self.slots = Slots(sizes, slot_of, copier_of(store, self._memory))
         nn.Module.to(module, device)  # transformers' own refuses some quantized models
@@ -82,55 +80,32 @@ class Offload:
         else:
             self._running.pause()
 
-    def together(self, runs: Sequence[Callable[[], T]]) -> list[T]:
-        """Make the calls in one visit of each block: all of them run it before any goes on to the next.
-
-        Parameters
-        ----------
-        runs
-            Forwards of the model, of micro-batches or under single evaluations; each has the bits it has alone. What
-            they hold between blocks, their hidden states, is held for all of them at once.
-
-        Returns
-        -------
-        list
-            What each has returned, in their order.
-
-        Raises
-        ------
-        Exception
-            What the first call to fail has raised; the others are ended.
-        """
+    def together(self, module: nn.Module, runs: Sequence[Callable[[], T]]) -> list[T]:
+        """What the function `together` does."""
         calls = [Call(run) for run in runs]
-        outer, outside = self._running, self._evaluations()
+        state = _State(self.module, module)
+        outer, outside = self._running, state.read()
         of_call = [outside] * len(calls)
         try:
             while not all(call.finished for call in calls):
                 for number, call in enumerate(calls):
                     if call.finished:
                         continue
-                    self._evaluate(of_call[number])
+                    state.write(of_call[number])
                     self._running = call
                     call.go_on()
-                    of_call[number] = self._evaluations()
+                    of_call[number] = state.read()
                     if call.error is not None:
                         raise call.error
                 self._running = outer
-                self._evaluate(outside)
+                state.write(outside)
                 self._leave()
         finally:
             self._running = outer
             for call in calls:
                 call.abandon()
-            self._evaluate(outside)
+            state.write(outside)
         return [call.result for call in calls]
-
-    def _evaluations(self) -> list[Evaluations | None]:
-        return [layer.evaluations for layer in self._layers]
-
-    def _evaluate(self, evaluations: Sequence[Evaluations | None]) -> None:
-        for layer, mine in zip(self._layers, evaluations, strict=True):
-            layer.__dict__["evaluations"] = mine
 
     def restore(self) -> None:
         """Bring all codes and zero points back to the device, and stream no longer."""
@@ -147,6 +122,25 @@ class Offload:
         raise TypeError(
             "an offloaded model cannot be copied or pickled: its codes are in one place; restore() it first"
         )
+
+
+class _State:
+    """What forwards set on modules for as long as they run: evaluations, a forward in place of a module's own, no
+    dropout. Each of the calls that run side by side has its own."""
+
+    NAMES = ("evaluations", "forward", "training")
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._modules = {id(child): vars(child) for module in modules for child in module.modules()}.values()
+
+    def read(self) -> list[dict[str, Any]]:
+        return [{name: own[name] for name in self.NAMES if name in own} for own in self._modules]
+
+    def write(self, state: Sequence[Mapping[str, Any]]) -> None:
+        for own, wanted in zip(self._modules, state, strict=True):
+            own.update(wanted)
+            if "forward" in own and "forward" not in wanted:
+                del own["forward"]
 
 
 class _Stored:
@@ -264,6 +258,27 @@ def offload_of(module: nn.Module) -> Offload | None:
 
 def together(module: nn.Module, runs: Sequence[Callable[[], T]]) -> list[T]:
     """Make calls that run forwards of the module: in one visit of each block where it is offloaded, else one after
-    another. `Offload.together` has the rest."""
+    another.
+
+    Offloaded, all of them run a block before any goes on to the next, each in a thread of which one runs at a time.
+
+    Parameters
+    ----------
+    module
+        Holds the layers.
+    runs
+        Forwards of the module, of micro-batches or under single evaluations; each has the bits it has alone. What they
+        hold between blocks, their hidden states, is held for all of them at once.
+
+    Returns
+    -------
+    list
+        What each has returned, in their order.
+
+    Raises
+    ------
+    Exception
+        What the first call to fail has raised; the others are ended.
+    """
     found = offload_of(module)
-    return [run() for run in runs] if found is None or len(runs) < 2 else found.together(runs)
+    return [run() for run in runs] if found is None or len(runs) < 2 else found.together(module, runs)
