@@ -23,10 +23,11 @@ def empty_slots():
     return [torch.zeros(300, dtype=torch.uint8) for _ in range(2)]
 
 
-class Cuda:
+class Cuda(types.ModuleType):
     """torch.cuda as the copiers use it: streams and events are names in a log."""
 
     def __init__(self):
+        super().__init__("cuda")
         self.log, self.events = [], 0
 
     def Stream(self, device):

@@ -1,9 +1,9 @@
 """A call runs only while its maker waits, and ends when it is abandoned."""
 
 import contextvars
+import functools
 import threading
 
-import pytest
 import torch
 
 from qzo.nn.streaming.lockstep import Call
@@ -14,13 +14,13 @@ VARIABLE = contextvars.ContextVar("variable", default="outside")
 def test_calls_take_turns_where_they_pause():
     log = []
 
-    def told(name):
+    def told(name: str) -> str:
         for step in range(3):
             log.append((name, step))
             calls[name].pause()
         return name
 
-    calls = {name: Call(lambda name=name: told(name)) for name in "ab"}
+    calls = {name: Call(functools.partial(told, name)) for name in "ab"}
     assert log == [], "nothing runs before it is asked to"
     while not all(call.finished for call in calls.values()):
         for call in calls.values():
@@ -39,7 +39,8 @@ def test_a_call_has_the_context_the_gradient_mode_and_the_autocast_of_its_maker(
 
 
 def test_what_it_raises_is_kept_and_an_abandoned_one_is_unwound():
-    unwound, before = [], threading.active_count()
+    unwound: list[object] = []
+    before = threading.active_count()
 
     def fails():
         raise ValueError("of its own")
@@ -54,8 +55,7 @@ def test_what_it_raises_is_kept_and_an_abandoned_one_is_unwound():
     call.go_on()
     other.go_on()
     assert call.finished
-    with pytest.raises(ValueError, match="of its own"):
-        raise call.error
+    assert isinstance(call.error, ValueError)
     for one in (call, other, never):
         one.abandon()
     assert unwound == [True]

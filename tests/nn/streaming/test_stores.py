@@ -43,14 +43,21 @@ def test_blocks_begin_on_pages():
     assert starts_of([1, PAGE, PAGE + 1]) == [0, PAGE, 2 * PAGE, 4 * PAGE]
 
 
+def with_runtime(**calls):
+    """A module like torch.cuda whose runtime has these calls."""
+    cuda = types.ModuleType("cuda")
+    vars(cuda)["cudart"] = lambda: types.SimpleNamespace(**calls)
+    return cuda
+
+
 def test_a_mapping_is_registered_until_it_is_gone():
     calls = []
-    runtime = types.SimpleNamespace(
+    cuda = with_runtime(
         cudaHostRegister=lambda *given: calls.append(given) or 0, cudaHostUnregister=lambda *given: calls.append(given)
     )
     store = HostStore(SIZES, 0)
     at, nbytes = store.memory.data_ptr(), store.memory.nbytes
-    store.pin(types.SimpleNamespace(cudart=lambda: runtime))
+    store.pin(cuda)
     assert calls == [(at, nbytes, 0)]
     assert nbytes == store.nbytes, "no power of two"
     del store
@@ -59,9 +66,8 @@ def test_a_mapping_is_registered_until_it_is_gone():
 
 
 def test_memory_that_cannot_be_registered_is_told():
-    runtime = types.SimpleNamespace(cudaHostRegister=lambda *given: 2)
     with pytest.raises(StoreError, match=r"4,096 bytes .*\(error 2\).*ulimit -l.*--offload disk"):
-        HostStore([10], 0).pin(types.SimpleNamespace(cudart=lambda: runtime))
+        HostStore([10], 0).pin(with_runtime(cudaHostRegister=lambda *given: 2))
 
 
 def test_a_file_that_was_only_touched_is_read_on(tmp_path):
