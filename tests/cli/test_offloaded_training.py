@@ -106,5 +106,5 @@ def test_too_little_memory_is_refused_before_the_model_is_read_or_the_disk_is_ta
     assert train(places, out, "--offload", "auto", "--offload-dir", str(elsewhere)) == 0
     assert results(out) == resident
     assert elsewhere.is_dir()
-    assert train(places, out, "--offload", "cpu", "--compile", "--overwrite") == 2
+    assert train(places, tmp_path / "compiled", "--offload", "cpu", "--compile") == 2
     assert "--compile with --offload" in capsys.readouterr().err
