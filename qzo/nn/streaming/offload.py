@@ -46,8 +46,12 @@ class Offload:
         sizes, slot_of = [block.nbytes for block in blocks], assign(len(blocks), min(slots, len(blocks)))
         self._memory = [torch.empty(n, dtype=torch.uint8, device=device) for n in slot_sizes(sizes, slot_of)]
         self._running: Call[Any] | None = None
-        self._fill(slot_of)
-        self.slots = Slots(sizes, slot_of, copier_of(store, self._memory))
+        try:
+            self._fill(slot_of)
+            self.slots = Slots(sizes, slot_of, copier_of(store, self._memory))
+        except BaseException:  # a full disk, memory that cannot be pinned
+            self._take_back()
+            raise
         nn.Module.to(module, device)  # transformers' own refuses some quantized models
         self._hooks = [hook for number, block in enumerate(blocks) for hook in self._watch(number, block)]
 
@@ -111,12 +115,15 @@ class Offload:
         """Bring all codes and zero points back to the device, and stream no longer."""
         for hook in self._hooks:
             hook.remove()
+        self._take_back()
+        self.slots.copier.close()
+        self.store.close()
+
+    def _take_back(self) -> None:
         for block in self.blocks:
             for layer in block.layers():
                 layer.codes, layer.zeros = layer.read_codes()
                 layer.stored = None
-        self.slots.copier.close()
-        self.store.close()
 
     def __reduce__(self) -> str:
         raise TypeError(

@@ -243,6 +243,17 @@ def test_too_little_memory_names_what_is_needed_and_there_or_takes_the_disk(base
     assert qzo.offload(model, "auto", folder=tmp_path).store.path.parent == tmp_path
 
 
+def test_a_model_that_could_not_be_offloaded_is_as_it_was(base, wanted, monkeypatch):
+    def refused(store, slots):
+        raise ValueError("not registered")
+
+    offloads.through(monkeypatch, refused)
+    model = copy.deepcopy(base)
+    with pytest.raises(ValueError, match="not registered"):
+        qzo.offload(model)
+    assert offloads.same(offloads.run(model), wanted)
+
+
 def test_graphs_are_off_with_a_reason(base):
     model = copy.deepcopy(base)
     qzo.offload(model)
