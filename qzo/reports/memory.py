@@ -78,7 +78,8 @@ def predict(model: Any, run: Run, device: str, chip: str, offload: str | None = 
     model.to("meta")
     labelled = run.rows * run.labels * run.evaluations
     ledger = Ledger(device, chip, labelled, padded=run.rows > 1, threads=torch.get_num_threads())
-    weights, beside = weights_bytes(model, device), {}
+    weights = weights_bytes(model, device)
+    beside: dict[str, int] = {}
     if offload is not None:
         weights, beside = streamed_bytes(model, weights, device, offload)
     ledger.know(t for layer in layers(model, None).values() for t in (layer.codes, layer.zeros) if t is not None)

@@ -14,6 +14,7 @@ import qzo
 from qzo.nn.layers import arena_of, layers
 from qzo.nn.streaming import offload as streaming
 from qzo.nn.streaming.slots import Slots
+from qzo.nn.streaming.stores import FileStore, HostStore
 from tests.support import offloads, small_layers
 from tests.support.journals import read_whole
 
@@ -137,6 +138,7 @@ def test_forwards_side_by_side_have_the_bits_of_one_after_another(base, monkeypa
 def test_a_step_sends_codes_and_zeros_once_and_nothing_back(base, directions, paired, parts):
     model = copy.deepcopy(base)
     raw, offloaded = offloads.streamed_bytes(model), qzo.offload(model)
+    assert isinstance(offloaded.store, HostStore)
     before = offloaded.store.memory.clone()
     sent = []
     for _ in range(3):
@@ -240,7 +242,9 @@ def test_too_little_memory_names_what_is_needed_and_there_or_takes_the_disk(base
     with pytest.raises(ValueError, match=f"needs {most:,} bytes.*5 are available.*disk"):
         qzo.offload(model)  # the layers' own memory is freed as it goes
     assert offloads.same(offloads.run(model, 1), offloads.run(copy.deepcopy(base), 1)), "nothing has changed"
-    assert qzo.offload(model, "auto", folder=tmp_path).store.path.parent == tmp_path
+    store = qzo.offload(model, "auto", folder=tmp_path).store
+    assert isinstance(store, FileStore)
+    assert store.path.parent == tmp_path
 
 
 def test_a_model_that_could_not_be_offloaded_is_as_it_was(base, wanted, monkeypatch):
