@@ -69,7 +69,7 @@ def test_runs_that_are_there_are_not_made_again(study, tmp_path):
     path, method = tmp_path / "r.jsonl", Counted((0.1, 0.2, 0.3), {})
     for _ in range(2):
         found = runs.Runs("headlines", path)
-        rate = runs.chosen(found, "default", method, study, 64)
+        rate = runs.chosen(found, "default", method, study, 64, 2)
         for seed in range(3):
             runs.run(found, "default", method, study, 64, seed, rate)
     assert rate == 0.2
