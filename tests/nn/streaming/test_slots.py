@@ -77,6 +77,15 @@ def test_a_forward_copies_each_block_once_and_ahead_of_its_turn():
     assert len(copier.order) <= 28 + 3
 
 
+def test_when_no_block_is_in_use_every_slot_is_filled_ahead():
+    """So that the head, the update and the next batch hide copies too."""
+    slots, copier, _ = made(6, 3)
+    for block in [*range(6)] * 2:
+        slots.enter(block)
+        slots.leave()
+        assert set(copier.holds) == {(block + ahead) % 6 for ahead in (1, 2, 3)}
+
+
 def test_the_order_is_learned():
     """Only the upper blocks run, as behind a frozen prefix: the others are copied no more."""
     slots, copier, _ = made(12, 3)
