@@ -22,6 +22,7 @@ setup(
         "qzo",
         "qzo.system",
         "qzo.nn",
+        "qzo.nn.streaming",
         "qzo.loss",
         "qzo.optim",
         "qzo.checkpoints",

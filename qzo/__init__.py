@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .nn.layers import codebooks, evaluating, scale_index, scales, train_codebooks_, train_only_
     from .nn.linear import QZOLinear
     from .nn.ops import backend
+    from .nn.streaming.offload import offload, together
     from .nn.weights import PackedWeight
     from .optim.journal import JournalError
     from .optim.optimizer import QZO
@@ -60,6 +61,7 @@ _HOMES = {
     "nn.choice": ("quantize_",),
     "nn.layers": ("codebooks", "evaluating", "scale_index", "scales", "train_codebooks_", "train_only_"),
     "nn.ops": ("backend",),
+    "nn.streaming.offload": ("offload", "together"),
     "nn.weights": ("PackedWeight",),
     "optim.journal": ("JournalError",),
     "optim.optimizer": ("QZO",),
@@ -87,6 +89,7 @@ __all__ = [
     "losses",
     "noise",
     "objective",
+    "offload",
     "pair",
     "quantize_",
     "replay",
@@ -94,6 +97,7 @@ __all__ = [
     "scale_index",
     "scales",
     "static_batch",
+    "together",
     "train_codebooks_",
     "train_only_",
 ]

@@ -17,8 +17,10 @@ from ..system.progress import tracked
 from .formats.protocol import Entry
 from .names import Names
 
+Keep = Callable[[torch.Tensor], torch.Tensor]  # a layer's codes, as they are made -> the same, as they are to be held
 
-def fill(model: Any, entries: Iterable[Entry], path: Path, device: torch.device) -> Names:
+
+def fill(model: Any, entries: Iterable[Entry], path: Path, device: torch.device, keep: Keep | None = None) -> Names:
     """Put every entry in its place and return the Names; ValueError for an entry that the model lacks and for what
     stays empty."""
     names, trimmer = Names(model), Trimmer()
@@ -44,7 +46,8 @@ def fill(model: Any, entries: Iterable[Entry], path: Path, device: torch.device)
         missing.discard(name)
         filled[name] = where
         if isinstance(value, PackedWeight):
-            put_packed(model, name, value, where, device)
+            layer = put_packed(model, name, value, where, device)
+            layer.codes = layer.codes if keep is None else keep(layer.codes)
             trimmer.took(value.codes.nbytes)
         else:
             _put_dense(model, name, value, where, device)
@@ -84,9 +87,9 @@ def _empty_bias(name: str, value: PackedWeight | torch.Tensor, model: nn.Module)
     return isinstance(dict(model.named_modules()).get(owner), nn.Linear | QZOLinear)
 
 
-def put_packed(model: Any, name: str, packed: PackedWeight, where: str, device: torch.device) -> None:
-    """Replace the nn.Linear, or Conv1D, whose weight has this name by a QZOLinear. ValueError if it is none or of other
-    shape."""
+def put_packed(model: Any, name: str, packed: PackedWeight, where: str, device: torch.device) -> QZOLinear:
+    """Replace the nn.Linear, or Conv1D, whose weight has this name by a QZOLinear, and return that. ValueError if it is
+    none or of other shape."""
     owner, _, leaf = name.rpartition(".")
     linear = model.get_submodule(owner)
     sizes = sizes_of(linear)
@@ -109,6 +112,7 @@ def put_packed(model: Any, name: str, packed: PackedWeight, where: str, device: 
     layer.bias = linear.bias  # filled by its own entry, before or after this one
     parent, _, child = owner.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
+    return layer
 
 
 def _put_dense(model: nn.Module, name: str, tensor: torch.Tensor, where: str, device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """transformers models with QZOLinear inside: a checkpoint is loaded."""
 
+import functools
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,14 +14,18 @@ from ..kernels.table import named_table
 from ..nn.choice import choose, choose_, quantize_
 from ..nn.layers import arena_of, layers
 from ..nn.quantize import check_form, quantize_weight
+from ..nn.streaming import offload as streaming
+from ..nn.streaming.stores import StoreError, check_memory, spilled
 from .empty import auto_class, build_empty
-from .fill import fill, needless_of
+from .fill import Keep, fill, needless_of
 from .formats.folder import GENERATION, tensor_places
 from .formats.protocol import Checkpoint, Entry
 from .formats.reading import reading
 from .names import Names
 from .quantizer import attach
 from .source import Source, open_checkpoint, set_source
+
+WEIGHTS = (".safetensors", ".bin", ".pt")  # files of a folder that hold tensors
 
 
 def from_pretrained(
@@ -34,6 +40,8 @@ def from_pretrained(
     trust_remote_code: bool = False,
     strict: bool = False,
     weight_only: bool = False,
+    offload: str | None = None,
+    offload_folder: str | os.PathLike[str] = ".",
 ) -> Any:
     """Load a model with QZOLinear inside, in eval mode, every scale in one arena.
 
@@ -55,6 +63,10 @@ def from_pretrained(
     weight_only
         Train the weights of a folder whose layers' inputs are quantized too (W4A8) as if they were not: a server rounds
         the inputs, and what is learned meets that rounding there for the first time.
+    offload
+        "cpu", "disk" or "auto": the blocks' codes stay in the host's memory, or in a file in `offload_folder`, and
+        stream to the device (`qzo.offload`); they are never on it as a whole, nor with "disk" in memory. None: they
+        are on the device.
 
     Returns
     -------
@@ -66,30 +78,61 @@ def from_pretrained(
     FileNotFoundError
         For a path that is not there.
     ValueError
-        For a checkpoint that cannot be read; the message names the format, tensor or key.
+        For a checkpoint that cannot be read; the message names the format, tensor or key. For too little memory or room
+        on the disk for `offload`: bytes that are needed and available.
     """
     table = named_table(table)
     check_form(bits, symmetric, table)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     checkpoint = open_checkpoint(path_or_id, trust_remote_code, weight_only)
+    keep, home = None, device
+    if offload is not None:
+        offload, home = _place(checkpoint, offload, bits), torch.device("cpu")
+        keep = functools.partial(spilled, folder=offload_folder) if offload == "disk" else None
     if checkpoint.quantized:
-        model, names = _load_codes(checkpoint, device, dtype)
+        model, names = _load_codes(checkpoint, home, dtype, keep)
     else:
         options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "table": table, "strict": strict}
-        model, names = _load_float(checkpoint, options, device, dtype), None
+        model, names = _load_float(checkpoint, options, home, dtype, keep), None
     if not layers(model, trainable=None):
         raise ValueError(
             f"{checkpoint.path} holds no 4-bit linear layer, so there is nothing to train; give a 4-bit or a float "
             "checkpoint"
         )
     _cast(model, dtype)
-    model.to(device=device)
+    model.to(device=home)
     model.requires_grad_(False).eval()
     arena_of(model, exact=True)
+    if offload is not None:
+        streaming.offload(model, offload, device=device, folder=offload_folder)
     set_source(model, Source.of(checkpoint, names))
     attach(model, checkpoint.quantization)
     return model
+
+
+def _place(checkpoint: Checkpoint, offload: str, bits: int) -> str:
+    """ "cpu" or "disk" for codes that are to be offloaded. ValueError for another place, and for memory that is asked
+    for and does not suffice."""
+    streaming.check_place(offload)
+    if offload == "disk":
+        return offload
+    try:
+        check_memory(_codes_bytes(checkpoint, bits))
+    except StoreError:
+        if offload == "cpu":
+            raise
+        return "disk"
+    return "cpu"
+
+
+def _codes_bytes(checkpoint: Checkpoint, bits: int) -> int:
+    """About what the codes of a checkpoint take, by the sizes of its files."""
+    path = checkpoint.path
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in WEIGHTS]
+    held = sum(file.stat().st_size for file in files)
+    stored = getattr(checkpoint.config, "dtype", None) or torch.float32
+    return held if checkpoint.quantized else held * bits // (8 * stored.itemsize)
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
@@ -101,9 +144,11 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
                 tensor.data = tensor.data.to(dtype)
 
 
-def _load_float(checkpoint: Checkpoint, options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+def _load_float(
+    checkpoint: Checkpoint, options: dict[str, Any], device: torch.device, dtype: torch.dtype, keep: Keep | None
+) -> Any:
     """A float checkpoint's model, quantized with `options`."""
-    model = _quantize_streamed(checkpoint, options, device, dtype)
+    model = _quantize_streamed(checkpoint, options, device, dtype, keep)
     if model is None:
         model = _whole_float(checkpoint)
         quantize_(model, **options)
@@ -151,7 +196,7 @@ def warn_left(names: Iterable[str], model: Any, folder: Path) -> None:
 
 
 def _quantize_streamed(
-    checkpoint: Checkpoint, options: dict[str, Any], device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, options: dict[str, Any], device: torch.device, dtype: torch.dtype, keep: Keep | None
 ) -> Any | None:
     """The model, each weight quantized when it is read: the float model never is in memory.
 
@@ -184,7 +229,7 @@ def _quantize_streamed(
                 value = value.to(dtype)
             yield name, value, where
 
-    fill(model, entries(), folder, device)
+    fill(model, entries(), folder, device, keep)
     _take_generation_config(model, folder)
     return model
 
@@ -201,10 +246,12 @@ def _take_generation_config(model: Any, path: Path) -> None:
             model.generation_config.sequence_bias = found.sequence_bias
 
 
-def _load_codes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Any, Names]:
+def _load_codes(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, keep: Keep | None
+) -> tuple[Any, Names]:
     """A quantized checkpoint's model as it is, and the Names of the files' tensors in it."""
     model = build_empty(checkpoint.config, dtype, trust_remote_code=checkpoint.trust_remote_code)
-    names = fill(model, checkpoint.read(dtype), checkpoint.path, device)
+    names = fill(model, checkpoint.read(dtype), checkpoint.path, device, keep)
     model._weight_conversions = names.used()
     _take_generation_config(model, checkpoint.path)
     return model, names

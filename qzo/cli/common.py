@@ -34,6 +34,8 @@ def load(path: str | Path, own: Mapping[str, Any]) -> Any:
         "weight_only": bool(own["weight_only"]),
         "strict": bool(own.get("strict")),
     }
+    if own.get("offload"):
+        chosen |= {"offload": own["offload"], "offload_folder": own["offload_dir"] or own["output_dir"]}
     if own["group_size"] is not None:  # also where the checkpoint is in codes already and none is used
         check_group_size(own["group_size"], math.lcm(*GROUPS))
     say(f"loading {path}{size_of(path)}")

@@ -14,6 +14,7 @@ NOISES = ("rademacher", "ih4", "gaussian")
 SHARINGS = ("group", "row")
 LARGE_ROWS = ("fused", "folded", "blas", "auto")
 PACKINGS = ("off", "auto")
+OFFLOADS = ("cpu", "disk", "auto")
 CHAT_LOSSES = ("last", "all")
 RECIPES = ("paper",)
 KEEPS = ("last", "best")
@@ -277,6 +278,14 @@ def _add_launching(how: argparse._ArgumentGroup) -> None:
         "the signal is lost by it",
     )
     how.add_argument("--cuda-graph", **CUDA_GRAPH)
+    how.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        help="for a model larger than the GPU: the blocks' codes stay in the host's memory (cpu) or in a file (disk), "
+        "and stream to the device behind the compute; same bits. auto: the disk where memory does not suffice "
+        "(default: off)",
+    )
+    how.add_argument("--offload-dir", metavar="DIR", help="where the file of --offload disk is (default: --output-dir)")
     how.add_argument(
         "--compile",
         action="store_true",

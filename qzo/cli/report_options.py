@@ -3,7 +3,7 @@ torch."""
 
 import argparse
 
-from .options import DTYPES, LARGE_ROWS, add_model, add_overwrite, add_reading
+from .options import DTYPES, LARGE_ROWS, OFFLOADS, add_model, add_overwrite, add_reading
 
 BITS = (2, 4, 8)
 CODES = ("int4", "int2", "int8", "nf4", "aqlm-1x16", "aqlm-2x8")
@@ -101,6 +101,7 @@ def _add_step(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--sequential", action="store_true", help="evaluations one after another: half the activations")
     run.add_argument("--train-codebooks", action="store_true", help="as in qzo train: float32 copies that train")
     run.add_argument("--large-rows", choices=LARGE_ROWS, default=LARGE_ROWS[0], help="as in qzo train (default fused)")
+    run.add_argument("--offload", choices=OFFLOADS[:2], help="as in qzo train: predicted for the device and beside it")
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:

@@ -76,6 +76,8 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
     """The part of one of the ranks."""
     if own["resume"] and ranks.first:
         planned_steps(settings, Path(own["output_dir"]) / JOURNAL)
+    if own["offload"] and settings.compile:
+        raise ValueError("--compile with --offload: compiled code does not ask which block it runs; leave one out")
     records = read_data(own["data"])
     if settings.patience is not None and "valid" not in records:
         raise ValueError(
@@ -187,10 +189,12 @@ def show_plan(task: Task, settings: Settings, model: Any, trust_remote_code: boo
     labels = max(1, round(statistics.fmean(map(labelled, task.examples))))
     run = Run(rows, longest, min(labels, longest - 1), settings.directions, settings.sequential)
     try:
-        total = predict_loaded(model, run, trust_remote_code)["total"]
+        predicted = predict_loaded(model, run, trust_remote_code)
     except (ValueError, RuntimeError) as error:  # of a forward that needs values, not only shapes
         return say(f"memory: cannot be predicted ({str(error).splitlines()[0]:.200})")
-    say(f"memory: {total / 1e9:.2f} GB predicted for a step of {rows} x {longest} tokens on {task.device}, all blocks")
+    total = f"{predicted['total'] / 1e9:.2f} GB predicted for a step of {rows} x {longest} tokens on {task.device}"
+    beside = [f", {predicted[where] / 1e9:.2f} GB on the {where}" for where in ("host", "disk") if where in predicted]
+    say(f"memory: {total}, all blocks{''.join(beside)}")
 
 
 def labelled(example: Example) -> int:

@@ -21,8 +21,8 @@ def generating(module: nn.Module) -> Iterator[None]:
     than dense float32 weights take. For that each layer holds its codes and scales a second time, and the products of
     scales and zero points where it has those: with 4 bits in groups of 32, 0.63 to 0.75 bytes a weight, freed on exit.
     Results differ from those outside in the last digits of float32: sums are added in another order. It is for integer
-    codes on a CPU; other layers (NF4, FP4, AQLM, layers on a GPU), more rows than eight, and a layer with a tensor that
-    is replaced inside, run as they do outside.
+    codes on a CPU; other layers (NF4, FP4, AQLM, layers on a GPU or offloaded), more rows than eight, and a layer with
+    a tensor that is replaced inside, run as they do outside.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def generating(module: nn.Module) -> Iterator[None]:
     trimmer = Trimmer()
     try:
         for layer in found:
-            nbytes = 0 if layer.codes.is_meta else _turn(layer)
+            nbytes = 0 if layer.codes.is_meta or layer.stored is not None else _turn(layer)
             if nbytes:
                 turned.append((layer, nbytes))
                 trimmer.took(nbytes)

@@ -282,10 +282,11 @@ def scale_index(model: nn.Module) -> dict[str, torch.Tensor]:
 def digest_parts(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield (name, what, tensor) of everything quantized in a fixed order: what a journal's digest covers."""
     for name, layer in layers(model, trainable=None).items():
-        yield name, "codes", layer.packed().unpacked()
-        yield name, "scales", layer.read_scales()
-        if layer.zeros is not None:
-            yield name, "zeros", layer.zeros
+        packed = layer.packed()
+        yield name, "codes", packed.unpacked()
+        yield name, "scales", packed.scales
+        if packed.zeros is not None:
+            yield name, "zeros", packed.zeros
         if layer.perm is not None:
             yield name, "perm", layer.perm
         if layer.table is not None:

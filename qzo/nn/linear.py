@@ -1,7 +1,7 @@
 """QZOLinear, a drop-in nn.Linear of quantized weights."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,7 +14,17 @@ from .evaluations import Evaluations
 from .no_values import NoValues
 from .quantize import quantize_weight
 from .siblings import Siblings
+from .state import NAMES, packed_of
 from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows
+
+_OFFLOADED = "the codes are offloaded and stay where they are: restore() what qzo.offload has returned first"
+
+
+class Stored(Protocol):
+    """Where the codes of a layer are, if they are only on their way through its device (streaming/offload.py)."""
+
+    def read(self, what: str) -> torch.Tensor | None:
+        """A copy of the "codes" or "zeros" on the layer's device; None where it has none."""
 
 
 class QZOLinear(nn.Module):
@@ -61,6 +71,7 @@ class QZOLinear(nn.Module):
     out_dtype: torch.dtype | None
     evaluations: Evaluations | None  # what forward runs under; `evaluating` sets it
     siblings: Siblings | None = None  # layers of the same module that may be given the same x (siblings.py)
+    stored: Stored | None = None  # what `codes` and `zeros` have while the layer runs; None: they always have it
     _planned: tuple[object, Weight] | None
 
     def __init__(
@@ -173,8 +184,8 @@ class QZOLinear(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The layer's weight as it is now; scales are a copy, codes and zeros are the layer's own."""
-        scales, books = self.read_scales(), self.read_codebooks()
-        return PackedWeight(self.codes, scales, self.zeros, self.in_features, self.bits, self.perm, self.table, books)
+        (codes, zeros), scales, books = self.read_codes(), self.read_scales(), self.read_codebooks()
+        return PackedWeight(codes, scales, zeros, self.in_features, self.bits, self.perm, self.table, books)
 
     def dequantize(self) -> torch.Tensor:
         """The matrix W, for tests and export only: forward never makes it.
@@ -185,6 +196,14 @@ class QZOLinear(nn.Module):
             float32 [out_features, in_features] on the layer's device.
         """
         return self.packed().dequantize()
+
+    def read_codes(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Codes and zero points: the layer's own, or copies where they are offloaded."""
+        if self.stored is None:
+            return self.codes, self.zeros
+        codes = self.stored.read("codes")
+        assert codes is not None, "every layer has codes"
+        return codes, self.stored.read("zeros")
 
     def read_scales(self) -> torch.Tensor:
         """A copy of the scales, float32 [G, N], in the sign of the checkpoint."""
@@ -309,6 +328,8 @@ class QZOLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QZOLinear":
         if self.out_dtype is not None:
             self.out_dtype = fn(torch.empty(0, dtype=self.out_dtype, device=self.codes.device)).dtype
+        if self.stored is not None and fn(torch.empty(0, device=self.codes.device)).device != self.codes.device:
+            raise RuntimeError(_OFFLOADED)
         self._let_go()
         codes, kept = self.codes, {name: self._buffers[name] for name in ("zeros", "codebooks")}
         self._buffers |= dict.fromkeys(kept)  # what a file has in float stays in its type, whatever the model is
@@ -325,11 +346,12 @@ class QZOLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        planes = to_planes(self.codes, self.in_features, self.bits)  # words of vectors are what they are
+        codes, zeros = self.read_codes()
+        planes = to_planes(codes, self.in_features, self.bits)  # words of vectors are what they are
         destination[prefix + "codes"] = planes
         destination[prefix + "scales"] = self.read_scales()
-        if self.zeros is not None:
-            destination[prefix + "zeros"] = self.zeros
+        if zeros is not None:
+            destination[prefix + "zeros"] = zeros
         if self.perm is not None:
             destination[prefix + "perm"] = self.perm
         if self.table is not None:
@@ -349,10 +371,7 @@ class QZOLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = {
-            name: state_dict.pop(prefix + name, None)
-            for name in ("codes", "scales", "zeros", "bits", "perm", "table", "codebooks")
-        }
+        own = {name: state_dict.pop(prefix + name, None) for name in NAMES}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -360,27 +379,10 @@ class QZOLinear(nn.Module):
         if own["codes"] is None or own["scales"] is None:
             return
         try:
-            bits = 4 if own["bits"] is None else int(own["bits"])
-            if bits != self.bits:
-                raise ValueError(f"holds codes of {bits} bits, the layer has {self.bits}")
-            loaded = PackedWeight(
-                own["codes"],
-                own["scales"].to(torch.float32),
-                own["zeros"],
-                self.in_features,
-                self.bits,
-                own["perm"],
-                None if own["table"] is None else own["table"].tolist(),
-                own["codebooks"],
-            )
-            if (loaded.out_features, loaded.group_size) != (self.out_features, self.group_size):
-                raise ValueError(
-                    f"holds {loaded.out_features} outputs in groups of {loaded.group_size}, the layer has "
-                    f"{self.out_features} in groups of {self.group_size}"
-                )
+            if self.stored is not None:
+                raise ValueError(_OFFLOADED)
             books = 0 if self.codebooks is None else len(self.codebooks)
-            if loaded.books != books:
-                raise ValueError(f"holds {loaded.books} codebooks, the layer has {books}")
+            loaded = packed_of(own, self.bits, self.in_features, self.out_features, self.group_size, books)
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return

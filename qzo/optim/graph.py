@@ -22,6 +22,7 @@ from ..kernels.noise import law_number
 from ..loss.sums import means
 from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
+from ..nn.streaming.offload import offload_of
 from .step import project, update
 
 LIMIT = 8  # graphs held at once
@@ -254,14 +255,16 @@ def graphs_of(optimizer: Optimizer) -> Graphs | None:
         return graphs
     if graphs is not None:
         graphs.drop()
-    recorder = recorder_of(arena_data.device)
+    offloaded = offload_of(optimizer.module) is not None
+    recorder = None if offloaded else recorder_of(arena_data.device)
     if recorder is None and optimizer.cuda_graph:
         optimizer.cuda_graph = False
-        warnings.warn(
-            f"cuda_graph=True: the scales are on {arena_data.device.type!r}, a graph needs a CUDA device; "
-            "the steps run without a graph",
-            stacklevel=5,
+        why = (
+            "the model is offloaded, and which block is copied next is decided by the host while it runs"
+            if offloaded
+            else f"the scales are on {arena_data.device.type!r}, a graph needs a CUDA device"
         )
+        warnings.warn(f"cuda_graph=True: {why}; the steps run without a graph", stacklevel=5)
     return None if recorder is None else Graphs(optimizer, recorder)
 
 

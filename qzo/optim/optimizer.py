@@ -18,6 +18,7 @@ from ..nn import ops
 from ..nn.arena import ScaleArena
 from ..nn.evaluations import Evaluations
 from ..nn.layers import arena_of, check_sharing_of, evaluating, layers
+from ..nn.streaming.offload import together
 from ..system.ranks import Ranks
 from .advice import against_nan, warn_if_rounded_away
 from .defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
@@ -370,16 +371,18 @@ class QZO(torch.optim.Optimizer):
                     "Stack the batch with qzo.pair and use qzo.losses, or step(closure, paired=False)"
                 )
             return losses
-        singles = []
-        for e in range(len(evaluations)):
+
+        def single(e: int) -> torch.Tensor:
             with self.perturbed(evaluations[e : e + 1]):
-                singles.append(torch.as_tensor(closure(), dtype=torch.float64))
-            if singles[-1].numel() != 1 and not fits(singles[-1], 1):
+                loss = torch.as_tensor(closure(), dtype=torch.float64)
+            if loss.numel() != 1 and not fits(loss, 1):
                 raise ValueError(
                     f"with paired=False the closure must return one number, the loss of the evaluation it "
-                    f"runs under; got {list(singles[-1].shape)}"
+                    f"runs under; got {list(loss.shape)}"
                 )
-        return torch.cat([loss.view(1) if loss.numel() == 1 else loss for loss in singles])
+            return loss.view(1) if loss.numel() == 1 else loss
+
+        return torch.cat(together(self.module, [functools.partial(single, e) for e in range(len(evaluations))]))
 
     def _apply(self, records: Sequence[Record]) -> None:
         """The update of one step from its records: what a replay does, too."""

@@ -22,6 +22,8 @@ from ..nn.evaluations import Evaluations
 from ..nn.experts import split_experts_
 from ..nn.layers import arena_of, evaluating, layers, train_codebooks_, train_only_
 from ..nn.ops import backend
+from ..nn.streaming.offload import offload_of
+from ..nn.streaming.stores import FileStore
 from ..optim.optimizer import QZO
 from ..system.memory import free_bytes
 from . import models
@@ -40,6 +42,7 @@ from .footprint import (
 )
 from .rivals import CARDS as CARDS
 from .rivals import fits, rivals
+from .streamed import streamed_bytes
 
 Load = Callable[[], Any]  # -> a model, on the device that is measured
 PARTS = ("codes", "scales", "zeros", "dense", "activations", "logits", "workspace")
@@ -67,12 +70,18 @@ class Run:
 # ---------------------------------------------------------------------------------------------- predicted
 
 
-def predict(model: Any, run: Run, device: str, chip: str) -> dict[str, Any]:
-    """{part: bytes, "total", "phases"} of a model on the meta device, without a weight."""
+def predict(model: Any, run: Run, device: str, chip: str, offload: str | None = None) -> dict[str, Any]:
+    """{part: bytes, "total", "phases"} of a model on the meta device, without a weight.
+
+    offload: "cpu" or "disk", where blocks stream from; there are "host" and "disk" then, bytes beside the total.
+    """
     model.to("meta")
     labelled = run.rows * run.labels * run.evaluations
     ledger = Ledger(device, chip, labelled, padded=run.rows > 1, threads=torch.get_num_threads())
     weights = weights_bytes(model, device)
+    beside: dict[str, int] = {}
+    if offload is not None:
+        weights, beside = streamed_bytes(model, weights, device, offload)
     ledger.know(t for layer in layers(model, None).values() for t in (layer.codes, layer.zeros) if t is not None)
     ledger.know((*model.parameters(), *model.buffers(), *(layer.arena.data for layer in layers(model, None).values())))
     ledger.hold(sum(weights.values()) + library_bytes(device, chip))
@@ -87,7 +96,7 @@ def predict(model: Any, run: Run, device: str, chip: str) -> dict[str, Any]:
             spans.enter("update")
             if device == "cpu":
                 ledger.brush(scratch_bytes(arena_of(model).data.numel() // 4))
-    return _composed(weights, resident, spans)
+    return _composed(weights, resident, spans) | beside
 
 
 def predict_loaded(model: Any, run: Run, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -102,7 +111,9 @@ def predict_loaded(model: Any, run: Run, trust_remote_code: bool = False) -> dic
     forms = {name: models.form_of(layer) for name, layer in found.items()}
     models.quantize_empty(empty, forms, cpu=device == "cpu")
     train_only_(empty, lambda name: found[name].trainable)
-    return predict(empty, run, device, this_chip())
+    offloaded = offload_of(model)
+    to = None if offloaded is None else "disk" if isinstance(offloaded.store, FileStore) else "cpu"
+    return predict(empty, run, device, this_chip(), to)
 
 
 def _evaluations(run: Run) -> list[Evaluations]:
@@ -215,7 +226,9 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
     """The dict that --json prints."""
     if bool(options.config) == bool(options.model):
         raise ValueError("give either --config (nothing is loaded) or --model (a checkpoint, loaded and measured)")
-    measuring = options.measure or bool(options.model)
+    measuring = (options.measure or bool(options.model)) and not options.offload
+    if options.measure and options.offload:
+        raise ValueError("--measure with --offload: offloaded, a step is only predicted; leave one out")
     device = options.device or ("cuda" if torch.cuda.is_available() or not measuring else "cpu")
     if measuring and device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no CUDA device here to measure on; use --device cpu")
@@ -242,7 +255,7 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         options.sequential,
         options.large_rows,
     )
-    predicted, free = predict(model, run, device, chip), free_bytes(device)
+    predicted, free = predict(model, run, device, chip, options.offload), free_bytes(device)
     if measuring:
         _check_room(options.config or options.model, predicted["total"], device, free)
     measured = measure(load, run, device, snapshot=options.snapshot) if measuring else None
@@ -251,6 +264,7 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         f"{'one after another' if run.sequential else 'at once'}, {device}, {str(dtype).removeprefix('torch.')}"
         + (f", {codes} codes" if options.config and codes != "int4" else "")
         + (", random weights" if measuring and options.config else "")
+        + (f", offloaded to {options.offload}" if options.offload else "")
     )
     return {
         "predicted": predicted,

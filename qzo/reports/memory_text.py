@@ -17,6 +17,9 @@ def as_text(report: Mapping[str, Any]) -> str:
     for part in (*PARTS, "total"):
         line = f"{part:12}{_gb(predicted[part]):>12}"
         lines.append(line + (f"{_gb(measured[part]):>12}" if measured else ""))
+    for where in ("host", "disk"):
+        if where in predicted:
+            lines.append(f"{'on the ' + where:12}{_gb(predicted[where]):>12}")
     if measured:
         lines += [
             f"{'slack':24}{_gb(measured['slack']):>12}",

@@ -41,7 +41,7 @@ RECORDS: list[dict[str, Any]] = [
 ]
 
 
-def save_checkpoint(folder, hidden=64):
+def save_checkpoint(folder, hidden=64, layers=2):
     """config.json, safetensors and tokenizer files."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -56,7 +56,7 @@ def save_checkpoint(folder, hidden=64):
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         vocab_size=len(vocabulary),
