@@ -67,7 +67,7 @@ setup(
         "data": ["pyarrow"],
         "trainer": ["accelerate>=1.1"],
         "trl": ["accelerate>=1.1", "trl>=1.16"],
-        "diffusion": ["diffusers"],
+        "diffusion": ["diffusers>=0.42"],
         "dev": ["ruff", "mypy", "types-PyYAML", "types-psutil", "pre-commit"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },

@@ -150,7 +150,7 @@ def evaluation_losses(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def derivative_error(rows: torch.Tensor, eps: float) -> torch.Tensor:
-    """The standard error of each direction's derivative (L+ - L-) / (2 eps) that the choice of rows leaves, float32 [J].
+    """float32 [J]: the standard error of each direction's derivative (L+ - L-) / (2 eps), as the choice of rows has it.
 
     rows : float32 [2 J, R], the loss of each row under +eps and -eps of each direction in turn. NaN for one row. Rows
         are taken as independent, so of stratified or antithetic ones it is an upper bound.
