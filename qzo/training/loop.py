@@ -8,9 +8,9 @@ OUT/model/         the tuned model in its source's format
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -44,6 +44,46 @@ class Interrupted(Exception):
         self.steps = steps
 
 
+class Trainable(Protocol):
+    """What a run asks of its data and model: a Task (task.py) here, one of pictures in diffusion/task.py.
+
+    examples : as many as there are
+    bucketed : batches are padded to a few shapes
+    """
+
+    model: Any
+    device: torch.device
+    bucketed: bool
+
+    @property
+    def examples(self) -> Sized: ...
+
+    def check(self) -> None:
+        """ValueError for what the model cannot be trained on so, before the run begins."""
+
+    def settle(self) -> object:
+        """Decide what is open, on the scales as they are: a resumed run has to decide as the unbroken one did."""
+
+    def fingerprint(self) -> str:
+        """A text that differs where the data do, or what is drawn of them."""
+        ...
+
+    def indices(self, step: int, batch_size: int, seed: int) -> Any:
+        """What the batch of a step is made of."""
+
+    def batch(self, indices: Any, count: int) -> data.Batch:
+        """The batch for `count` evaluations, stacked."""
+        ...
+
+    def compiled_losses(self, batch: data.Batch, count: int) -> torch.Tensor:
+        """The loss of each of `count` evaluations over a batch, float32 [count]."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """What the metrics of the step just made say beside the loop's own."""
+        ...
+
+
 def choose_layers(model: "PreTrainedModel", train_layers: int | None, codebooks: bool = False) -> FrozenPrefix | None:
     """Restrict training to the top blocks; returns their FrozenPrefix, or None for the whole model. codebooks: train
     those of AQLM layers too."""
@@ -57,7 +97,7 @@ def choose_layers(model: "PreTrainedModel", train_layers: int | None, codebooks:
 
 
 def fit(
-    task: Task,
+    task: Trainable,
     settings: Settings,
     out: str | Path,
     resume: bool = False,
@@ -72,9 +112,7 @@ def fit(
     """
     out = Path(out)
     check_batch_size(settings, len(task.examples))
-    if task.prefix is not None:
-        batch = data.collate(task.examples[:2], task.pad_id, task.device)
-        task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
+    task.check()
     task.settle()
     if settings.large_rows == "auto":
         settings.large_rows = _settle_large_rows(task, settings, out / "journal.qzo" if resume else None, show)
@@ -106,7 +144,7 @@ def check_batch_size(settings: Settings, examples: int) -> None:
         raise ValueError(f"batch_size={settings.batch_size}, but there are {examples} training examples")
 
 
-def _optimizer(task: Task, settings: Settings, journal: Path, resume: bool, planned: int) -> QZO:
+def _optimizer(task: Trainable, settings: Settings, journal: Path, resume: bool, planned: int) -> QZO:
     """The QZO of a run, its model where the journal left it."""
     assert settings.learning_rate is not None  # Settings has filled it in
     return QZO(
@@ -163,7 +201,7 @@ def schedule(optimizer: QZO, settings: Settings, planned: int | None = None) -> 
 
 
 def _steps(
-    task: Task, settings: Settings, optimizer: QZO, planned: int, validation: Validation | None
+    task: Trainable, settings: Settings, optimizer: QZO, planned: int, validation: Validation | None
 ) -> Iterator[dict[str, Any]]:
     """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
     at_once = 1 if settings.sequential else 2 * settings.directions
@@ -187,12 +225,13 @@ def _steps(
             "lr": rate,
             "skipped": optimizer.last.skipped,
             "seconds": round(time.perf_counter() - begun, 4),
+            **task.notes(),
         }
         found = None if validation is None else validation.after(step + 1, last=step + 1 == settings.max_steps)
         yield line if found is None else {**line, "valid": found}
 
 
-def _settle_large_rows(task: Task, settings: Settings, journal: Path | None, show: bool | None) -> str:
+def _settle_large_rows(task: Trainable, settings: Settings, journal: Path | None, show: bool | None) -> str:
     """ "auto" or "fused" for a run that asks for "auto"; journal: of a run that goes on, or None."""
     found = read(journal) if journal is not None else None
     recorded = None if found is None else found[0].get("recipe", {}).get("large_rows", "fused")
@@ -215,9 +254,9 @@ def _settle_large_rows(task: Task, settings: Settings, journal: Path | None, sho
     return value
 
 
-def recipe(task: Task, settings: Settings, planned: int) -> dict[str, Any]:
+def recipe(task: Trainable, settings: Settings, planned: int) -> dict[str, Any]:
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
-    digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
+    digest = hashlib.sha256(task.fingerprint().encode()).hexdigest()
     kept = ("batch_size", "learning_rate", "decay", "train_layers", "max_length", "sequential", "packing")
     bits: dict[str, Any] = {"padding": BUCKETS} if task.bucketed else {}
     bits["large_rows"] = many_rows.NAMES.get(settings.large_rows, settings.large_rows)
