@@ -5,6 +5,7 @@ import itertools
 import sys
 from pathlib import Path
 
+from .diffusion_options import CACHE
 from .options import model_of
 from .outputs import check_apart, check_file, check_folder, check_run
 
@@ -19,6 +20,13 @@ def _train(options: argparse.Namespace) -> None:
     model = model_of(options)
     if options.output_dir:
         check_run(options.output_dir, options.resume, options.overwrite, model)
+
+
+def _train_diffusion(options: argparse.Namespace) -> None:
+    out = Path(options.output_dir)
+    if out.is_dir() and not options.resume and [path.name for path in out.iterdir()] == [CACHE]:
+        return  # a build of the cache that was stopped goes on
+    check_run(out, options.resume, options.overwrite, options.pipeline)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -63,6 +71,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 _CHECKS = {
     "train": _train,
+    "train-diffusion": _train_diffusion,
     "demo": _demo,
     "replay": _replay,
     "export": _export,
@@ -78,7 +87,7 @@ _DEMO = "SmolLM2-135M on BBC headlines"
 def announce(options: argparse.Namespace) -> None:
     """Say which model a command begins with, and how large it is, where torch still has to be imported."""
     given = vars(options)
-    model = next((given[name] for name in ("checkpoint", "model", "base") if given.get(name)), None)
+    model = next((given[name] for name in ("checkpoint", "model", "base", "pipeline") if given.get(name)), None)
     what = (
         f"{model}{size_of(model)}" if model and Path(model).exists() else _DEMO if options.command == "demo" else None
     )

@@ -129,9 +129,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))
-    _add_validation(parser.add_argument_group("validation, where the data have a valid split"))
-    _add_perturbation(parser.add_argument_group("the perturbation and the update"))
-    _add_launching(parser.add_argument_group("how a step is computed"))
+    add_validation(parser.add_argument_group("validation, where the data have a valid split"))
+    add_perturbation(parser.add_argument_group("the perturbation and the update"))
+    how = parser.add_argument_group("how a step is computed")
+    add_launching(how)
+    _add_text_launching(how)
     add_loading(parser)
     add_strict(parser)
 
@@ -183,7 +185,8 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_validation(held_out: argparse._ArgumentGroup) -> None:
+def add_validation(held_out: argparse._ArgumentGroup) -> None:
+    """When a validation split is measured, and what follows from it."""
     held_out.add_argument(
         "--eval-every",
         type=int,
@@ -204,7 +207,8 @@ def _add_validation(held_out: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_perturbation(step: argparse._ArgumentGroup) -> None:
+def add_perturbation(step: argparse._ArgumentGroup) -> None:
+    """Of `Settings`: the estimator and the rates."""
     step.add_argument(
         "--learning-rate",
         type=float,
@@ -230,19 +234,14 @@ def _add_perturbation(step: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_launching(how: argparse._ArgumentGroup) -> None:
+def add_launching(how: argparse._ArgumentGroup) -> None:
+    """How evaluations run."""
     how.add_argument(
         "--sequential",
         action="store_true",
         default=None,
         help="run the evaluations of a step one after another instead of stacked: activations of one, not of all "
         "2 x directions",
-    )
-    how.add_argument(
-        "--packing",
-        choices=PACKINGS,
-        help="auto: a batch of unequal lengths is one row without padding where that costs less and the model "
-        "computes the same (default off)",
     )
     how.add_argument(
         "--large-rows",
@@ -252,6 +251,15 @@ def _add_launching(how: argparse._ArgumentGroup) -> None:
         "the signal is lost by it",
     )
     how.add_argument("--cuda-graph", **CUDA_GRAPH)
+
+
+def _add_text_launching(how: argparse._ArgumentGroup) -> None:
+    how.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        help="auto: a batch of unequal lengths is one row without padding where that costs less and the model "
+        "computes the same (default off)",
+    )
     how.add_argument(
         "--compile",
         action="store_true",

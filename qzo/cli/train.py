@@ -8,14 +8,14 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
 from ..reports.memory import Run, predict_loaded
 from ..training.data import IGNORED, Example
 from ..training.folder import write_results
-from ..training.loop import build_task, check_batch_size, choose_layers, fit, planned_steps
+from ..training.loop import Trainable, build_task, check_batch_size, choose_layers, fit, planned_steps
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
@@ -24,6 +24,15 @@ from ..training.validation import PARTS, Base, Validation
 from .common import load, say, scores_as_text, steps_of
 from .options import model_of
 from .outputs import JOURNAL
+
+
+class Measured(Protocol):
+    """Held-out data."""
+
+    def evaluate(self) -> Measure:
+        """What the model as it is has of them."""
+        ...
+
 
 CONTROL_EXAMPLES = 512  # of the training data, that the control's biases are fitted on
 
@@ -92,7 +101,7 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-def train(task: Task, settings: Settings, own: Mapping[str, Any], valid: Task | None) -> dict[str, Any]:
+def train(task: Trainable, settings: Settings, own: Mapping[str, Any], valid: Measured | None) -> dict[str, Any]:
     """Make the run; the model is then the one of the step to keep.
 
     Returns {"steps", "resumed_from", "best", "model_step"}: steps made, how many of them before, the best measurement

@@ -8,6 +8,7 @@ pictures are added to a cache. A latent is (z - shift_factor) * scaling_factor o
 drawn by the picture's digest, which the pipeline undoes before it decodes.
 """
 
+import functools
 import gc
 import hashlib
 import json
@@ -25,6 +26,8 @@ from .families import Prompt
 from .images import pixels, read_pictures, splits_of
 from .pipeline import Pipeline
 from .transformer import diffusers_module, empty_transformer
+
+Encode = Callable[[torch.Tensor, str], torch.Tensor]
 
 HEADER, LATENTS, PROMPTS = "cache.json", "latents", "prompts"
 VERSION = 1
@@ -101,10 +104,12 @@ def build(
     pipeline.latent_size(resolution)
     header = _header(pipeline, folder, resolution, prompt_tokens, dtype)
     found, texts = {}, {"": digest_of(b"")}
+    encoder = functools.cache(lambda: vae_encoder(pipeline, device))  # where a picture is to be encoded, and not before
     for split, path in splits_of(data).items():
-        examples = _encode_pictures(pipeline, path, split, folder / LATENTS, resolution, device)
+        examples = _encode_pictures(encoder, path, split, folder / LATENTS, resolution)
         found[split] = Latents(folder, [example for example, _ in examples], header)
         texts |= {caption: example.prompt for example, caption in examples}
+    del encoder
     _encode_prompts(pipeline, texts, folder / PROMPTS, prompt_tokens, device, dtype)
     return found
 
@@ -156,10 +161,9 @@ def _digest(folder: Path, stamps: list[list[Any]]) -> str:
 
 
 def _encode_pictures(
-    pipeline: Pipeline, path: Path, split: str, folder: Path, resolution: int, device: torch.device
+    encoder: Callable[[], Encode], path: Path, split: str, folder: Path, resolution: int
 ) -> list[tuple[Example, str]]:
     """(Example, caption) of each picture that can be used; its latent is in the cache then."""
-    encode: Callable[[torch.Tensor, str], torch.Tensor] | None = None
     examples, skipped, count = [], [], 0
     for picture in tracked(read_pictures(path, split), "encoding", "pictures"):
         count += 1
@@ -171,8 +175,7 @@ def _encode_pictures(
             except ValueError as error:
                 skipped.append(f"{picture.place}: {error}")
                 continue
-            encode = encode or vae_encoder(pipeline, device)
-            disk.write_whole(file, save({"latent": encode(image, name)}))
+            disk.write_whole(file, save({"latent": encoder()(image, name)}))
         examples.append((Example(name, digest_of(picture.caption.encode())), picture.caption))
     if skipped:
         told = "; ".join(skipped[:NAMED]) + (f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else "")
@@ -185,11 +188,11 @@ def _encode_pictures(
     return examples
 
 
-def vae_encoder(pipeline: Pipeline, device: torch.device) -> Callable[[torch.Tensor, str], torch.Tensor]:
+def vae_encoder(pipeline: Pipeline, device: torch.device) -> Encode:
     """encode(float32 [3, H, W] in [-1, 1], digest) -> its latent, float32 [C, H / f, W / f] on the CPU, which does not
     depend on what was encoded before. The VAE is let go with the function."""
     cls = getattr(diffusers_module(), pipeline.vae["_class_name"])
-    vae = cls.from_pretrained(pipeline.path / "vae").to(device, torch.float32).eval()
+    vae = cls.from_pretrained(pipeline.path / "vae", dtype=torch.float32).to(device).eval()
     shift, scale = pipeline.vae.get("shift_factor") or 0.0, pipeline.vae["scaling_factor"]
 
     @torch.no_grad()

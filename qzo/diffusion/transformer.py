@@ -141,7 +141,8 @@ def _write_new(model: Any, source: Path, staging: Path) -> None:
     dense = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in packed}
     dense |= {f"{name}.bias": layer.bias for name, layer in layers(model, None).items() if layer.bias is not None}
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    said = bnb.quantization_config(packed, linears)
+    dtype = str(model.dtype).removeprefix("torch.")
+    said = bnb.quantization_config(packed, linears) | {"bnb_4bit_compute_dtype": dtype}
     entries = [(name, value.dtype, value.shape, lambda value=value: value) for name, value in dense.items()]
     for name, weight in packed.items():
         entries += bnb.entries(name, weight, said, model.dtype)

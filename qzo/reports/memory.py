@@ -90,14 +90,15 @@ def predict(model: Any, run: Run, device: str, chip: str) -> dict[str, Any]:
     return _composed(weights, resident, spans)
 
 
-def predict_loaded(model: Any, run: Run, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What `predict` gives of a model that is loaded, on its device, with the layers that train there.
+def predict_loaded(model: Any, run: Run, trust_remote_code: bool = False, latent: int | None = None) -> dict[str, Any]:
+    """What `predict` gives of a model that is loaded, on its device, with the layers that train there. latent: edge of
+    a diffusion transformer's latents; None: its config's.
 
     ValueError or RuntimeError for one whose forward cannot run without values.
     """
     device = next(model.parameters()).device.type
     found = layers(model, trainable=None)
-    empty = models.build_empty(model.config, model.dtype, trust_remote_code=trust_remote_code).eval()
+    empty = models.empty_like(model, trust_remote_code, latent)
     split_experts_(empty)
     forms = {name: models.form_of(layer) for name, layer in found.items()}
     models.quantize_empty(empty, forms, cpu=device == "cpu")

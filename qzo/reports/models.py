@@ -114,6 +114,19 @@ def empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
     return build_empty(config, dtype, getattr(diffusers, DIFFUSION)).eval()
 
 
+def empty_like(model: Any, trust_remote_code: bool = False, latent: int | None = None) -> Any:
+    """A model of the config of one that is loaded, on the meta device; latent: edge of the latents, None for its own.
+
+    ValueError for a diffusion transformer other than Stable Diffusion 3's.
+    """
+    if hasattr(model.config, "get_text_config"):
+        return build_empty(model.config, model.dtype, trust_remote_code=trust_remote_code).eval()
+    if not is_diffusion(model):
+        raise ValueError(f"of diffusion transformers {DIFFUSION} is known")
+    config = dict(model.config) | ({} if latent is None else {"sample_size": latent})
+    return build_empty(config, model.dtype, type(model)).eval()
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What a layer's memory depends on, beside its shape. zeros: None or the dtype of stored zero points; ordered: its
