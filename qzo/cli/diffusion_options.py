@@ -47,7 +47,7 @@ def add_train_diffusion(parser: argparse.ArgumentParser) -> None:
     add_validation(parser.add_argument_group("validation, where the data have a valid split"))
     add_perturbation(parser.add_argument_group("the perturbation and the update"))
     add_launching(parser.add_argument_group("how a step is computed"))
-    _add_transformer(parser.add_argument_group("the transformer"))
+    add_transformer(parser.add_argument_group("the transformer"))
 
 
 def _add_run(run: argparse._ArgumentGroup) -> None:
@@ -108,7 +108,14 @@ def _add_rows(rows: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_transformer(model: argparse._ArgumentGroup) -> None:
+def add_transformer(model: argparse._ArgumentGroup) -> None:
+    """What is loaded, and how."""
+    model.add_argument(
+        "--transformer",
+        metavar="FILE.gguf",
+        help="a GGUF file of Stable Diffusion 3 or 3.5 in the place of the "
+        "pipeline's own weights; OUT/model is such a file then",
+    )
     model.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     model.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the activations (default: float32 on a CPU, float16 on a GPU)"

@@ -315,7 +315,18 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="draw from the likeliest tokens that have this probability together (default 1: from all)",
     )
     text.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
+    _add_pictures(parser.add_argument_group("pictures, where MODEL is the folder of a diffusers pipeline"))
     add_loading(parser)
+
+
+def _add_pictures(pictures: argparse._ArgumentGroup) -> None:
+    pictures.add_argument("--output-dir", metavar="FOLDER", help="where seed-0.png and so on go")
+    add_overwrite(pictures)
+    pictures.add_argument("--images", type=int, default=1, metavar="N", help="of seeds from --seed on (default 1)")
+    pictures.add_argument("--sampling-steps", type=int, metavar="N", help="of a picture (default 28)")
+    pictures.add_argument("--guidance-scale", type=float, help="of the prompt, 1: none (default 4.5)")
+    pictures.add_argument("--resolution", type=int, metavar="PIXELS", help="edge (default: the transformer's own)")
+    pictures.add_argument("--transformer", metavar="FILE.gguf", help="in the place of the pipeline's own weights")
 
 
 def add_replay(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from ..diffusion.objective import FlowLaw
 from ..diffusion.pipeline import Pipeline, open_pipeline
 from ..diffusion.schedulers import shift_of
 from ..diffusion.task import STRATA, DiffusionTask
-from ..diffusion.transformer import load_transformer, save_pipeline
+from ..diffusion.transformer import Origin, load_transformer, save_pipeline
 from ..nn.layers import layers
 from ..reports.memory import Run, predict_loaded
 from ..training.folder import write_results
@@ -43,8 +43,7 @@ def execute(options: argparse.Namespace) -> int:
     check_batch_size(settings, len(latents["train"]))
     if settings.patience is not None and "valid" not in latents:
         raise ValueError(f"--patience needs a validation split: {options.data} has no folder valid")
-    say(f"loading {pipeline.path / 'transformer'}")
-    model, origin = load_transformer(pipeline, device, dtype, options.group_size, options.table)
+    model, origin = load(options, pipeline, device, dtype)
     task = DiffusionTask(model, pipeline.family, latents["train"], law, 2 * settings.directions)
     valid = None
     if "valid" in latents:
@@ -102,6 +101,17 @@ def device_of(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     device = torch.device(name)
     return device, getattr(torch, options.dtype or ("float16" if device.type == "cuda" else "float32"))
+
+
+def load(
+    options: argparse.Namespace, pipeline: Pipeline, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, Origin]:
+    """The pipeline's transformer, or that of --transformer, and where it came from."""
+    given = Path(options.transformer) if options.transformer else None
+    if given is not None and not given.is_file():
+        raise FileNotFoundError(f"--transformer {given}: there is no such file; give a GGUF file")
+    say(f"loading {given or pipeline.path / 'transformer'}")
+    return load_transformer(pipeline, device, dtype, options.group_size, vars(options).get("table", "nf4"), given)
 
 
 def show_plan(task: DiffusionTask, settings: Settings, pipeline: Pipeline, resolution: int) -> None:

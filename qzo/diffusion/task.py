@@ -57,7 +57,7 @@ class DiffusionTask:
         return Drawn(step, seed, tuple(batch_indices(step, [1] * count, batch_size, seed, [None] * count)))
 
     def batch(self, indices: Drawn, count: int) -> Batch:
-        """The rows of a step for `count` evaluations, stacked: {"noisy", "times", "target", "weights", "prompt.NAME"}."""
+        """The rows of a step for `count` evaluations, stacked: {"noisy", "times", "target", "weights", "prompt.X"}."""
         x0 = torch.stack([self.examples.latent(i) for i in indices.pictures])
         rows = draw(self.law, indices.seed, indices.step, len(x0), x0.shape[1:])
         self.times, self._at = rows.times, 0

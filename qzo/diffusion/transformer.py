@@ -18,7 +18,7 @@ import torch
 
 from ..checkpoints.empty import build_empty
 from ..checkpoints.fill import fill
-from ..checkpoints.formats import bnb, files, safetensors_file
+from ..checkpoints.formats import bnb, files, gguf_sd3, safetensors_file
 from ..checkpoints.formats.folder import read_dense
 from ..checkpoints.formats.protocol import Entry
 from ..checkpoints.trained import Trained
@@ -36,8 +36,8 @@ GROUP = 64  # bitsandbytes' usual block
 class Origin:
     """Where a transformer came from: what saving it copies.
 
-    method : "bitsandbytes" or "float"
-    path : the folder
+    method : "bitsandbytes", "float" or "gguf"
+    path : the folder, or the file
     """
 
     method: str
@@ -50,9 +50,11 @@ def load_transformer(
     dtype: torch.dtype,
     group_size: int | None = None,
     table: str = "nf4",
+    gguf: Path | None = None,
 ) -> tuple[Any, Origin]:
     """(the pipeline's transformer in eval mode, every scale in one arena and on `device`, its Origin).
 
+    gguf : a file to read in the place of the pipeline's own weights
     group_size, table : how float weights are quantized; None: in blocks of 64
 
     Raises ValueError for weights that cannot be read, or a quantization_config of another tool; FileNotFoundError for
@@ -60,7 +62,10 @@ def load_transformer(
     """
     folder, said = pipeline.path / "transformer", pipeline.transformer.get("quantization_config")
     model = empty_transformer(pipeline, dtype)
-    if said is None:
+    entries: Iterable[Entry]
+    if gguf is not None:
+        origin, entries = Origin("gguf", gguf), gguf_sd3.weights(gguf_sd3.open_file(gguf), dtype)
+    elif said is None:
         origin, entries = Origin("float", folder), _quantized(model, folder, dtype, group_size, table)
     elif isinstance(said, dict) and said.get("quant_method") == bnb.METHOD:
         origin, entries = Origin(bnb.METHOD, folder), bnb.weights(folder, said, dtype)
@@ -121,14 +126,18 @@ def _quantized(model: Any, folder: Path, dtype: torch.dtype, group_size: int | N
 
 
 def save_transformer(model: Any, origin: Origin, folder: Path) -> None:
-    """Write the transformer to `folder` in the form that it came in, a float one as bitsandbytes.
+    """Write the transformer to `folder` in the form that it came in, a float one as bitsandbytes, a GGUF file under its
+    name.
 
     ValueError where the folder is the source, and for a scale that is not finite, nothing being written then.
     """
-    if folder.exists() and folder.samefile(origin.path):
+    target = folder / origin.path.name if origin.path.is_file() else folder
+    if target.exists() and target.samefile(origin.path):
         raise ValueError(f"{folder} is where the transformer was loaded from; the source is never overwritten")
     with files.staged(folder) as staging:
-        if origin.method == bnb.METHOD:
+        if origin.method == "gguf":
+            gguf_sd3.save(gguf_sd3.open_file(origin.path), staging / origin.path.name, Trained(model, None).find)
+        elif origin.method == bnb.METHOD:
             bnb.save(origin.path, staging, Trained(model, None).find)
         else:
             _write_new(model, origin.path, staging)
@@ -153,7 +162,9 @@ def _write_new(model: Any, source: Path, staging: Path) -> None:
 
 def save_pipeline(model: Any, origin: Origin, pipeline: Pipeline, folder: Path) -> None:
     """A pipeline's folder with this transformer; the other parts are the source's own files, linked where the file
-    system can (their bytes are then held once), else copied."""
+    system can (their bytes are then held once), else copied. Of a transformer from a GGUF file the file alone."""
+    if origin.method == "gguf":
+        return save_transformer(model, origin, folder)
     save_transformer(model, origin, folder / "transformer")
     for part in pipeline.parts:
         if part != "transformer":

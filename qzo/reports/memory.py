@@ -229,9 +229,12 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
     _check_step(options)
     codes = _codes(options)
     if options.model:
+        if options.resolution is not None:
+            raise ValueError(f"--resolution {options.resolution} is of a --config of an image model")
         load, model = _checkpoint(options, codes, device, dtype)
     else:
-        load, model = random_model(options.config, options.group_size, options.zeros, device, dtype, codes)
+        config = models.sized(models.read_config(options.config), options.resolution)
+        load, model = random_model(config, options.group_size, options.zeros, device, dtype, codes)
     if options.train_codebooks:
         train_codebooks_(model)
         load = _training_codebooks(load)
@@ -248,7 +251,8 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         _check_room(options.config or options.model, predicted["total"], device, free)
     measured = measure(load, run, device, snapshot=options.snapshot) if measuring else None
     subject = (
-        f"{options.config or options.model}: {run.rows} x {run.tokens} tokens, {2 * run.directions} evaluations "
+        f"{options.config or options.model}: {run.rows} x {run.tokens} tokens{_pixels(options)}, "
+        f"{2 * run.directions} evaluations "
         f"{'one after another' if run.sequential else 'at once'}, {device}, {str(dtype).removeprefix('torch.')}"
         + (f", {codes} codes" if options.config and codes != "int4" else "")
         + (", random weights" if measuring and options.config else "")
@@ -261,6 +265,10 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         "free": free,
         "subject": subject,
     }
+
+
+def _pixels(options: argparse.Namespace) -> str:
+    return f" and {options.resolution} x {options.resolution} pixels" if options.resolution else ""
 
 
 def _check_step(options: argparse.Namespace) -> None:
@@ -321,10 +329,16 @@ def this_chip() -> str:
 
 
 def random_model(
-    config: str | Path, group_size: int | None, zeros: str, device: str, dtype: torch.dtype, codes: str = "int4"
+    config: str | Path | dict[str, Any],
+    group_size: int | None,
+    zeros: str,
+    device: str,
+    dtype: torch.dtype,
+    codes: str = "int4",
 ) -> tuple[Load, Any]:
-    """(load() -> the config's model with random weights on `device`, the same on the meta device)."""
-    read, kind = models.read_config(config), CODES[codes]
+    """(load() -> the config's model with random weights on `device`, the same on the meta device). config: as
+    models.read_config takes and gives it."""
+    read, kind = config if isinstance(config, dict) else models.read_config(config), CODES[codes]
 
     def empty() -> Any:
         model = models.empty_model(read, dtype)
