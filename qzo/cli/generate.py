@@ -83,6 +83,10 @@ def generate(model: Any, ids: list[int], config: GenerationConfig, streamer: Tex
 def check(options: argparse.Namespace) -> None:
     """ValueError for options out of their range, or that need another."""
     check_until(options.until, options.journal)
+    if vars(options).get("output_dir"):
+        raise ValueError(
+            f"--output-dir {options.output_dir} is for the pictures of a diffusers pipeline; text goes to standard output"
+        )
     if options.system is not None and options.chat is None:
         raise ValueError("--system is a message in front of --chat, and there is no --chat")
     if options.max_new_tokens < 1:

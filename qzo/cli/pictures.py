@@ -33,7 +33,8 @@ def execute(options: argparse.Namespace, name: str, text: str) -> int:
     pipe, out = assemble(pipeline, model), Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.seed, options.seed + options.images)
-    started, written = time.perf_counter(), []
+    started = time.perf_counter()
+    written: list[str] = []
     pictures = drawn(pipe, text, resolution, seeds, options.sampling_steps or STEPS, options.guidance_scale)
     for seed, picture in zip(seeds, tracked(pictures, "drawing", "pictures", options.images), strict=True):
         written.append(str(out / f"seed-{seed}.png"))

@@ -103,7 +103,8 @@ def build(
     """
     pipeline.latent_size(resolution)
     header = _header(pipeline, folder, resolution, prompt_tokens, dtype)
-    found, texts = {}, {"": digest_of(b"")}
+    found: dict[str, Latents] = {}
+    texts = {"": digest_of(b"")}
     encoder = functools.cache(lambda: vae_encoder(pipeline, device))  # where a picture is to be encoded, and not before
     for split, path in splits_of(data).items():
         examples = _encode_pictures(encoder, path, split, folder / LATENTS, resolution)
@@ -121,7 +122,8 @@ def _header(
     path = folder / HEADER
     held = json.loads(path.read_text()) if path.is_file() else {}
     stamps = held.get("files", {})
-    digests, files = {}, {}
+    digests: dict[str, str] = {}
+    files: dict[str, list[list[Any]]] = {}
     for key, parts in (("vae", ["vae"]), ("texts", pipeline.texts)):
         files[key] = _stamps(pipeline.path, parts)
         digests[key] = held[key] if stamps.get(key) == files[key] else _digest(pipeline.path, files[key])
@@ -164,7 +166,9 @@ def _encode_pictures(
     encoder: Callable[[], Encode], path: Path, split: str, folder: Path, resolution: int
 ) -> list[tuple[Example, str]]:
     """(Example, caption) of each picture that can be used; its latent is in the cache then."""
-    examples, skipped, count = [], [], 0
+    examples: list[tuple[Example, str]] = []
+    skipped: list[str] = []
+    count = 0
     for picture in tracked(read_pictures(path, split), "encoding", "pictures"):
         count += 1
         name = digest_of(picture.data)

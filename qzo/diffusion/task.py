@@ -121,7 +121,8 @@ class DiffusionTask:
         """float32 [pictures, STRATA] on the CPU: the loss of each picture at a time in each of as many equally likely
         intervals. Times and noise are a picture's own, the same in every run, so that differences are paired."""
         law = FlowLaw(self.law.density, self.law.shift, self.law.mean, self.law.std, draws=STRATA)
-        at_once, found = max(1, rows // STRATA), []
+        at_once = max(1, rows // STRATA)
+        found: list[torch.Tensor] = []
         for first in tracked(range(0, len(self.examples), at_once), "evaluating", "batches"):
             pictures = tuple(range(first, min(first + at_once, len(self.examples))))
             x0 = torch.stack([self.examples.latent(i) for i in pictures])

@@ -20,7 +20,7 @@ from ..checkpoints.empty import build_empty
 from ..checkpoints.fill import fill
 from ..checkpoints.formats import bnb, files, gguf_sd3, safetensors_file
 from ..checkpoints.formats.folder import read_dense
-from ..checkpoints.formats.protocol import Entry
+from ..checkpoints.formats.protocol import Entry, NewTensor
 from ..checkpoints.trained import Trained
 from ..kernels.table import named_table
 from ..nn.choice import choose
@@ -152,7 +152,7 @@ def _write_new(model: Any, source: Path, staging: Path) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     dtype = str(model.dtype).removeprefix("torch.")
     said = bnb.quantization_config(packed, linears) | {"bnb_4bit_compute_dtype": dtype}
-    entries = [(name, value.dtype, value.shape, lambda value=value: value) for name, value in dense.items()]
+    entries: list[NewTensor] = [(name, value.dtype, value.shape, value.detach) for name, value in dense.items()]
     for name, weight in packed.items():
         entries += bnb.entries(name, weight, said, model.dtype)
     safetensors_file.write(staging / WEIGHTS, entries, {"format": "pt"})

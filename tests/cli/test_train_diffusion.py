@@ -58,8 +58,16 @@ def test_a_run_leaves_a_pipeline_and_what_it_measured(files):
 
 def test_it_goes_on_where_it_was_stopped(files, monkeypatch, capsys):
     """Ctrl-C after two steps, --resume: the journal has the bits of the unbroken run's; the cache is used again."""
-    steps, real = [], DiffusionTask.batch
-    monkeypatch.setattr(DiffusionTask, "batch", lambda *a: _stop() if len(steps) == 2 else steps.append(0) or real(*a))
+    steps: list[int] = []
+    real = DiffusionTask.batch
+
+    def stopping(*given):
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        steps.append(0)
+        return real(*given)
+
+    monkeypatch.setattr(DiffusionTask, "batch", stopping)
     assert main(line(files, "p", "broken", "--max-steps 4")) == 1
     assert "stopped after 2 steps" in capsys.readouterr().err
     monkeypatch.undo()
@@ -68,12 +76,11 @@ def test_it_goes_on_where_it_was_stopped(files, monkeypatch, capsys):
     assert (files / "broken/journal.qzo").read_bytes() == (files / "run/journal.qzo").read_bytes()
 
 
-def _stop():
-    raise KeyboardInterrupt
-
-
 def test_a_stopped_build_of_the_cache_goes_on_without_resume(files, monkeypatch, capsys):
-    monkeypatch.setattr("qzo.diffusion.cache.vae_encoder", lambda *_: _stop())
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qzo.diffusion.cache.vae_encoder", stopped)
     assert main(line(files, "p", "early", "--max-steps 1")) == 1
     assert "stopped outside the training steps" in capsys.readouterr().err
     monkeypatch.undo()

@@ -69,7 +69,8 @@ def test_equal_captions_are_encoded_once(built):
 
 def test_a_killed_build_goes_on(pipeline_dir, pictures, built, tmp_path, monkeypatch):
     """Killed in the middle of the pictures, then of the prompts: nothing is made twice, and the files are the same."""
-    made, real = [], cache.vae_encoder
+    made: list[str] = []
+    real = cache.vae_encoder
 
     def dying(pipeline, device):
         encode = real(pipeline, device)
@@ -107,7 +108,7 @@ def test_a_whole_cache_loads_no_encoder(pipeline_dir, pictures, built, monkeypat
 def test_the_vae_and_the_encoders_are_let_go(pipeline_dir, pictures, tmp_path, monkeypatch):
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-    held = []
+    held: list[weakref.ref] = []
 
     def watched(cls):
         real = cls.from_pretrained

@@ -26,7 +26,8 @@ def test_the_transformer_is_given_what_the_pipeline_gives_it(pipeline_dir):
 
     pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_dir)
     pipe.set_progress_bar_config(disable=True)
-    family, calls, real = FAMILIES["SD3Transformer2DModel"], [], pipe.transformer.forward
+    family, real = FAMILIES["SD3Transformer2DModel"], pipe.transformer.forward
+    calls: list[tuple] = []
 
     def watched(**given):
         calls.append((given, real(**given)[0]))

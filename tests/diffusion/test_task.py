@@ -13,7 +13,7 @@ from qzo.diffusion.transformer import load_transformer
 from qzo.nn.evaluations import Evaluations
 from qzo.nn.layers import arena_of, evaluating
 from qzo.optim.journal import JournalError, read
-from qzo.training.loop import fit
+from qzo.training.loop import Interrupted, fit
 from qzo.training.settings import Settings
 from qzo.training.validation import Validation
 from tests.support import pipelines
@@ -86,16 +86,22 @@ def test_stacked_evaluations_are_those_one_after_another(make):
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_a_resumed_run_has_the_bits_of_an_unbroken_one(make, tmp_path, sequential):
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(make, tmp_path, sequential, monkeypatch):
     chosen = settings(sequential=sequential)
     whole = make()
     fit(whole, chosen, tmp_path / "whole", show=False)
     first = make()
-    steps, real = [], first.batch
-    first.batch = lambda *a: (
-        (_ for _ in ()).throw(KeyboardInterrupt) if len(steps) == 3 else steps.append(0) or real(*a)
-    )
-    with pytest.raises(Exception, match="3"):
+    steps: list[int] = []
+    real = first.batch
+
+    def stopping(*given):
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(0)
+        return real(*given)
+
+    monkeypatch.setattr(first, "batch", stopping)
+    with pytest.raises(Interrupted):
         fit(first, chosen, tmp_path / "part", show=False)
     second = make()
     assert fit(second, chosen, tmp_path / "part", resume=True, show=False) == 3

@@ -8,6 +8,7 @@ Seen to pass with bitsandbytes 0.50.2, diffusers 0.42.1, transformers 5.24.0 and
 
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import bitsandbytes
 import torch
@@ -77,8 +78,8 @@ def made_by_bitsandbytes(folder, double):
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        BnB4BitDiffusersQuantizer.validate_environment = lambda *_, **__: None
-        BnB4BitDiffusersQuantizer.update_device_map = lambda *_: {"": "cpu"}
+        answers = {"validate_environment": lambda *_, **__: None, "update_device_map": lambda *_: {"": "cpu"}}
+        mock.patch.multiple(BnB4BitDiffusersQuantizer, **answers).start()
     print(f"bitsandbytes {bitsandbytes.__version__}")
     with tempfile.TemporaryDirectory() as temporary:
         trained(Path(temporary) / "trained")
