@@ -48,7 +48,8 @@ def diffusion(check):
             predicted=predicted,
             measured=measured,
             modulations=share,
-            note=f"{measured['total'] / 1e9:.3f} GB, {measured['total'] / predicted['total']:.4f} of what was predicted; "
+            note=f"{measured['total'] / 1e9:.3f} GB, "
+            f"{measured['total'] / predicted['total']:.4f} of what was predicted; "
             f"modulations {100 * share:.2f} % of the step",
         )
 

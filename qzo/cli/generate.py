@@ -85,7 +85,7 @@ def check(options: argparse.Namespace) -> None:
     check_until(options.until, options.journal)
     if vars(options).get("output_dir"):
         raise ValueError(
-            f"--output-dir {options.output_dir} is for the pictures of a diffusers pipeline; text goes to standard output"
+            f"--output-dir {options.output_dir} is for pictures of a diffusers pipeline; text goes to standard output"
         )
     if options.system is not None and options.chat is None:
         raise ValueError("--system is a message in front of --chat, and there is no --chat")

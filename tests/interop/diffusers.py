@@ -1,6 +1,6 @@
 """Whether diffusers' own pipeline, with bitsandbytes, loads what `qzo train-diffusion` saves, and qzo what they make.
 
-By hand, where both libraries are installed:  python -m tests.interop.diffusers_pipelines
+By hand, where both libraries are installed:  python -m tests.interop.diffusers
 diffusers asks for a GPU before it loads such a folder, though bitsandbytes computes on a CPU too: without one the
 question is left out here.
 Seen to pass with bitsandbytes 0.50.2, diffusers 0.42.1, transformers 5.24.0 and torch 2.13.0, on a CPU.
