@@ -2,37 +2,30 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
+from ..loss.label_bias import fit_label_bias
 from ..reports.memory import Run, predict_loaded
 from ..training.data import IGNORED, Example
 from ..training.folder import write_results
-from ..training.loop import Trainable, build_task, check_batch_size, choose_layers, fit, planned_steps
+from ..training.loop import Trainable, build_task, check_batch_size, choose_layers, fit, fits_biases, planned_steps
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
-from ..training.task import Measure, Task, fit_label_bias, measure
+from ..training.task import Measure, Task, measure
 from ..training.validation import PARTS, Base, Validation
 from .common import load, say, scores_as_text, steps_of
 from .options import model_of
 from .outputs import JOURNAL
-
-
-class Measured(Protocol):
-    """Held-out data."""
-
-    def evaluate(self) -> Measure:
-        """What the model as it is has of them."""
-        ...
-
 
 CONTROL_EXAMPLES = 512  # of the training data, that the control's biases are fitted on
 
@@ -74,6 +67,7 @@ def execute(options: argparse.Namespace) -> int:
     before = {split: held.evaluate() for split, held in held_out.items()}
     controls = controlled(task, held_out)
     run = train(task, settings, own, held_out.get("valid"))
+    biases = task.fit_biases_() if fits_biases(task, settings) else []
     after = {split: held.evaluate() for split, held in held_out.items()}
     model_dir = save(model, own["output_dir"])
     split = "valid" if "valid" in after else "test"
@@ -86,6 +80,7 @@ def execute(options: argparse.Namespace) -> int:
             for name in after
         },
         **run,
+        "label_bias": biases,
         "seconds": round(time.perf_counter() - started, 1),
         "seed": settings.seed,
         "device": str(task.device),
@@ -101,7 +96,7 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-def train(task: Trainable, settings: Settings, own: Mapping[str, Any], valid: Measured | None) -> dict[str, Any]:
+def train(task: Trainable, settings: Settings, own: Mapping[str, Any], valid: Trainable | None) -> dict[str, Any]:
     """Make the run; the model is then the one of the step to keep.
 
     Returns {"steps", "resumed_from", "best", "model_step"}: steps made, how many of them before, the best measurement
@@ -113,7 +108,8 @@ def train(task: Trainable, settings: Settings, own: Mapping[str, Any], valid: Me
         steps = steps_of(out / "journal.qzo")
         return {"steps": steps, "resumed_from": already, "best": None, "model_step": steps}
     every = settings.eval_every or max(1, settings.max_steps // PARTS)
-    validation = Validation(valid.evaluate, every, settings.patience)
+    measured = functools.partial(valid.evaluate, fitted=fits_biases(task, settings))
+    validation = Validation(measured, every, settings.patience)
     base = Base(task.model) if settings.keep == "best" else None
     already = fit(task, settings, out, resume=bool(own["resume"]), validation=validation)
     steps = kept = steps_of(out / "journal.qzo")

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..loss.label_bias import Centred
 from ..loss.losses import pair
 from ..system.progress import tracked
 from ..training.data import Batch, batch_indices
@@ -32,6 +33,7 @@ class DiffusionTask:
     """
 
     bucketed = False  # all batches of a run have one shape
+    classes: tuple[int, ...] | None = None  # no classification
 
     def __init__(self, model: Any, family: Family, latents: Latents, law: FlowLaw, evaluations: int) -> None:
         self.model, self.family, self.examples, self.law = model, family, latents, law
@@ -86,7 +88,7 @@ class DiffusionTask:
             },
         }
 
-    def compiled_losses(self, batch: Batch, count: int) -> torch.Tensor:
+    def compiled_losses(self, batch: Batch, count: int, centred: Centred | None = None) -> torch.Tensor:
         """The loss of each of `count` evaluations over a batch, float32 [count]; those of the rows are kept."""
         rows = self.row_losses(batch).view(count, -1)
         if rows.shape[1] == self.kept.shape[1] and count <= self.evaluations:
@@ -113,9 +115,9 @@ class DiffusionTask:
         """float32 [J]: objective.derivative_error of the step just made."""
         return derivative_error(self.kept, eps)
 
-    def evaluate(self, rows: int = 32) -> Measure:
-        """{"loss", "accuracy"}: the mean of `measure`; None, there are no options. rows: at once."""
-        return {"loss": float(self.measure(rows).mean()), "accuracy": None}
+    def evaluate(self, batch_size: int = 32, fitted: bool = False) -> Measure:
+        """{"loss", "accuracy"}: the mean of `measure`, that many rows at once; None, there are no options."""
+        return {"loss": float(self.measure(batch_size).mean()), "accuracy": None}
 
     def measure(self, rows: int = 32) -> torch.Tensor:
         """float32 [pictures, STRATA] on the CPU: the loss of each picture at a time in each of as many equally likely

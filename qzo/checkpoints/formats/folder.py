@@ -12,6 +12,7 @@ from . import files, safetensors_file
 from .protocol import Change, Entry, Find, NewTensor, Place
 from .rounding import stored_scales
 
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 _NAMES = ("model", "diffusion_pytorch_model")  # of the weights: transformers', diffusers'
 # what a new folder does not take over: weights, and the quantization_config of the source's own format
