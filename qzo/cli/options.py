@@ -343,6 +343,7 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", required=True, help="where the tuned checkpoint goes")
     add_overwrite(parser)
     parser.add_argument("--until", type=int, help="stop before this step (default: all)")
+    parser.add_argument("--transformer", metavar="FILE.gguf", help="of a run of qzo train-diffusion on one")
     add_loading(parser)
 
 

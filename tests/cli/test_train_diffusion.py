@@ -56,6 +56,19 @@ def test_a_run_leaves_a_pipeline_and_what_it_measured(files):
     }
 
 
+def test_a_replay_gives_the_same_pipeline(files, capsys):
+    """All steps, byte for byte; two of them, another transformer."""
+    for name, more in (("again", ""), ("half", "--until 2")):
+        line = f"replay {files}/p {files}/run/journal.qzo --output-dir {files}/{name} --group-size 32 --json {more}"
+        assert main(line.split()) == 0
+    assert [json.loads(said)["steps"] for said in capsys.readouterr().out.splitlines()] == [4, 2]
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    tuned = (files / "run/model" / weights).read_bytes()
+    assert (files / "again" / weights).read_bytes() == tuned
+    assert (files / "half" / weights).read_bytes() != tuned
+    assert (files / "again/model_index.json").is_file()
+
+
 def test_it_goes_on_where_it_was_stopped(files, monkeypatch, capsys):
     """Ctrl-C after two steps, --resume: the journal has the bits of the unbroken run's; the cache is used again."""
     steps: list[int] = []
