@@ -128,7 +128,10 @@ def _packed(file: GGUFFile, info: TensorInfo, parts: Parts, where: str) -> dict[
     """{diffusers' name: PackedWeight}; None where a part stays dense, as all of them do then."""
     found = {}
     for name, order in parts:
-        weight = packed_rows(file, info, order, where)
+        try:
+            weight = packed_rows(file, info, order, where)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         if weight is None:
             return None
         found[name] = weight
