@@ -86,7 +86,8 @@ def plot(made: list[Line], path: Path) -> None:
             axes.plot(statistics.fmean(line.losses), at, "|", color="C3", markersize=14)
         axes.set_yticks(range(len(runs)), [f"{line.method}\n{line.rows:,} rows" for line in reversed(runs)], fontsize=7)
         axes.set(title=task, xlabel="loss on held-out rows")
-        axes.legend(frameon=False, fontsize=7)
+        if any(line.method in (ZERO_SHOT, CONTROL) for line in shown):
+            axes.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)
 
 

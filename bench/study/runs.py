@@ -1,12 +1,13 @@
 """The study that decides the defaults: `python -m qzo.bench.study TASK --packages FOLDER --out FILE.jsonl`.
 
-Three real tasks (tasks.py), each method (methods.py) at equal numbers of forward rows with its own learning rate: the
-one of a few with the least loss on validation rows, mean of two seeds, so that the held-out rows decide nothing. A row of the
+Three real tasks (tasks.py), each method (methods.py) at equal numbers of forward rows with its own learning rate: that
+of a few with the least loss on validation rows, mean of two seeds: the held-out rows decide nothing. A row of the
 file is a run; what stands there already is not run again, so a study that was stopped goes on. `python -m
 qzo.bench.study.report FILE.jsonl` makes the table and the picture.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -36,26 +37,28 @@ def main(arguments: list[str] | None = None) -> None:
     for rows in options.rows:
         for name in options.method or METHODS:
             method = METHODS[name]
-            rate = chosen(runs, name, method, study, max(options.rows))
+            if options.rate:
+                method = dataclasses.replace(method, rates=tuple(options.rate))
+            rate = chosen(runs, name, method, study, max(options.rows), options.choosing)
             for seed in range(options.seeds):
                 run(runs, name, method, study, rows, seed, rate)
 
 
-def chosen(runs: "Runs", name: str, method: Method, study: Study, rows: int) -> float:
+def chosen(runs: "Runs", name: str, method: Method, study: Study, rows: int, seeds: int) -> float:
     """The learning rate with the least validation loss, mean of the first seeds."""
     for rate in method.rates:
-        for seed in range(CHOOSING):
+        for seed in range(seeds):
             run(runs, name, method, study, rows, seed, rate)
-    return best_rate(runs.find(method=name, rows=rows))
+    return best_rate([row for row in runs.find(method=name, rows=rows) if row["rate"] in method.rates])
 
 
 def best_rate(rows: list[Row]) -> Any:
-    """The learning rate of a method's rows with the least mean validation loss over the first seeds."""
-    losses: dict[Any, list[float]] = {}
+    """The learning rate of a method's rows with the least mean validation loss, over the seeds that all rates have."""
+    losses: dict[Any, dict[Any, float]] = {}
     for row in rows:
-        if (row["seed"] or 0) < CHOOSING:
-            losses.setdefault(row["rate"], []).append(row["scores"]["validation"]["loss"])
-    return min(losses, key=lambda rate: statistics.fmean(losses[rate]))
+        losses.setdefault(row["rate"], {})[row["seed"]] = row["scores"]["validation"]["loss"]
+    shared = set.intersection(*(set(of_seeds) for of_seeds in losses.values()))
+    return min(losses, key=lambda rate: statistics.fmean(losses[rate][seed] for seed in shared))
 
 
 def run(runs: "Runs", name: str, method: Method, study: Study, rows: int, seed: int, rate: float) -> None:
@@ -96,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="a JSONL file, which is added to")
     made.add_argument("--method", action="append", choices=METHODS, help="may be given several times (default: all)")
     made.add_argument("--rows", type=int, nargs="+", default=[ROWS], help=f"forward rows of a run (default {ROWS})")
+    made.add_argument("--rate", type=float, action="append", help="a learning rate to try (default: the method's)")
+    made.add_argument("--choosing", type=int, default=CHOOSING, help=f"seeds of each rate (default {CHOOSING})")
     made.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of each (default {SEEDS})")
     made.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     return made

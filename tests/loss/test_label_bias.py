@@ -77,9 +77,8 @@ def test_evaluations_in_turn_have_the_bits_of_all_at_once():
     centred = Centred(COPIES)
     for scores, label in (evaluations(torch.zeros(2, OPTIONS))[:2], evaluations(torch.ones(2, OPTIONS))[:2]):
         together = Centred(COPIES)(scores, label, COPIES)
-        each = [
-            centred(*part, 1) for part in zip(scores.chunk(COPIES), label.chunk(COPIES), strict=True)
-        ]  # a second step begins anew
+        parts = zip(scores.chunk(COPIES), label.chunk(COPIES), strict=True)
+        each = [centred(some, of_some, 1) for some, of_some in parts]  # a second step begins anew
         assert torch.equal(torch.cat(each), together)
 
 

@@ -231,6 +231,8 @@ def test_fitted_biases_are_in_scores_and_losses_from_then_on(bucketed):
     task = Task(llama(), CHOICES, 0, bucketed=bucketed)
     scores, label, wanted = task.scores(), task.labels(), task.evaluate(fitted=True)
     before = task.evaluate()
+    assert wanted["loss"] is not None
+    assert before["loss"] is not None
     assert wanted["loss"] < before["loss"]
     [(first, bias), (second, other)] = task.fit_biases_()
     assert (first, second, bias + other) == (4, 5, pytest.approx(0, abs=1e-6))

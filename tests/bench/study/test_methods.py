@@ -23,7 +23,7 @@ def study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qzo.training.demo.model_file", lambda: folder / "tiny")
         patch.setattr(methods, "BATCH", 8)
-        yield methods.Study(Rows(tiny.RECORDS[:16], tiny.RECORDS[16:20], tiny.RECORDS[20:]), 1)
+        yield methods.Study(Rows(tiny.RECORDS[:16], tiny.RECORDS[8:16], tiny.RECORDS[16:]), 1)
 
 
 @pytest.mark.parametrize("name", ["default", "biases learned", "first-order, scales", "first-order, LoRA"])
@@ -42,6 +42,7 @@ def test_a_method_learns_and_leaves_the_model_as_it_was(study, name):
 
 
 def test_gradients_lower_the_loss_they_are_of(study):
+    """The fixture's validation rows are training rows."""
     bias = study.untrained()["label biases only"]
     tuned = study.first_order(8 * 3 * 20, 0, 1e-2, methods.LowRank)
     assert tuned["validation"]["loss"] < bias["validation"]["loss"]
@@ -68,7 +69,7 @@ def test_runs_that_are_there_are_not_made_again(study, tmp_path):
     path, method = tmp_path / "r.jsonl", Counted((0.1, 0.2, 0.3), {})
     for _ in range(2):
         found = runs.Runs("headlines", path)
-        rate = runs.chosen(found, "default", method, study, 64)
+        rate = runs.chosen(found, "default", method, study, 64, 2)
         for seed in range(3):
             runs.run(found, "default", method, study, 64, seed, rate)
     assert rate == 0.2

@@ -78,8 +78,17 @@ def test_a_package_that_is_missing_is_named_with_what_fetches_it(tmp_path):
             task(tmp_path)
 
 
-def test_headlines_are_the_demos(monkeypatch):
+def test_headlines_are_the_demos(monkeypatch, tmp_path):
     monkeypatch.setattr("qzo.training.demo.headlines", lambda: (list(range(1000)), list(range(300))))
-    rows = tasks.headlines(None)
+    rows = tasks.headlines(tmp_path)
     assert (rows.training, rows.validation) == (list(range(640)), list(range(640, 940)))
     assert rows.held_out == list(range(300))
+
+
+def test_without_sports_they_are_what_the_demo_once_had(monkeypatch, tmp_path):
+    records = [{"label": i % 5, "prompt": str(i)} for i in range(1600)]
+    monkeypatch.setattr("qzo.training.demo.headlines", lambda: (records[300:], records[:300]))
+    rows = tasks.four_topics(tmp_path)
+    assert {record["label"] for record in rows.held_out + rows.training + rows.validation} == {0, 1, 2, 4}
+    left = [record for record in records if record["label"] != 3]
+    assert (rows.held_out, rows.training, rows.validation) == (left[:300], left[300:940], left[940:1240])
