@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in two calls of under six minutes: `python bench/gpu_check.py --call 1`, then `--call 2`.
+"""What only a GPU can tell, in three calls of under six minutes: `python bench/gpu_check.py --call 1`, then 2 and 3.
 
 The parts, in an order of value, each within its share of the time; before them, all that they time is compiled by as
 many processes as the machine has cores (gpu_warm.py).
@@ -10,6 +10,7 @@ many processes as the machine has cores (gpu_warm.py).
     e2e      every fixture folder, then the command line: killed and resumed, replayed, exported (gpu_e2e.py)
     tiles    tiles beside the one that would be picked
     memory   what Llama-2-7B and 13B hold, against what was predicted
+    diffusion  steps of Stable Diffusion 3.5 Large's transformer: peak, seconds, modulations (gpu_diffusion.py)
 
 A part that fails or runs out of time is a row with a note, and the others go on. The rows go into one results file that
 `qzo bench table` reads, as they are made: a part that is run again replaces its own. Without a GPU it says so and exits
@@ -31,8 +32,11 @@ if not __package__:  # run as a file: as the module that it is
     sys.exit()
 
 SECONDS = 340  # of a call
-CALLS = {1: ("tests", "steps", "bench"), 2: ("e2e", "tiles", "memory")}
-SHARES = {"warm": 60, "tests": 90, "steps": 90, "bench": 100, "e2e": 130, "tiles": 90, "memory": 60}  # of the time
+CALLS = {1: ("tests", "steps", "bench"), 2: ("e2e", "tiles", "memory"), 3: ("diffusion",)}
+SHARES = {  # of the time
+    **{"warm": 60, "tests": 90, "steps": 90, "bench": 100, "e2e": 130, "tiles": 90, "memory": 60},
+    "diffusion": 280,
+}
 
 
 class Check:
@@ -101,7 +105,7 @@ class Check:
 
 def parts():
     """name -> function of a Check."""
-    from . import gpu_e2e, gpu_parts, gpu_steps
+    from . import gpu_diffusion, gpu_e2e, gpu_parts, gpu_steps
 
     return {
         "tests": gpu_parts.tests,
@@ -110,6 +114,7 @@ def parts():
         "e2e": gpu_e2e.e2e,
         "tiles": gpu_parts.tiles,
         "memory": gpu_parts.memory,
+        "diffusion": gpu_diffusion.diffusion,
     }
 
 
@@ -142,10 +147,10 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python bench/gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--call", type=int, choices=CALLS, help="the parts of this call (default: both calls')")
+    parser.add_argument("--call", type=int, choices=CALLS, help="the parts of this call (default: all calls')")
     parser.add_argument("--parts", nargs="+", choices=every, help="these instead")
     parser.add_argument(
-        "--seconds", type=float, help=f"for everything (default {SECONDS}, and {2 * SECONDS} for both calls)"
+        "--seconds", type=float, help=f"for everything (default {SECONDS}, and {len(CALLS) * SECONDS} for all calls)"
     )
     parser.add_argument(
         "--out", type=Path, help="results file (default bench/results/<gpu>-<date>.jsonl); the tiles go beside it"
@@ -158,12 +163,12 @@ def main(arguments=None):
         print("gpu_check: there is no CUDA or ROCm device here; nothing was measured", file=sys.stderr)
         return 2
     names = options.parts or (CALLS[options.call] if options.call else every)
-    both = not options.parts and not options.call
+    all_calls = not options.parts and not options.call
     gpu = torch.cuda.get_device_name().lower().replace(" ", "-")
     out = options.out or ROOT / "bench" / "results" / f"{gpu}-{datetime.date.today().isoformat()}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        check = Check(out, options.seconds or (2 * SECONDS if both else SECONDS))
+        check = Check(out, options.seconds or (len(CALLS) * SECONDS if all_calls else SECONDS))
     except ValueError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2

@@ -52,7 +52,8 @@ def fill(model: Any, entries: Iterable[Entry], path: Path, device: torch.device,
         else:
             _put_dense(model, name, value, where, device)
             trimmer.took(value.nbytes)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    if hasattr(model, "tie_weights"):  # a diffusers model ties none
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
         raise ValueError(
             f"{path}: {len(missing)} tensors are missing, the first is {min(missing)}; the checkpoint is incomplete"
@@ -98,7 +99,7 @@ def put_packed(model: Any, name: str, packed: PackedWeight, where: str, device: 
             f"{where}: 4-bit weights for {owner}, which is a {type(linear).__name__}; only nn.Linear and transformers' "
             "Conv1D can be replaced: quantize the model again, and leave this layer out"
         )
-    tied = model.all_tied_weights_keys.get(name)
+    tied = getattr(model, "all_tied_weights_keys", {}).get(name)
     if tied is not None:
         raise ValueError(
             f"{where}: {owner} is quantized, but the config ties it to {tied}; if the quantized one is "

@@ -56,7 +56,9 @@ class Names:
         return self._renamed(name, self._converters)[1] is not None
 
     def _renamed(self, name: str, converters: Any) -> tuple[str, str | None]:
-        return rename_source_key(name, self._renamings, converters, self.model.base_model_prefix, self.known)
+        return rename_source_key(
+            name, self._renamings, converters, getattr(self.model, "base_model_prefix", ""), self.known
+        )
 
     def split(self, stack: str) -> tuple[set[str], set[str]]:
         """Split the stacked experts of this name, which a file has one by one; returns (the old names, the new)."""

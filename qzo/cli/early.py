@@ -5,6 +5,7 @@ import itertools
 import sys
 from pathlib import Path
 
+from .diffusion_options import CACHE
 from .options import model_of
 from .outputs import JOURNAL, check_apart, check_file, check_folder, check_run
 
@@ -20,6 +21,13 @@ def _train(options: argparse.Namespace) -> None:
     if options.output_dir:
         options.resume = options.resume or (options.auto_resume and (Path(options.output_dir) / JOURNAL).exists())
         check_run(options.output_dir, options.resume, options.overwrite, model)
+
+
+def _train_diffusion(options: argparse.Namespace) -> None:
+    out = Path(options.output_dir)
+    if out.is_dir() and not options.resume and [path.name for path in out.iterdir()] == [CACHE]:
+        return  # a build of the cache that was stopped goes on
+    check_run(out, options.resume, options.overwrite, options.pipeline)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -64,6 +72,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 _CHECKS = {
     "train": _train,
+    "train-diffusion": _train_diffusion,
     "demo": _demo,
     "replay": _replay,
     "export": _export,
@@ -79,7 +88,7 @@ _DEMO = "SmolLM2-135M on BBC headlines"
 def announce(options: argparse.Namespace) -> None:
     """Say which model a command begins with, and how large it is, where torch still has to be imported."""
     given = vars(options)
-    model = next((given[name] for name in ("checkpoint", "model", "base") if given.get(name)), None)
+    model = next((given[name] for name in ("checkpoint", "model", "base", "pipeline") if given.get(name)), None)
     what = (
         f"{model}{size_of(model)}" if model and Path(model).exists() else _DEMO if options.command == "demo" else None
     )

@@ -74,7 +74,7 @@ def full_disk(error: Exception, command: str, out: str | None) -> str:
     """One line for a full disk: where, and what to do after this command. out: its --output-dir, or None."""
     where = getattr(error, "filename", None) or out
     text = disk.WHAT.get(disk.full(error) or 0, str(error)) + (f" ({where})" if where else "")
-    if command not in ("train", "demo"):
+    if command not in ("train", "train-diffusion", "demo"):
         kept = "; nothing was changed there: free space, or name an --output-dir elsewhere" if out else ": free space"
         return f"{text}{kept}, and run it again"
     steps = _saved(Path(out) / "journal.qzo") if out else None

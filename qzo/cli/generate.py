@@ -1,4 +1,5 @@
-"""`qzo generate`: what a model, or a run on it, writes behind a prompt or answers to a message.
+"""`qzo generate`: what a model, or a run on it, writes behind a prompt or answers to a message; what a pipeline draws
+(pictures.py).
 
 The prompt becomes the tokens that training makes of it (encode.py). Text ends at the end-of-text tokens that the
 checkpoint names (generation_config.json, config.json or the GGUF's metadata), at the tokenizer's, which training puts
@@ -24,6 +25,7 @@ from ..nn.generating import generating
 from ..training.encode import Encoder
 from ..training.loop import pad_id
 from ..training.task import known_tokens
+from . import pictures
 from .common import check_until, replayed, say
 from .options import model_of
 
@@ -33,6 +35,8 @@ def execute(options: argparse.Namespace) -> int:
     model_name = model_of(options)
     if not model_name:
         raise ValueError("a model is missing: qzo generate MODEL --prompt TEXT, a folder, a .gguf file or a Hub id")
+    if pictures.is_pipeline(model_name):
+        return pictures.execute(options, model_name, given_text(options))
     check(options)
     text = given_text(options)
     tokenizer = load_tokenizer(model_name, bool(options.trust_remote_code))
@@ -79,6 +83,10 @@ def generate(model: Any, ids: list[int], config: GenerationConfig, streamer: Tex
 def check(options: argparse.Namespace) -> None:
     """ValueError for options out of their range, or that need another."""
     check_until(options.until, options.journal)
+    if vars(options).get("output_dir"):
+        raise ValueError(
+            f"--output-dir {options.output_dir} is for pictures of a diffusers pipeline; text goes to standard output"
+        )
     if options.system is not None and options.chat is None:
         raise ValueError("--system is a message in front of --chat, and there is no --chat")
     if options.max_new_tokens < 1:

@@ -19,7 +19,7 @@ import argcomplete
 
 from ..system import disk
 from ..version import __version__
-from . import early, options, report_options
+from . import diffusion_options, early, options, report_options
 from .config_file import arguments_of
 
 COMMANDS = {  # name: (what it does, an example, its options)
@@ -32,6 +32,11 @@ COMMANDS = {  # name: (what it does, an example, its options)
         "fine-tune a model on JSON lines",
         "qzo train model.gguf --data data/ --output-dir out --max-steps 500 --train-layers 6",
         options.add_train,
+    ),
+    "train-diffusion": (
+        "fine-tune a flow-matching diffusion transformer on pictures with captions",
+        "qzo train-diffusion stable-diffusion-3.5-large --data pictures/ --output-dir out --resolution 512",
+        diffusion_options.add_train_diffusion,
     ),
     "eval": (
         "loss, accuracy and perplexity of a model on JSON lines, before and after a run on it",
@@ -100,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(options.command, error)
     early.announce(options)
     warnings.showwarning = lambda message, *_: print(f"qzo: warning: {message}", file=sys.stderr)
-    command = importlib.import_module(f".{options.command}", __package__)
+    command = importlib.import_module(f".{options.command.replace('-', '_')}", __package__)
     if options.command == "journal":  # which reads files alone: torch is not worth waiting for
         try:
             return command.execute(options)

@@ -147,9 +147,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))
-    _add_validation(parser.add_argument_group("validation, where the data have a valid split"))
-    _add_perturbation(parser.add_argument_group("the perturbation and the update"))
-    _add_launching(parser.add_argument_group("how a step is computed"))
+    add_validation(parser.add_argument_group("validation, where the data have a valid split"))
+    add_perturbation(parser.add_argument_group("the perturbation and the update"))
+    how = parser.add_argument_group("how a step is computed")
+    add_launching(how)
+    _add_text_launching(how)
     _add_ranks(parser.add_argument_group("several processes (torchrun --nproc-per-node N -m qzo train ...)"))
     add_loading(parser)
     add_strict(parser)
@@ -208,7 +210,8 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_validation(held_out: argparse._ArgumentGroup) -> None:
+def add_validation(held_out: argparse._ArgumentGroup) -> None:
+    """When a validation split is measured, and what follows from it."""
     held_out.add_argument(
         "--eval-every",
         type=int,
@@ -229,7 +232,8 @@ def _add_validation(held_out: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_perturbation(step: argparse._ArgumentGroup) -> None:
+def add_perturbation(step: argparse._ArgumentGroup) -> None:
+    """Of `Settings`: the estimator and the rates."""
     step.add_argument(
         "--learning-rate",
         type=float,
@@ -256,19 +260,14 @@ def _add_perturbation(step: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_launching(how: argparse._ArgumentGroup) -> None:
+def add_launching(how: argparse._ArgumentGroup) -> None:
+    """How evaluations run."""
     how.add_argument(
         "--sequential",
         action="store_true",
         default=None,
         help="run the evaluations of a step one after another instead of stacked: activations of one, not of all "
         "2 x directions",
-    )
-    how.add_argument(
-        "--packing",
-        choices=PACKINGS,
-        help="auto: a batch of unequal lengths is one row without padding where that costs less and the model "
-        "computes the same (default off)",
     )
     how.add_argument(
         "--large-rows",
@@ -278,6 +277,15 @@ def _add_launching(how: argparse._ArgumentGroup) -> None:
         "the signal is lost by it",
     )
     how.add_argument("--cuda-graph", **CUDA_GRAPH)
+
+
+def _add_text_launching(how: argparse._ArgumentGroup) -> None:
+    how.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        help="auto: a batch of unequal lengths is one row without padding where that costs less and the model "
+        "computes the same (default off)",
+    )
     how.add_argument(
         "--offload",
         choices=OFFLOADS,
@@ -357,7 +365,18 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="draw from the likeliest tokens that have this probability together (default 1: from all)",
     )
     text.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
+    _add_pictures(parser.add_argument_group("pictures, where MODEL is the folder of a diffusers pipeline"))
     add_loading(parser)
+
+
+def _add_pictures(pictures: argparse._ArgumentGroup) -> None:
+    pictures.add_argument("--output-dir", metavar="FOLDER", help="where seed-0.png and so on go")
+    add_overwrite(pictures)
+    pictures.add_argument("--images", type=int, default=1, metavar="N", help="of seeds from --seed on (default 1)")
+    pictures.add_argument("--sampling-steps", type=int, metavar="N", help="of a picture (default 28)")
+    pictures.add_argument("--guidance-scale", type=float, help="of the prompt, 1: none (default 4.5)")
+    pictures.add_argument("--resolution", type=int, metavar="PIXELS", help="edge (default: the transformer's own)")
+    pictures.add_argument("--transformer", metavar="FILE.gguf", help="in the place of the pipeline's own weights")
 
 
 def add_replay(parser: argparse.ArgumentParser) -> None:
@@ -366,6 +385,7 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", required=True, help="where the tuned checkpoint goes")
     add_overwrite(parser)
     parser.add_argument("--until", type=int, help="stop before this step (default: all)")
+    parser.add_argument("--transformer", metavar="FILE.gguf", help="of a run of qzo train-diffusion on one")
     add_loading(parser)
 
 

@@ -95,6 +95,12 @@ def _add_step(run: argparse._ArgumentGroup) -> None:
         help=f"tokens a row (default {TOKENS}; text tokens of an image model: {TEXT_TOKENS})",
     )
     run.add_argument(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="edge of the pictures of an image model, eight for one of a latent (default: the config's own)",
+    )
+    run.add_argument(
         "--labels", type=int, default=1, help="labelled positions a row (default 1: a classification task)"
     )
     run.add_argument("--directions", type=int, default=1, help="directions a step (default 1)")

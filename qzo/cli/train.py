@@ -20,7 +20,7 @@ from ..reports.memory import Run, predict_loaded
 from ..system.ranks import FirstFailed, RankLost, Ranks, RanksDiffer, RanksDiverged, joined, launched
 from ..training.data import IGNORED, Example
 from ..training.folder import write_results
-from ..training.loop import build_task, check_batch_size, choose_layers, fit, fits_biases, planned_steps
+from ..training.loop import Trainable, build_task, check_batch_size, choose_layers, fit, fits_biases, planned_steps
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
@@ -129,7 +129,7 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
     return 0
 
 
-def train(task: Task, settings: Settings, own: Mapping[str, Any], valid: Task | None) -> dict[str, Any]:
+def train(task: Trainable, settings: Settings, own: Mapping[str, Any], valid: Trainable | None) -> dict[str, Any]:
     """Make the run; the model is then the one of the step to keep.
 
     Returns {"steps", "resumed_from", "best", "model_step"}: steps made, how many of them before, the best measurement

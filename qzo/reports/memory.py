@@ -99,14 +99,15 @@ def predict(model: Any, run: Run, device: str, chip: str, offload: str | None = 
     return _composed(weights, resident, spans) | beside
 
 
-def predict_loaded(model: Any, run: Run, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What `predict` gives of a model that is loaded, on its device, with the layers that train there.
+def predict_loaded(model: Any, run: Run, trust_remote_code: bool = False, latent: int | None = None) -> dict[str, Any]:
+    """What `predict` gives of a model that is loaded, on its device, with the layers that train there. latent: edge of
+    a diffusion transformer's latents; None: its config's.
 
     ValueError or RuntimeError for one whose forward cannot run without values.
     """
     device = next(model.parameters()).device.type
     found = layers(model, trainable=None)
-    empty = models.build_empty(model.config, model.dtype, trust_remote_code=trust_remote_code).eval()
+    empty = models.empty_like(model, trust_remote_code, latent)
     split_experts_(empty)
     forms = {name: models.form_of(layer) for name, layer in found.items()}
     models.quantize_empty(empty, forms, cpu=device == "cpu")
@@ -241,9 +242,12 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
     _check_step(options)
     codes = _codes(options)
     if options.model:
+        if options.resolution is not None:
+            raise ValueError(f"--resolution {options.resolution} is of a --config of an image model")
         load, model = _checkpoint(options, codes, device, dtype)
     else:
-        load, model = random_model(options.config, options.group_size, options.zeros, device, dtype, codes)
+        config = models.sized(models.read_config(options.config), options.resolution)
+        load, model = random_model(config, options.group_size, options.zeros, device, dtype, codes)
     if options.train_codebooks:
         train_codebooks_(model)
         load = _training_codebooks(load)
@@ -260,7 +264,8 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         _check_room(options.config or options.model, predicted["total"], device, free)
     measured = measure(load, run, device, snapshot=options.snapshot) if measuring else None
     subject = (
-        f"{options.config or options.model}: {run.rows} x {run.tokens} tokens, {2 * run.directions} evaluations "
+        f"{options.config or options.model}: {run.rows} x {run.tokens} tokens{_pixels(options)}, "
+        f"{2 * run.directions} evaluations "
         f"{'one after another' if run.sequential else 'at once'}, {device}, {str(dtype).removeprefix('torch.')}"
         + (f", {codes} codes" if options.config and codes != "int4" else "")
         + (", random weights" if measuring and options.config else "")
@@ -274,6 +279,10 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         "free": free,
         "subject": subject,
     }
+
+
+def _pixels(options: argparse.Namespace) -> str:
+    return f" and {options.resolution} x {options.resolution} pixels" if options.resolution else ""
 
 
 def _check_step(options: argparse.Namespace) -> None:
@@ -334,10 +343,16 @@ def this_chip() -> str:
 
 
 def random_model(
-    config: str | Path, group_size: int | None, zeros: str, device: str, dtype: torch.dtype, codes: str = "int4"
+    config: str | Path | dict[str, Any],
+    group_size: int | None,
+    zeros: str,
+    device: str,
+    dtype: torch.dtype,
+    codes: str = "int4",
 ) -> tuple[Load, Any]:
-    """(load() -> the config's model with random weights on `device`, the same on the meta device)."""
-    read, kind = models.read_config(config), CODES[codes]
+    """(load() -> the config's model with random weights on `device`, the same on the meta device). config: as
+    models.read_config takes and gives it."""
+    read, kind = config if isinstance(config, dict) else models.read_config(config), CODES[codes]
 
     def empty() -> Any:
         model = models.empty_model(read, dtype)

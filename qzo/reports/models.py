@@ -30,6 +30,7 @@ from ..system.progress import tracked
 CONFIGS = Path(__file__).resolve().parent / "configs"
 ZEROS = {"none": None, "integer": torch.uint8, "float": torch.float32}
 DIFFUSION = "SD3Transformer2DModel"
+PIXELS = 8  # along an edge of one of a latent, by the VAE of Stable Diffusion 3
 TEXT_TOKENS = 333  # of a Stable Diffusion 3 prompt: 77 of CLIP and 256 of T5
 
 
@@ -62,6 +63,23 @@ def read_config(name: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not ("model_type" in config or config.get("_class_name") == DIFFUSION):
         raise ValueError(f"{path} is no config: expected a model_type of transformers, or _class_name {DIFFUSION}")
     return config
+
+
+def sized(config: dict[str, Any], resolution: int | None) -> dict[str, Any]:
+    """The config of an image model with latents for pictures of this edge, in pixels; None: as it is.
+
+    ValueError for a text model, and for an edge that its patches do not divide.
+    """
+    if resolution is None:
+        return config
+    if config.get("_class_name") != DIFFUSION:
+        raise ValueError(f"--resolution {resolution} is of image models, and this config is of {config['model_type']}")
+    step = PIXELS * config["patch_size"]
+    if resolution < step or resolution % step:
+        raise ValueError(
+            f"--resolution {resolution}: a token is {step} x {step} pixels; give {max(1, resolution // step) * step}"
+        )
+    return config | {"sample_size": resolution // PIXELS}
 
 
 def is_diffusion(model: Any) -> bool:
@@ -112,6 +130,19 @@ def empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
     except ImportError:
         raise ValueError(f"a {DIFFUSION} needs diffusers: pip install diffusers") from None
     return build_empty(config, dtype, getattr(diffusers, DIFFUSION)).eval()
+
+
+def empty_like(model: Any, trust_remote_code: bool = False, latent: int | None = None) -> Any:
+    """A model of the config of one that is loaded, on the meta device; latent: edge of the latents, None for its own.
+
+    ValueError for a diffusion transformer other than Stable Diffusion 3's.
+    """
+    if hasattr(model.config, "get_text_config"):
+        return build_empty(model.config, model.dtype, trust_remote_code=trust_remote_code).eval()
+    if not is_diffusion(model):
+        raise ValueError(f"of diffusion transformers {DIFFUSION} is known")
+    config = dict(model.config) | ({} if latent is None else {"sample_size": latent})
+    return build_empty(config, model.dtype, type(model)).eval()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import hashlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,13 +31,66 @@ from .folder import Metrics, finite
 from .prefix import FrozenPrefix
 from .progress import Progress
 from .settings import CLASSIFICATION_RATE, RATE, Settings
-from .task import Task
+from .task import Measure, Task
 from .validation import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUCKETS = "buckets/1, as on a CUDA device"  # what a journal says of batches padded so (buckets.py)
+
+
+class Trainable(Protocol):
+    """What a run asks of its data and model: a Task (task.py) here, one of pictures in diffusion/task.py.
+
+    examples : as many as there are
+    bucketed : batches are padded to a few shapes
+    """
+
+    model: Any
+    device: torch.device
+    bucketed: bool
+
+    @property
+    def examples(self) -> Sized: ...
+
+    @property
+    def classes(self) -> tuple[int, ...] | None:
+        """The options of a classification, whose label biases may be fitted; None of anything else."""
+        ...
+
+    def check(self) -> None:
+        """ValueError for what the model cannot be trained on so, before the run begins."""
+
+    def settle(self) -> object:
+        """Decide what is open, on the scales as they are: a resumed run has to decide as the unbroken one did."""
+
+    def fingerprint(self) -> str:
+        """A text that differs where the data do, or what is drawn of them."""
+        ...
+
+    def indices(self, step: int, batch_size: int, seed: int) -> Any:
+        """What the batch of a step is made of."""
+
+    def batch(self, indices: Any, count: int, among: Any = None) -> data.Batch:
+        """The batch for `count` evaluations, stacked. among: the whole step's, of which `indices` are a rank's part."""
+        ...
+
+    def compiled_losses(self, batch: data.Batch, count: int) -> torch.Tensor:
+        """The loss of each of `count` evaluations over a batch, float32 [count]."""
+        ...
+
+    def compiled_sums(self, batch: data.Batch, count: int, centred: bool = False) -> torch.Tensor:
+        """The same as `loss_sums` has them, float64 [count, S]. centred: of a classification alone."""
+        ...
+
+    def evaluate(self, batch_size: int = 32, fitted: bool = False) -> Measure:
+        """What the model as it is has of the examples. fitted: of a classification alone."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """What the metrics of the step just made say beside the loop's own."""
+        ...
 
 
 def choose_layers(model: "PreTrainedModel", train_layers: int | None, codebooks: bool = False) -> FrozenPrefix | None:
@@ -53,7 +106,7 @@ def choose_layers(model: "PreTrainedModel", train_layers: int | None, codebooks:
 
 
 def fit(
-    task: Task,
+    task: Trainable,
     settings: Settings,
     out: str | Path,
     resume: bool = False,
@@ -73,9 +126,7 @@ def fit(
     out, ranks = Path(out), Ranks()
     ranks.check_same({"settings": finite(dataclasses.asdict(settings))})
     check_batch_size(settings, len(task.examples))
-    if task.prefix is not None:
-        batch = data.collate(task.examples[:2], task.pad_id, task.device)
-        task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
+    task.check()
     task.settle()
     if settings.learning_rate is None:
         rate = CLASSIFICATION_RATE if fits_biases(task, settings) else RATE
@@ -127,7 +178,7 @@ def check_batch_size(settings: Settings, examples: int) -> None:
         raise ValueError(f"batch_size={settings.batch_size}, but there are {examples} training examples")
 
 
-def _optimizer(task: Task, settings: Settings, journal: Path, resume: bool, planned: int) -> QZO:
+def _optimizer(task: Trainable, settings: Settings, journal: Path, resume: bool, planned: int) -> QZO:
     """The QZO of a run, its model where the journal left it."""
     assert settings.learning_rate is not None  # `fit` has filled it in
     return QZO(
@@ -187,7 +238,7 @@ def schedule(optimizer: QZO, settings: Settings, planned: int | None = None) -> 
 
 
 def _steps(
-    task: Task, settings: Settings, optimizer: QZO, planned: int, validation: Validation | None
+    task: Trainable, settings: Settings, optimizer: QZO, planned: int, validation: Validation | None
 ) -> Iterator[dict[str, Any]]:
     """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
     share = optimizer.share
@@ -204,8 +255,8 @@ def _steps(
             return
         begun = time.perf_counter()
         indices, [rate] = task.indices(step, settings.batch_size, settings.seed), rates.get_last_lr()
-        mine = indices[share.rows(len(indices))]
-        loss = optimizer.step(sums, batch=task.batch(mine, at_once, indices if len(mine) < len(indices) else None))
+        part = (indices, at_once) if share.parts == 1 else (indices[share.rows(len(indices))], at_once, indices)
+        loss = optimizer.step(sums, batch=task.batch(*part))
         rates.step()
         assert optimizer.last is not None
         line: dict[str, Any] = {
@@ -215,12 +266,13 @@ def _steps(
             "lr": rate,
             "skipped": optimizer.last.skipped,
             "seconds": round(time.perf_counter() - begun, 4),
+            **task.notes(),
         }
         found = None if validation is None else validation.after(step + 1, last=step + 1 == settings.max_steps)
         yield line if found is None else {**line, "valid": found}
 
 
-def _settle_large_rows(task: Task, settings: Settings, journal: Path | None, show: bool | None) -> str:
+def _settle_large_rows(task: Trainable, settings: Settings, journal: Path | None, show: bool | None) -> str:
     """ "auto" or "fused" for a run that asks for "auto"; journal: of a run that goes on, or None."""
     found = read(journal) if journal is not None else None
     recorded = None if found is None else found[0].get("recipe", {}).get("large_rows", "fused")
@@ -243,14 +295,14 @@ def _settle_large_rows(task: Task, settings: Settings, journal: Path | None, sho
     return value
 
 
-def fits_biases(task: Task, settings: Settings) -> bool:
+def fits_biases(task: Trainable, settings: Settings) -> bool:
     """Whether label biases are fitted when the run has ended, and its steps learn the rest (label_bias.py)."""
     return settings.label_bias == "fit" and task.classes is not None
 
 
-def recipe(task: Task, settings: Settings, planned: int) -> dict[str, Any]:
+def recipe(task: Trainable, settings: Settings, planned: int) -> dict[str, Any]:
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
-    digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
+    digest = hashlib.sha256(task.fingerprint().encode()).hexdigest()
     kept = ("batch_size", "learning_rate", "decay", "train_layers", "max_length", "sequential", "packing")
     bits: dict[str, Any] = {"padding": BUCKETS} if task.bucketed else {}
     bits["large_rows"] = many_rows.NAMES.get(settings.large_rows, settings.large_rows)

@@ -93,6 +93,20 @@ class Task:
             warnings.warn(f"{type(self.model).__name__} runs without packed rows: {reason}", stacklevel=4)
         return reason is None
 
+    def check(self) -> None:
+        """ValueError where a forward from the prefix's states is not the model's own (prefix.py)."""
+        if self.prefix is not None:
+            batch = collate(self.examples[:2], self.pad_id, self.device)
+            self.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
+
+    def fingerprint(self) -> str:
+        """A text that differs where the examples do."""
+        return repr(self.examples)
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing: the loop's own numbers are all."""
+        return {}
+
     def settle(self) -> tuple[bool, bool]:
         """Decide both now, on the scales as they are: a resumed run has to decide as the unbroken one did."""
         return self.shares, self.joins

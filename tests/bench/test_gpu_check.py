@@ -15,7 +15,19 @@ import pytest
 import torch
 
 import qzo
-from qzo.bench import cases, gpu_check, gpu_e2e, gpu_parts, gpu_steps, gpu_warm, providers, readme, results, timing
+from qzo.bench import (
+    cases,
+    gpu_check,
+    gpu_diffusion,
+    gpu_e2e,
+    gpu_parts,
+    gpu_steps,
+    gpu_warm,
+    providers,
+    readme,
+    results,
+    timing,
+)
 from qzo.bench.providers import Built, Problem, Provider
 from qzo.cli.main import main
 from qzo.kernels import tiles
@@ -140,6 +152,23 @@ def test_the_official_loop_and_mezo_are_steps_of_the_whole_model(config, monkeyp
         assert len(forwards) == 2
 
 
+def test_steps_of_a_diffusion_transformer_are_measured(tmp_path, monkeypatch):
+    """Stable Diffusion 3.5's shapes with two blocks of four heads, on a CPU: every field is there."""
+    pytest.importorskip("diffusers")
+    small = {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128, "dual_attention_layers": []}
+    config = models.read_config(gpu_diffusion.CONFIG) | small
+    monkeypatch.setattr(models, "read_config", lambda name: dict(config))
+    monkeypatch.setattr(gpu_diffusion, "SIZES", ((64, 2),))
+    check = gpu_check.Check(tmp_path / "out.jsonl", 300, device="cpu")
+    gpu_check.run(check, ["diffusion"], warm=False)
+    [row] = check.rows
+    assert row["measured"]["total"] > 0
+    assert row["predicted"]["total"] > 0
+    assert row["ms"] > 0
+    assert 0 < row["modulations"] < 1
+    assert "of what was predicted; modulations" in row["note"]
+
+
 def test_a_part_that_is_run_again_replaces_its_rows_only(tmp_path, monkeypatch):
     def once(check):
         check.note("tests", "GPU tests", note=said)
@@ -157,7 +186,7 @@ def test_a_part_that_is_run_again_replaces_its_rows_only(tmp_path, monkeypatch):
         gpu_check.Check(out, 100, device="cpu")
 
 
-def test_two_calls_hold_every_part_and_end_in_six_minutes():
+def test_calls_hold_every_part_and_end_in_six_minutes():
     assert sorted(gpu_check.parts()) == sorted(sum(gpu_check.CALLS.values(), ()))
     assert gpu_check.SECONDS < 360
     for call in gpu_check.CALLS.values():

@@ -58,7 +58,7 @@ def test_the_version_is_the_packages(capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_a_module_with_execute_and_an_example_that_parses(name):
-    assert callable(importlib.import_module(f"qzo.cli.{name}").execute)
+    assert callable(importlib.import_module(f"qzo.cli.{name.replace('-', '_')}").execute)
     _, example, _ = COMMANDS[name]
     options = build_parser().parse_args(shlex.split(example)[1:])
     assert options.command == name

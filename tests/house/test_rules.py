@@ -13,8 +13,8 @@ import qzo
 from tests.support.paths import ROOT
 
 FLOORS = (
-    *("version", "kernels", "system", "nn", "loss", "optim", "checkpoints", "training", "trainer", "reports", "bench"),
-    "cli",
+    *("version", "kernels", "system", "nn", "loss", "optim", "checkpoints", "training", "diffusion", "trainer"),
+    *("reports", "bench", "cli"),
 )
 PRODUCT = sorted(
     path
@@ -167,6 +167,7 @@ UNTESTED = {
     "bench/codegen/launches.py": "what is compiled; test_compile.py compiles it",
     "bench/cpu_step.py": SCRIPT,
     "bench/first_order.py": SCRIPT,
+    "bench/gpu_diffusion.py": PART,
     "bench/gpu_e2e.py": PART,
     "bench/gpu_parts.py": PART,
     "bench/gpu_steps.py": PART,

@@ -3,7 +3,7 @@
 # `pip install -e '.[test]'`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-for tool in compressed_tensors hqq gptqmodel bitsandbytes aqlm; do
+for tool in compressed_tensors hqq gptqmodel bitsandbytes aqlm diffusers; do
     if python -c "import $tool" 2>/dev/null; then
         python -m "tests.interop.$tool"
     else

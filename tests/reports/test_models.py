@@ -31,6 +31,29 @@ SMALL = {
 # ---------------------------------------------------------------------------------------------- configs
 
 
+def test_an_image_models_config_is_sized_in_pixels():
+    config = models.read_config("sd3.5-large")
+    assert models.sized(config, None) == config
+    assert models.sized(config, 512) == config | {"sample_size": 64}
+    with pytest.raises(ValueError, match="--resolution 520: a token is 16 x 16 pixels; give 512"):
+        models.sized(config, 520)
+    with pytest.raises(ValueError, match="--resolution 512 is of image models, and this config is of llama"):
+        models.sized(SMALL, 512)
+
+
+def test_an_empty_model_like_one_that_is_loaded():
+    """Of a diffusion transformer with latents of another size; of another class it is said that none is known."""
+    pytest.importorskip("diffusers")
+    from tests.support import pipelines
+
+    empty = models.empty_like(pipelines.transformer(), latent=6)
+    assert empty.config.sample_size == 6
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    other = types.SimpleNamespace(config={}, dtype=torch.float32)
+    with pytest.raises(ValueError, match="of diffusion transformers SD3Transformer2DModel is known"):
+        models.empty_like(other)
+
+
 def test_a_config_is_found_by_file_by_folder_and_by_part_of_its_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     (tmp_path / "llama-2-7b").write_text(json.dumps(SMALL | {"vocab_size": 7}))

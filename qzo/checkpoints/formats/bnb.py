@@ -21,7 +21,7 @@ from ...kernels.table import NAMED
 from ...kernels.tiles import GROUPS
 from ...nn.weights import PackedWeight
 from . import files, safetensors_file
-from .folder import INDEX, copy_all, read_weights, tensor_places
+from .folder import copy_all, index_of, read_weights, tensor_places
 from .folder_format import FolderFormat
 from .protocol import Entry, Find, NewTensor, Place, Quantization, SavedScales, Target
 from .rounding import stored_scales
@@ -199,10 +199,10 @@ def _write_plain(folder: Path, staging: Path, absmax: Mapping[str, torch.Tensor]
             if where == file and name not in dropped:
                 entries.append(_plain_entry(name, where, place, found, absmax))
         safetensors_file.write(staging / file.name, entries, safetensors_file.metadata(file))
-    if (folder / INDEX).exists():
-        index = files.read_object(folder / INDEX)
+    if index_of(folder).exists():
+        index = files.read_object(index_of(folder))
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in dropped}
-        (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (staging / index_of(folder).name).write_text(json.dumps(index, indent=2) + "\n")
     config = files.read_object(folder / "config.json")
     config["quantization_config"] |= {"bnb_4bit_use_double_quant": False}
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")

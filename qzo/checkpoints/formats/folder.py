@@ -14,6 +14,7 @@ from .rounding import stored_scales
 
 GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
+_NAMES = ("model", "diffusion_pytorch_model")  # of the weights: transformers', diffusers'
 # what a new folder does not take over: weights, and the quantization_config of the source's own format
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 CONFIGS = ("quantize_config.json", "quantization_config.json", "quant_config.json")  # GPTQ's, ..., AWQ's
@@ -27,15 +28,16 @@ def tensor_places(folder: Path) -> dict[str, tuple[Path, Place]]:
     """
     index = _index(folder)
     names = sorted(set(index.values())) or sorted(path.name for path in folder.glob("*.safetensors"))
-    if not index and "model.safetensors" in names:
-        names = ["model.safetensors"]
+    whole = [f"{name}.safetensors" for name in _NAMES if not index and f"{name}.safetensors" in names]
+    names = whole[:1] or names
     if not names:
         raise FileNotFoundError(f"{folder} holds a config.json but no safetensors file")
     found: dict[str, tuple[Path, Place]] = {}
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing or no file, though {INDEX} names it; fetch the checkpoint again"
+                f"{folder / name} is missing or no file, though {index_of(folder).name} names it; fetch the "
+                "checkpoint again"
             )
         for tensor, place in safetensors_file.places(folder / name).items():
             if tensor in found:
@@ -47,14 +49,21 @@ def tensor_places(folder: Path) -> dict[str, tuple[Path, Place]]:
     for tensor, name in index.items():
         if tensor not in found or found[tensor][0].name != name:
             raise ValueError(
-                f"{folder / name} holds no tensor {tensor!r:.200}, though {INDEX} says so; fetch the checkpoint again"
+                f"{folder / name} holds no tensor {tensor!r:.200}, though {index_of(folder).name} says so; fetch the "
+                "checkpoint again"
             )
     return found
 
 
+def index_of(folder: Path) -> Path:
+    """Where the folder's index is, or would be."""
+    found = [path for name in _NAMES if (path := folder / f"{name}.safetensors.index.json").exists()]
+    return found[0] if found else folder / INDEX
+
+
 def _index(folder: Path) -> dict[str, str]:
     """tensor -> file name from the index of a folder that has one, else an empty dictionary."""
-    path = folder / INDEX
+    path = index_of(folder)
     if not path.exists():
         return {}
     names = files.read_object(path).get("weight_map")

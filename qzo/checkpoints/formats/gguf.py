@@ -82,7 +82,7 @@ def weights(file: GGUFFile, dtype: torch.dtype) -> Iterator[Entry]:
                 )
             order = _row_order(file, info)
             try:
-                packed = _packed(file, info, order, where) if _trains(info) else None
+                packed = packed_rows(file, info, order, where) if _trains(info) else None
                 minus = offset if info.name.endswith("norm.weight") else 0.0
                 value = packed or file.dense(info, dtype, order, minus)
             except ValueError as error:
@@ -114,9 +114,9 @@ def _report_frozen(file: GGUFFile) -> None:
         )
 
 
-def _packed(file: GGUFFile, info: TensorInfo, order: torch.Tensor | None, where: str) -> PackedWeight | None:
-    """PackedWeight of blocks of a type that trains; None where a block is a constant, which no zero point can
-    express."""
+def packed_rows(file: GGUFFile, info: TensorInfo, order: torch.Tensor | None, where: str) -> PackedWeight | None:
+    """PackedWeight of blocks of a type that trains, of the rows `order` alone if given; None where a block is a
+    constant, which no zero point can express."""
     blocks = info.blocks(file.raw(info))
     blocks = blocks if order is None else blocks[order]
     scales, zeros = halves(blocks, 0).float(), None
@@ -131,7 +131,7 @@ def _packed(file: GGUFFile, info: TensorInfo, order: torch.Tensor | None, where:
             )
             return None
         zeros = torch.where(constant, 8.0, -minimum / scales).T.contiguous()
-    bits, (n, k) = TRAINED[info.type], info.shape
+    bits, n, k = TRAINED[info.type], len(blocks), info.shape[1]
     rows, step = torch.empty(row_shape(n, k, bits), dtype=torch.uint8), max(1, (1 << 20) // k)
     # in blocks of rows: a byte for every code of a wide layer would be twice what the layer takes
     for part, target in zip(blocks.split(step), rows.split(step), strict=True):
@@ -148,7 +148,7 @@ def save(file: GGUFFile, target: Path, find: Find) -> None:
         packed = find(name) if name else None
         if packed is not None:
             raw = file.raw(info)
-            if _patch(info.blocks(raw), info, packed, _row_order(file, info)):
+            if patch_rows(info.blocks(raw), info, packed.scales, packed.zeros, _row_order(file, info)):
                 files.patch(target, [(info.offset, raw.numpy().tobytes())])
 
 
@@ -159,26 +159,33 @@ def saved_scales(file: GGUFFile, find: Find) -> Iterator[SavedScales]:
         packed = find(name) if name and len(info.shape) == 2 else None
         if name and packed is not None:
             blocks, order = info.blocks(file.raw(info)), _row_order(file, info)
-            _patch(blocks, info, packed, order)
+            patch_rows(blocks, info, packed.scales, packed.zeros, order)
             blocks = blocks if order is None else blocks[order]
             d = halves(blocks, 0).float()
             zeros = torch.where(d == 0, 8.0, -halves(blocks, 2).float() / d).T if info.type == Q4_1 else None
             yield name.removesuffix(".weight"), d.T, zeros
 
 
-def _patch(blocks: torch.Tensor, info: TensorInfo, packed: PackedWeight, order: torch.Tensor | None) -> bool:
-    """Put new d (and m) into the blocks; returns whether any changed."""
+def patch_rows(
+    blocks: torch.Tensor,
+    info: TensorInfo,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    order: torch.Tensor | None,
+) -> bool:
+    """Put new d (and m) into the blocks; returns whether any changed. scales, zeros: float32 [G, N]; order[i]: the
+    file's row that is row i of them."""
     back = torch.arange(info.shape[0]) if order is None else order.argsort()
-    scales = packed.scales.T.cpu()[back]
+    new = scales.T.cpu()[back]
     old = halves(blocks, 0)
-    changed = scales != old.float()
+    changed = new != old.float()
     if not bool(changed.any()):
         return False
-    d = stored_scales(scales, old, info.name)
+    d = stored_scales(new, old, info.name)
     blocks[..., :2][changed] = d[changed].unsqueeze(-1).view(torch.uint8)
     if info.type == Q4_1:
-        assert packed.zeros is not None, info.name
-        m = (-d.float() * packed.zeros.T.cpu()[back]).to(torch.float16)
+        assert zeros is not None, info.name
+        m = (-d.float() * zeros.T.cpu()[back]).to(torch.float16)
         if not bool(torch.isfinite(m).all()):
             raise ValueError(
                 f"{info.name}: a minimum does not fit float16 any more; the run has diverged, nothing was written"

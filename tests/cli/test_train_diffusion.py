@@ -1,0 +1,166 @@
+"""`qzo train-diffusion` from end to end on a tiny pipeline, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from qzo.cli import train_diffusion
+from qzo.cli.main import main
+from qzo.diffusion.pipeline import open_pipeline
+from qzo.diffusion.task import DiffusionTask
+from qzo.diffusion.transformer import load_transformer
+from qzo.nn.layers import arena_of
+from qzo.optim.replay import replay
+from tests.support import pipelines, sd3_gguf
+
+pytest.importorskip("diffusers")
+SMALL = "--resolution 16 --prompt-tokens 12 --group-size 32 --batch-size 4 --directions 1"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """p, a pipeline; d, pictures in train and valid; run, two of four steps on them."""
+    folder = tmp_path_factory.mktemp("files")
+    pipelines.save_pipeline(folder / "p")
+    pipelines.save_pictures(folder / "d" / "train")
+    pipelines.save_pictures(folder / "d" / "valid", 3, 18)
+    assert main(line(folder, "p", "run", "--max-steps 4")) == 0
+    return folder
+
+
+def line(folder, pipeline, out, more=""):
+    text = f"train-diffusion {folder}/{pipeline} --data {folder}/d --output-dir {folder}/{out} {SMALL} {more}"
+    return text.split()
+
+
+def test_a_run_leaves_a_pipeline_and_what_it_measured(files):
+    """The tuned transformer is the base with the journal's steps, and loads again with these scales."""
+    results = json.loads((files / "run" / "run.json").read_text())
+    [valid] = results["splits"].values()
+    assert results["steps"] == 4
+    assert valid["pictures"] == 3
+    assert len(valid["by_time"]) == 8
+    assert valid["difference"] == pytest.approx(valid["tuned"]["loss"] - valid["before"]["loss"], abs=1e-5)
+    assert valid["error"] > 0
+    assert results["objective"]["shift"] == 3.0
+    cpu = torch.device("cpu")
+    base, _ = load_transformer(open_pipeline(files / "p"), cpu, torch.float32, 32)
+    replay(base, files / "run" / "journal.qzo")
+    saved, origin = load_transformer(open_pipeline(files / "run" / "model"), cpu, torch.float32)
+    assert origin.method == "bitsandbytes"
+    assert torch.equal(arena_of(saved).data, arena_of(base).data)
+    assert {f.name for f in (files / "run").iterdir()} == {
+        *("cache", "journal.qzo", "metrics.jsonl", "curve.png", "run.json", "model"),
+    }
+
+
+def test_a_replay_gives_the_same_pipeline(files, capsys):
+    """All steps, byte for byte; two of them, another transformer."""
+    for name, more in (("again", ""), ("half", "--until 2")):
+        line = f"replay {files}/p {files}/run/journal.qzo --output-dir {files}/{name} --group-size 32 --json {more}"
+        assert main(line.split()) == 0
+    assert [json.loads(said)["steps"] for said in capsys.readouterr().out.splitlines()] == [4, 2]
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    tuned = (files / "run/model" / weights).read_bytes()
+    assert (files / "again" / weights).read_bytes() == tuned
+    assert (files / "half" / weights).read_bytes() != tuned
+    assert (files / "again/model_index.json").is_file()
+
+
+def test_it_goes_on_where_it_was_stopped(files, monkeypatch, capsys):
+    """Ctrl-C after two steps, --resume: the journal has the bits of the unbroken run's; the cache is used again."""
+    steps: list[int] = []
+    real = DiffusionTask.batch
+
+    def stopping(*given):
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        steps.append(0)
+        return real(*given)
+
+    monkeypatch.setattr(DiffusionTask, "batch", stopping)
+    assert main(line(files, "p", "broken", "--max-steps 4")) == 1
+    assert "stopped after 2 steps" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("qzo.diffusion.cache.vae_encoder", None)
+    assert main(line(files, "p", "broken", "--max-steps 4 --resume")) == 0
+    assert (files / "broken/journal.qzo").read_bytes() == (files / "run/journal.qzo").read_bytes()
+
+
+def test_a_stopped_build_of_the_cache_goes_on_without_resume(files, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qzo.diffusion.cache.vae_encoder", stopped)
+    assert main(line(files, "p", "early", "--max-steps 1")) == 1
+    assert "stopped outside the training steps" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(line(files, "p", "early", "--max-steps 1 --json --keep best --eval-every 1")) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+
+
+def test_a_gguf_file_goes_in_and_out(files):
+    """Beside a pipeline that holds other weights; OUT/model is such a file."""
+    torch.manual_seed(8)
+    path = sd3_gguf.write(files / "m.gguf", pipelines.transformer())
+    assert main(line(files, "p", "gguf", f"--max-steps 1 --transformer {path} --cache {files}/run/cache")) == 0
+    tuned = files / "gguf/model/m.gguf"
+    assert tuned.stat().st_size == path.stat().st_size
+    assert tuned.read_bytes() != path.read_bytes()
+
+
+REFUSED = {
+    "--resolution 18": "--resolution 18: a token of",
+    "--weighting sigma_sqrt": "weighting 'sigma_sqrt' multiplies a row's loss by s^-2",
+    "--antithetic": "antithetic noise comes in pairs (n, -n) of one image, and draws=1 is odd",
+    "--shift 0": "shift=0.0: expected a finite number > 0",
+    "--caption-dropout 1": "dropout=1.0: expected a share",
+    "--batch-size 9": "batch_size=9, but there are 8 training examples",
+    "--eps 2": "eps=2.0: expected a number > 0 and <= 1",
+    "--transformer gone.gguf": "--transformer gone.gguf: there is no such file; give a GGUF file",
+    "--prompt-tokens 8": "is a cache made by another length of prompts (12, not 8)",
+    "--device cuda:9": "--device cuda:9 cannot be used",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_bad_input_is_one_line(option, files, capsys):
+    if "cuda" in option and torch.cuda.device_count() > 9:
+        pytest.skip("there is such a device")
+    assert main(line(files, "p", "no", f"--max-steps 1 --cache {files}/run/cache {option}")) == 2
+    said = capsys.readouterr().err
+    assert REFUSED[option] in said.splitlines()[-1]
+    assert not (files / "no" / "journal.qzo").exists()
+
+
+def test_data_and_pipelines_that_cannot_be_used_are_refused(files, capsys):
+    shutil.copytree(files / "p", files / "ddpm")
+    path = files / "ddpm" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "DDPMScheduler"}))
+    assert main(line(files, "ddpm", "no")) == 2
+    assert "DDPMScheduler is no scheduler of a flow model" in capsys.readouterr().err
+    assert main(line(files, "gone", "no")) == 2
+    assert "holds no model_index.json" in capsys.readouterr().err
+    pipelines.save_pictures(files / "bare" / "d", captions=None)
+    shutil.copytree(files / "p", files / "bare" / "p")
+    assert main(line(files / "bare", "p", "no")) == 2
+    assert "8 of 8 pictures have no caption" in capsys.readouterr().err
+    assert main(line(files, "p", "run")) == 2
+    assert "holds a journal of 4 steps already" in capsys.readouterr().err
+
+
+def test_held_out_losses_are_compared_in_pairs():
+    before = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    after = before + torch.tensor([[0.0, 1.0], [1.0, 2.0]])
+    found = train_diffusion.compared(before, after)["splits"]["valid"]
+    assert (found["difference"], found["pictures"], found["by_time"]) == (1.0, 2, [0.5, 1.5])
+    assert found["error"] == pytest.approx(0.5)
+    assert train_diffusion.compared(None, None)["splits"] == {}
+    one = train_diffusion.compared(before[:1], after[:1])
+    assert one["splits"]["valid"]["error"] is None
+    text = train_diffusion.as_text({"splits": one["splits"], "model": "m"})
+    assert text.splitlines()[0] == (
+        "valid: loss 2.00000 before, 2.50000 after, difference +0.50000; 1 pictures at 8 times each"
+    )
