@@ -27,6 +27,7 @@ setup(
         "qzo.checkpoints",
         "qzo.checkpoints.formats",
         "qzo.training",
+        "qzo.diffusion",
         "qzo.trainer",
         "qzo.reports",
         "qzo.cli",

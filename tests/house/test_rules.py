@@ -13,8 +13,8 @@ import qzo
 from tests.support.paths import ROOT
 
 FLOORS = (
-    *("version", "kernels", "system", "nn", "loss", "optim", "checkpoints", "training", "trainer", "reports", "bench"),
-    "cli",
+    *("version", "kernels", "system", "nn", "loss", "optim", "checkpoints", "training", "diffusion", "trainer"),
+    *("reports", "bench", "cli"),
 )
 PRODUCT = sorted(
     path
