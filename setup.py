@@ -62,6 +62,7 @@ setup(
             "compressed-tensors",
             "accelerate",
             "pyarrow",
+            "scikit-learn",
             "trl",
         ],
         "data": ["pyarrow"],
