@@ -11,11 +11,12 @@ from diffusers import SD3Transformer2DModel
 from digits import BASE, CONFIG, EMPTY, LAW, UNSEEN, Digits, load, losses, quantized, save_base
 from torch import nn
 
-from qzo.diffusion.objective import draw
+from qzo.diffusion.objective import Rows
 
-STEPS = 700
+STEPS = 1000
 BATCH = 128
-LEARNING_RATE = 2e-3  # after 100 steps; falls as a cosine to nothing
+LEARNING_RATE = 2e-3  # after 100 steps
+PERIOD = 3000  # steps in which it would fall to nothing, as a cosine: what it draws is read well long before
 DROPOUT = 0.1  # rows with the empty prompt, which guidance needs
 
 
@@ -31,12 +32,14 @@ def train(data: Digits, steps: int = STEPS) -> nn.Module:
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-2)
     started, average = time.perf_counter(), 1.0
     for step in range(steps):
-        rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / PERIOD))
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
         some = torch.randint(len(data.labels), (BATCH,))
-        labels = torch.where(torch.rand(BATCH) < DROPOUT, EMPTY, data.labels[some])
-        rows = draw(LAW, 0, step, BATCH, data.pictures.shape[1:])
-        loss = losses(model, Digits(data.pictures[some], labels), rows).mean()
+        noise = torch.randn(BATCH, *data.pictures.shape[1:])
+        times = LAW.times((torch.arange(BATCH) + torch.rand(BATCH)) / BATCH)  # stratified
+        dropped = torch.rand(BATCH) < DROPOUT
+        shown_as = torch.where(dropped, EMPTY, data.labels[some])
+        loss = losses(model, Digits(data.pictures[some], shown_as), Rows(times, noise, dropped)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

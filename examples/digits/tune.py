@@ -22,7 +22,7 @@ DIRECTIONS = 4
 BATCH = 32  # half of it nines, half other digits, which are to stay what they are
 LEARNING_RATE = 1.6  # relative to the scales; falls linearly to a tenth
 DRAWS = 8  # rows of each held-out picture
-SAMPLES = torch.tensor([100] * 9 + [200])  # of each digit
+SAMPLES = torch.tensor([50] * 9 + [200])  # of each digit
 LINES = 8  # samples of each digit in the picture
 
 
