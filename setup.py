@@ -34,6 +34,7 @@ setup(
         "qzo.kernels",
         "qzo.bench",
         "qzo.bench.codegen",
+        "qzo.bench.study",
     ],
     package_dir={"qzo": "qzo", "qzo.kernels": "kernels", "qzo.bench": "bench"},
     package_data={"qzo.reports": ["configs/*.json"], "qzo": ["py.typed"]},

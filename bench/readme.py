@@ -4,7 +4,7 @@
     <!-- end -->
 
 A file of `qzo bench run` or `bench/gpu_check.py` gives the times of qzo and what the others take of them; one of
-`qzo memory --json` gives bytes. Edit the text around, never a table.
+`qzo memory --json` gives bytes; one of the study what each method learned. Edit the text around, never a table.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from . import results
+from .study import report
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("linear", "step", "whole step", "update", "noise")
@@ -25,9 +26,11 @@ def with_tables(text, root=ROOT):
 
 
 def markdown_of(path):
-    """Markdown of a results file of either kind."""
-    first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
-    return memory_table(path) if "predicted" in first else ratio_table(results.read(path))
+    """Markdown of a results file of any kind."""
+    found = path.read_text(encoding="utf-8").splitlines()
+    if "method" in json.loads(found[0]):
+        return report.as_markdown(report.lines(map(json.loads, found)))
+    return memory_table(path) if "predicted" in json.loads(found[0]) else ratio_table(results.read(path))
 
 
 def ratio_table(rows):
@@ -54,15 +57,15 @@ def memory_table(path):
     reports = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     rivals = list(reports[0]["rivals"])
     lines = [f"| step | qzo, predicted | measured | {' | '.join(rivals)} |", "|---|---|---|" + "---|" * len(rivals)]
-    for report in reports:
-        measured = report["measured"]
-        told = report["predicted"]["total"]
+    for told_of in reports:
+        measured = told_of["measured"]
+        told = told_of["predicted"]["total"]
         cells = [
             f"{told / 1e9:.2f} GB",
             f"{measured['total'] / told:.3f}x of it" if measured else "",
-            *(f"{report['rivals'][name] / 1e9:.1f} GB" for name in rivals),
+            *(f"{told_of['rivals'][name] / 1e9:.1f} GB" for name in rivals),
         ]
-        lines.append(f"| {report['subject']} | {' | '.join(cells)} |")
+        lines.append(f"| {told_of['subject']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from ..nn.layers import arena_of, layers
 from ..nn.quantize import check_form, quantize_weight
 from .empty import auto_class, build_empty
 from .fill import fill, needless_of
-from .formats.folder import tensor_places
+from .formats.folder import GENERATION, tensor_places
 from .formats.protocol import Checkpoint, Entry
 from .formats.reading import reading
 from .names import Names
@@ -189,10 +189,16 @@ def _quantize_streamed(
     return model
 
 
-def _take_generation_config(model: Any, folder: Path) -> None:
-    if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
-        with reading(folder, "its generation_config.json cannot be read"):
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+def _take_generation_config(model: Any, path: Path) -> None:
+    """generation_config.json of a folder, or beside a file, which keeps its own settings and takes label biases."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / GENERATION).exists() and hasattr(model, "generation_config"):
+        with reading(folder, f"its {GENERATION} cannot be read"):
+            found = GenerationConfig.from_pretrained(folder)
+        if path.is_dir():
+            model.generation_config = found
+        else:
+            model.generation_config.sequence_bias = found.sequence_bias
 
 
 def _load_codes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Any, Names]:

@@ -11,7 +11,7 @@ from ..nn.experts import model_name
 from ..nn.layers import layers
 from ..nn.weights import PackedWeight
 from .formats import TARGETS, bnb, compressed_tensors, files, safetensors_file, told
-from .formats.folder import INDEX, dense_entries, scale_dtypes
+from .formats.folder import GENERATION, INDEX, dense_entries, scale_dtypes
 from .formats.protocol import NewTensor, Quantization, Target
 from .integer_zeros import with_integer_zeros
 from .source import Source
@@ -59,7 +59,19 @@ def write_new(model: Any, source: Source, folder: Path, target: Target, round_ze
             entries += target.entries(name, weight, quantization, dtypes.get(name, torch.float16))
         config = source.format.new_config(source.path, model.config, source.dtype)
         write_into(staging, target, entries, told.untold(config), quantization)
+        write_biases(model, staging)
     return errors
+
+
+def write_biases(model: Any, staging: Path) -> None:
+    """The model's label biases into the generation_config.json of a checkpoint that is being written; without any, or
+    with those that stand there, not a byte of it changes."""
+    biases = getattr(getattr(model, "generation_config", None), "sequence_bias", None)
+    path = staging / GENERATION
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if biases and biases != found.get("sequence_bias"):
+        others = found or model.generation_config.to_diff_dict()  # without the file they are read from config.json
+        _write_json(path, others | {"sequence_bias": biases})
 
 
 def write_into(

@@ -7,7 +7,7 @@ from typing import Any, overload
 from .formats import TARGETS, bnb, files, gguf
 from .formats.limits import float_zeros
 from .formats.protocol import Checkpoint, Copied
-from .new_folder import check_free, own_target, write_new
+from .new_folder import check_free, own_target, write_biases, write_new
 from .rounding_cost import rounding_losses
 from .source import Source, source_of
 from .trained import Trained
@@ -158,3 +158,4 @@ def _write_copy(model: Any, source: Source, form: Copied, folder: Path, name: st
     check_free(folder, {name} if alone else {file.name for file in source.path.iterdir()})
     with files.staged(folder) as staging:
         form.save(source.path, staging / name if alone else staging, Trained(model, source).find)
+        write_biases(model, staging)

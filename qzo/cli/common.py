@@ -1,5 +1,6 @@
 """What several commands share: loading a model, results as text."""
 
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,12 @@ import torch
 
 from ..checkpoints.load import from_pretrained
 from ..kernels.tiles import GROUPS
+from ..loss.label_bias import set_biases_
 from ..nn.layers import train_slots_
 from ..nn.weights import check_group_size
 from ..optim.journal import read
 from ..optim.replay import replay
+from ..training.folder import RESULTS
 from .early import size_of
 
 
@@ -83,8 +86,23 @@ def tune(model: Any, journal: str | Path | None, until: int | None) -> int:
     if not journal:
         return 0
     steps = steps_of(journal)
-    say(f"replaying {steps if until is None else min(until, steps)} steps")
-    return replay(model, journal, until)
+    steps = steps if until is None else min(until, steps)
+    say(f"replaying {steps} steps")
+    applied = replay(model, journal, until)
+    _take_biases(model, Path(journal).with_name(RESULTS), steps)
+    return applied
+
+
+def _take_biases(model: Any, results: Path, steps: int) -> None:
+    """The label biases that a run has fitted for its model, which stand in its run.json, beside the journal."""
+    if not results.exists():
+        return
+    found = json.loads(results.read_text())
+    biases, fitted = found.get("label_bias"), found.get("model_step", found.get("steps"))
+    if biases and fitted == steps:
+        set_biases_(model, biases)
+    elif biases:
+        say(f"the label biases in {results} are those of step {fitted}: the model of step {steps} has none")
 
 
 def replayed(

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from ..checkpoints.tokenizer import load_tokenizer
+from ..loss.label_bias import fit_label_bias
 from ..optim.replay import replay
 from ..training.folder import finite
 from ..training.loop import build_task
 from ..training.records import Line, read_data
 from ..training.settings import Settings
-from ..training.task import Task, fit_label_bias, measure
+from ..training.task import Task, measure
 from .common import check_until, say, scores_as_text, tune, untuned
 from .options import model_of
 

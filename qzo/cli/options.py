@@ -17,12 +17,13 @@ PACKINGS = ("off", "auto")
 CHAT_LOSSES = ("last", "all")
 RECIPES = ("paper",)
 KEEPS = ("last", "best")
+LABEL_BIASES = ("fit", "none")
 FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
 TABLES = ("fp4", "nf4")
 DEFAULTS = {  # of training/settings.py
     "max_steps": 200,
-    "batch_size": 8,
-    "directions": 4,
+    "batch_size": 16,
+    "directions": 2,
     "max_length": 1024,
     "max_cut": 0.5,
     "decay": 0.1,
@@ -30,7 +31,7 @@ DEFAULTS = {  # of training/settings.py
     "eps": EPS,
     "clip": CLIP,
 }
-RATE = 2e-2  # learning rate per direction
+RATE, CLASSIFICATION_RATE = 4e-2, 8e-2  # learning rates per direction
 A_MODEL = "a checkpoint: a folder, a .gguf file, or a Hub id"
 CUDA_GRAPH: dict[str, Any] = dict(
     action=argparse.BooleanOptionalAction,
@@ -161,6 +162,12 @@ def _add_run(run: argparse._ArgumentGroup) -> None:
         choices=CHAT_LOSSES,
         help="learn the last message of the assistant in each conversation (default), or all of them",
     )
+    run.add_argument(
+        "--label-bias",
+        choices=LABEL_BIASES,
+        help="of a classification (options of one token, the same in all lines): learn what a bias per option cannot "
+        "do, and fit these on training lines when the run has ended (fit, the default); or learn it all (none)",
+    )
     run.add_argument("--seed", type=int, help="seed of noise and data order (default 0)")
     run.add_argument(
         "--train-layers",
@@ -208,7 +215,8 @@ def _add_perturbation(step: argparse._ArgumentGroup) -> None:
     step.add_argument(
         "--learning-rate",
         type=float,
-        help=f"at the first step, falling linearly to a part of it (default {RATE:g} per direction)",
+        help=f"at the first step, falling linearly to a part of it (default {RATE:g} per direction, "
+        f"{CLASSIFICATION_RATE:g} where label biases are fitted)",
     )
     step.add_argument(
         "--decay", type=float, help=f"the part that it falls to, 1: constant (default {DEFAULTS['decay']})"

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -12,14 +13,15 @@ from typing import Any
 
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
+from ..loss.label_bias import fit_label_bias
 from ..reports.memory import Run, predict_loaded
 from ..training.data import IGNORED, Example
 from ..training.folder import write_results
-from ..training.loop import build_task, check_batch_size, choose_layers, fit, planned_steps
+from ..training.loop import build_task, check_batch_size, choose_layers, fit, fits_biases, planned_steps
 from ..training.plan import lines, plan
 from ..training.records import read_data
 from ..training.settings import PAPER, Settings
-from ..training.task import Measure, Task, fit_label_bias, measure
+from ..training.task import Measure, Task, measure
 from ..training.validation import PARTS, Base, Validation
 from .common import load, say, scores_as_text, steps_of
 from .options import model_of
@@ -65,6 +67,7 @@ def execute(options: argparse.Namespace) -> int:
     before = {split: held.evaluate() for split, held in held_out.items()}
     controls = controlled(task, held_out)
     run = train(task, settings, own, held_out.get("valid"))
+    biases = task.fit_biases_() if fits_biases(task, settings) else []
     after = {split: held.evaluate() for split, held in held_out.items()}
     model_dir = save(model, own["output_dir"])
     split = "valid" if "valid" in after else "test"
@@ -77,6 +80,7 @@ def execute(options: argparse.Namespace) -> int:
             for name in after
         },
         **run,
+        "label_bias": biases,
         "seconds": round(time.perf_counter() - started, 1),
         "seed": settings.seed,
         "device": str(task.device),
@@ -104,7 +108,8 @@ def train(task: Task, settings: Settings, own: Mapping[str, Any], valid: Task | 
         steps = steps_of(out / "journal.qzo")
         return {"steps": steps, "resumed_from": already, "best": None, "model_step": steps}
     every = settings.eval_every or max(1, settings.max_steps // PARTS)
-    validation = Validation(valid.evaluate, every, settings.patience)
+    measured = functools.partial(valid.evaluate, fitted=fits_biases(task, settings))
+    validation = Validation(measured, every, settings.patience)
     base = Base(task.model) if settings.keep == "best" else None
     already = fit(task, settings, out, resume=bool(own["resume"]), validation=validation)
     steps = kept = steps_of(out / "journal.qzo")

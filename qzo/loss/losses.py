@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from . import own_loss
 from .head import Inputs, decoder_inputs, forward, has_encoder, head_input, logits_at, row_count
+from .label_bias import Centred, uncentred
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ NOT_INPUTS = (
     "labels",
     "label",
     "option_ids",
+    "option_bias",
     "options",
     "seen_until",
     "sources",
@@ -124,7 +126,7 @@ def static_batch(batch: Same, targets: int | None = None) -> Same:
     )
 
 
-def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor:
+def losses(model: "PreTrainedModel", batch: Inputs, copies: int, centred: Centred | None = None) -> torch.Tensor:
     """Loss of each evaluation: the mean over the evaluation's rows, from logits at labelled positions only (head.py).
 
     A batch is a mapping of model inputs [B, T] (stacked here unless `pair` has done it) and one of
@@ -132,7 +134,8 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor
     - labels [B, T]: next-token cross entropy where labels are not -100, as in transformers; for an encoder-decoder
       model those of the decoder, its inputs made of them if not given
     - labels [B]: class labels of a model that returns logits [B, classes]
-    - option_ids [B, O], label [B]: cross entropy over O next tokens after each row's last attended position
+    - option_ids [B, O], label [B] and perhaps option_bias float32 [B, O]: cross entropy over O next tokens after each
+      row's last attended position, biases added to their scores
     - labels [B*O, T], options O, label [B]: cross entropy over O options of several tokens each, one row an option,
       scored by their mean log-likelihood
 
@@ -146,8 +149,7 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor
     `static`: True beside sources, targets, slots, of plain rows too: no shape and nothing on the host depends on what
     the tensors hold, as a CUDA graph wants it; targets that are -100 are read and count as nothing.
 
-    The model's first batch is checked (own_loss.py): its loss has to be the model's own. Dropout is off, whichever
-    mode the model is in.
+    The model's first batch is checked (own_loss.py): its loss has to be the model's own. Dropout is off in any mode.
 
     Parameters
     ----------
@@ -157,6 +159,8 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor
         As above; numbers of tokens, classes and options are int64.
     copies
         E, how many evaluations its rows are stacked for, or will be.
+    centred
+        Of a batch with options: makes their scores losses in place of the cross entropy (label_bias.py).
 
     Returns
     -------
@@ -173,9 +177,7 @@ def losses(model: "PreTrainedModel", batch: Inputs, copies: int) -> torch.Tensor
     with torch.no_grad():
         own_loss.check(model, batch, copies)
         if "option_ids" in batch or "options" in batch:
-            scores = option_scores(model, batch, copies)
-            each = functional.cross_entropy(scores, batch["label"], reduction="none")
-            return each.view(copies, -1).mean(1)
+            return (centred or uncentred)(option_scores(model, batch, copies), batch["label"], copies)
         if "labels" not in batch and "targets" not in batch:
             raise ValueError(
                 f"the batch has no labels (its keys: {', '.join(batch)}); give labels [rows, tokens] with "
@@ -257,7 +259,8 @@ def option_scores(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> t
         for logits in logits_at(model, model_inputs(model, batch, copies), row, column, copies):
             parts.append(logits.gather(2, ids[:, start : start + logits.shape[1]]))
             start += logits.shape[1]
-        return torch.cat(parts, 1).flatten(0, 1)
+        scores = torch.cat(parts, 1).flatten(0, 1)
+        return scores + batch["option_bias"] if "option_bias" in batch else scores
     count = batch["label"].shape[0] * batch["options"]
     if "static" in batch:
         negative, targets = _target_losses(model, batch, copies), batch["targets"]

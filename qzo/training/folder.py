@@ -22,6 +22,8 @@ from ..system import disk
 from ..version import __version__
 from .settings import Settings
 
+RESULTS = "run.json"
+
 
 class Metrics:
     """metrics.jsonl, open for the next step: lines at or beyond `start`, and a line cut short, are dropped."""
@@ -58,7 +60,7 @@ def write_results(out: str | Path, settings: Settings, results: dict[str, Any]) 
     """run.json and curve.png of a finished run."""
     out = Path(out)
     record = finite({"settings": dataclasses.asdict(settings), **results, "versions": versions()})
-    disk.write_whole(out / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+    disk.write_whole(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     draw_curve(out / "curve.png", lines, results)
 

@@ -16,6 +16,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..loss.head import has_encoder
+from ..loss.label_bias import Centred
 from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only_
 from ..optim.journal import read
 from ..optim.optimizer import QZO
@@ -26,7 +27,7 @@ from .compiled import Compiled
 from .folder import Metrics
 from .prefix import FrozenPrefix
 from .progress import Progress
-from .settings import Settings
+from .settings import CLASSIFICATION_RATE, RATE, Settings
 from .task import Task
 from .validation import Validation
 
@@ -76,6 +77,9 @@ def fit(
         batch = data.collate(task.examples[:2], task.pad_id, task.device)
         task.prefix.check({key: batch[key] for key in ("input_ids", "attention_mask")})
     task.settle()
+    if settings.learning_rate is None:
+        rate = CLASSIFICATION_RATE if fits_biases(task, settings) else RATE
+        settings.learning_rate = rate * settings.directions
     if settings.large_rows == "auto":
         settings.large_rows = _settle_large_rows(task, settings, out / "journal.qzo" if resume else None, show)
     planned = planned_steps(settings, out / "journal.qzo" if resume else None)
@@ -108,7 +112,7 @@ def check_batch_size(settings: Settings, examples: int) -> None:
 
 def _optimizer(task: Task, settings: Settings, journal: Path, resume: bool, planned: int) -> QZO:
     """The QZO of a run, its model where the journal left it."""
-    assert settings.learning_rate is not None  # Settings has filled it in
+    assert settings.learning_rate is not None  # `fit` has filled it in
     return QZO(
         task.model,
         settings.learning_rate,
@@ -168,8 +172,10 @@ def _steps(
     """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
     at_once = 1 if settings.sequential else 2 * settings.directions
 
+    centred = Centred(2 * settings.directions) if fits_biases(task, settings) else None
+
     def losses(batch: data.Batch) -> torch.Tensor:  # one object for all steps: a captured step is found by it
-        return task.compiled_losses(batch, at_once)
+        return task.compiled_losses(batch, at_once, centred)
 
     rates = schedule(optimizer, settings, planned)
     for step in range(optimizer.param_groups[0]["step"], settings.max_steps):
@@ -215,6 +221,11 @@ def _settle_large_rows(task: Task, settings: Settings, journal: Path | None, sho
     return value
 
 
+def fits_biases(task: Task, settings: Settings) -> bool:
+    """Whether label biases are fitted when the run has ended, and its steps learn the rest (label_bias.py)."""
+    return settings.label_bias == "fit" and task.classes is not None
+
+
 def recipe(task: Task, settings: Settings, planned: int) -> dict[str, Any]:
     """What a resumed run has to share with the one it continues, beside what the optimizer's header holds."""
     digest = hashlib.sha256(repr(task.examples).encode()).hexdigest()
@@ -223,6 +234,8 @@ def recipe(task: Task, settings: Settings, planned: int) -> dict[str, Any]:
     bits["large_rows"] = many_rows.NAMES.get(settings.large_rows, settings.large_rows)
     if settings.compile:
         bits["compile"] = True
+    if fits_biases(task, settings):
+        bits["label_bias"] = settings.label_bias
     return {
         "max_steps": planned,
         **{name: getattr(settings, name) for name in kept},

@@ -20,9 +20,12 @@ PAPER: dict[str, Any] = dict(
     directions=1,
     batch_size=16,
     decay=1.0,
+    label_bias="none",
 )
-LEARNING_RATE_PER_DIRECTION = 2e-2  # relative; one pair over a small batch diverges at twice this
+RATE = 4e-2  # learning rate per direction, relative to the scales
+CLASSIFICATION_RATE = 8e-2  # where label biases are fitted: their noise is not in the steps (bench/study)
 DECAY = 0.1  # the learning rate falls linearly to this part of itself
+LABEL_BIASES = ("fit", "none")
 KEEPS = ("last", "best")  # the step whose model is saved, where there is a validation split
 MOST_DIRECTIONS = (1 << 16) - 1  # that a journal's records can number
 
@@ -32,7 +35,7 @@ class Settings:
     """What decides a run's result, beside the model and the data. Each field's range is checked here, so that a wrong
     one is refused before a model is loaded: ValueError names the field, what it was given, and its range.
 
-    learning_rate : None: 2e-2 per direction
+    learning_rate : None: 4e-2 per direction, 8e-2 of a classification whose label biases are fitted; `fit` fills it in
     eps : with `relative` a part of a scale, in (0, 1]; else in the units of the scales
     decay : the learning rate falls linearly to this part of itself
     large_rows : "auto" becomes "fused" in `fit` unless rounded weights are measured to keep the signal (large_rows.py)
@@ -42,15 +45,17 @@ class Settings:
     max_cut : the share of examples that may be cut to max_length, in [0, 1]
     eval_every : steps between two measurements of the validation split; None: a tenth of the run
     patience : measurements in a row without a lower loss after which the run ends; None: it makes all its steps
+    label_bias : "fit": of a classification (the same options of one token in all examples) the steps learn what a bias
+        per option cannot do, and these are fitted when the run has ended; "none": the steps learn all
     keep : "last", the last step is what is saved; or "best", the one with the lowest validation loss
     """
 
     max_steps: int = 200
-    batch_size: int = 8
+    batch_size: int = 16
     learning_rate: float | None = None
     eps: float = EPS
     clip: float = CLIP
-    directions: int = 4
+    directions: int = 2
     noise: str = "rademacher"
     relative: bool = True
     sharing: str = "group"
@@ -71,12 +76,13 @@ class Settings:
     eval_every: int | None = None
     patience: int | None = None
     keep: str = "last"
+    label_bias: str = "fit"
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()
-        if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATE_PER_DIRECTION * self.directions
         for name in ("learning_rate", "eps", "clip", "floor", "decay", "max_cut"):
+            if name == "learning_rate" and self.learning_rate is None:
+                continue
             try:
                 setattr(self, name, float(getattr(self, name)))  # YAML reads 1e-2 as a text
             except (TypeError, ValueError):
@@ -90,7 +96,12 @@ class Settings:
         law_number(self.noise)
         check_sharing(self.sharing, self.relative)
         check_large_rows(self.large_rows)
-        for name, known in (("packing", PACKINGS), ("keep", KEEPS), ("chat_loss", CHAT_LOSSES)):
+        for name, known in (
+            ("packing", PACKINGS),
+            ("keep", KEEPS),
+            ("chat_loss", CHAT_LOSSES),
+            ("label_bias", LABEL_BIASES),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: known are {', '.join(known)}")
 
@@ -117,7 +128,7 @@ class Settings:
         eps = "a number > 0 and <= 1, a part of each scale" if self.relative else "a finite number > 0"
         rate = self.learning_rate
         for name, good, wanted in (
-            ("learning_rate", rate is not None and finite(rate) and rate >= 0, "a finite number >= 0"),
+            ("learning_rate", rate is None or (finite(rate) and rate >= 0), "a finite number >= 0"),
             ("eps", finite(self.eps) and self.eps > 0 and (self.eps <= 1 or not self.relative), eps),
             ("clip", self.clip > 0, "a number > 0 (inf: no clipping)"),
             ("floor", finite(self.floor) and self.floor >= 0, "a finite number >= 0"),

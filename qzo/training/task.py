@@ -11,6 +11,7 @@ import torch
 
 from ..loss import own_loss
 from ..loss.head import has_encoder
+from ..loss.label_bias import Biases, Centred, add_biases_, biases_of, fit_label_bias
 from ..loss.losses import losses, model_inputs, option_scores, pair
 from ..system.progress import tracked
 from .buckets import Buckets, next_step
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Measure = dict[str, float | None]
+FITTED = 1024  # examples that label biases are fitted on, at the most
 
 
 class Task:
@@ -129,15 +131,15 @@ class Task:
         """
         return functools.partial(self.losses, self.batch(indices, count), count)
 
-    def losses(self, batch: Batch, count: int) -> torch.Tensor:
-        """The loss of each of `count` evaluations over a `batch`, float32 [count]."""
+    def losses(self, batch: Batch, count: int, centred: Centred | None = None) -> torch.Tensor:
+        """The loss of each of `count` evaluations over a `batch`, float32 [count]; centred: as `qzo.losses` has it."""
         with self._starting(batch):
-            return losses(self.model, batch, count)
+            return losses(self.model, batch, count, centred)
 
-    def compiled_losses(self, batch: Batch, count: int) -> torch.Tensor:
+    def compiled_losses(self, batch: Batch, count: int, centred: Centred | None = None) -> torch.Tensor:
         """The same through the compiled body, if there is one."""
         with contextlib.nullcontext() if self.compiled is None else self.compiled.body():
-            return self.losses(batch, count)
+            return self.losses(batch, count, centred)
 
     @torch.no_grad()
     def scores(self, batch_size: int = 32, first: int | None = None) -> torch.Tensor:
@@ -150,17 +152,33 @@ class Task:
                 parts.update(zip(indices, option_scores(self.model, batch), strict=True))
         return torch.stack([parts[i] for i in range(count)])
 
-    def evaluate(self, batch_size: int = 32) -> Measure:
+    def evaluate(self, batch_size: int = 32, fitted: bool = False) -> Measure:
         """{"loss", "accuracy"}: mean over examples; of a task without options over labelled tokens, and accuracy None.
-        So exp(loss) is then the perplexity, and no batch size changes what is meant."""
+        So exp(loss) is then the perplexity, and no batch size changes what is meant. fitted: with label biases fitted
+        on these very examples, for a run that fits the model's own when it ends."""
         if self.examples[0].options is not None:
-            return measure(self.scores(batch_size), self.labels())
+            scores, label = self.scores(batch_size), self.labels()
+            return measure(scores + fit_label_bias(scores, label) if fitted else scores, label)
         total, count = 0.0, 0
         for indices in tracked(self._by_length(batch_size, len(self.examples)), "evaluating", "batches"):
             tokens = sum(self._targets(self.examples[i], False) for i in indices)
             total += float(self.closure(indices, 1)()) * tokens
             count += tokens
         return {"loss": total / count, "accuracy": None}
+
+    @functools.cached_property
+    def classes(self) -> tuple[int, ...] | None:
+        """The tokens of the options, where these are the same and one token each in all examples: a classification."""
+        options = self.examples[0].options
+        if options is None or _several(self.examples) or any(e.options != options for e in self.examples):
+            return None
+        return tuple(token for (token,) in options)
+
+    def fit_biases_(self) -> Biases:
+        """Fit a label bias per class on the first examples, and add it to the model's; returns all that it has then."""
+        assert self.classes is not None, "asked for of a classification only"
+        bias = fit_label_bias(self.scores(first=FITTED), self.labels()[:FITTED])
+        return add_biases_(self.model, self.classes, bias.tolist())
 
     def labels(self) -> torch.Tensor:
         """int64 [examples]: the right option of each."""
@@ -183,6 +201,10 @@ class Task:
             batch = packed_batch(examples, self.pad_id, self.device, join, shape)
         else:
             batch = collate(examples, self.pad_id, self.device, shape)
+        biases = biases_of(self.model)
+        if biases and "option_ids" in batch:
+            rows_of_biases = [[biases.get(token, 0.0) for (token,) in example.options] for example in examples]
+            batch["option_bias"] = torch.tensor(rows_of_biases, device=self.device)
         if self.prefix is not None:
             cache, first_row = self.cache
             numbers = [first_row[i] + k for i, some in zip(indices, rows, strict=True) for k in range(len(some))]
@@ -223,25 +245,6 @@ def measure(scores: torch.Tensor, label: torch.Tensor) -> Measure:
     """{"loss", "accuracy"} of option scores [B, O] against labels [B]."""
     loss = torch.nn.functional.cross_entropy(scores.float(), label)
     return {"loss": float(loss), "accuracy": float((scores.argmax(1) == label).double().mean())}
-
-
-def fit_label_bias(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """The control: one additive bias per option that minimizes the cross entropy of the untouched model's scores.
-
-    A tuned model has learned something about the inputs only where it beats this. Returns float32 [O], mean 0.
-    """
-    scores = scores.double()
-    bias = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device, requires_grad=True)
-    solver = torch.optim.LBFGS([bias], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        solver.zero_grad()
-        value = torch.nn.functional.cross_entropy(scores + bias, label)
-        value.backward()
-        return value
-
-    solver.step(loss)
-    return (bias - bias.mean()).detach().float()
 
 
 def known_tokens(model: "PreTrainedModel") -> float:

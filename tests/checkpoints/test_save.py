@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 import qzo
 from qzo.checkpoints import save
 from qzo.checkpoints.formats import files
+from qzo.loss.label_bias import biases_of, set_biases_
 from tests.support.checkpoints import TYPES, scale_randomly, write_gguf
 from tests.support.float_models import LLAMA, make
 from tests.support.paths import FIXTURES
@@ -130,3 +131,25 @@ def test_formats_that_there_are_to_export_to():
         ValueError, match="export to 'float' is not supported; supported are 'awq', 'bitsandbytes', 'comp"
     ):
         save.check_format("float")
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_label_biases_are_saved_and_loaded(tmp_path, kind):
+    """In generation_config.json, which a GGUF file has beside it: nothing but biases is taken from there then."""
+    source = CT
+    if kind == "gguf":
+        source = write_gguf(tmp_path / "m.gguf", TYPES.Q4_0, tied=False) or tmp_path / "m.gguf"
+    model = load(source)
+    qzo.save_pretrained(model, tmp_path / "without")
+    set_biases_(model, [(7, 0.5), (9, -0.5)])
+    qzo.save_pretrained(model, tmp_path / "with")
+    saved = tmp_path / "with" / ("m.gguf" if kind == "gguf" else "")
+    again = load(saved)
+    assert biases_of(again) == {7: 0.5, 9: -0.5}
+    assert again.generation_config.eos_token_id == model.generation_config.eos_token_id
+    for path in sorted(tmp_path.glob("without/*")):
+        changed = path.name == "generation_config.json"
+        assert changed or path.read_bytes() == (tmp_path / "with" / path.name).read_bytes()
+    qzo.save_pretrained(again, tmp_path / "again")
+    copied = [tmp_path / name / "generation_config.json" for name in ("with", "again")]
+    assert copied[0].read_bytes() == copied[1].read_bytes()

@@ -9,8 +9,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import qzo
 from qzo.cli.main import main
+from qzo.loss.label_bias import fit_label_bias, set_biases_
 from qzo.training.data import tokenize
-from qzo.training.task import Task, fit_label_bias, measure
+from qzo.training.task import Task, measure
 from tests.support import tiny
 
 TEXTS = [{"text": "red green blue"}, {"text": "stone leaf sky fire water up down"}, {"text": "one two"}]
@@ -83,6 +84,8 @@ def test_the_untuned_model_and_the_control_stand_beside_a_run(tuned, tmp_path, c
     assert found["control"] == {"valid": measure(valid.scores() + bias, valid.labels())}
     assert found["control"]["valid"]["loss"] != found["zero_shot"]["valid"]["loss"] != found["splits"]["valid"]["loss"]
     assert qzo.replay(valid.model, journal) == found["steps"] == 4
+    assert found["splits"]["valid"] != valid.evaluate(), "label biases were fitted at the end"
+    set_biases_(valid.model, json.loads(journal.with_name("run.json").read_text())["label_bias"])
     assert found["splits"]["valid"] == valid.evaluate()
     assert main(["eval", str(base), "--group-size", "32", "--data", str(tmp_path), "--journal", str(journal)]) == 0
     names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]]

@@ -8,7 +8,7 @@ from qzo.cli.main import main
 from qzo.kernels import noise, table
 from qzo.nn import ops
 from qzo.training import encode, packing
-from qzo.training.settings import KEEPS, LEARNING_RATE_PER_DIRECTION, Settings
+from qzo.training.settings import CLASSIFICATION_RATE, KEEPS, LABEL_BIASES, RATE, Settings
 
 
 def test_choices_are_those_of_the_modules():
@@ -22,7 +22,8 @@ def test_choices_are_those_of_the_modules():
     assert options.TABLES == tuple(sorted(table.NAMED))
     settings = Settings()
     assert {name: getattr(settings, name) for name in options.DEFAULTS} == options.DEFAULTS
-    assert LEARNING_RATE_PER_DIRECTION == options.RATE
+    assert (RATE, CLASSIFICATION_RATE) == (options.RATE, options.CLASSIFICATION_RATE)
+    assert LABEL_BIASES == options.LABEL_BIASES
     assert settings.text_eos is True
 
 

@@ -112,6 +112,42 @@ def test_the_same_seed_gives_the_same_bits_and_resume_goes_on(base, corpus, tmp_
     assert files(tmp_path / "a" / "model") == files(tmp_path / "b" / "model")
 
 
+def biases_in(folder):
+    return json.loads((folder / "generation_config.json").read_text()).get("sequence_bias")
+
+
+def test_label_biases_are_fitted_when_a_run_has_ended(base, corpus, tmp_path, capsys):
+    """They are part of the model that is saved: what is told of it is what others find."""
+    out = tmp_path / "out"
+    assert main(arguments(base, corpus, out, "--json")) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [token for token, _ in results["label_bias"]] == [18, 19], "warm and cold, of the tokenizer"
+    assert results["label_bias"][0][1] == pytest.approx(-results["label_bias"][1][1], abs=1e-6) != 0
+    assert biases_in(out / "model") == [[[token], bias] for token, bias in results["label_bias"]]
+    evaluated = ["eval", "--data", str(corpus), "--device", "cpu", "--json", "--group-size", "32"]
+    for model in ([str(out / "model")], [str(base), "--journal", str(out / "journal.qzo")]):
+        assert main([*evaluated, *model]) == 0
+        found = json.loads(capsys.readouterr().out)["splits"]["valid"]
+        assert found == pytest.approx(results["tuned"], rel=1e-4), "rounding of the saved scales apart"
+    until = ["replay", str(base), str(out / "journal.qzo"), "--output-dir", str(tmp_path / "five"), "--until", "5"]
+    assert main([*until, "--group-size", "32"]) == 0
+    assert "are those of step 12: the model of step 5 has none" in capsys.readouterr().err
+    assert biases_in(tmp_path / "five") is None
+
+
+def test_without_label_biases_the_scales_learn_all(base, corpus, tmp_path):
+    for name, more in (("fit", []), ("none", ["--label-bias", "none"])):
+        assert main(arguments(base, corpus, tmp_path / name, *more)) == 0
+    header, steps, _ = read_whole(tmp_path / "none" / "journal.qzo")
+    assert "label_bias" not in header["recipe"], "as in journals from before there were any"
+    assert read_whole(tmp_path / "fit" / "journal.qzo")[0]["recipe"]["label_bias"] == "fit"
+    assert biases_in(tmp_path / "none" / "model") is None
+    assert json.loads((tmp_path / "none" / "run.json").read_text())["label_bias"] == []
+    centred = read_whole(tmp_path / "fit" / "journal.qzo")[1]
+    assert steps[0][0].applied != centred[0][0].applied
+    assert steps[0][0].loss_plus == centred[0][0].loss_plus, "the first evaluation is where the push is measured"
+
+
 def test_yaml_and_the_paper_recipe(base, corpus, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -152,7 +188,7 @@ def test_graph_and_compile_options(base, corpus, tmp_path, given, line, want):
 
 def test_a_graph_that_is_asked_for_without_a_gpu_is_one_line(base, corpus, tmp_path, capsys):
     assert main(arguments(base, corpus, tmp_path / "out", "--cuda-graph", "--max-steps", "2")) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "graph" in line]
     assert len(said) == 1
     assert said[0].startswith("qzo: warning: cuda_graph=True: the scales are on 'cpu'")
     assert main(arguments(base, corpus, tmp_path / "plain", "--no-cuda-graph", "--max-steps", "2")) == 0

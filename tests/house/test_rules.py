@@ -173,6 +173,8 @@ UNTESTED = {
     "bench/gpu_warm.py": PART,
     "bench/packing.py": SCRIPT,
     "bench/peers.py": "kernels of other projects, which need a GPU and their packages",
+    "bench/study/__main__.py": "two lines around runs.py",
+    "bench/study/runs.py": "test_methods.py makes its runs",
     "bench/small.py": "three of the kinds of cases that test_run.py runs",
     "bench/test_speed.py": "a file of tests itself, for pytest-benchmark",
     "qzo/__main__.py": "two lines, which tests/cli runs",

@@ -12,7 +12,7 @@ import transformers
 from qzo.training.data import Example
 from qzo.training.packing import row_of
 from qzo.training.prefix import FrozenPrefix
-from qzo.training.task import Task, fit_label_bias, measure
+from qzo.training.task import Task, measure
 
 BERT = {
     "hidden_size": 64,
@@ -210,19 +210,37 @@ def test_a_measure_is_cross_entropy_and_the_share_that_is_right():
     assert found == {"loss": pytest.approx(wanted, rel=1e-6), "accuracy": pytest.approx(2 / 3)}
 
 
-def loss_of(scores: torch.Tensor, label: torch.Tensor) -> float:
-    loss = measure(scores, label)["loss"]
-    assert loss is not None
-    return loss
+# ---------------------------------------------------------------------------------------------- label biases
 
 
-def test_label_bias_is_the_best_there_is():
-    torch.manual_seed(0)
-    scores, label = torch.randn(200, 4) + torch.tensor([3.0, 0, -2, 0]), torch.randint(0, 4, (200,))
-    bias = fit_label_bias(scores, label)
-    best = loss_of(scores + bias, label)
-    assert best < loss_of(scores, label) - 0.5
-    assert (bias.dtype, bias.mean().abs() < 1e-6) == (torch.float32, True)
-    for i in range(4):
-        for move in (-0.05, 0.05):
-            assert loss_of(scores + bias + move * torch.eye(4)[i], label) > best
+@pytest.mark.parametrize(
+    ("examples", "classes"),
+    [
+        (CHOICES, (4, 5)),
+        ([*CHOICES, choice(4, 1, ((4,), (6,)))], None),  # of one example another option
+        (SEVERAL, None),  # of several tokens
+        ([text(4)], None),
+    ],
+)
+def test_a_classification_has_the_same_options_of_one_token_everywhere(examples, classes):
+    assert Task(llama(), examples, 0).classes == classes
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_fitted_biases_are_in_scores_and_losses_from_then_on(bucketed):
+    task = Task(llama(), CHOICES, 0, bucketed=bucketed)
+    scores, label, wanted = task.scores(), task.labels(), task.evaluate(fitted=True)
+    before = task.evaluate()
+    assert wanted["loss"] is not None
+    assert before["loss"] is not None
+    assert wanted["loss"] < before["loss"]
+    [(first, bias), (second, other)] = task.fit_biases_()
+    assert (first, second, bias + other) == (4, 5, pytest.approx(0, abs=1e-6))
+    moved = scores + torch.tensor([bias, other])
+    assert torch.allclose(task.scores(), moved)
+    assert task.evaluate() == pytest.approx(wanted)
+    indices = [0, 2, 4]
+    losses = task.losses(task.batch(indices, 2), 2)
+    assert losses.tolist() == pytest.approx([measure(moved[indices], label[indices])["loss"]] * 2, rel=1e-5)
+    task.fit_biases_()
+    assert task.evaluate() == pytest.approx(wanted), "there is nothing left to fit"

@@ -12,6 +12,7 @@ from . import files, safetensors_file
 from .protocol import Change, Entry, Find, NewTensor, Place
 from .rounding import stored_scales
 
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 # what a new folder does not take over: weights, and the quantization_config of the source's own format
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")

@@ -1,0 +1,5 @@
+"""`python -m qzo.bench.study`: runs.py."""
+
+from .runs import main
+
+main()

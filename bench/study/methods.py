@@ -1,0 +1,147 @@
+"""What the study compares: zeroth-order recipes as `qzo train` runs them, and gradients on the same layers.
+
+Cost is counted in forward rows: a row of the batch in one evaluation. A backward counts as two of them.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ...checkpoints.load import from_pretrained
+from ...checkpoints.tokenizer import load_tokenizer
+from ...loss.label_bias import fit_label_bias
+from ...loss.losses import option_scores
+from ...nn.layers import layers
+from ...training import demo, loop
+from ...training.settings import PAPER, Settings
+from ...training.task import Measure, measure
+from ...training.validation import Base
+from ..first_order import Differentiable
+from .tasks import Rows
+
+BATCH = 32  # of gradients
+FORWARD_AND_BACKWARD = 3
+RANK = 8
+Scores = dict[str, Measure]
+
+
+class Study:
+    """The demo's model with a task's rows; each method starts from its untouched scales."""
+
+    def __init__(self, rows: Rows, train_layers: int):
+        path = demo.model_file()
+        self.model, tokenizer = from_pretrained(path, device="cpu"), load_tokenizer(path)
+        self.train_layers, prefix = train_layers, loop.choose_layers(self.model, train_layers)
+        self.training, self.validation, self.held_out = (
+            loop.build_task(self.model, records, tokenizer, Settings(train_layers=train_layers), prefix)
+            for records in (rows.training, rows.validation, rows.held_out)
+        )
+        self.base = Base(self.model)
+
+    def measured(self, bias: torch.Tensor | float = 0.0) -> Scores:
+        """Both splits, with biases of the options added to the scores."""
+        splits = {"validation": self.validation, "held_out": self.held_out}
+        return {name: measure(task.scores() + bias, task.labels()) for name, task in splits.items()}
+
+    def untrained(self) -> dict[str, Scores]:
+        """Of the untouched model, and with label biases alone."""
+        bias = fit_label_bias(self.training.scores(), self.training.labels())
+        return {"zero-shot": self.measured(), "label biases only": self.measured(bias)}
+
+    def zeroth_order(self, rows: int, seed: int, options: dict[str, Any]) -> Scores:
+        """A run of `qzo train` over so many forward rows."""
+        settings = Settings(seed=seed, train_layers=self.train_layers, **options)
+        settings.max_steps = rows // (2 * settings.directions * settings.batch_size)
+        try:
+            with tempfile.TemporaryDirectory() as out:
+                loop.fit(self.training, settings, Path(out), show=False)
+            if loop.fits_biases(self.training, settings):
+                self.training.fit_biases_()
+            return self.measured()
+        finally:
+            self.base.restore()
+            assert self.model.generation_config is not None
+            self.model.generation_config.sequence_bias = None
+
+    def first_order(self, rows: int, seed: int, rate: float, adapt: "Adapter") -> Scores:
+        """Adam over so many rows, the learning rate falling linearly to a tenth; label biases are fitted at the end, as
+        of a zeroth-order run."""
+        steps = rows // (BATCH * FORWARD_AND_BACKWARD)
+        with adapted(self.model, adapt, seed) as parameters:
+            optimizer = torch.optim.Adam(parameters, lr=rate)
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = rate * (1 - 0.9 * step / steps)
+                batch = self.training.batch(self.training.indices(step, BATCH, seed), 1)
+                with self.training._starting(batch):
+                    loss = functional.cross_entropy(option_scores(self.model, batch), batch["label"])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            return self.measured(fit_label_bias(self.training.scores(), self.training.labels()))
+
+
+class LowRank(nn.Module):
+    """A QZOLinear with a low-rank update beside it, LoRA (arXiv 2106.09685) with alpha twice the rank, as is usual."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.weight, self.bias = layer.dequantize(), layer.bias
+        self.down = nn.Parameter(torch.empty(RANK, layer.in_features))
+        self.up = nn.Parameter(torch.zeros(layer.out_features, RANK))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [.., K] -> [.., N]."""
+        return functional.linear(x, self.weight, self.bias) + 2 * (x @ self.down.T) @ self.up.T
+
+
+Adapter = Callable[[Any], nn.Module]
+
+
+@contextmanager
+def adapted(model: nn.Module, adapt: Adapter, seed: int) -> Iterator[list[nn.Parameter]]:
+    """Inside, adapters stand in the trained layers' places; yields their parameters."""
+    torch.manual_seed(seed)
+    found = layers(model)
+    made = {name: adapt(layer) for name, layer in found.items()}
+    try:
+        for name, module in made.items():
+            model.set_submodule(name, module)
+        yield [parameter for module in made.values() for parameter in module.parameters() if parameter.requires_grad]
+    finally:
+        for name, layer in found.items():
+            model.set_submodule(name, layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A recipe, and the learning rates that are tried (runs.py chooses)."""
+
+    rates: tuple[float, ...]
+    options: dict[str, Any] | None = None  # of Settings; None: gradients
+    adapt: Adapter | None = None
+
+    def run(self, study: Study, rows: int, seed: int, rate: float) -> Scores:
+        """The scores after so many forward rows."""
+        if self.options is None:
+            assert self.adapt is not None
+            return study.first_order(rows, seed, rate, self.adapt)
+        return study.zeroth_order(rows, seed, {**self.options, "learning_rate": rate})
+
+
+LEARNED = {"label_bias": "none"}
+METHODS = {
+    "default": Method((8e-2, 16e-2), {}),
+    "biases learned": Method((8e-2, 16e-2), LEARNED),
+    "biases learned, 4 directions x 8 rows": Method((8e-2, 16e-2), {"directions": 4, "batch_size": 8, **LEARNED}),
+    "paper's recipe": Method((5e-5, 1e-4, 2e-4), {key: PAPER[key] for key in PAPER.keys() - {"learning_rate"}}),
+    "first-order, scales": Method((1e-3, 3e-3), None, Differentiable),
+    "first-order, LoRA": Method((3e-4, 1e-3), None, LowRank),
+}

@@ -1,0 +1,53 @@
+"""The study's table says what its rows say, at the rate that validation chose."""
+
+import json
+
+import pytest
+
+from qzo.bench.study import report
+
+
+def row(method, seed, rate, validation, loss, task="headlines", rows=6144, accuracy=0.5):
+    scores = {
+        "validation": {"loss": validation, "accuracy": 0.1},
+        "held_out": {"loss": loss, "accuracy": accuracy},
+    }
+    return {"task": task, "method": method, "rows": rows, "seed": seed, "rate": rate, "scores": scores}
+
+
+ROWS = [
+    row("default", 0, 0.1, 0.6, 0.5),
+    row("default", 1, 0.1, 1.2, 0.9),
+    row("default", 0, 0.2, 0.7, 0.8, accuracy=0.7),
+    row("default", 1, 0.2, 0.9, 0.6, accuracy=0.8),
+    row("zero-shot", None, None, 1.1, 1.2, rows=0),
+    row("label biases only", None, None, 1.0, 1.0, rows=0),
+    row("first-order, scales", 0, 0.001, 0.4, 0.4),
+    row("default", 0, 0.2, 0.7, 0.3, task="movie"),
+]
+
+
+def test_lines_are_of_the_rate_with_the_least_mean_validation_loss():
+    made = report.lines(ROWS)
+    assert [(line.task, line.method) for line in made] == [
+        ("headlines", "zero-shot"),
+        ("headlines", "label biases only"),
+        ("headlines", "default"),
+        ("headlines", "first-order, scales"),
+        ("movie", "default"),
+    ]
+    default = made[2]
+    assert (default.rate, default.losses, default.accuracies) == (0.2, [0.8, 0.6], [0.7, 0.8])
+    assert report.share(default, made) == pytest.approx((1.0 - 0.7) / (1.0 - 0.4))
+    assert report.share(made[1], made) is None
+    assert report.share(made[4], made) is None, "of movie neither end is known"
+    text = report.as_markdown(made)
+    assert "| headlines | default | 6,144 | 0.2 | 2 | 75.0 %, 70.0 % | 0.700, 0.800 | 50 % |" in text
+
+
+def test_from_files_to_a_table_and_a_picture(tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in ROWS))
+    report.main([str(path), "--plot", str(tmp_path / "r.png")])
+    assert capsys.readouterr().out.count("\n") == 2 + 5
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
