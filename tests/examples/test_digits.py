@@ -1,7 +1,6 @@
-"""The digits: the committed base learns a 9 by forward passes; what its scripts share; what the results file says."""
+"""The digits: the committed base learns a 9 by forward passes; what its scripts share."""
 
 import importlib
-import json
 
 import pytest
 import torch
@@ -69,15 +68,3 @@ def test_samples_follow_the_flow_to_its_end(scripts):
         found = digits.sample(straight, labels, steps=5, guidance=guidance)
         want = ends[digits.EMPTY] + guidance * (ends[labels] - ends[digits.EMPTY])
         torch.testing.assert_close(found, want.view(-1, 1, 1, 1).expand_as(found), atol=1e-5, rtol=1e-5)
-
-
-def test_the_results_are_what_was_asked_for():
-    [*rows] = map(json.loads, (FOLDER / "results.jsonl").read_text().splitlines())
-    assert sorted(row["seed"] for row in rows) == [0, 1, 2]
-    for row in rows:
-        before, after = (row[when]["read_right"] for when in ("before", "after"))
-        assert row["reader_accuracy"] >= 0.95
-        assert before[9] <= 0.05
-        assert after[9] >= 0.5
-        assert all(now >= was - 0.05 for was, now in zip(before[:9], after[:9], strict=True)), (before, after)
-        assert row["loss_of_nines"]["mean"] < -5 * row["loss_of_nines"]["error"]
