@@ -64,6 +64,7 @@ setup(
             "compressed-tensors",
             "accelerate",
             "pyarrow",
+            "scikit-learn",
             "trl",
         ],
         "data": ["pyarrow"],
