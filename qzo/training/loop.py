@@ -157,7 +157,7 @@ def fit(
     return start
 
 
-def _settled(task: Task, settings: Settings, out: Path, resume: bool, show: bool | None) -> tuple[int, str]:
+def _settled(task: Trainable, settings: Settings, out: Path, resume: bool, show: bool | None) -> tuple[int, str]:
     """(planned steps, large_rows) of a run, which the journal of one that goes on decides."""
     journal, large_rows = out / "journal.qzo" if resume else None, settings.large_rows
     if large_rows == "auto":
