@@ -81,7 +81,7 @@ def test_it_goes_on_where_it_was_stopped(files, monkeypatch, capsys):
         return real(*given)
 
     monkeypatch.setattr(DiffusionTask, "batch", stopping)
-    assert main(line(files, "p", "broken", "--max-steps 4")) == 1
+    assert main(line(files, "p", "broken", "--max-steps 4")) == 130
     assert "stopped after 2 steps" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr("qzo.diffusion.cache.vae_encoder", None)
@@ -94,7 +94,7 @@ def test_a_stopped_build_of_the_cache_goes_on_without_resume(files, monkeypatch,
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qzo.diffusion.cache.vae_encoder", stopped)
-    assert main(line(files, "p", "early", "--max-steps 1")) == 1
+    assert main(line(files, "p", "early", "--max-steps 1")) == 130
     assert "stopped outside the training steps" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(line(files, "p", "early", "--max-steps 1 --json --keep best --eval-every 1")) == 0
