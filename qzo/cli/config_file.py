@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .options import add_train
+from .train_options import add_train
 
 OUTSIDE = ("checkpoint", "config")  # of the command line only; the first is --model without its name
 

@@ -2,15 +2,8 @@
 
 import argparse
 
-from .options import (
-    DEFAULTS,
-    DTYPES,
-    TABLES,
-    add_launching,
-    add_overwrite,
-    add_perturbation,
-    add_validation,
-)
+from .options import DTYPES, TABLES, add_overwrite
+from .train_options import DEFAULTS, add_launching, add_perturbation, add_validation
 
 DENSITIES = ("logit-normal", "mode", "uniform")
 WEIGHTINGS = ("none", "cosmap")

@@ -19,7 +19,7 @@ import argcomplete
 
 from ..system import disk
 from ..version import __version__
-from . import diffusion_options, early, options, report_options
+from . import diffusion_options, early, options, report_options, train_options
 from .config_file import arguments_of
 
 COMMANDS = {  # name: (what it does, an example, its options)
@@ -31,7 +31,7 @@ COMMANDS = {  # name: (what it does, an example, its options)
     "train": (
         "fine-tune a model on JSON lines",
         "qzo train model.gguf --data data/ --output-dir out --max-steps 500 --train-layers 6",
-        options.add_train,
+        train_options.add_train,
     ),
     "train-diffusion": (
         "fine-tune a flow-matching diffusion transformer on pictures with captions",

@@ -3,7 +3,8 @@ torch."""
 
 import argparse
 
-from .options import DTYPES, LARGE_ROWS, OFFLOADS, add_model, add_overwrite, add_reading
+from .options import DTYPES, add_model, add_overwrite, add_reading
+from .train_options import LARGE_ROWS, OFFLOADS
 
 BITS = (2, 4, 8)
 CODES = ("int4", "int2", "int8", "nf4", "aqlm-1x16", "aqlm-2x8")

@@ -113,6 +113,7 @@ def _quantized(model: Any, folder: Path, dtype: torch.dtype, group_size: int | N
 
     def read() -> Iterator[Entry]:
         for name, value, where in read_dense(folder, None):
+            assert isinstance(value, torch.Tensor), where  # a float folder has no others
             layer = chosen.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             if layer is not None:
                 yield name, quantize_weight(value, layer.group_size, table=entries), where

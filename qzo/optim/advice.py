@@ -25,6 +25,16 @@ def against_nan(module: nn.Module, group: Mapping[str, Any]) -> str:
     return f"{first}{rates}, or check the data and what the closure computes"
 
 
+def against_alike(steps: int, group: Mapping[str, Any]) -> str:
+    """What to do where the losses of +eps and -eps never differed in the first `steps` steps."""
+    return (
+        f"the losses of +eps and -eps had the same bits in all of the first {steps} steps: the objective does not see "
+        "the perturbation. Compute it inside the closure, with the module that this optimizer was made for, from "
+        "nothing kept between calls; a metric that ties (accuracy or a reward over few rows) needs more rows or "
+        f"directions, a larger eps ({group['eps']:g}), or finer values"
+    )
+
+
 def warn_if_rounded_away(module: nn.Module, arena: ScaleArena, eps: float, relative: bool) -> None:
     """Warn when the activations' rounding drowns L+ - L-.
 

@@ -20,7 +20,7 @@ from ..nn.evaluations import Evaluations
 from ..nn.layers import arena_of, check_sharing_of, evaluating, layers
 from ..nn.streaming.offload import together
 from ..system.ranks import Ranks
-from .advice import against_nan, warn_if_rounded_away
+from .advice import against_alike, against_nan, warn_if_rounded_away
 from .defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
@@ -332,12 +332,7 @@ class QZO(torch.optim.Optimizer):
                 f"{against_nan(self.module, group)}"
             )
         if self._alike is not None and self._alike >= ALIKE:
-            raise ValueError(
-                f"the losses of +eps and -eps had the same bits in all of the first {self._alike} steps: the objective "
-                "does not see the perturbation. Compute it inside the closure, with the module that this optimizer was "
-                "made for, from nothing kept between calls; a metric that ties (accuracy or a reward over few rows) "
-                f"needs more rows or directions, a larger eps ({group['eps']:g}), or finer values"
-            )
+            raise ValueError(against_alike(self._alike, group))
         if skipped and not self._told:
             self._told = True
             warnings.warn(

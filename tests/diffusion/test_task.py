@@ -12,11 +12,12 @@ from qzo.diffusion.task import STRATA, DiffusionTask
 from qzo.diffusion.transformer import load_transformer
 from qzo.nn.evaluations import Evaluations
 from qzo.nn.layers import arena_of, evaluating
-from qzo.optim.journal import JournalError, read
+from qzo.optim.journal import JournalError
 from qzo.training.loop import Interrupted, fit
 from qzo.training.settings import Settings
 from qzo.training.validation import Validation
 from tests.support import pipelines
+from tests.support.journals import read_whole
 
 CPU = torch.device("cpu")
 LAW = FlowLaw(shift=3.0, draws=2, dropout=0.3)
@@ -118,7 +119,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(make, tmp_path, sequentia
 
 def test_another_law_is_another_run(make, tmp_path):
     fit(make(), settings(max_steps=2), tmp_path, show=False)
-    assert len(read(tmp_path / "journal.qzo")[1]) == 2
+    assert len(read_whole(tmp_path / "journal.qzo")[1]) == 2
     with pytest.raises(JournalError, match="data"):
         fit(make(FlowLaw(shift=2.0, draws=2)), settings(max_steps=2), tmp_path, resume=True, show=False)
 

@@ -78,8 +78,8 @@ def made_by_bitsandbytes(folder, double):
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        answers = {"validate_environment": lambda *_, **__: None, "update_device_map": lambda *_: {"": "cpu"}}
-        mock.patch.multiple(BnB4BitDiffusersQuantizer, **answers).start()
+        mock.patch.object(BnB4BitDiffusersQuantizer, "validate_environment", return_value=None).start()
+        mock.patch.object(BnB4BitDiffusersQuantizer, "update_device_map", return_value={"": "cpu"}).start()
     print(f"bitsandbytes {bitsandbytes.__version__}")
     with tempfile.TemporaryDirectory() as temporary:
         trained(Path(temporary) / "trained")

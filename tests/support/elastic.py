@@ -61,4 +61,4 @@ def launch(count, *arguments):
 
 if __name__ == "__main__":
     launch(*sys.argv[1:5])
-    train(*sys.argv[2:4], sys.argv[4] + "-alone")
+    train(sys.argv[2], sys.argv[3], sys.argv[4] + "-alone")

@@ -1,5 +1,6 @@
 """Models of blocks to offload, runs on them, and copiers that show what the real ones may do at worst."""
 
+import functools
 import random
 import time
 
@@ -58,13 +59,14 @@ def run(model, steps=4, directions=1, paired=True, parts=1):
         return model(part.repeat(count, 1)).square().mean(1).view(count, -1).mean(1)
 
     def closure():
-        parts_losses = qzo.together(model, [lambda part=part: of_part(part) for part in rows])
+        parts_losses = qzo.together(model, [functools.partial(of_part, part) for part in rows])
         losses = sum(parts_losses)
         return losses if paired else losses[0]
 
     found = []
     for _ in range(steps):
         optimizer.step(closure)
+        assert optimizer.last is not None
         found.append(optimizer.last.losses)
     return found, arena_of(model).data.clone()
 
@@ -99,6 +101,7 @@ class DelayingStore:
 
     def __init__(self, store, seed, most=0.002):
         self.store, self.random, self.most = store, random.Random(seed), most
+        self.sizes, self.nbytes, self.write, self.close = store.sizes, store.nbytes, store.write, store.close
 
     def read(self, block, into, start=0):
         time.sleep(self.random.uniform(0, self.most))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import string
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def transformer(layers=2):
     """Two blocks of 64 numbers, the first with the second attention of 3.5."""
     from diffusers import SD3Transformer2DModel
 
-    return SD3Transformer2DModel(
+    model: Any = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         in_channels=4,
@@ -61,7 +62,8 @@ def transformer(layers=2):
         pos_embed_max_size=12,
         qk_norm="rms_norm",
         dual_attention_layers=(0,),
-    ).eval()
+    )
+    return model.eval()
 
 
 def save_pipeline(folder, seed=0):
@@ -69,7 +71,7 @@ def save_pipeline(folder, seed=0):
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
@@ -80,11 +82,12 @@ def save_pipeline(folder, seed=0):
         shift_factor=0.0609,
         use_quant_conv=False,
         use_post_quant_conv=False,
-    ).eval()
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    parts = transformer(), scheduler, vae, *_clip(), *_clip(), *_t5()
+    parts = transformer(), scheduler, vae.eval(), *_clip(), *_clip(), *_t5()
     with contextlib.redirect_stderr(io.StringIO()):
-        StableDiffusion3Pipeline(*parts).save_pretrained(folder)
+        pipeline: Any = StableDiffusion3Pipeline(*parts)
+        pipeline.save_pretrained(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from qzo.system.ranks import Ranks, _start, difference, digest, joined
 from tests.support import ranks
 
 FIELDS = {"seed": 1, "recipe": {"batch_size": 8, "data": "abc"}, "versions": {"qzo": "1"}}
-CHANGES = {  # field: what rank 1 of 3 has there, and what is said of it
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {  # field: what rank 1 of 3 has there, and what is said of it
     "seed": ({"seed": 2}, "rank 1: its seed is 2, rank 0's is 1"),
     "data": ({"recipe": {"batch_size": 8, "data": "x"}}, """rank 1: its recipe.data is "x", rank 0's is "abc\""""),
     "version": ({"versions": {"qzo": "2"}}, """rank 1: its versions.qzo is "2", rank 0's is "1\""""),
@@ -34,7 +35,9 @@ def said(function, *arguments):
 def conversation():
     """All that ranks can say, in one process group."""
     one = Ranks()
-    found = {"gathered": one.gather(torch.tensor([one.rank, 10.0 * one.rank], dtype=torch.float64)).tolist()}
+    found: dict[str, Any] = {
+        "gathered": one.gather(torch.tensor([one.rank, 10.0 * one.rank], dtype=torch.float64)).tolist()
+    }
     found["sent"] = one.sent
     found["told"] = one.from_first(lambda: {"of": one.rank, "x": float("nan")})["of"]
     found["failed"] = said(one.from_first, fails)
