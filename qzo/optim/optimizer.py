@@ -141,12 +141,7 @@ class QZO(torch.optim.Optimizer):
         _check(floor >= 0, "floor", floor, "a number >= 0")
         _check(isinstance(check_every, int) and check_every >= 0, "check_every", check_every, "an int >= 0")
         _check(journal_fsync >= 0, "journal_fsync", journal_fsync, "seconds >= 0 (0: each step is synced)")
-        _check(
-            cuda_graph is None or isinstance(cuda_graph, bool),
-            "cuda_graph",
-            cuda_graph,
-            "None (where there is a CUDA device), True or False",
-        )
+        _check(cuda_graph is None or isinstance(cuda_graph, bool), "cuda_graph", cuda_graph, "None, True or False")
         law_number(noise)
         check_sharing(sharing, relative)
         check_sharing_of(module, sharing)

@@ -27,7 +27,7 @@ OPTIONS = [" business", " entertainment", " politics", " sport", " technology"]
 HELD_OUT = 300
 TRAIN_ROWS = 640
 TRAIN_LAYERS = 4
-STEPS = 176
+STEPS = 96
 
 
 def package_folder(name: str) -> Path:

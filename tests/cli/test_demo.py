@@ -11,7 +11,7 @@ RESULTS = {
     "zero_shot": {"accuracy": 0.5, "loss": 1.5},
     "control": {"accuracy": 0.625, "loss": 1.25},
     "tuned": {"accuracy": 0.75, "loss": 0.5},
-    "steps": 176,
+    "steps": 96,
     "seconds": 12.4,
     "seed": 3,
     "device": "cpu",
@@ -38,7 +38,7 @@ def test_text_names_all_three_and_where_things_are(ran, capsys):
     assert main(["demo", "--output-dir", "out"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0].strip() for line in table[1:]] == ["zero-shot", "control: label biases only", "tuned"]
-    assert last == "300 held-out headlines, 176 steps, seed 3, 12 s on cpu; everything is in out"
+    assert last == "300 held-out headlines, 96 steps, seed 3, 12 s on cpu; everything is in out"
     assert ran[0][1]["cuda_graph"] is None
 
 

@@ -1,10 +1,12 @@
 """The README's tables are those of the results files."""
 
 import json
+import statistics
 
 import pytest
 
 from qzo.bench import readme
+from qzo.bench.study import report
 from qzo.training.records import FORMS, form, read_records
 from tests.support.paths import ROOT
 
@@ -15,7 +17,7 @@ def test_the_tables_are_made_from_the_results_files():
         text = page.read_text()
         named += [found[2] for found in readme.SECTION.finditer(text)]
         assert readme.with_tables(text) == text, f"{page.name}: run python -m qzo.bench.readme"
-    assert len(named) == 2
+    assert len(named) == 3
 
 
 def rows_under(heading):
@@ -51,11 +53,19 @@ def test_the_readmes_speed_is_that_of_its_own_numbers():
 
 
 def test_the_readmes_learning_is_that_of_the_results():
-    runs = [run for run in results_of("demo-2026-11-30.jsonl") if run["case"] == "qzo demo"]
-    tuned = [run["tuned"] for run in sorted(runs, key=lambda run: run["seed"])]
-    row = rows_under("What it learns")[2]
-    assert row[1] == " / ".join(f"{100 * scores['accuracy']:.1f}" for scores in tuned) + " %"
-    assert row[2] == " / ".join(f"{scores['loss']:.3f}" for scores in tuned)
+    made = {
+        line.method: line
+        for line in report.lines(results_of("study-2026-11-30.jsonl"))
+        if line.task == "headlines" and line.rows in (0, 6144)
+    }
+    zero_shot, control, tuned, recipe, gradients = rows_under("What it learns")
+    for row, name in ((zero_shot, report.ZERO_SHOT), (control, report.CONTROL), (tuned, "default")):
+        assert row[1] == " / ".join(f"{100 * accuracy:.1f}" for accuracy in made[name].accuracies) + " %"
+        assert row[2] == " / ".join(f"{loss:.3f}" for loss in made[name].losses)
+    for row, name in ((recipe, "paper's recipe"), (gradients, report.GRADIENTS)):
+        assert row[0].endswith(f"mean of {len(made[name].losses)}")
+        assert row[1] == f"{100 * statistics.fmean(made[name].accuracies):.1f} %"
+        assert row[2] == f"{statistics.fmean(made[name].losses):.3f}"
 
 
 def test_the_readmes_lines_of_data_are_read(tmp_path):
