@@ -51,7 +51,7 @@ def test_a_run_that_changes_its_mode_on_the_way_ends_in_the_bits_of_the_resident
         return finish(self, *given, **more)
 
     monkeypatch.setattr(QZO, "_finish", stopped)
-    assert train(places, out, "--offload", "cpu") == 1
+    assert train(places, out, "--offload", "cpu") == 130
     monkeypatch.setattr(QZO, "_finish", finish)
     assert len(read_whole(out / "journal.qzo")[1]) == 2
     assert train(places, out, "--offload", "disk", "--resume") == 0
