@@ -15,7 +15,7 @@ from torch import nn
 
 import qzo
 from qzo.diffusion.metrics import features_of, fixed_rows, kid, paired_difference, side_by_side
-from qzo.diffusion.objective import Rows, draw, evaluation_losses
+from qzo.diffusion.objective import Rows, draw
 
 STEPS = 300
 DIRECTIONS = 4
@@ -40,7 +40,7 @@ def train(model: nn.Module, training: Digits, seed: int = 0, steps: int = STEPS,
         pictures, labels = (torch.cat([a[some[0]], b[some[1]]]) for a, b in zip(nine, other, strict=True))
         rows = draw(LAW, seed, step, BATCH, pictures.shape[1:])
         digits, rows = Digits(*qzo.pair((pictures, labels), evaluations)), Rows(*qzo.pair(tuple(rows), evaluations))
-        loss = optimizer.step(lambda d=digits, r=rows: evaluation_losses(losses(model, d, r), evaluations))
+        loss = optimizer.step(lambda d=digits, r=rows: losses(model, d, r).view(evaluations, -1).mean(1))
         if tell and step % 50 == 49:
             tell(step + 1, loss)
 

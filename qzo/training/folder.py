@@ -55,7 +55,7 @@ class Metrics:
         goes on relies on, is on the disk."""
         self.file.write(json.dumps(finite(line)) + "\n")
         self.file.flush()
-        if "valid" in line:
+        if "valid" in line and self.path is not None:
             os.fsync(self.file.fileno())
 
     def __exit__(self, *_: object) -> None:

@@ -130,7 +130,7 @@ def test_label_biases_are_fitted_when_a_run_has_ended(base, corpus, tmp_path, ca
     for model in ([str(out / "model")], [str(base), "--journal", str(out / "journal.qzo")]):
         assert main([*evaluated, *model]) == 0
         found = json.loads(capsys.readouterr().out)["splits"]["valid"]
-        assert found == pytest.approx(results["tuned"], rel=1e-4), "rounding of the saved scales apart"
+        assert found == pytest.approx(results["tuned"], rel=1e-3), "rounding of the saved scales apart"
     until = ["replay", str(base), str(out / "journal.qzo"), "--output-dir", str(tmp_path / "five"), "--until", "5"]
     assert main([*until, "--group-size", "32"]) == 0
     assert "are those of step 12: the model of step 5 has none" in capsys.readouterr().err

@@ -41,10 +41,10 @@ def loaded(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- learning rates
 
 RUNS = [
-    {},
-    {"max_steps": 1},
+    {"learning_rate": 0.08},
+    {"max_steps": 1, "learning_rate": 0.08},
     {"max_steps": 7, "learning_rate": 0.1, "decay": 0.3},
-    {"max_steps": 176, "directions": 3},
+    {"max_steps": 176, "learning_rate": 0.06},
     {"max_steps": 1000, "learning_rate": 1 / 3, "decay": 0.0},
     {"max_steps": 333, "learning_rate": 0.07, "decay": 1.7},
     {"max_steps": 50, "learning_rate": 0},
