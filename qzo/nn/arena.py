@@ -1,6 +1,6 @@
 """ScaleArena, the one flat tensor of all scales that train: only it knows where a layer's lie.
 
-Terms (arena, base4): docs/glossary.md.
+Terms (arena, base4, slot): docs/glossary.md.
 """
 
 import dataclasses

@@ -8,6 +8,8 @@ Rank r has part r // B of the examples and group r % B of the evaluations. It se
 evaluations, the sum of its losses and how many they are (and 16 for each option, where label biases are fitted:
 loss/label_bias.py); all ranks then hold the losses of the whole step, take the same step by them, and make the noise of
 all directions themselves.
+
+Terms (rank): docs/glossary.md.
 """
 
 import re

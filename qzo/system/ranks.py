@@ -2,6 +2,8 @@
 
 A rank sends numbers and settings, never a tensor of the model's size; whatever comes back is the same on each. Nothing
 here is a process group of its own: torchrun's, or whoever's called `torch.distributed.init_process_group`, is used.
+
+Terms (rank): docs/glossary.md.
 """
 
 import collections

@@ -3,6 +3,8 @@
 A slot is a fixed piece of a device's memory. A block always comes to the same slot, so that its tensors keep their
 addresses and nothing that was planned with them is planned again. While a block computes, those that are expected next
 are copied into the other slots; its own is free again when all that reads it has been queued.
+
+Terms (slot): docs/glossary.md.
 """
 
 from collections.abc import Sequence
