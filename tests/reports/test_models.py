@@ -48,7 +48,9 @@ def test_an_empty_model_like_one_that_is_loaded():
 
     empty = models.empty_like(pipelines.transformer(), latent=6)
     assert empty.config.sample_size == 6
-    assert all(parameter.is_meta for parameter in empty.parameters())
+    weights = [parameter for parameter in empty.parameters() if parameter.dim() > 1]  # diffusers fills norms' at once
+    assert weights
+    assert all(parameter.is_meta for parameter in weights)
     other = types.SimpleNamespace(config={}, dtype=torch.float32)
     with pytest.raises(ValueError, match="of diffusion transformers SD3Transformer2DModel is known"):
         models.empty_like(other)

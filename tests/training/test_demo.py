@@ -87,7 +87,7 @@ def test_it_trains_on_the_one_side_and_measures_on_the_other(packages, monkeypat
     monkeypatch.setattr(demo, "model_file", lambda: tmp_path / "tiny")
     monkeypatch.setattr(demo, "headlines", lambda: (tiny.RECORDS[4:], tiny.RECORDS[:4]))
     monkeypatch.setattr(demo, "TRAIN_LAYERS", 1)
-    monkeypatch.setattr(demo, "TRAIN_ROWS", 12)
+    monkeypatch.setattr(demo, "TRAIN_ROWS", 16)
     monkeypatch.setattr(demo, "STEPS", 3)
     said: list[str] = []
     out = tmp_path / "out"
@@ -99,7 +99,7 @@ def test_it_trains_on_the_one_side_and_measures_on_the_other(packages, monkeypat
     assert results["tuned"] != results["zero_shot"] != results["control"]
     assert (results["steps"], results["seed"]) == (3, 5)
     assert said[0] == "loading tiny"
-    assert said[1] == "zero-shot: 4 held-out and 12 training headlines"
+    assert said[1] == "zero-shot: 4 held-out and 16 training headlines"
     assert "scales of the top 1 blocks: 3 steps" in said[2]
     assert {path.name for path in out.iterdir()} == {"journal.qzo", "metrics.jsonl", "run.json", "curve.png", "model"}
     record = json.loads((out / "run.json").read_text())

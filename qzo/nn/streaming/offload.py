@@ -5,6 +5,7 @@ of the block before, and are never written back. No model's forward is known her
 say when it begins, one on the block says when it has ended.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -67,15 +68,15 @@ class Offload:
             trimmer.took(block.nbytes)
 
     def _watch(self, number: int, block: Block) -> "list[torch.utils.hooks.RemovableHandle]":
-        def enter(*_: object) -> None:
-            self.slots.enter(number)
+        found = [layer.register_forward_pre_hook(functools.partial(self._enter, number)) for layer in block.layers()]
+        return [*found, block.module.register_forward_hook(functools.partial(self._left, number))]
 
-        def leave(*_: object) -> None:
-            if self.slots.current == number:  # a block that was skipped has not been entered
-                self._leave()
+    def _enter(self, number: int, *_: object) -> None:
+        self.slots.enter(number)
 
-        found = [layer.register_forward_pre_hook(enter) for layer in block.layers()]
-        return [*found, block.module.register_forward_hook(leave)]
+    def _left(self, number: int, *_: object) -> None:
+        if self.slots.current == number:  # a block that was skipped has not been entered
+            self._leave()
 
     def _leave(self) -> None:
         """The current block has run: for all, or for one call of `together`, which lets the next one run it."""
