@@ -1,5 +1,6 @@
 """`qzo train` from end to end on a tiny model: what a run writes, how it goes on, options and bad input."""
 
+import functools
 import json
 import shlex
 import signal
@@ -261,7 +262,9 @@ def test_existing_and_foreign_journals(base, corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)], ids=lambda n: str(n)
 )
-def test_a_signal_stops_the_run_and_its_own_line_goes_on(base, corpus, tmp_path, capsys, monkeypatch, number, status):
+def test_a_signal_stops_the_run_and_its_own_line_goes_on(
+    base, corpus, tmp_path, capsys, monkeypatch, request, number, status
+):
     real = Task.batch
     calls: list[int] = []  # the batches of steps: those of a measure have one evaluation
 
@@ -271,6 +274,8 @@ def test_a_signal_stops_the_run_and_its_own_line_goes_on(base, corpus, tmp_path,
         calls.extend([count] * (count > 1))
         return real(self, indices, count)
 
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
     with monkeypatch.context() as patch:
         patch.setattr(Task, "batch", batch)
         assert main(arguments(base, corpus, tmp_path / "out")) == status
