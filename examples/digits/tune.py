@@ -17,7 +17,7 @@ import qzo
 from qzo.diffusion.metrics import features_of, fixed_rows, kid, paired_difference, side_by_side
 from qzo.diffusion.objective import Rows, draw
 
-STEPS = 300
+STEPS = 600
 DIRECTIONS = 4
 BATCH = 32  # half of it nines, half other digits, which are to stay what they are
 LEARNING_RATE = 1.6  # relative to the scales; falls linearly to a tenth
