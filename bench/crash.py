@@ -38,6 +38,7 @@ from ..training.data import Example
 from ..training.loop import fit
 from ..training.settings import Settings
 from ..training.task import Task
+from . import results
 from .timing import machine
 
 PAGE = 4096
@@ -276,13 +277,8 @@ def main(arguments=None):
             if row is None:
                 continue
             good &= row["same_bits"] == row["runs"] and not row.get("half_files") and not row.get("other_errors")
-            line = json.dumps(
-                {**row, "model": model, "steps": options.steps, **machine("cpu"), "date": time.strftime("%Y-%m-%d")}
-            )
-            print(line, flush=True)
-            if options.out:
-                with open(options.out, "a", encoding="utf-8") as file:
-                    print(line, file=file)
+            row |= {"model": model, "steps": options.steps, **machine("cpu"), "date": time.strftime("%Y-%m-%d")}
+            results.append(row, options.out)
     return 0 if good else 1
 
 

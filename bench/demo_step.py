@@ -6,7 +6,6 @@ turn on one thread, in process time, so that what else the machine does changes 
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from ..loss.sums import means
 from ..optim.optimizer import QZO
 from ..training import demo, loop
 from ..training.settings import Settings
+from . import results
 from .study.methods import adapted
 
 EXAMPLES = 64  # whose frozen blocks run once
@@ -79,11 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", help="a JSONL file the row is appended to")
     options = parser.parse_args(arguments)
-    line = json.dumps(measure(options.repeats))
-    print(line)
-    if options.out:
-        with open(options.out, "a", encoding="utf-8") as file:
-            print(line, file=file)
+    results.append(measure(options.repeats), options.out)
 
 
 if __name__ == "__main__":

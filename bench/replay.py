@@ -7,7 +7,6 @@ one thread; resident memory and open files of the process from a tenth of the ru
 
 import argparse
 import copy
-import json
 import os
 import tempfile
 import time
@@ -21,6 +20,7 @@ from ..nn.choice import quantize_
 from ..nn.layers import arena_of
 from ..optim.optimizer import QZO
 from ..optim.replay import replay
+from . import results
 from .timing import machine
 
 GROUP = 32
@@ -80,11 +80,7 @@ def main(arguments=None):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         row = measure(options.steps, options.scales, options.directions, folder)
-    line = json.dumps(row)
-    print(line)
-    if options.out:
-        with open(options.out, "a", encoding="utf-8") as file:
-            print(line, file=file)
+    results.append(row, options.out)
     return 0 if row["same_bits"] else 1
 
 

@@ -40,6 +40,15 @@ FIELDS = (*_OF_1, "mode", "roof_ms")
 NOT_THERE = ("not there", "missing")  # how the note of a provider begins that this machine lacks; now and before
 
 
+def append(row, path):
+    """Print a row, and write it behind those of a JSONL file; path: None for no file."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    if path is not None:
+        with open(path, "a", encoding="utf-8") as file:
+            print(line, file=file)
+
+
 def read(path):
     """Rows of a results file. ValueError naming the line that is no JSON, lacks a field or has an unknown schema.
 

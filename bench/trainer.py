@@ -12,7 +12,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from ..loss.losses import losses
 from ..nn.choice import quantize_
 from ..optim.optimizer import QZO
 from ..trainer.mixin import QZOTrainer
+from . import results
 from .timing import machine
 
 ROWS, TOKENS, WARM = 4, 32, 3
@@ -160,11 +160,7 @@ def main(arguments=None):
     parser.add_argument("--out", help="a JSONL file the row is appended to")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    line = json.dumps(measure(options.layers, options.hidden, options.steps))
-    print(line)
-    if options.out:
-        with open(options.out, "a", encoding="utf-8") as file:
-            print(line, file=file)
+    results.append(measure(options.layers, options.hidden, options.steps), options.out)
 
 
 if __name__ == "__main__":

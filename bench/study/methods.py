@@ -23,7 +23,6 @@ from ...training import demo, loop
 from ...training.settings import PAPER, Settings
 from ...training.task import Measure, measure
 from ...training.validation import Base
-from ..first_order import Differentiable
 from .tasks import Rows
 
 BATCH = 32  # of gradients
@@ -85,6 +84,23 @@ class Study:
                 loss.backward()
                 optimizer.step()
             return self.measured(fit_label_bias(self.training.scores(), self.training.labels()))
+
+
+class Differentiable(nn.Module):
+    """A QZOLinear whose weight, float32 [N, K], is kept, and multiplied by one factor [N, G] per scale, which starts at
+    1, as relative perturbations have it."""
+
+    weight: torch.Tensor
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.register_buffer("weight", layer.dequantize())
+        self.bias, self.group_size = layer.bias, layer.group_size
+        self.factor = nn.Parameter(torch.ones(layer.out_features, layer.in_features // layer.group_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [.., K] -> [.., N]."""
+        return functional.linear(x, self.weight * self.factor.repeat_interleave(self.group_size, 1), self.bias)
 
 
 class LowRank(nn.Module):

@@ -12,9 +12,9 @@ from ..training.data import Batch, batch_indices
 from ..training.task import Measure
 from .cache import Latents
 from .families import Family
+from .metrics import STRATA
 from .objective import FlowLaw, Rows, derivative_error, draw, mixed, row_losses
 
-STRATA = 8  # equally likely intervals of times, of which held-out pictures have one each
 _PROMPT = "prompt."  # before the names of its tensors in a batch
 
 

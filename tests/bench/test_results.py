@@ -61,3 +61,12 @@ def test_files_of_the_first_schema_are_read_and_gpu_ratios_left_out(tmp_path, de
     assert [(r["mode"], r["ratio"], r["ms"]) for r in read][1] == (mode, ratio, 4.0)
     assert "official" in results.as_markdown(read)
     assert "official" in readme.ratio_table(read)
+
+
+def test_a_row_is_printed_and_stands_behind_those_of_the_file(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    for number in (1, 2):
+        results.append({"case": number}, path)
+    results.append({"case": 3}, None)
+    assert path.read_text() == '{"case": 1}\n{"case": 2}\n'
+    assert capsys.readouterr().out == '{"case": 1}\n{"case": 2}\n{"case": 3}\n'

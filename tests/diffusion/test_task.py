@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from qzo.diffusion import cache
+from qzo.diffusion.metrics import STRATA
 from qzo.diffusion.objective import FlowLaw, draw
 from qzo.diffusion.pipeline import open_pipeline
-from qzo.diffusion.task import STRATA, DiffusionTask
+from qzo.diffusion.task import DiffusionTask
 from qzo.diffusion.transformer import load_transformer
 from qzo.nn.evaluations import Evaluations
 from qzo.nn.layers import arena_of, evaluating
