@@ -26,24 +26,12 @@ CPU = torch.device("cpu")
 OUTPUTS = 2e-5  # both compute in float32
 
 
-def output(model):
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 5, 64, generator=generator),
-        "pooled_projections": torch.randn(2, 64, generator=generator),
-        "timestep": torch.tensor([200.0, 800.0]),
-    }
-    with torch.no_grad():
-        return model(**inputs, return_dict=False)[0]
-
-
 def ours(folder):
     return load_transformer(open_pipeline(folder), CPU, torch.float32, 32)
 
 
 def check(name, theirs, mine):
-    error = relative_error(output(theirs), output(mine))
+    error = relative_error(pipelines.output(theirs), pipelines.output(mine))
     print(f"{name}: outputs differ by {error:.1e} of their size")
     assert error < OUTPUTS, name
 

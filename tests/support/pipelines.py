@@ -66,6 +66,19 @@ def transformer(layers=2):
     return model.eval()
 
 
+def output(model):
+    """What it makes of two rows, the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 5, 64, generator=generator),
+        "pooled_projections": torch.randn(2, 64, generator=generator),
+        "timestep": torch.tensor([200.0, 800.0]),
+    }
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
 def save_pipeline(folder, seed=0):
     """Write a pipeline with CLIP twice, T5, a VAE and a transformer, all random."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline

@@ -10,6 +10,7 @@ from qzo.diffusion.transformer import load_transformer, save_pipeline
 from qzo.nn.layers import arena_of, layers
 from tests.support import pipelines, sd3_gguf
 from tests.support.checkpoints import relative_error
+from tests.support.pipelines import output
 
 pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
@@ -25,18 +26,6 @@ def pipeline(tmp_path_factory):
 def plain():
     torch.manual_seed(5)
     return pipelines.transformer()
-
-
-def output(model):
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 5, 64, generator=generator),
-        "pooled_projections": torch.randn(2, 64, generator=generator),
-        "timestep": torch.tensor([200.0, 800.0]),
-    }
-    with torch.no_grad():
-        return model(**inputs, return_dict=False)[0]
 
 
 def by_diffusers(path, pipeline):
