@@ -46,7 +46,7 @@ def test_every_kernel_is_compiled(compiled, arch):
     """All kernels, and a tile for each bucket of rows of tiles.pick."""
     names = [launch.split()[1:3] for launch in compiled[0] if launch.startswith(arch + " ")]
     # float zero points, which the group sums are for, come with the pairs of flags
-    paired = {"group_sums"} if arch in sass.PAIRED else set()
+    paired = {"group_sums"} if arch in sass.FAMILIES else set()
     every = {"qmm", "folded", "dequantize", "update", "update_rows", "perturb"}
     assert {kernel for kernel, _ in names} == every | paired
     wanted = {
