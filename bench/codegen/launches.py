@@ -361,21 +361,24 @@ def product(arch, axes):
     return [case for case in cases if _fits(case)]
 
 
-def pairwise(archs, axes):
-    """Cases in which every two values of different axes that fit together meet on the first chip, and on any of the
-    others, each of which meets every value."""
-    first, *others = archs
-    found = _cover(product(first, axes), axes)
-    return found + _cover([dataclasses.replace(case, arch=arch) for case in found for arch in others], axes)
+def pairwise(arch, axes):
+    """Cases in which every two values of different axes that fit together meet."""
+    return _cover(product(arch, axes), axes)
+
+
+def spread(archs, axes):
+    """Cases of pairwise over several chips: every two values meet on one of them, each of which has every value."""
+    cases = pairwise(archs[0], axes) if archs else []
+    return _cover([dataclasses.replace(case, arch=arch) for case in cases for arch in archs], ("arch", *axes))
 
 
 def _cover(cases, axes):
-    """Of cases those in which every two values of different axes, the chip among them, meet that do in any case.
+    """Of cases those in which every two values of different axes meet that do in any case.
 
     Greedy: always the first that holds most pairs not yet met.
     """
     numbers, bits = itertools.count(), {}
-    values = [[case.arch, *(getattr(case, axis) for axis in axes)] for case in cases]
+    values = [[getattr(case, axis) for axis in axes] for case in cases]
     flags = [{value: 1 << next(numbers) for value in dict.fromkeys(axis)} for axis in zip(*values, strict=True)]
     pairs = []
     for found in values:

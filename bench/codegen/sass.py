@@ -282,25 +282,27 @@ FAMILIES = ("sm_90", "sm_80", "sm_100", "gfx942")  # a chip of each family of te
 def launch_set(name, archs):
     """Distinct launches of a set, all with those of the budgets.
 
-    "tiles": every tile, usual flags, and what large_rows="blas" makes; "quick": those, the kernels that update, and all
-    pairs of flags (launches.pairwise) on a chip of each family; "every": the whole product, thousands for each chip.
+    "tiles": every tile, usual flags, and of what large_rows="blas" makes every two flags on one of the chips; "quick":
+    those, the kernels that update, and of matmuls every two flags on sm_90 and again on one of the other FAMILIES;
+    "every": the whole product, thousands for each chip.
     """
-    found = [launch for budget in BUDGETS if budget.case.arch in archs for launch in launches.matmul(budget.case)]
+    matmuls = [budget.case for budget in BUDGETS if budget.case.arch in archs]
+    chunks, updates, picked = [], [], []
     if name in ("tiles", "quick"):
-        picked = [launch for arch in archs for case in launches.plain(arch) for launch in launches.matmul(case)]
-        found += launches.few_splits(picked)
-        found += [launch for case in launches.pairwise(archs, launches.CHUNKS) for launch in launches.chunk(case)]
+        picked += [launch for arch in archs for case in launches.plain(arch) for launch in launches.matmul(case)]
+        chunks += launches.spread(archs, launches.CHUNKS)
     if name == "quick":
-        for case in launches.pairwise(archs, launches.UPDATES):
-            found += launches.update_scales(case)
+        updates += launches.spread(archs, launches.UPDATES)
         families = [arch for arch in FAMILIES if arch in archs]
-        for axes in launches.MATMULS if families else ():
-            found += [launch for case in launches.pairwise(families, axes) for launch in launches.matmul(case)]
-    if name == "every":
-        for arch in archs:
-            found += [launch for case in launches.every(arch) for launch in launches.matmul(case)]
-            for axes, made in (launches.CHUNKS, launches.chunk), (launches.UPDATES, launches.update_scales):
-                found += [launch for case in launches.product(arch, axes) for launch in made(case)]
+        for some in (families[:1], families[1:]):
+            matmuls += [case for axes in launches.MATMULS for case in launches.spread(some, axes)]
+    for arch in archs if name == "every" else ():
+        matmuls += launches.every(arch)
+        chunks += launches.product(arch, launches.CHUNKS)
+        updates += launches.product(arch, launches.UPDATES)
+    found = launches.few_splits(picked)
+    for made, cases in (launches.matmul, matmuls), (launches.chunk, chunks), (launches.update_scales, updates):
+        found += [launch for case in cases for launch in made(case)]
     return launches.distinct(found)
 
 
