@@ -27,7 +27,15 @@ DEFAULTS = {  # of training/settings.py
     "clip": CLIP,
     "journal_fsync": SYNC_SECONDS,
 }
-RATE, CLASSIFICATION_RATE = 4e-2, 8e-2  # learning rates per direction
+RATE = 4e-2  # learning rate per direction
+
+
+def _rate(text: str) -> float | str:
+    """A learning rate, or "auto"."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -153,9 +161,9 @@ def add_perturbation(step: argparse._ArgumentGroup) -> None:
     """Of `Settings`: the estimator and the rates."""
     step.add_argument(
         "--learning-rate",
-        type=float,
-        help=f"at the first step, falling linearly to a part of it (default {RATE:g} per direction, "
-        f"{CLASSIFICATION_RATE:g} where label biases are fitted)",
+        type=_rate,
+        help="at the first step, falling linearly to a part of it; auto (default): measured on the first batches where "
+        f"label biases are fitted, else {RATE:g} per direction",
     )
     step.add_argument(
         "--decay", type=float, help=f"the part that it falls to, 1: constant (default {DEFAULTS['decay']})"

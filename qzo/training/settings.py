@@ -23,8 +23,7 @@ PAPER: dict[str, Any] = dict(
     decay=1.0,
     label_bias="none",
 )
-RATE = 4e-2  # learning rate per direction, relative to the scales
-CLASSIFICATION_RATE = 8e-2  # where label biases are fitted: their noise is not in the steps (bench/study)
+RATE = 4e-2  # learning rate per direction, relative to the scales, where none is measured
 DECAY = 0.1  # the learning rate falls linearly to this part of itself
 LABEL_BIASES = ("fit", "none")
 KEEPS = ("last", "best")  # the step whose model is saved, where there is a validation split
@@ -36,7 +35,8 @@ class Settings:
     """What decides a run's result, beside the model and the data. Each field's range is checked here, so that a wrong
     one is refused before a model is loaded: ValueError names the field, what it was given, and its range.
 
-    learning_rate : None: 4e-2 per direction, 8e-2 of a classification whose label biases are fitted; `fit` fills it in
+    learning_rate : None or "auto": of a classification whose label biases are fitted measured (auto_rate.py), else 4e-2
+        per direction; `fit` fills it in
     eps : with `relative` a part of a scale, in (0, 1]; else in the units of the scales
     decay : the learning rate falls linearly to this part of itself
     large_rows : "auto" becomes "fused" in `fit` unless rounded weights are measured to keep the signal (large_rows.py)
@@ -87,6 +87,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()
+        if self.learning_rate == "auto":  # type: ignore[comparison-overlap]  # as commands and YAML say it
+            self.learning_rate = None
         for name in ("learning_rate", "eps", "clip", "floor", "decay", "max_cut", "journal_fsync"):
             if name == "learning_rate" and self.learning_rate is None:
                 continue
