@@ -26,7 +26,7 @@ from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
 from .replay import journal_header
 from .shares import Share
-from .step import LARGEST, apply_records, project
+from .step import LARGEST, apply_steps, project
 
 ALIKE = 50  # first steps without a difference, after which the objective is taken to ignore the perturbation
 
@@ -195,9 +195,9 @@ class QZO(torch.optim.Optimizer):
             self.journal = (Journal.resume if resume else Journal.create)(journal, header, fsync)
             return [[dataclasses.astuple(record) for record in records] for records in self.journal.steps]
 
-        held = self.ranks.from_first(opened)
-        for records in ([Record(*values) for values in step] for step in held):
-            self._apply(records)
+        held = [[Record(*values) for values in step] for step in self.ranks.from_first(opened)]
+        self._apply(held)
+        for records in held:
             self._count(records)
         group["step"] = self._checked = len(held)
 
@@ -316,7 +316,7 @@ class QZO(torch.optim.Optimizer):
         if self.journal is not None:
             self.journal.append(records)
         if not updated:
-            self._apply(records)
+            self._apply([records])
         group["step"] += 1
         if self.check_every and group["step"] % self.check_every == 0:
             self.check_ranks()
@@ -375,11 +375,10 @@ class QZO(torch.optim.Optimizer):
 
         return torch.cat(together(self.module, [functools.partial(single, e) for e in range(len(evaluations))]))
 
-    def _apply(self, records: Sequence[Record]) -> None:
-        """The update of one step from its records: what a replay does, too."""
+    def _apply(self, steps: Sequence[Sequence[Record]]) -> None:
+        """The update of each step from its records: what a replay does, too."""
         self.param_groups[0]["params"] = [self.arena.data]  # the arena may have moved to another device
-        if not records[0].skipped:
-            apply_records(self.arena, records, self.param_groups[0])
+        apply_steps(self.arena, steps, self.param_groups[0])
 
     def _count(self, records: Sequence[Record]) -> None:
         """Steps that changed nothing: skipped, or without a difference between their losses."""
