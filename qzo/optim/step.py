@@ -10,6 +10,7 @@ and the scales move along every z(seed_j) by a_j (kernels/update.py).
 Terms (clip): docs/glossary.md.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,17 @@ from .journal import Record
 
 LARGEST = torch.finfo(torch.float32).max
 AT_ONCE = 64  # steps of a replay that are one pass over the scales
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step saw and did: losses [E] in the order +, - of each direction, derivatives before clipping and
+    coefficients applied to the raw noise, one per direction, and whether the step was skipped."""
+
+    losses: list[float]
+    derivatives: list[float]
+    applied: list[float]
+    skipped: bool
 
 
 def project(losses: torch.Tensor, rates: torch.Tensor | Sequence[float], law: int) -> tuple[torch.Tensor, torch.Tensor]:
