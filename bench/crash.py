@@ -38,7 +38,7 @@ from ..checkpoints.load import from_pretrained
 from ..checkpoints.save import save_pretrained
 from ..nn.layers import arena_of
 from ..system import disk
-from ..system.ranks import Ranks, RankLost
+from ..system.ranks import RankLost, Ranks
 from ..training.data import Example
 from ..training.loop import fit
 from ..training.settings import Settings
@@ -131,7 +131,8 @@ def statuses_of(processes):
 
 
 def broken_off(runs, out, seconds):
-    """Begin a run or go on with it, and kill it within so many seconds: by which rank, or "all", None where it ended."""
+    """Begin a run or go on with it, and kill it within so many seconds. Which rank was killed, or "all"; None where the
+    run has ended before."""
     processes = runs.start(out)
     victim = runs.random.choice([*range(runs.ranks), "all"]) if runs.ranks > 1 else "all"
     time.sleep(runs.random.uniform(0, seconds))
@@ -147,7 +148,8 @@ def broken_off(runs, out, seconds):
 
 def kills(runs, count):
     """So many SIGKILLs: a row of a results file."""
-    seconds, victims, folders, same, half = runs.end(runs.root / "timed"), collections.Counter(), 0, 0, 0
+    victims: collections.Counter[str] = collections.Counter()
+    seconds, folders, same, half = runs.end(runs.root / "timed"), 0, 0, 0
     while victims.total() < count:
         out, ended = runs.root / f"killed-{folders}", False
         while not ended and victims.total() < count:

@@ -1,9 +1,9 @@
 """A long run and its replay: `python -m qzo.bench.replay [--steps 20000] [--scales 4096] [--out FILE.jsonl]`.
 
 Steps of one quantized layer whose losses are drawn, not computed: what is left of a step is its seeds, its records in
-the journal and the update. Then the journal is replayed on the base, and the scales compared bit for bit; a tenth of its
-steps is applied in a pass of its own each, for comparison. Process time, one thread; resident memory and open files of
-the process from a tenth of the run to its end.
+the journal and the update. Then the journal is replayed on the base, and the scales compared bit for bit; a tenth of
+its steps is applied in a pass of its own each, for comparison. Process time, one thread; resident memory and open files
+of the process from a tenth of the run to its end.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from torch import nn
 
 from ..nn.choice import quantize_
 from ..nn.layers import arena_of
-from ..optim.journal import read
 from ..optim.optimizer import QZO
+from ..optim.pieces import contents
 from ..optim.replay import replay
 from ..optim.step import apply_steps
 from . import results
@@ -42,10 +42,10 @@ def held():
 
 def one_by_one(base, journal, count):
     """Steps a second of the first `count`, each a pass over the scales."""
-    header, steps, _ = read(journal)
+    found = contents(journal)
     begun = time.process_time()
-    for records in steps[:count]:
-        apply_steps(arena_of(base), [records], header)
+    for records in found.steps[:count]:
+        apply_steps(arena_of(base), [records], found.header)
     return count / (time.process_time() - begun)
 
 

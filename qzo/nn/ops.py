@@ -350,7 +350,8 @@ def update_op(scales: torch.Tensor, seeds: torch.Tensor, coefs: torch.Tensor, ba
     if scales.numel() == 0 or seeds.numel() == 0:
         return
     run = update.launch if uses_triton(scales.device) else update.update_torch
-    run(scales, seeds.contiguous(), coefs.contiguous(), base4=base4, law=law, relative=relative, floor=floor, layers=layers)
+    pairs = seeds.contiguous(), coefs.contiguous()
+    run(scales, *pairs, base4=base4, law=law, relative=relative, floor=floor, layers=layers)
 
 
 @update_op.register_fake

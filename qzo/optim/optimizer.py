@@ -145,7 +145,7 @@ class QZO(torch.optim.Optimizer):
         self._skipped_in_a_row, self._told = 0, False
         self._alike: int | None = 0  # steps without a difference so far; None once there was one
         self.staleness = staleness
-        self._coming: collections.deque[Callable[[], float]] = collections.deque()  # take the steps after this one
+        self._ahead: collections.deque[Callable[[], float]] = collections.deque()  # take the steps after this one
         law = dict(noise=noise, relative=relative, sharing=sharing, floor=floor)
         numbers = dict(lr=lr, eps=eps, clip=clip, directions=directions, seed=seed, step=0)
         super().__init__([self.arena.data], {**numbers, **law})
@@ -182,7 +182,7 @@ class QZO(torch.optim.Optimizer):
         for records in held:
             self._count(records)
         group["step"] = self._checked = taken
-        self._coming.extend(functools.partial(self._again, records) for records in held[taken:])
+        self._ahead.extend(functools.partial(self._again, records) for records in held[taken:])
 
     @property
     def share(self) -> Share:
@@ -208,7 +208,7 @@ class QZO(torch.optim.Optimizer):
                 "that shares them): make a new QZO"
             )
         group = self.param_groups[0]
-        step = group["step"] + len(self._coming)
+        step = group["step"] + len(self._ahead)
         seeds = [step_seed(group["seed"], step, j) for j in range(group["directions"]) for _ in range(2)]
         coefs = [sign * group["eps"] for _ in range(group["directions"]) for sign in (1, -1)]
         law, mine = (group["noise"], group["relative"], group["sharing"]), self.share.mine
@@ -268,14 +268,14 @@ class QZO(torch.optim.Optimizer):
                 return self._finish(*result, updated=True)
         call = closure if batch is None else functools.partial(closure, batch)
         sent = self.share.send(self.losses(call, self.evaluations(), paired))
-        self._coming.append(functools.partial(self._take, sent, self.rates()))
-        return self._coming.popleft()() if len(self._coming) > self.staleness else math.nan
+        self._ahead.append(functools.partial(self._take, sent, self.rates()))
+        return self._ahead.popleft()() if len(self._ahead) > self.staleness else math.nan
 
     @torch.no_grad()
     def drain(self) -> None:
         """Take the steps that are evaluated and not yet taken: what ends a run with `staleness`. Raises as `step`."""
-        while self._coming:
-            self._coming.popleft()()
+        while self._ahead:
+            self._ahead.popleft()()
 
     def _take(self, sent: Callable[[], torch.Tensor], rates: tuple[float, float, float]) -> float:
         """Take a step whose losses were sent, at the rates of its evaluation; returns the mean loss."""

@@ -22,7 +22,8 @@ def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | 
     """Apply a journal's steps to the base model it was written on, in place.
 
     No forward runs: noise is made again from the seeds, and scales move along it by the coefficients that the journal
-    holds, many steps in a pass over them (kernels/update.py). They end bit-equal to the run's with integer noise laws ("rademacher", "ih4").
+    holds, many steps in a pass over them (kernels/update.py). They end bit-equal to the run's with integer noise laws
+    ("rademacher", "ih4").
 
     Parameters
     ----------

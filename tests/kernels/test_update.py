@@ -111,7 +111,7 @@ def test_an_arena_is_updated_as_its_slices_are(run):
 STEPS = [((3, -1), (0.05, -0.3)), ((3, 4), (1e-4, 0.02)), ((7, 7), (2.0, 0.5)), ((2**63 - 1, 9), (-0.9, 0.8))]
 
 
-def run_steps(run, scales, law, relative, floor=1e-3):
+def run_steps(run, scales, law, relative, floor=1e-3, device="cpu"):
     """As run_both, of STEPS; the third has a coefficient that is none, and moves nothing."""
     want, at = scales, torch.arange(len(scales))
     raw = [[oracle.raw_coef(law, c) for c in coefs] for _, coefs in STEPS]
@@ -119,10 +119,9 @@ def run_steps(run, scales, law, relative, floor=1e-3):
     for (seeds, _), coefs in zip(STEPS, raw, strict=True):
         if not math.isnan(coefs[1]):
             want = oracle.update(want, [oracle.raw_at(law, seed, at) for seed in seeds], coefs, relative, floor)
-    got = scales.clone()
-    RUNS[run](got, torch.tensor([seeds for seeds, _ in STEPS]), torch.tensor(raw), base4=0, law=noise.LAWS[law],
-              relative=relative, floor=floor)
-    return got, want
+    got, pairs = scales.to(device, copy=True), (torch.tensor([seeds for seeds, _ in STEPS]), torch.tensor(raw))
+    RUNS[run](got, *(t.to(device) for t in pairs), base4=0, law=noise.LAWS[law], relative=relative, floor=floor)
+    return got.cpu(), want
 
 
 @pytest.mark.parametrize("run", RUNS)

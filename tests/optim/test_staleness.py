@@ -8,11 +8,12 @@ import torch
 
 import qzo
 from qzo.nn.layers import arena_of
-from qzo.optim.journal import JournalError, read
+from qzo.optim.journal import JournalError
 from qzo.optim.optimizer import QZO
 from qzo.optim.replay import replay
 from tests.support import ranks
 from tests.support.close import assert_same_bits
+from tests.support.journals import read_whole
 from tests.support.small_layers import block
 
 OPTIONS = {"lr": 0.1, "directions": 2, "check_every": 3}
@@ -51,7 +52,7 @@ def test_a_step_is_evaluated_on_the_scales_of_so_many_steps_before(tmp_path):
     assert optimizer.param_groups[0]["step"] == 4
     optimizer.drain()
     optimizer.close()
-    header, steps, _ = read(tmp_path / "j")
+    header, steps, _ = read_whole(tmp_path / "j")
     assert (header["recipe"], len(steps)) == ({"staleness": 2}, 6)
     for t, records in enumerate(steps):
         base, _, losses = made(parallel=None)
@@ -78,7 +79,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(calls, tmp_path):
     for _ in range(calls):
         optimizer.step(closure)
     optimizer.close()
-    held = len(read(tmp_path / "j")[1])
+    held = len(read_whole(tmp_path / "j")[1])
     assert held == max(0, calls - 2)
     assert_same_bits(run(7 - held, journal=tmp_path / "j", resume=True, **options), whole)
     assert (tmp_path / "j").read_bytes() == (tmp_path / "whole").read_bytes()
