@@ -13,6 +13,7 @@ Terms (rank): docs/glossary.md.
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -63,15 +64,24 @@ class Share:
         losses: of this rank's evaluations; [e, S], sums (`loss_sums`), or [e], which count alike. They are added in the
         order of the ranks.
         """
+        return self.send(losses)()
+
+    def send(self, losses: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to `combine`, and go on: what comes back waits for the other ranks and gives the step's losses."""
         losses, summed = losses.detach().double().cpu(), losses.dim() == 2
         columns = losses if summed else torch.stack([losses, torch.ones_like(losses)], 1)
         padded = columns.new_zeros(-(-self.evaluations // self.groups), columns.shape[1])
         padded[: len(columns)] = columns
-        total = columns.new_zeros(self.evaluations, columns.shape[1])
-        for rank, of_rank in enumerate(self.ranks.gather(padded)):
-            its = _slice(self.evaluations, rank % self.groups, self.groups)
-            total[its] += of_rank[: its.stop - its.start]
-        return means(total if summed else total[:, 0] / total[:, 1])
+        gathered = self.ranks.send(padded)
+
+        def wait() -> torch.Tensor:
+            total = columns.new_zeros(self.evaluations, columns.shape[1])
+            for rank, of_rank in enumerate(gathered()):
+                its = _slice(self.evaluations, rank % self.groups, self.groups)
+                total[its] += of_rank[: its.stop - its.start]
+            return means(total if summed else total[:, 0] / total[:, 1])
+
+        return wait
 
 
 def check_parallel(parallel: str) -> None:

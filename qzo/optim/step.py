@@ -10,8 +10,10 @@ and the scales move along every z(seed_j) by a_j (kernels/update.py).
 Terms (clip): docs/glossary.md.
 """
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,18 @@ from ..nn.arena import ScaleArena
 from .journal import Record
 
 LARGEST = torch.finfo(torch.float32).max
+AT_ONCE = 64  # steps of a replay that are one pass over the scales
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step saw and did: losses [E] in the order +, - of each direction, derivatives before clipping and
+    coefficients applied to the raw noise, one per direction, and whether the step was skipped."""
+
+    losses: list[float]
+    derivatives: list[float]
+    applied: list[float]
+    skipped: bool
 
 
 def project(losses: torch.Tensor, rates: torch.Tensor | Sequence[float], law: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +52,8 @@ def project(losses: torch.Tensor, rates: torch.Tensor | Sequence[float], law: in
 
 
 def update(arena: ScaleArena, seeds: torch.Tensor, coefs: torch.Tensor, recipe: Mapping[str, Any]) -> None:
-    """Update the arena in place with (seed, coefficient) pairs; recipe names noise, relative, sharing and floor."""
+    """Update the arena in place with the (seed, coefficient) pairs of one step, [J], or of several, [S, J]; recipe
+    names noise, relative, sharing and floor."""
     ops.update_op(
         arena.data,
         seeds,
@@ -51,9 +66,13 @@ def update(arena: ScaleArena, seeds: torch.Tensor, coefs: torch.Tensor, recipe: 
     )
 
 
-def apply_records(arena: ScaleArena, records: Sequence[Record], recipe: Mapping[str, Any]) -> None:
-    """Update the arena with one step's records: what a step and a replay do."""
-    device = arena.data.device
-    seeds = torch.tensor([r.seed for r in records], dtype=torch.int64, device=device)
-    coefs = torch.tensor([r.applied for r in records], dtype=torch.float32, device=device)
-    update(arena, seeds, coefs, recipe)
+def apply_steps(arena: ScaleArena, steps: Iterable[Sequence[Record]], recipe: Mapping[str, Any]) -> None:
+    """Update the arena with the records of each step in turn: what a step and a replay do.
+
+    AT_ONCE steps are a pass over the scales, with the bits of one after another; those that were skipped are left out.
+    """
+    made, device = (records for records in steps if not records[0].skipped), arena.data.device
+    while some := list(itertools.islice(made, AT_ONCE)):
+        seeds = torch.tensor([[r.seed for r in records] for records in some], dtype=torch.int64, device=device)
+        coefs = torch.tensor([[r.applied for r in records] for records in some], dtype=torch.float32, device=device)
+        update(arena, seeds, coefs, recipe)
