@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..system.as_yaml import read_mapping
 from .train_options import add_train
 
 OUTSIDE = ("checkpoint", "config")  # of the command line only; the first is --model without its name
@@ -22,7 +21,9 @@ def arguments_of(path: str, but: tuple[str, ...] = ()) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_train(parser)
     known = sorted(vars(parser.parse_args([])).keys() - set(OUTSIDE))
-    content = {str(key).replace("-", "_"): value for key, value in _content(path).items()}
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: there is no such file; give a YAML file of options")
+    content = {key.replace("-", "_"): value for key, value in read_mapping(Path(path)).items()}
     unknown = sorted(content.keys() - set(known))
     if unknown:
         raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
@@ -36,18 +37,6 @@ def arguments_of(path: str, but: tuple[str, ...] = ()) -> list[str]:
             raise ValueError(f"{path}: {key}={value!r:.200}: {told}") from None
         found += arguments if key not in but else []
     return found
-
-
-def _content(path: str) -> dict[Any, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path}: there is no such file; give a YAML file of options")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(content).__name__}")
-    return content or {}
 
 
 def _arguments(parser: argparse.ArgumentParser, option: str, value: Any) -> list[str]:

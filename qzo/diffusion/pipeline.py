@@ -88,6 +88,8 @@ def open_pipeline(path: str | Path) -> Pipeline:
         )
     index = read_object(path / INDEX)
     for part in _parts(index):
+        if Path(part).name != part or part == "..":
+            raise ValueError(f"{path / INDEX} names {part!r:.100}, which is no folder in this one")
         if not (path / part).is_dir():
             said = " of ".join(map(str, reversed(index[part])))
             raise FileNotFoundError(

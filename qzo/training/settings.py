@@ -92,7 +92,7 @@ class Settings:
                 continue
             try:
                 setattr(self, name, float(getattr(self, name)))  # YAML reads 1e-2 as a text
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number") from None
         for name in ("relative", "sequential", "train_codebooks", "compile", "text_eos"):
             if not isinstance(getattr(self, name), bool):
