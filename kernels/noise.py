@@ -46,7 +46,7 @@ NO_NOISE, _SIGN, _GAUSSIAN, _ROUNDS = (tl.constexpr(value) for value in (NONE, R
 
 def law_number(noise):
     """The number of a law's name; ValueError names the laws there are."""
-    if noise not in VERSIONS:
+    if not isinstance(noise, str) or noise not in VERSIONS:
         raise ValueError(f"noise={noise!r} is not a noise law; the laws are {', '.join(map(repr, VERSIONS))}")
     return LAWS[noise]
 

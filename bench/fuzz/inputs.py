@@ -83,7 +83,9 @@ def results(random):
     told = {"settings": {"max_steps": 2, "seed": 0}, "steps": 2, "model_step": 2, "label_bias": [[5, 0.25], [7, -1.0]]}
     lines = [{"step": i, "loss": 1.0, "valid": {"loss": 0.5, "accuracy": None}} for i in range(3)]
     spoiled = random.randrange(len(lines))
-    text = b"".join((mutations.text(line, random) if i == spoiled else _line(line)) + b"\n" for i, line in enumerate(lines))
+    text = b"".join(
+        (mutations.text(line, random) if i == spoiled else _line(line)) + b"\n" for i, line in enumerate(lines)
+    )
     return {"run.json": mutations.text(told, random), "metrics.jsonl": text}
 
 
@@ -103,7 +105,15 @@ data: [a, &x {b: 2001-01-01}, *x]
 noise: !!str ih4
 seed: !!int "5"
 """
-YAML_TEXTS = ["!!int ''", "!!float ''", "!!bool x", "!!timestamp x", "!!binary x", "!!python/object:os.system [x]", "*x"]
+YAML_TEXTS = [
+    "!!int ''",
+    "!!float ''",
+    "!!bool x",
+    "!!timestamp x",
+    "!!binary x",
+    "!!python/object:os.system [x]",
+    "*x",
+]
 YAML_TEXTS += ["&x [*x]", "? [a]\n: b", "1e999", "0x", "2001-99-99", "{" * 2000, "- " * 2000, "9" * 5000, "<<: 1", "\t"]
 
 
@@ -274,7 +284,12 @@ PIPELINE = {
         "base_image_seq_len": 256,
         "max_image_seq_len": 4096,
     },
-    "vae/config.json": {"block_out_channels": [8, 8], "shift_factor": 0.06, "scaling_factor": 1.5},
+    "vae/config.json": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [8, 8],
+        "shift_factor": 0.06,
+        "scaling_factor": 1.5,
+    },
 }
 
 

@@ -13,7 +13,20 @@ import torch
 
 NUMBERS = [0, 1, -1, 2, 3, 7, 8, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
 FLOATS = [float("nan"), float("inf"), -float("inf"), 1e308, -0.0, 0.5]
-TEXTS = ["", "x", "..", "../../x", "/etc/passwd", "a\nb", "\0", "\ud800", "re:(", "re:a{9999999999}", "Linear", "é" * 300]
+TEXTS = [
+    "",
+    "x",
+    "..",
+    "../../x",
+    "/etc/passwd",
+    "a\nb",
+    "\0",
+    "\ud800",
+    "re:(",
+    "re:a{9999999999}",
+    "Linear",
+    "é" * 300,
+]
 DTYPES = [torch.float16, torch.float32, torch.int32, torch.int64, torch.uint8, torch.bool]
 
 

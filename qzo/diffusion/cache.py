@@ -27,7 +27,7 @@ from ..system.progress import tracked
 from .families import Prompt
 from .images import pixels, read_pictures, splits_of
 from .pipeline import Pipeline
-from .transformer import diffusers_module, empty_transformer
+from .transformer import diffusers_class, empty_transformer
 
 Encode = Callable[[torch.Tensor, str], torch.Tensor]
 
@@ -212,7 +212,7 @@ def _encode_pictures(
 def vae_encoder(pipeline: Pipeline, device: torch.device) -> Encode:
     """encode(float32 [3, H, W] in [-1, 1], digest) -> its latent, float32 [C, H / f, W / f] on the CPU, which does not
     depend on what was encoded before. The VAE is let go with the function."""
-    cls = getattr(diffusers_module(), pipeline.vae["_class_name"])
+    cls = diffusers_class(pipeline.vae["_class_name"])
     vae = cls.from_pretrained(pipeline.path / "vae", dtype=torch.float32).to(device).eval()
     shift, scale = pipeline.vae.get("shift_factor") or 0.0, pipeline.vae["scaling_factor"]
 
@@ -257,7 +257,7 @@ def prompt_encoder(
 ) -> Callable[[str], Prompt]:
     """encode(text) -> the encoded prompt on the CPU, by the pipeline's own encode_prompt; the text encoders are let go
     with the function."""
-    cls = getattr(diffusers_module(), pipeline.index["_class_name"])
+    cls = diffusers_class(pipeline.index["_class_name"])
     shell = empty_transformer(pipeline, dtype)  # its config is asked for
     pipe = cls.from_pretrained(pipeline.path, transformer=shell, vae=None, dtype=dtype)
     for part in pipeline.texts:

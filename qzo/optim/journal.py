@@ -22,13 +22,14 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..system import disk, lock
 from ..system.as_json import parsed
 from .defaults import SYNC_SECONDS
+from .header import wrong_field
 
 VERSION = 1
 MAGIC = b"QZOJRNL"
@@ -39,43 +40,6 @@ RECORD_BYTES = RECORD.size + CHECKSUM.size
 SKIPPED = 1  # flag: a loss was not finite; nothing was applied
 _OTHER_MODEL = "belongs to another model, or this model is already tuned"
 _FIRST = PREAMBLE.size + CHECKSUM.size  # where the header begins
-
-
-def _is_whole(value: object, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or _is_whole(value, -(1 << 64), 1 << 64)
-
-
-def _is_arena(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(slot, list) and len(slot) == 3 and all(_is_whole(number, 0, 1 << 40) for number in slot)
-        for slot in value.values()
-    )
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-# what a field of the header is, where it is there
-_FIELDS: dict[str, Callable[[object], bool]] = {
-    "directions": lambda value: _is_whole(value, 1, 1 << 16),
-    "first_step": lambda value: _is_whole(value, 0, 1 << 32),
-    "seed": lambda value: _is_whole(value, -(1 << 63), (1 << 64) - 1),
-    "relative": lambda value: isinstance(value, bool),
-    "arena": _is_arena,
-    "recipe": _is_object,
-    "versions": _is_object,
-    **dict.fromkeys(("noise", "sharing", "law", "digest"), _is_text),
-    **dict.fromkeys(("eps", "clip", "floor"), _is_number),
-}
 
 
 class JournalError(ValueError):
@@ -285,10 +249,9 @@ def _header_of(path: Path, text: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise JournalError(f"{path} is not a qzo journal: its header (offset {_FIRST}) is not JSON: {error}") from None
     if not isinstance(header, dict) or "directions" not in header:
-        raise JournalError(
-            f"{path} is not a qzo journal: its header (offset {_FIRST}) does not say how many directions"
-        )
-    wrong = next((name for name, fits in _FIELDS.items() if name in header and not fits(header[name])), None)
+        what = "does not say how many directions"
+        raise JournalError(f"{path} is not a qzo journal: its header (offset {_FIRST}) {what}")
+    wrong = wrong_field(header)
     if wrong is not None:
         raise JournalError(f"{path} is not a qzo journal: the {wrong} of its header is {header[wrong]!r:.60}")
     return header

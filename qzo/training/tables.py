@@ -130,8 +130,9 @@ def _columnar(path: Path, kind: str) -> Numbered:
             for record in batch.to_pylist():
                 number += 1
                 yield number, without_nulls(record)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as {COLUMNAR[kind]}: {error}") from None
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:  # the last of dates that Python does not have
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as {COLUMNAR[kind]}: {text:.400}") from None
 
 
 def _batches(pyarrow: Any, path: Path, kind: str) -> Iterator[Any]:
