@@ -1,4 +1,4 @@
-"""What a run is given or has left, with faults in it, and what reads it: journals, results, data, pictures, pipelines."""
+"""What a run is given or has left, with faults in it, and what reads it: journals, results, data, pictures, caches."""
 
 import functools
 import io

@@ -68,7 +68,8 @@ def refusal(read, folder):
         read(folder)
     except CLEAN as error:
         message = str(error)
-        assert message.strip() and "\n" not in message and len(message) <= LONGEST, f"no line: {message!a:.300}"
+        if not message.strip() or "\n" in message or len(message) > LONGEST:
+            raise AssertionError(f"no line: {message!a:.300}") from error
         return message
     return None
 

@@ -172,7 +172,10 @@ def _digest(folder: Path, stamps: list[list[Any]]) -> str:
     whole = hashlib.sha256()
     for name, size, _ in tracked(stamps, "digesting", "files"):
         with open(folder / name, "rb") as file:
-            whole.update(f"{name} {size}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+            content = hashlib.sha256()
+            for block in iter(lambda file=file: file.read(1 << 20), b""):  # type: ignore[misc]
+                content.update(block)
+            whole.update(f"{name} {size}\n".encode() + content.digest())
     return whole.hexdigest()[:32]
 
 
@@ -213,7 +216,7 @@ def vae_encoder(pipeline: Pipeline, device: torch.device) -> Encode:
     """encode(float32 [3, H, W] in [-1, 1], digest) -> its latent, float32 [C, H / f, W / f] on the CPU, which does not
     depend on what was encoded before. The VAE is let go with the function."""
     cls = diffusers_class(pipeline.vae["_class_name"])
-    vae = cls.from_pretrained(pipeline.path / "vae", dtype=torch.float32).to(device).eval()
+    vae = cls.from_pretrained(pipeline.path / "vae", dtype=torch.float32, use_safetensors=True).to(device).eval()
     shift, scale = pipeline.vae.get("shift_factor") or 0.0, pipeline.vae["scaling_factor"]
 
     @torch.no_grad()
@@ -259,7 +262,7 @@ def prompt_encoder(
     with the function."""
     cls = diffusers_class(pipeline.index["_class_name"])
     shell = empty_transformer(pipeline, dtype)  # its config is asked for
-    pipe = cls.from_pretrained(pipeline.path, transformer=shell, vae=None, dtype=dtype)
+    pipe = cls.from_pretrained(pipeline.path, transformer=shell, vae=None, dtype=dtype, use_safetensors=True)
     for part in pipeline.texts:
         if part.startswith("text_encoder"):
             getattr(pipe, part).to(device).eval()

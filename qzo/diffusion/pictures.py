@@ -18,7 +18,9 @@ def assemble(pipeline: Pipeline, model: Any, texts: bool = True) -> Any:
     cls = diffusers_class(pipeline.index["_class_name"])
     device = next(model.parameters()).device
     absent = {} if texts else dict.fromkeys(pipeline.texts)
-    pipe = cls.from_pretrained(pipeline.path, transformer=model, dtype=model.dtype, **absent).to(device)
+    pipe = cls.from_pretrained(
+        pipeline.path, transformer=model, dtype=model.dtype, use_safetensors=True, **absent
+    ).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -24,9 +24,9 @@ def check_flow(scheduler: Mapping[str, Any], where: object) -> None:
         return
     raise ValueError(
         f"{where}: {name} is no scheduler of a flow model: its noise schedule, times and target (prediction_type "
-        f"{scheduler.get('prediction_type', 'epsilon')!r:.60}) are those of another objective, which pulls a flow model's "
-        "velocity apart while its loss falls; give the pipeline with the scheduler that it is published with, such as "
-        "FlowMatchEulerDiscreteScheduler"
+        f"{scheduler.get('prediction_type', 'epsilon')!r:.60}) are those of another objective, which pulls a flow "
+        "model's velocity apart while its loss falls; give the pipeline with the scheduler that it is published with, "
+        "such as FlowMatchEulerDiscreteScheduler"
     )
 
 

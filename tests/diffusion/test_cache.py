@@ -178,8 +178,8 @@ def test_a_file_that_is_gone_is_named(pipeline_dir, pictures, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "header", "another"])
 def test_a_damaged_file_of_the_cache_is_named(pipeline_dir, pictures, built, tmp_path, damage):
-    shutil.copytree(built["train"].folder, tmp_path / "c")
-    latents = cache.Latents(tmp_path / "c", built["train"].examples, built["train"].header)
+    shutil.copytree(built[0], tmp_path / "c")
+    latents = cache.Latents(tmp_path / "c", built[1].examples, built[1].header)
     file = tmp_path / "c" / "latents" / f"{latents.examples[0].picture}.safetensors"
     whole = file.read_bytes()
     broken = {"cut": whole[:-4], "header": b"\xff" * 40, "another": save({"latent": torch.ones(4, 2)})}

@@ -158,7 +158,7 @@ def test_damaged_tables(tmp_path, name, data):
         read_records(written(tmp_path / name, data))
 
 
-ELSEWHERE = ["../x.arrow", "/etc/passwd", "..", "a/b", "a\\nb"]
+ELSEWHERE = ["../x.arrow", "/etc/passwd", "..", "a/b", "a\nb"]
 
 
 @pytest.mark.parametrize(
