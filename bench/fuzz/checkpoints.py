@@ -6,6 +6,7 @@ import json
 import struct
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.torch import save
 from ...checkpoints.formats import TARGETS, format_of, gguf_sd3, gguf_tokenizer, hqq, safetensors_file, told
 from ...checkpoints.formats import gguf as gguf_format
 from ...checkpoints.formats.folder import tensor_places
+from ...checkpoints.formats.folder_format import FolderFormat
 from ...checkpoints.formats.gguf_file import GGUFFile
 from ...checkpoints.source import open_checkpoint
 from ...kernels.table import NF4
@@ -102,7 +104,7 @@ def layer_of(method):
     """(quantization_config, tensors) of a layer and a norm in the format of this quant_method."""
     norm = {NORM: torch.ones(64, dtype=torch.float16)}
     if method == "aqlm":
-        said = {"in_group_size": 8, "out_group_size": 1, "nbits_per_codebook": 8, "num_codebooks": 2}
+        said: dict[str, Any] = {"in_group_size": 8, "out_group_size": 1, "nbits_per_codebook": 8, "num_codebooks": 2}
         codes = torch.arange(32 * 8 * 2).view(32, 8, 2).to(torch.int8)
         books = torch.ones(2, 256, 1, 8, dtype=torch.float16)
         parts = {"codes": codes, "codebooks": books, "scales": torch.ones(32, 1, 1, 1, dtype=torch.float16)}
@@ -113,9 +115,9 @@ def layer_of(method):
     tensors = _entries(target.entries(LAYER, weight, said, torch.float16)) | norm
     if method == "auto-round":
         del tensors[f"{LAYER}.g_idx"]
-        plain = {"packing_format": "auto_round:auto_gptq", "data_type": "int", "sym": True, "act_bits": 16}
-        more = {"extra_config": {"lm_head": {"bits": 16}, "model.*x": {"bits": 8}}, "bits": 4, "group_size": 32}
-        said = {"quant_method": method, **plain, **more}
+        plain: dict[str, Any] = {"packing_format": "auto_round:auto_gptq", "data_type": "int", "sym": True}
+        extra = {"lm_head": {"bits": 16}, "model.*x": {"bits": 8}}
+        said = {"quant_method": method, **plain, "act_bits": 16, "extra_config": extra, "bits": 4, "group_size": 32}
     if method == "gptq":
         said |= {"dynamic": {r"-:.*gate": {}, r"+:.*up": {"bits": 8, "group_size": 64}}}
     return said, tensors
@@ -143,7 +145,7 @@ def _json(content):
 def read_folder(folder):
     quantization = told.quantization_of(folder)
     form = format_of(folder, quantization)
-    if form.quantized:
+    if isinstance(form, FolderFormat):
         assert quantization is not None
         told.weight_only(quantization)
         for _ in form.weights(folder, quantization, torch.half):

@@ -31,10 +31,10 @@ from . import mutations
 
 @functools.cache
 def _base():
-    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    linear = nn.Linear(64, 32, bias=False)
     with torch.no_grad():
-        model[0].weight.copy_(torch.linspace(-1, 1, 2048).view(32, 64))
-    return quantize_(model, group_size=32)
+        linear.weight.copy_(torch.linspace(-1, 1, 2048).view(32, 64))
+    return quantize_(nn.Sequential(linear), group_size=32)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import copy
 import json
 import struct
 import zlib
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def value(random):
 
 def deep(levels, lists):
     """Lists in lists, or objects in objects."""
-    found = None
+    found: Any = None
     for _ in range(levels):
         found = [found] if lists else {"a": found}
     return found

@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ from .. import results
 from ..timing import machine
 from . import checkpoints, inputs
 
-PARSERS = checkpoints.PARSERS | inputs.PARSERS
+# name -> (what makes the files of a case with a random.Random, what reads them in their folder)
+PARSERS: dict[str, tuple[Callable, Callable]] = {**checkpoints.PARSERS, **inputs.PARSERS}
 CLEAN = (ValueError, OSError)  # what a command tells in one line
 HEADROOM = 256 << 20  # bytes of address space that a reader may take on top of what the process has
 SECONDS = 10  # of the processor that a case may take
@@ -89,7 +91,9 @@ def fuzz(name, count, seed, folder, kept):
     """What so many cases of a reader end in, in this process; the files of crashes go to `kept`."""
     make, read = PARSERS[name]
     draws = random.Random(seed)
-    ends, told, crashes, slowest = Counter(), set(), [], 0.0
+    ends: Counter[str] = Counter()
+    told: set[str] = set()
+    crashes, slowest = [], 0.0
     warnings.simplefilter("ignore")
     for _ in range(WARM):  # imports and caches
         write(folder, make(draws))

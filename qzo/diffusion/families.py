@@ -48,7 +48,7 @@ class StableDiffusion3:
     """Stable Diffusion 3 and 3.5: CLIP and T5 side by side, learned positions."""
 
     longest = 256
-    needed = ("patch_size", "in_channels", "pos_embed_max_size")
+    needed: tuple[str, ...] = ("patch_size", "in_channels", "pos_embed_max_size")
 
     def patch(self, config: Mapping[str, Any]) -> int:
         """As Family."""

@@ -17,10 +17,9 @@ def assemble(pipeline: Pipeline, model: Any, texts: bool = True) -> Any:
     with what encodes prompts."""
     cls = diffusers_class(pipeline.index["_class_name"])
     device = next(model.parameters()).device
-    absent = {} if texts else dict.fromkeys(pipeline.texts)
-    pipe = cls.from_pretrained(
-        pipeline.path, transformer=model, dtype=model.dtype, use_safetensors=True, **absent
-    ).to(device)
+    absent: dict[str, None] = {} if texts else dict.fromkeys(pipeline.texts)
+    options = {"transformer": model, "dtype": model.dtype, "use_safetensors": True, **absent}
+    pipe = cls.from_pretrained(pipeline.path, **options).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

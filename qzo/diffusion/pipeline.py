@@ -128,7 +128,8 @@ def _check_configs(pipeline: Pipeline) -> None:
     )
     for key in ("scaling_factor", "shift_factor"):
         value = pipeline.vae.get(key) or (0.0 if key == "shift_factor" else None)
-        said.append((f"vae/config.json: {key}", value, type(value) in (int, float) and math.isfinite(value)))
+        finite = isinstance(value, int | float) and math.isfinite(value)
+        said.append((f"vae/config.json: {key}", value, finite))
     for where, config in ((INDEX, pipeline.index), ("vae/config.json", pipeline.vae)):
         name = config.get("_class_name")
         said.append((f"{where}: _class_name", name, isinstance(name, str) and name.isidentifier()))

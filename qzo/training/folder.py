@@ -82,12 +82,12 @@ def fitted_biases(path: Path) -> tuple[list[tuple[int, float]], int] | None:
     biases, step = found.get("label_bias"), found.get("model_step", found.get("steps"))
     if not biases:
         return None
-    whole = isinstance(biases, list) and type(step) is int
     try:
-        pairs = [(token, float(bias)) for token, bias in biases] if whole else []
+        pairs = [(token, float(bias)) for token, bias in biases]
     except (TypeError, ValueError, OverflowError):
         pairs = []
-    if not pairs or not all(type(token) is int and token >= 0 and math.isfinite(bias) for token, bias in pairs):
+    whole = all(type(token) is int and token >= 0 and math.isfinite(bias) for token, bias in pairs)
+    if not pairs or not whole or not isinstance(step, int):
         raise ValueError(f"{path}: its label_bias is {biases!r:.60}, of step {step!r:.20}: no run has written that")
     return pairs, step
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -173,7 +174,7 @@ def test_a_link_out_of_the_folder_is_not_copied_into_the_result(where, tmp_path)
     link.parent.mkdir(exist_ok=True)
     link.symlink_to(secret)
     model = qzo.from_pretrained(tmp_path / "base", device="cpu")
-    saves = [lambda: qzo.save_pretrained(model, tmp_path / "out")]
+    saves: list[Callable[[], object]] = [lambda: qzo.save_pretrained(model, tmp_path / "out")]
     if where == "notes.txt":  # a new folder takes no folders along
         saves.append(lambda: qzo.export(model, tmp_path / "out", "compressed-tensors"))
     for save in saves:

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from qzo.bench.fuzz import runs
+from tests.support.paths import ROOT
 
 
 def reader(work):
@@ -111,3 +112,12 @@ def test_messages_of_one_line_of_code_are_of_one_shape(tmp_path):
     texts = [f"{tmp_path}: bits is {n}; 'x{n}' is [1, {n}]" for n in (3, 77)]
     assert len({runs.shape_of(text, tmp_path) for text in texts}) == 1
     assert random.Random("3 journal 0").random() != random.Random("3 journal 1").random()
+
+
+def test_the_committed_run_has_every_reader_and_no_crash():
+    rows = [json.loads(line) for line in (ROOT / "bench/results/fuzz-2026-11-30.jsonl").read_text().splitlines()]
+    assert {found["parser"] for found in rows} == set(runs.PARSERS)
+    assert sum(found["cases"] for found in rows) >= 100_000
+    assert not any(found["crashes"] for found in rows)
+    assert all(found["loaded"] + found["refused"] == found["cases"] for found in rows)
+    assert all(found["loaded"] > 0 and found["peak_mb"] < 256 for found in rows)
