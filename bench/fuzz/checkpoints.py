@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,8 @@ def read_sd3(folder):
         pass
 
 
-PARSERS = {
+# name -> (what makes the files of a case with a random.Random, what reads them in their folder)
+PARSERS: dict[str, tuple[Callable, Callable]] = {
     "safetensors": (safetensors, read_safetensors),
     "index.json": (index, read_index),
     "config.json": (config, read_config),

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import struct
+from collections.abc import Callable
 
 import pyarrow
 import pyarrow.parquet
@@ -328,7 +329,8 @@ def read_cache(folder):
     held.prompt(0)
 
 
-PARSERS = {
+# name -> (what makes the files of a case with a random.Random, what reads them in their folder)
+PARSERS: dict[str, tuple[Callable, Callable]] = {
     "journal": (journals, read_journal),
     "run.json": (results, read_results),
     "settings": (settings, read_settings),

@@ -20,7 +20,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,8 +28,7 @@ from .. import results
 from ..timing import machine
 from . import checkpoints, inputs
 
-# name -> (what makes the files of a case with a random.Random, what reads them in their folder)
-PARSERS: dict[str, tuple[Callable, Callable]] = {**checkpoints.PARSERS, **inputs.PARSERS}
+PARSERS = checkpoints.PARSERS | inputs.PARSERS
 CLEAN = (ValueError, OSError)  # what a command tells in one line
 HEADROOM = 256 << 20  # bytes of address space that a reader may take on top of what the process has
 SECONDS = 10  # of the processor that a case may take
