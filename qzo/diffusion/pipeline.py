@@ -93,7 +93,7 @@ def open_pipeline(path: str | Path) -> Pipeline:
         if Path(part).name != part or part == "..":
             raise ValueError(f"{path / INDEX} names {part!r:.100}, which is no folder in this one")
         if not (path / part).is_dir():
-            said = f"{' of '.join(map(str, reversed(index[part]))):.200}"
+            said = " ".join(" of ".join(map(str, reversed(index[part]))).split())[:200]
             raise FileNotFoundError(
                 f"{path / INDEX} names {part} ({said}), and there is no folder {path / part}: fetch it too, or load "
                 "the pipeline without it and save that"

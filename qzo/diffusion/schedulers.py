@@ -14,7 +14,7 @@ TIMES = 1000  # num_train_timesteps: a transformer is given TIMES * s
 
 def check_flow(scheduler: Mapping[str, Any], where: object) -> None:
     """ValueError, with the reason, for the scheduler_config.json at `where` if it is not that of a flow model."""
-    name = f"{scheduler.get('_class_name')!s:.60}"
+    name = " ".join(str(scheduler.get("_class_name")).split())[:60]
     if name.startswith("FlowMatch"):
         count = scheduler.get("num_train_timesteps", TIMES)
         if count != TIMES:

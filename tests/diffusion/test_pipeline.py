@@ -110,3 +110,13 @@ def test_a_config_without_its_numbers_is_refused(copied, name, changes, told):
     rewrite(copied / name, **changes)
     with pytest.raises(ValueError, match=f"{told}.*; the file is damaged, fetch it again"):
         open_pipeline(copied)
+
+
+def test_names_of_several_lines_are_told_in_one(copied):
+    rewrite(copied / "model_index.json", gone=["a\nb", "c\td"])
+    with pytest.raises(FileNotFoundError, match=r"names gone \(c d of a b\)"):
+        open_pipeline(copied)
+    rewrite(copied / "model_index.json", gone=[None, None])
+    rewrite(copied / "scheduler" / "scheduler_config.json", _class_name="a\nb")
+    with pytest.raises(ValueError, match="scheduler: a b is no scheduler of a flow model"):
+        open_pipeline(copied)
