@@ -92,7 +92,7 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None,
 def check_large_rows(value):
     """ValueError unless it is one of LARGE_ROWS."""
     if value not in LARGE_ROWS:
-        raise ValueError(f"large_rows={value!r}: {', '.join(map(repr, LARGE_ROWS[:-1]))} or {LARGE_ROWS[-1]!r} is "
+        raise ValueError(f"large_rows={value!r:.60}: {', '.join(map(repr, LARGE_ROWS[:-1]))} or {LARGE_ROWS[-1]!r} is "
                          "wanted")
 
 

@@ -17,6 +17,8 @@ from ..version import __version__
 from .journal import JournalError, check_header, read
 from .step import apply_steps
 
+_NEEDED = {"noise", "sharing", "law", "relative", "floor", "arena", "digest"}  # fields of the header
+
 
 def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | None = None) -> int:
     """Apply a journal's steps to the base model it was written on, in place.
@@ -50,6 +52,9 @@ def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | 
     if found is None:
         raise JournalError(f"{journal_path} has no whole header: the run ended before its first step")
     header, steps, _ = found
+    missing = sorted(_NEEDED - header.keys())
+    if missing:
+        raise JournalError(f"{journal_path} is not a qzo journal: its header has no {' and no '.join(missing)}")
     known = law_version(header["noise"], header["sharing"]) if header["noise"] in VERSIONS else None
     if known != header["law"]:
         raise JournalError(f"{journal_path} uses noise law {header['law']!r}, this qzo has {known!r}")

@@ -88,8 +88,8 @@ def check_parallel(parallel: str) -> None:
     """ValueError for what names no division of a step."""
     if not isinstance(parallel, str) or not PARALLEL.fullmatch(parallel):
         raise ValueError(
-            f"parallel={parallel!r}: expected data, directions, or how many parts of the examples times groups of the "
-            "evaluations, such as 2x4"
+            f"parallel={parallel!r:.60}: expected data, directions, or how many parts of the examples times groups of "
+            "the evaluations, such as 2x4"
         )
 
 

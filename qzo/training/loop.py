@@ -10,7 +10,7 @@ import hashlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,11 +113,13 @@ def fit(
     resume: bool = False,
     show: bool | None = None,
     validation: Validation | None = None,
+    after: Callable[[int], object] = lambda steps: None,
 ) -> int:
     """Train the model of `task` into the folder `out`; returns the number of steps that were already there.
 
     Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. validation: measured on the way; a
-    run that has run out of its patience ends. Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when
+    run that has run out of its patience ends. after: called when each step is in the journal, with how many are.
+    Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when
     losses stay NaN; JournalError for a journal that exists (without resume) or does not fit.
 
     Where torch.distributed's default group is initialized, all its ranks call this: each makes its share of the steps
@@ -147,6 +149,7 @@ def fit(
             for line in _steps(task, settings, optimizer, planned, validation):
                 metrics.write(line)
                 progress.step(line)
+                after(line["step"] + 1)
             if settings.check_every:
                 optimizer.check_ranks()
     except KeyboardInterrupt as stop:

@@ -94,13 +94,13 @@ class Settings:
                 continue
             try:
                 setattr(self, name, float(getattr(self, name)))  # YAML reads 1e-2 as a text
-            except (TypeError, ValueError):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number") from None
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}: expected a number") from None
         for name in ("relative", "sequential", "train_codebooks", "compile", "text_eos"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}: expected true or false")
         if not isinstance(self.cuda_graph, bool | None):
-            raise ValueError(f"cuda_graph={self.cuda_graph!r}: expected true or false, or null (on a CUDA device)")
+            raise ValueError(f"cuda_graph={self.cuda_graph!r:.80}: expected true or false, or null (on a CUDA device)")
         self._check_numbers()
         law_number(self.noise)
         check_sharing(self.sharing, self.relative)
@@ -113,7 +113,7 @@ class Settings:
             ("label_bias", LABEL_BIASES),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: known are {', '.join(known)}")
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}: known are {', '.join(known)}")
 
     def _check_whole_numbers(self) -> None:
         ranges: dict[str, tuple[int, float, str]] = {
@@ -132,7 +132,7 @@ class Settings:
             if value is None and wanted.count("or none"):
                 continue
             if not _is_int(value) or not least <= value <= most:
-                raise ValueError(f"{name}={value!r}: expected {wanted}")
+                raise ValueError(f"{name}={value!r:.80}: expected {wanted}")
 
     def _check_numbers(self) -> None:
         finite = math.isfinite
@@ -148,7 +148,7 @@ class Settings:
             ("max_cut", 0 <= self.max_cut <= 1, "a share from 0 to 1"),
         ):
             if not good:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected {wanted}")
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}: expected {wanted}")
 
 
 def _is_int(value: Any) -> bool:
