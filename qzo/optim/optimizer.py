@@ -28,7 +28,7 @@ from .journal import Journal, Record
 from .ranges import check
 from .replay import journal_header
 from .shares import Share
-from .step import LARGEST, StepResult, apply_steps, project
+from .step import LARGEST, StepResult, apply_steps, evaluation_count, perturbations, project, sides
 
 ALIKE = 50  # first steps without a difference, after which the objective is taken to ignore the perturbation
 
@@ -57,13 +57,16 @@ class QZO(torch.optim.Optimizer):
     sharing
         As in `Evaluations`.
     directions
-        J, directions per step; a step makes 2 J evaluations.
+        J, directions per step; a step makes E = 2 J evaluations, one-sided J.
     seed
         Of the run, 64 bits; the seed of direction j at step t is Philox of (seed, t, j).
     journal
         Path of the journal to write, or None.
     resume
         Continue an existing journal: its steps are replayed onto the module, which must be the untouched base.
+    one_sided
+        Evaluate +eps of each direction alone, and compare its loss with the mean of the others' (step.py): more is
+        learned from as many evaluations. At least 2 directions.
     paired
         Whether closures return all losses at once; `step` can override it.
     floor
@@ -119,6 +122,7 @@ class QZO(torch.optim.Optimizer):
         journal: str | os.PathLike[str] | None = None,
         *,
         resume: bool = False,
+        one_sided: bool = False,
         paired: bool = True,
         floor: float = FLOOR,
         max_skipped: int = 10,
@@ -131,6 +135,7 @@ class QZO(torch.optim.Optimizer):
         staleness: int = 0,
     ) -> None:
         check(lr=lr, eps=eps, clip=clip, directions=directions, seed=seed, floor=floor, cuda_graph=cuda_graph)
+        check(**{"one_sided_directions": directions} if one_sided else {})
         check(check_every=check_every, journal_fsync=journal_fsync, staleness=staleness)
         law_number(noise)
         check_sharing(sharing, relative)
@@ -146,7 +151,7 @@ class QZO(torch.optim.Optimizer):
         self._alike: int | None = 0  # steps without a difference so far; None once there was one
         self.staleness = staleness
         self._ahead: collections.deque[Callable[[], float]] = collections.deque()  # take the steps after this one
-        law = dict(noise=noise, relative=relative, sharing=sharing, floor=floor)
+        law = dict(noise=noise, relative=relative, sharing=sharing, floor=floor, one_sided=one_sided)
         numbers = dict(lr=lr, eps=eps, clip=clip, directions=directions, seed=seed, step=0)
         super().__init__([self.arena.data], {**numbers, **law})
         warn_if_rounded_away(module, self.arena, eps, relative)
@@ -163,10 +168,10 @@ class QZO(torch.optim.Optimizer):
     ) -> None:
         """See that all ranks are alike, open the journal on the first, and apply the steps it holds on all."""
         group = self.param_groups[0]
+        own = {"staleness": self.staleness, "one_sided": group["one_sided"]}
         if self.ranks.count > 1:
-            recipe = {**recipe, "ranks": self.ranks.count, "shares": self.parallel}
-        if self.staleness:
-            recipe = {**recipe, "staleness": self.staleness}
+            own |= {"ranks": self.ranks.count, "shares": self.parallel}
+        recipe = {**recipe, **{name: value for name, value in own.items() if value}}
         header = journal_header(self.module, group, recipe)
         self.ranks.check_same({**header, "lr": group["lr"], "journal": journal is not None})
         if journal is None:
@@ -187,7 +192,7 @@ class QZO(torch.optim.Optimizer):
     @property
     def share(self) -> Share:
         """Which part of the coming step is this rank's."""
-        return Share(self.ranks, 2 * self.param_groups[0]["directions"], self.parallel)
+        return Share(self.ranks, evaluation_count(self.param_groups[0]), self.parallel)
 
     def evaluations(self) -> Evaluations:
         """The Evaluations that the coming call of `step` makes: +eps and -eps of each direction in turn.
@@ -195,7 +200,7 @@ class QZO(torch.optim.Optimizer):
         Returns
         -------
         Evaluations
-            2 J of them, or those of this rank, on the device of the scales; those of a direction share a seed.
+            E of them, or those of this rank, on the device of the scales; those of a direction share a seed.
 
         Raises
         ------
@@ -208,9 +213,7 @@ class QZO(torch.optim.Optimizer):
                 "that shares them): make a new QZO"
             )
         group = self.param_groups[0]
-        step = group["step"] + len(self._ahead)
-        seeds = [step_seed(group["seed"], step, j) for j in range(group["directions"]) for _ in range(2)]
-        coefs = [sign * group["eps"] for _ in range(group["directions"]) for sign in (1, -1)]
+        seeds, coefs = perturbations(group, group["step"] + len(self._ahead))
         law, mine = (group["noise"], group["relative"], group["sharing"]), self.share.mine
         return Evaluations(seeds[mine], coefs[mine], *law).to(self.arena.data.device)
 
@@ -229,8 +232,8 @@ class QZO(torch.optim.Optimizer):
         ----------
         closure
             closure(), or closure(batch), runs forward only. Paired it is called once and returns the loss of each
-            evaluation, a tensor [2 J] of any float dtype, of a batch stacked 2 J times (`qzo.pair`, `qzo.losses`); else
-            it is called 2 J times, each under one evaluation, and returns a scalar. On one of several ranks it returns
+            evaluation, a tensor [E] of any float dtype, of a batch stacked E times (`qzo.pair`, `qzo.losses`); else
+            it is called E times, each under one evaluation, and returns a scalar. On one of several ranks it returns
             those of `evaluations()` over its own examples, which count alike on all, or what `qzo.loss_sums` gives.
         paired
             None: what the optimizer was made with (True unless said otherwise).
@@ -280,7 +283,8 @@ class QZO(torch.optim.Optimizer):
     def _take(self, sent: Callable[[], torch.Tensor], rates: tuple[float, float, float]) -> float:
         """Take a step whose losses were sent, at the rates of its evaluation; returns the mean loss."""
         losses = sent()
-        derivatives, applied = project(losses, rates, law_number(self.param_groups[0]["noise"]))
+        group = self.param_groups[0]
+        derivatives, applied = project(losses, rates, law_number(group["noise"]), group["one_sided"])
         return self._finish(losses.tolist(), derivatives.tolist(), applied.tolist())
 
     def _again(self, records: Sequence[Record]) -> float:
@@ -294,9 +298,9 @@ class QZO(torch.optim.Optimizer):
         return None if self.graphs is None else self.graphs.step(closure, batch, paired)
 
     def rates(self) -> tuple[float, float, float]:
-        """(lr / J, 2 eps, clip) of the coming step, what `project` takes."""
+        """(lr / J, 2 eps or one-sided eps, clip) of the coming step, what `project` takes."""
         group = self.param_groups[0]
-        return group["lr"] / group["directions"], 2 * group["eps"], group["clip"]
+        return group["lr"] / group["directions"], group["eps"] * (1 if group["one_sided"] else 2), group["clip"]
 
     def _finish(
         self, losses: list[float], derivatives: list[float], applied: list[float], updated: bool = False
@@ -313,10 +317,8 @@ class QZO(torch.optim.Optimizer):
                 f"lr={group['lr']:g} times the derivatives {derivatives} leaves float32; lower lr or clip"
             )
         seeds = [step_seed(group["seed"], group["step"], j) for j in range(count)]
-        records = [
-            Record(group["step"], j, seeds[j], applied[j], losses[2 * j], losses[2 * j + 1], skipped)
-            for j in range(count)
-        ]
+        loss, other = (side.tolist() for side in sides(torch.tensor(losses, dtype=torch.float64), group["one_sided"]))
+        records = [Record(group["step"], j, seeds[j], applied[j], loss[j], other[j], skipped) for j in range(count)]
         if self.journal is not None:
             self.journal.append(records)
         if not updated:

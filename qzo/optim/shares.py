@@ -24,7 +24,7 @@ PARALLEL = re.compile(r"data|directions|[1-9]\d*x[1-9]\d*")
 
 
 class Share:
-    """The part of a rank in each step of `evaluations` = 2 J.
+    """The part of a rank in each step of so many `evaluations`.
 
     parts, groups : into how many the examples and the evaluations are divided; parts * groups ranks
     mine : the slice of the step's evaluations that is this rank's
@@ -44,8 +44,8 @@ class Share:
             )
         if self.groups > evaluations:
             raise ValueError(
-                f"parallel={parallel!r}: {self.groups} groups of evaluations, but a step has {evaluations}, two for "
-                "each direction: give more directions, or fewer groups"
+                f"parallel={parallel!r}: {self.groups} groups of evaluations, but a step has {evaluations}: "
+                "give more directions, or fewer groups"
             )
         self.mine = _slice(evaluations, ranks.rank % self.groups, self.groups)
 
@@ -59,7 +59,7 @@ class Share:
         return _slice(count, self.ranks.rank // self.groups, self.parts)
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
-        """The loss of each of the step's evaluations, float64 [2 J] on the CPU, the same bits on every rank.
+        """The loss of each of the step's evaluations, float64 [E] on the CPU, the same bits on every rank.
 
         losses: of this rank's evaluations; [e, S], sums (`loss_sums`), or [e], which count alike. They are added in the
         order of the ranks.

@@ -211,6 +211,7 @@ def _optimizer(task: Trainable, settings: Settings, journal: Path, resume: bool,
         settings.seed,
         journal=journal,
         resume=resume,
+        one_sided=bool(settings.one_sided),
         floor=settings.floor,
         recipe=recipe(task, settings, planned),
         large_rows=settings.large_rows,
@@ -260,7 +261,7 @@ def _steps(
 ) -> Iterator[dict[str, Any]]:
     """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
     share = optimizer.share
-    at_once = 1 if settings.sequential else len(range(2 * settings.directions)[share.mine])
+    at_once = 1 if settings.sequential else len(range(settings.evaluations)[share.mine])
 
     centred = fits_biases(task, settings)
 
