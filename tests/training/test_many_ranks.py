@@ -30,7 +30,7 @@ def loaded(tmp_path_factory):
 
 
 def settings_of(**changes):
-    return Settings(**{"max_steps": STEPS, "batch_size": 7, "directions": 3, "learning_rate": 0.1, **changes})
+    return Settings(**{"max_steps": STEPS, "batch_size": 7, "directions": 4, "learning_rate": 0.1, **changes})
 
 
 def digest(model):
@@ -79,7 +79,7 @@ def test_a_resumed_run_goes_on_from_the_journal_on_every_rank(loaded, tmp_path):
     ranks.run(tmp_path / "ranks", 2, lambda: trained(loaded, tmp_path / "two"))
     path = tmp_path / "two" / "journal.qzo"
     data = path.read_bytes()
-    path.write_bytes(data[: -32 * 3 - 40])  # three directions a step: two whole steps and more are gone
+    path.write_bytes(data[: -32 * 4 - 40])  # four directions a step: two whole steps and more are gone
 
     def again():
         first = torch.distributed.get_rank() == 0

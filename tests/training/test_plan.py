@@ -31,7 +31,7 @@ def planned(loaded, records, train_layers=None, **given):
 
 
 def test_of_the_whole_model(loaded):
-    told, task = planned(loaded, tiny.RECORDS, max_steps=12, batch_size=4, directions=3)
+    told, task = planned(loaded, tiny.RECORDS, max_steps=12, batch_size=4, directions=3, one_sided=False)
     assert told["layers"] == told["layers_in_all"] == sum(isinstance(m, QZOLinear) for m in loaded[0].modules()) == 14
     assert told["scales"] == trained_count(loaded[0])
     assert (told["blocks"], told["codebook_numbers"], told["cut"]) == (None, 0, 0)
