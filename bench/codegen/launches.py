@@ -377,7 +377,8 @@ def _cover(cases, axes):
 
     Greedy: always the first that holds most pairs not yet met.
     """
-    numbers, bits = itertools.count(), {}
+    numbers = itertools.count()
+    bits: dict[int, int] = {}  # the flags of a pair -> its bit
     values = [[getattr(case, axis) for axis in axes] for case in cases]
     flags = [{value: 1 << next(numbers) for value in dict.fromkeys(axis)} for axis in zip(*values, strict=True)]
     pairs = []
