@@ -60,7 +60,7 @@ class Study:
         settings = Settings(seed=seed, train_layers=self.train_layers, **options)
         if settings.learning_rate is None:
             rows -= 2 * auto_rate.DIRECTIONS * settings.batch_size
-        settings.max_steps = rows // (2 * settings.directions * settings.batch_size)
+        settings.max_steps = rows // (settings.evaluations * settings.batch_size)
         try:
             with tempfile.TemporaryDirectory() as out:
                 loop.fit(self.training, settings, Path(out), show=False)
@@ -157,12 +157,11 @@ class Method:
 
 
 PAPERS_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
-LEARNED = {"label_bias": "none"}
+PAIRS = {"directions": 2, "one_sided": False}
 METHODS = {
     "default": Method(("auto",), {}),
-    "fixed rate": Method((8e-2, 16e-2, 32e-2, 64e-2), {}),
-    "biases learned": Method((8e-2, 16e-2), LEARNED),
-    "biases learned, 4 directions x 8 rows": Method((8e-2, 16e-2), {"directions": 4, "batch_size": 8, **LEARNED}),
+    "pairs, 2 directions x 16 rows": Method((8e-2, 16e-2, 32e-2, 64e-2), PAIRS),
+    "pairs, biases learned": Method((8e-2, 16e-2), {**PAIRS, "label_bias": "none"}),
     "paper's recipe": Method(PAPERS_RATES, {key: PAPER[key] for key in PAPER.keys() - {"learning_rate"}}),
     "first-order, scales": Method((1e-3, 3e-3), None, Differentiable),
     "first-order, LoRA": Method((3e-4, 1e-3), None, LowRank),

@@ -6,10 +6,13 @@ row i, and p_i = softmax(scores_i), the sensitivity s is
     s^2 = mean over directions z and rows i of Var_{o ~ p_i}(D_io - mean_i D_io)
 
 the curvature of the loss along a random direction (the Gauss-Newton matrix of the cross entropy), without the push on
-all rows' scores, which the steps leave out (loss/label_bias.py). The rate is REACH / s per direction.
+all rows' scores, which the steps leave out (loss/label_bias.py). The noise of the estimates makes the scales walk at
+random: n directions of a derivative of 1 at a rate r each move the scores by about s r sqrt(n). So the rate is
 
-A quadratic loss alone would allow a rate of the order of 1 / s^2; but the more a perturbed scale has drifted, the less
-that loss is one. 1 / s is what the study's three tasks say, whose best rates are known (docs/learning.md).
+    r = WALK / (s sqrt(n)) per direction, for the n = steps x J directions of the run
+
+A quadratic loss alone would allow a rate of the order of 1 / s^2 in runs of any length; but the more a scale has
+drifted, the less that loss is one. docs/learning.md has what was measured.
 """
 
 import math
@@ -24,16 +27,16 @@ from .data import Batch
 from .settings import Settings
 from .task import Task
 
-REACH = 0.1  # how far a step of a unit derivative moves the scores along one direction, in nats
-DIRECTIONS = 4  # each over the batch of another step
+WALK = 1.1  # how far the scores may walk, in nats
+DIRECTIONS = 4  # that are measured, each over the batch of another step
 LARGEST = 1.0  # of a rate per direction: with it a derivative of 1 moves every scale by its own size
 
 
 def measured_rate(task: Task, settings: Settings) -> float:
-    """The learning rate of a run, rounded to two digits, for perturbations relative to the scales. It costs two
-    evaluations of each of DIRECTIONS batches."""
-    s = sensitivity(task, settings)
-    return float(f"{min(REACH / s, LARGEST) if s else LARGEST:.2g}") * settings.directions
+    """The learning rate of a run, its sum over a step's directions, rounded to two digits; for perturbations relative
+    to the scales. It costs two evaluations of each of DIRECTIONS batches."""
+    walk = sensitivity(task, settings) * math.sqrt(settings.max_steps * settings.directions)
+    return float(f"{min(WALK / walk, LARGEST) if walk else LARGEST:.2g}") * settings.directions
 
 
 @torch.no_grad()

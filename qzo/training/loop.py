@@ -10,7 +10,7 @@ import hashlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,11 +113,13 @@ def fit(
     resume: bool = False,
     show: bool | None = None,
     validation: Validation | None = None,
+    after: Callable[[int], object] = lambda steps: None,
 ) -> int:
     """Train the model of `task` into the folder `out`; returns the number of steps that were already there.
 
     Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. validation: measured on the way; a
-    run that has run out of its patience ends. Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when
+    run that has run out of its patience ends. after: called when each step is in the journal, with how many are.
+    Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when
     losses stay NaN; JournalError for a journal that exists (without resume) or does not fit.
 
     Where torch.distributed's default group is initialized, all its ranks call this: each makes its share of the steps
@@ -147,6 +149,7 @@ def fit(
             for line in _steps(task, settings, optimizer, planned, validation):
                 metrics.write(line)
                 progress.step(line)
+                after(line["step"] + 1)
             if settings.check_every:
                 optimizer.check_ranks()
     except KeyboardInterrupt as stop:
@@ -208,6 +211,7 @@ def _optimizer(task: Trainable, settings: Settings, journal: Path, resume: bool,
         settings.seed,
         journal=journal,
         resume=resume,
+        one_sided=bool(settings.one_sided),
         floor=settings.floor,
         recipe=recipe(task, settings, planned),
         large_rows=settings.large_rows,
@@ -257,7 +261,7 @@ def _steps(
 ) -> Iterator[dict[str, Any]]:
     """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
     share = optimizer.share
-    at_once = 1 if settings.sequential else len(range(2 * settings.directions)[share.mine])
+    at_once = 1 if settings.sequential else len(range(settings.evaluations)[share.mine])
 
     centred = fits_biases(task, settings)
 

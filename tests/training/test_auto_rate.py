@@ -51,10 +51,13 @@ def test_what_moves_all_rows_or_all_options_alike_counts_for_nothing():
     assert auto_rate.variance(torch.zeros(2, 2), one_of_two) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("s", "rate"), [(0.8, 0.24), (2.1, 0.096), (0.01, 2.0), (0.0, 2.0)])
-def test_the_rate_is_the_reach_of_a_step_over_the_sensitivity_up_to_a_bound(monkeypatch, s, rate):
+@pytest.mark.parametrize(
+    ("s", "steps", "rate"), [(1.0, 100, 0.11), (0.5, 100, 0.22), (1.0, 400, 0.055), (0.001, 4, 1.0), (0.0, 4, 1.0)]
+)
+def test_the_rate_lets_the_scores_walk_as_far_whatever_the_task_and_the_length(monkeypatch, s, steps, rate):
     monkeypatch.setattr(auto_rate, "sensitivity", lambda task, settings: s)
-    assert auto_rate.measured_rate(mock.Mock(), Settings(directions=2)) == pytest.approx(rate)
+    settings = Settings(max_steps=steps // 4, directions=4)
+    assert auto_rate.measured_rate(mock.Mock(), settings) == pytest.approx(4 * rate)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +66,9 @@ def test_the_rate_is_the_reach_of_a_step_over_the_sensitivity_up_to_a_bound(monk
         (tiny.RECORDS, {}, None),
         (tiny.RECORDS, {"learning_rate": "auto"}, None),
         (tiny.RECORDS, {"learning_rate": 0.03}, 0.03),
-        (tiny.RECORDS, {"label_bias": "none"}, 2 * RATE),
-        (tiny.RECORDS, {"relative": False}, 2 * RATE),
-        (TEXTS, {}, 2 * RATE),
+        (tiny.RECORDS, {"label_bias": "none"}, 8 * RATE),
+        (tiny.RECORDS, {"relative": False}, 8 * RATE),
+        (TEXTS, {}, 8 * RATE),
     ],
 )
 def test_it_is_measured_of_a_classification_that_was_given_none(loaded, tmp_path, capsys, records, options, wanted):
