@@ -147,7 +147,7 @@ def verdicts(tmp_path_factory):
     """Name of each fault, and None for the true package -> what the quick check says."""
     root = tmp_path_factory.mktemp("mutants")
     names = [None, *FAULTS]
-    copies = [copy_with(FAULTS.get(name), root / str(i)) for i, name in enumerate(names)]
+    copies = [copy_with(None if name is None else FAULTS[name], root / str(i)) for i, name in enumerate(names)]
     wanted = [f"{copy}:{FAULTS[name].file if name else ''}" for name, copy in zip(names, copies, strict=True)]
     script = Path(__file__).with_name("quick_check.py")
     done = subprocess.run(
