@@ -248,14 +248,13 @@ def chunk(case):
 
 def update_scales(case):
     """The launches of the kernels that perturb codebooks and update scales, those of rows of noise among them."""
-    base4 = WIDE_FROM if case.wide else 0
-    how = {"law": noise.LAWS[case.law], "relative": case.relative}
+    how = {"base4": WIDE_FROM if case.wide else 0, "law": noise.LAWS[case.law], "relative": case.relative}
     scales, seeds, coefs = _meta(1, 4096, 4), _meta(2, dtype=torch.int64), _meta(2)
     with recorded(case.arch) as launches:
-        perturb.launch(scales[0], seeds[:1], coefs[:1], _meta(4096, 4, dtype=torch.float16), base4=base4, **how)
-        update.launch(scales, seeds, coefs, base4=base4, floor=0.0, **how)
-        layers = _meta(3, 3, dtype=torch.int64)
-        update.launch(scales, seeds, coefs, base4=0, floor=0.0, layers=layers, **how | {"relative": True})
+        perturb.launch(scales[0], seeds[:1], coefs[:1], _meta(4096, 4, dtype=torch.float16), **how)
+        update.launch(scales, seeds, coefs, floor=0.0, **how)
+        rows = how | {"base4": 0, "relative": True}
+        update.launch(scales, seeds, coefs, floor=0.0, layers=_meta(3, 3, dtype=torch.int64), **rows)
     return launches
 
 
@@ -373,18 +372,13 @@ def spread(archs, axes):
 
 
 def _cover(cases, axes):
-    """Of cases those in which every two values of different axes meet that do in any case.
-
-    Greedy: always the first that holds most pairs not yet met.
-    """
+    """Of cases always the first that holds most pairs not yet met, until every two values met that meet in any."""
     numbers = itertools.count()
-    bits: dict[int, int] = {}
-    values = [[getattr(case, axis) for axis in axes] for case in cases]
-    flags = [{value: 1 << next(numbers) for value in dict.fromkeys(axis)} for axis in zip(*values, strict=True)]
-    pairs = []
-    for found in values:
-        places = [flag[value] for flag, value in zip(flags, found, strict=True)]
-        pairs.append(sum(bits.setdefault(a | b, 1 << len(bits)) for a, b in itertools.combinations(places, 2)))
+    held = {axis: dict.fromkeys(getattr(case, axis) for case in cases) for axis in axes}
+    flags = {axis: {value: 1 << next(numbers) for value in values} for axis, values in held.items()}
+    bits: dict[int, int] = {}  # the flags of a pair -> its bit
+    places = [[flags[axis][getattr(case, axis)] for axis in axes] for case in cases]
+    pairs = [sum(bits.setdefault(a | b, 1 << len(bits)) for a, b in itertools.combinations(p, 2)) for p in places]
     missing, kept = (1 << len(bits)) - 1, []
     while missing:
         best = max(range(len(cases)), key=lambda i: (pairs[i] & missing).bit_count())

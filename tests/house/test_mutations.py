@@ -148,9 +148,10 @@ def verdicts(tmp_path_factory):
     root = tmp_path_factory.mktemp("mutants")
     names = [None, *FAULTS]
     copies = [copy_with(None if name is None else FAULTS[name], root / str(i)) for i, name in enumerate(names)]
+    wanted = [f"{copy}:{FAULTS[name].file if name else ''}" for name, copy in zip(names, copies, strict=True)]
     script = Path(__file__).with_name("quick_check.py")
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, copies)], capture_output=True, text=True, timeout=1800, check=True
+        [sys.executable, str(script), *wanted], capture_output=True, text=True, timeout=1800, check=True
     )
     return dict(zip(names, done.stdout.splitlines(), strict=True))
 
