@@ -1,48 +1,40 @@
 """Teaches the 4-bit base to draw a 9, which it never saw, by forward passes alone; says what that did to all digits.
 
-python examples/digits/tune.py --seeds 0 1 2 --out results.jsonl --picture samples.png
+python -m examples.digits.tune --seeds 0 1 2 --out results.jsonl --picture samples.png
 """
 
 import argparse
 import datetime
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from digits import LAW, UNSEEN, Digits, Reader, load, load_base, losses, sample, trained_reader
 from torch import nn
 
 import qzo
-from qzo.diffusion.metrics import features_of, fixed_rows, kid, paired_difference, side_by_side
-from qzo.diffusion.objective import Rows, draw
+from examples.digits.digits import BASE, EMPTY, GROUP, UNSEEN, Digits, Reader, load, prompts, trained_reader
+from examples.shared.flow import Prompted, Recipe, compared, load_base, losses, rows_to_measure, sample, tune
+from qzo.diffusion.metrics import features_of, kid, side_by_side
 
-STEPS = 600
-DIRECTIONS = 4
-BATCH = 32  # half of it nines, half other digits, which are to stay what they are
-LEARNING_RATE = 1.6  # relative to the scales; falls linearly to a tenth
+RECIPE = Recipe(steps=600, batch=32, learning_rate=1.6, directions=4)
 DRAWS = 8  # rows of each held-out picture
 SAMPLES = torch.tensor([50] * 9 + [200])  # of each digit
 LINES = 8  # samples of each digit in the picture
 
 
-def train(model: nn.Module, training: Digits, seed: int = 0, steps: int = STEPS, tell: Any = None) -> None:
-    """QZO on the scales of every layer. tell(step, mean loss) every 50 steps."""
-    nine = training.where(training.labels == UNSEEN)
-    other = training.where(training.labels != UNSEEN)
-    optimizer = qzo.QZO(model, LEARNING_RATE, directions=DIRECTIONS, seed=seed)
-    evaluations = 2 * DIRECTIONS
-    generator = torch.Generator().manual_seed(seed)
-    half = BATCH // 2
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.9 * step / steps)
-        some = [torch.randint(len(part.labels), (half,), generator=generator) for part in (nine, other)]
-        pictures, labels = (torch.cat([a[some[0]], b[some[1]]]) for a, b in zip(nine, other, strict=True))
-        rows = draw(LAW, seed, step, BATCH, pictures.shape[1:])
-        digits, rows = Digits(*qzo.pair((pictures, labels), evaluations)), Rows(*qzo.pair(tuple(rows), evaluations))
-        loss = optimizer.step(lambda d=digits, r=rows: losses(model, d, r).view(evaluations, -1).mean(1))
-        if tell and step % 50 == 49:
-            tell(step + 1, loss)
+def batches(training: Digits) -> Callable[[torch.Generator], Prompted]:
+    """Draws steps of nines and as many other digits, which are to stay what they are."""
+    parts = [training.where((training.labels == UNSEEN) == wanted) for wanted in (True, False)]
+    half = RECIPE.batch // 2
+
+    def batch(generator: torch.Generator) -> Prompted:
+        some = [torch.randint(len(part.labels), (half,), generator=generator) for part in parts]
+        shown = [Digits(part.pictures[i], part.labels[i]).prompted() for part, i in zip(parts, some, strict=True)]
+        return Prompted(*(torch.cat(both) for both in zip(*shown, strict=True)))
+
+    return batch
 
 
 class Exam:
@@ -50,8 +42,7 @@ class Exam:
 
     def __init__(self, training: Digits, held_out: Digits, base: nn.Module) -> None:
         self.held_out, self.nine = held_out, held_out.labels == UNSEEN
-        fixed = fixed_rows(LAW.times, len(held_out.labels), DRAWS, held_out.pictures.shape[1:])
-        self.rows = Rows(fixed.times, fixed.noise, torch.zeros(len(fixed.times), dtype=torch.bool))
+        self.rows = rows_to_measure(held_out.pictures, DRAWS)
         self.labels = torch.arange(10).repeat_interleave(SAMPLES)
         self.reader: Reader = trained_reader(training)
         self.reader_accuracy = float((self.reader.read(held_out.pictures) == held_out.labels).float().mean())
@@ -64,18 +55,16 @@ class Exam:
     @torch.no_grad()
     def losses(self, model: nn.Module) -> torch.Tensor:
         """float32 [N, DRAWS]: of the fixed rows of each held-out digit."""
-        return losses(model, self.held_out, self.rows).view(-1, DRAWS)
+        return losses(model, self.held_out.prompted(), self.rows).view(-1, DRAWS)
 
     def compare(self, after: torch.Tensor, kept: torch.Tensor) -> dict[str, Any]:
         """The base's mean loss over the digits that the mask keeps, and what it became, on the same rows."""
-        before = self.losses_before[kept]
-        changed = paired_difference(before.flatten(), after[kept].flatten(), DRAWS)
-        return {"before": float(before.mean()), **changed._asdict()}
+        return compared(self.losses_before[kept].flatten(), after[kept].flatten(), DRAWS)
 
     def draws(self, model: nn.Module) -> tuple[torch.Tensor, dict[str, Any]]:
         """(samples, {"read_right": the share of each digit's that is read as it, "nines_read_as": how many as each,
         "kid_of_nines": [value, error], in the reader's features, to all real nines})."""
-        pictures = sample(model, self.labels)
+        pictures = sample(model, prompts()[self.labels], prompts()[EMPTY])
         read = self.reader.read(pictures)
         right = [float((read[self.labels == digit] == digit).float().mean()) for digit in range(10)]
         nines = self.labels == UNSEEN
@@ -88,10 +77,9 @@ class Exam:
 
 def run(seed: int, training: Digits, exam: Exam, picture: str | None = None) -> dict[str, Any]:
     """One training, as a row of the results file; what the base does is measured once and kept by the exam."""
-    model = load_base()
-    curve: list[tuple[int, float]] = []
+    model = load_base(BASE, GROUP)
     started = time.perf_counter()
-    train(model, training, seed, tell=lambda step, loss: curve.append((step, round(loss, 4))))
+    curve = tune(model, RECIPE, batches(training), seed)
     seconds = time.perf_counter() - started
     losses_after, (drawn, after) = exam.losses(model), exam.draws(model)
     if picture:
@@ -100,10 +88,7 @@ def run(seed: int, training: Digits, exam: Exam, picture: str | None = None) -> 
     return {
         "case": "digits: the unseen 9",
         "seed": seed,
-        "steps": STEPS,
-        "directions": DIRECTIONS,
-        "batch": BATCH,
-        "learning_rate": LEARNING_RATE,
+        **RECIPE._asdict(),
         "scales": sum(scale.numel() for scale in qzo.scales(model).values()),
         "training_seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
@@ -126,7 +111,7 @@ def main() -> None:
     parser.add_argument("--picture", help="a PNG of samples before (left) and after (right) the first seed's run")
     options = parser.parse_args()
     training, held_out = load()
-    exam = Exam(training, held_out, load_base())
+    exam = Exam(training, held_out, load_base(BASE, GROUP))
     for seed in options.seeds:
         line = json.dumps(run(seed, training, exam, options.picture if seed == options.seeds[0] else None))
         print(line, flush=True)

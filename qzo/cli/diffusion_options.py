@@ -8,6 +8,7 @@ from .train_options import DEFAULTS, add_launching, add_perturbation, add_valida
 DENSITIES = ("logit-normal", "mode", "uniform")
 WEIGHTINGS = ("none", "cosmap")
 STEPS, GUIDANCE = 28, 4.5  # of a picture: diffusers' own of Stable Diffusion 3.5
+DIRECTIONS = 2  # a step: pairs, whose rows' differences give the derivative's standard error
 CACHE = "cache"  # in OUT, unless --cache names another place
 A_PIPELINE = "a folder of a diffusers pipeline, with model_index.json"
 
@@ -38,7 +39,9 @@ def add_train_diffusion(parser: argparse.ArgumentParser) -> None:
     _add_rows(parser.add_argument_group("the rows of a step"))
     add_validation(parser.add_argument_group("validation, where the data have a valid split"))
     _add_samples(parser.add_argument_group("pictures that are drawn while it trains, into OUT/samples"))
-    add_perturbation(parser.add_argument_group("the perturbation and the update"))
+    step = parser.add_argument_group("the perturbation and the update")
+    add_perturbation(step)
+    step.add_argument("--directions", type=int, help=f"directions a step, two evaluations each (default {DIRECTIONS})")
     add_launching(parser.add_argument_group("how a step is computed"))
     add_transformer(parser.add_argument_group("the transformer"))
 

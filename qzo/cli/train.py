@@ -193,7 +193,7 @@ def show_plan(task: Task, settings: Settings, model: Any, trust_remote_code: boo
     say("\n".join(lines(told)))
     rows, longest = told["rows_per_step"] // told["evaluations"], told["tokens_per_row"]["longest"]
     labels = max(1, round(statistics.fmean(map(labelled, task.examples))))
-    run = Run(rows, longest, min(labels, longest - 1), settings.directions, settings.sequential)
+    run = Run(rows, longest, min(labels, longest - 1), -(-settings.evaluations // 2), settings.sequential)
     try:
         predicted = predict_loaded(model, run, trust_remote_code)
     except (ValueError, RuntimeError) as error:  # of a forward that needs values, not only shapes

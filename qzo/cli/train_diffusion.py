@@ -23,7 +23,7 @@ from ..training.folder import write_results
 from ..training.loop import check_batch_size, planned_steps, trained_count
 from ..training.settings import Settings
 from .common import say
-from .diffusion_options import CACHE, STEPS
+from .diffusion_options import CACHE, DIRECTIONS, STEPS
 from .outputs import JOURNAL
 from .train import train, warn_if_worse
 
@@ -115,7 +115,8 @@ def check_samples(options: argparse.Namespace) -> None:
 def settings_of(options: argparse.Namespace) -> Settings:
     """The Settings of a command line. ValueError for what is out of range."""
     names = {field.name for field in dataclasses.fields(Settings)}
-    return Settings(**{key: value for key, value in vars(options).items() if key in names and value is not None})
+    given = {key: value for key, value in vars(options).items() if key in names and value is not None}
+    return Settings(**{"directions": DIRECTIONS, "one_sided": False, **given})
 
 
 def law_of(options: argparse.Namespace, pipeline: Pipeline, resolution: int) -> FlowLaw:
