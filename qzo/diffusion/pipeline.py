@@ -90,7 +90,7 @@ def open_pipeline(path: str | Path) -> Pipeline:
         )
     index = read_object(path / INDEX)
     for part in _parts(index):
-        if Path(part).name != part or part == "..":
+        if Path(part).name != part or part == ".." or not part.isprintable():
             raise ValueError(f"{path / INDEX} names {part!r:.100}, which is no folder in this one")
         if not (path / part).is_dir():
             said = " ".join(" of ".join(map(str, reversed(index[part]))).split())[:200]

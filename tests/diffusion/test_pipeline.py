@@ -84,7 +84,7 @@ def test_a_pipeline_without_a_vae_is_refused(copied):
         open_pipeline(copied)
 
 
-@pytest.mark.parametrize("part", ["../elsewhere", "/tmp", "..", "vae/x"])
+@pytest.mark.parametrize("part", ["../elsewhere", "/tmp", "..", "vae/x", "a\nb"])
 def test_a_part_in_another_folder_is_refused(copied, part):
     (copied.parent / "elsewhere").mkdir()
     rewrite(copied / "model_index.json", **{part: ["diffusers", "AutoencoderKL"]})
