@@ -2,7 +2,9 @@
 
 Runs of a tiny Llama (random weights, 4 bits) with their journal, metrics and saved model, in forks of this process:
 
-kills   SIGKILL at random moments, run after run in one folder, until one ends by itself
+kills   SIGKILL at random moments, run after run in one folder, until one ends by itself; of runs of one process, and of
+        two ranks over gloo, of which one is killed or the other or both, and what is left a moment later, as torchrun
+        does it
 cuts    the power fails at a random moment: of each file what was synced is kept, and of what was written after it a
         part of random length, or zeros in its place; a new name that was not synced is there or not
 disks   a file system that is full after 1, 2, 3, ... pages, until one holds all
@@ -11,6 +13,7 @@ Each is gone on with, and journal, scales and saved weights are compared with th
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import ctypes
@@ -28,12 +31,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..checkpoints.load import from_pretrained
 from ..checkpoints.save import save_pretrained
 from ..nn.layers import arena_of
 from ..system import disk
+from ..system.ranks import RankLost, Ranks
 from ..training.data import Example
 from ..training.loop import fit
 from ..training.settings import Settings
@@ -42,14 +47,15 @@ from . import results
 from .timing import machine
 
 PAGE = 4096
-FULL = 3  # exit status of a fork that has told of a full disk
+FULL, LOST = 3, 4  # exit status of a fork that has told of a full disk, of a rank that no longer answers
+MOMENT = 0.3  # seconds, at the most, that what is left of a run outlives the rank that was killed
 KEPT = ("journal.qzo", "scales", "model/model.safetensors", "model/config.json")
 
 
 class Runs:
-    """Runs of one model into folders of `root`; `wanted` holds the files of the unbroken one."""
+    """Runs of one model into folders of `root`, each of so many ranks; `wanted` holds the files of the unbroken one."""
 
-    def __init__(self, root, steps=12):
+    def __init__(self, root, steps=12, ranks=1):
         shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
         torch.manual_seed(0)
         config = LlamaConfig(**shape, num_hidden_layers=1, vocab_size=64)
@@ -57,19 +63,35 @@ class Runs:
         self.model = from_pretrained(root / "base", device="cpu", group_size=32)
         self.examples = [Example(tuple(range(i, i + 6)), labels=tuple(range(i, i + 6))) for i in range(1, 40)]
         self.settings = Settings(max_steps=steps, batch_size=2, directions=2, learning_rate=0.02)
-        self.root, self.random = root, random.Random(0)
+        self.root, self.random, self.ranks, self.started = root, random.Random(0), ranks, 0
         self.end(root / "whole")
         self.wanted = {name: (root / "whole" / name).read_bytes() for name in KEPT}
 
     def run(self, out):
-        """Begin a run, or go on with the one that is there, to its end: in this process."""
+        """Begin a run, or go on with the one that is there, to its end: in this process, or as its rank."""
         task = Task(copy.deepcopy(self.model), self.examples, 0)
         fit(task, self.settings, out, resume=(out / "journal.qzo").exists(), show=False)
-        save_pretrained(task.model, out / "model")
-        disk.write_whole(out / "scales", arena_of(task.model).data.numpy().tobytes())
+        if Ranks().first:
+            save_pretrained(task.model, out / "model")
+            disk.write_whole(out / "scales", arena_of(task.model).data.numpy().tobytes())
+
+    def run_as(self, rank, store, out):
+        """`run` as one of the ranks, which find each other by the file `store`."""
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=self.ranks)
+        self.run(out)
+        dist.barrier()
+
+    def start(self, out):
+        """`run` in forks: the process of each rank."""
+        if self.ranks == 1:
+            return [self.fork(lambda: self.run(out))]
+        self.started += 1
+        store = self.root / f"store-{self.started}"
+        return [self.fork(functools.partial(self.run_as, rank, store, out)) for rank in range(self.ranks)]
 
     def fork(self, work):
-        """The process in which work() is called; its status is FULL where that has told of a full disk."""
+        """The process in which work() is called; its status is FULL where that has told of a full disk, LOST where of
+        another rank."""
         process = os.fork()
         if process:
             return process
@@ -77,6 +99,8 @@ class Runs:
         try:
             work()
             status = 0
+        except RankLost:
+            status = LOST
         except BaseException as error:
             status = FULL if disk.full(error) == errno.ENOSPC else 1
             if status != FULL:
@@ -85,10 +109,10 @@ class Runs:
             os._exit(status)
 
     def end(self, out):
-        """A run to its end, in a fork; returns its seconds."""
+        """A run to its end, in forks; returns its seconds."""
         begun = time.monotonic()
-        status = os.waitpid(self.fork(lambda: self.run(out)), 0)[1]
-        assert status == 0, f"a run has failed: status {status}"
+        statuses = statuses_of(self.start(out))
+        assert not any(statuses), f"a run has failed: status {statuses}"
         return time.monotonic() - begun
 
     def same(self, out):
@@ -101,25 +125,51 @@ class Runs:
         return any((out / name).read_bytes() != self.wanted[name] for name in names)
 
 
+def statuses_of(processes):
+    """The exit status of each, the first rank's first; minus a signal's number where that has ended it."""
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def broken_off(runs, out, seconds):
+    """Begin a run or go on with it, and kill it within so many seconds. Which rank was killed, or "all"; None where the
+    run has ended before."""
+    processes = runs.start(out)
+    victim = runs.random.choice([*range(runs.ranks), "all"]) if runs.ranks > 1 else "all"
+    time.sleep(runs.random.uniform(0, seconds))
+    if victim != "all":
+        os.kill(processes[victim], signal.SIGKILL)
+        time.sleep(runs.random.uniform(0, MOMENT))
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    statuses = statuses_of(processes)
+    assert {*statuses} <= {0, -signal.SIGKILL, LOST}, f"a run has failed: status {statuses}"
+    return victim if statuses[0] else None
+
+
 def kills(runs, count):
     """So many SIGKILLs: a row of a results file."""
-    seconds, done, folders, same, half = runs.end(runs.root / "timed"), 0, 0, 0, 0
-    while done < count:
+    victims: collections.Counter[str] = collections.Counter()
+    seconds, folders, same, half = runs.end(runs.root / "timed"), 0, 0, 0
+    while victims.total() < count:
         out, ended = runs.root / f"killed-{folders}", False
-        while not ended:
-            process = runs.fork(functools.partial(runs.run, out))
-            time.sleep(runs.random.uniform(0, seconds))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            ended = not os.WIFSIGNALED(os.waitpid(process, 0)[1])
-            done += not ended
+        while not ended and victims.total() < count:
+            victim = broken_off(runs, out, seconds)
+            ended = victim is None
+            victims.update([] if ended else [str(victim)])
             half += runs.half_saved(out)
-            if done == count and not ended:
-                runs.end(out)
-                ended = True
+        if not ended:
+            runs.end(out)
         folders += 1
         same += runs.same(out)
-    return {"case": "SIGKILL at random moments", "times": done, "runs": folders, "same_bits": same, "half_files": half}
+    return {
+        "case": "SIGKILL at random moments",
+        "ranks": runs.ranks,
+        "times": victims.total(),
+        "killed": dict(sorted(victims.items())),
+        "runs": folders,
+        "same_bits": same,
+        "half_files": half,
+    }
 
 
 # ------------------------------------------------------------------------------------------------ power cuts
@@ -262,7 +312,7 @@ def disks(runs, stride):
 def main(arguments=None):
     """Break runs off, and print a row for each way; append them to the file. Exit status 1 if one ended otherwise."""
     parser = argparse.ArgumentParser(prog="python -m qzo.bench.crash", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=100, help="of one process, and as many of two ranks")
     parser.add_argument("--cuts", type=int, default=200)
     parser.add_argument("--stride", type=int, default=1, help="pages by which a disk is larger than the one before")
     parser.add_argument("--steps", type=int, default=12, help="of each run")
@@ -271,9 +321,12 @@ def main(arguments=None):
     torch.set_num_threads(1)
     good = True
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder), options.steps)
+        runs, pairs = (Runs(Path(folder) / str(ranks), options.steps, ranks) for ranks in (1, 2))
         model = "Llama, random weights, 1 block of 32, 4 bits in groups of 32"
-        for row in (kills(runs, options.kills), cuts(runs, options.cuts), disks(runs, options.stride)):
+        rows = [lambda: kills(runs, options.kills), lambda: kills(pairs, options.kills)]
+        rows += [lambda: cuts(runs, options.cuts), lambda: disks(runs, options.stride)]
+        for make in rows:
+            row = make()
             if row is None:
                 continue
             good &= row["same_bits"] == row["runs"] and not row.get("half_files") and not row.get("other_errors")

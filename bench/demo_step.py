@@ -1,8 +1,8 @@
 """What a step of the demo costs: `python -m qzo.bench.demo_step [--repeats 9] [--out FILE.jsonl]`.
 
-A step is four evaluations of sixteen headlines through the top blocks, and the update. Beside it stands a forward of
-the same 64 rows through the same blocks with dense float32 linears: no noise, no codes, no update. The two are taken in
-turn on one thread, in process time, so that what else the machine does changes their ratio little.
+A step is eight evaluations of sixteen headlines through the top blocks, and the update. Beside it stands a forward
+of the same 128 rows through the same blocks with dense float32 linears: no noise, no codes, no update. The two are
+taken in turn on one thread, in process time, so that what else the machine does changes their ratio little.
 """
 
 import argparse
@@ -43,9 +43,9 @@ def measure(repeats: int) -> dict[str, Any]:
     model, tokenizer = from_pretrained(path, device="cpu"), load_tokenizer(path)
     prefix = loop.choose_layers(model, demo.TRAIN_LAYERS)
     task = loop.build_task(model, demo.headlines()[0][:EXAMPLES], tokenizer, settings, prefix)
-    copies = 2 * settings.directions
+    copies = settings.evaluations
     batch = task.batch(task.indices(0, settings.batch_size, 0), copies)
-    optimizer = QZO(model, 1e-3, directions=settings.directions)
+    optimizer = QZO(model, 1e-3, directions=settings.directions, one_sided=bool(settings.one_sided))
     step: list[float] = []
     dense: list[float] = []
     for _ in range(repeats + 1):

@@ -1,8 +1,9 @@
 """A long run and its replay: `python -m qzo.bench.replay [--steps 20000] [--scales 4096] [--out FILE.jsonl]`.
 
 Steps of one quantized layer whose losses are drawn, not computed: what is left of a step is its seeds, its records in
-the journal and the update. Then the journal is replayed on the base, and the scales compared bit for bit. Process time,
-one thread; resident memory and open files of the process from a tenth of the run to its end.
+the journal and the update. Then the journal is replayed on the base, and the scales compared bit for bit; a tenth of
+its steps is applied in a pass of its own each, for comparison. Process time, one thread; resident memory and open files
+of the process from a tenth of the run to its end.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from torch import nn
 from ..nn.choice import quantize_
 from ..nn.layers import arena_of
 from ..optim.optimizer import QZO
+from ..optim.pieces import contents
 from ..optim.replay import replay
+from ..optim.step import apply_steps
 from . import results
 from .timing import machine
 
@@ -35,6 +38,15 @@ def layer_of(scales):
 def held():
     """(resident bytes, open files) of this process."""
     return psutil.Process().memory_info().rss, len(os.listdir("/proc/self/fd"))
+
+
+def one_by_one(base, journal, count):
+    """Steps a second of the first `count`, each a pass over the scales."""
+    found = contents(journal)
+    begun = time.process_time()
+    for records in found.steps[:count]:
+        apply_steps(arena_of(base), [records], found.header)
+    return count / (time.process_time() - begun)
 
 
 def measure(steps, scales, directions, folder):
@@ -62,6 +74,7 @@ def measure(steps, scales, directions, folder):
         "same_bits": made == steps and torch.equal(arena_of(base).data, arena_of(model).data),
         "live_steps_per_s": round(steps / live, 1),
         "replay_steps_per_s": round(made / again, 1),
+        "one_by_one_steps_per_s": round(one_by_one(layer_of(scales), journal, max(1, steps // 10)), 1),
         "memory_growth": round(late[0] / early[0] - 1, 5),
         "more_open_files": late[1] - early[1],
         **machine("cpu"),

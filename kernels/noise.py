@@ -46,8 +46,8 @@ NO_NOISE, _SIGN, _GAUSSIAN, _ROUNDS = (tl.constexpr(value) for value in (NONE, R
 
 def law_number(noise):
     """The number of a law's name; ValueError names the laws there are."""
-    if noise not in VERSIONS:
-        raise ValueError(f"noise={noise!r} is not a noise law; the laws are {', '.join(map(repr, VERSIONS))}")
+    if not isinstance(noise, str) or noise not in VERSIONS:
+        raise ValueError(f"noise={noise!r:.60} is not a noise law; the laws are {', '.join(map(repr, VERSIONS))}")
     return LAWS[noise]
 
 
@@ -60,7 +60,7 @@ def law_version(noise, sharing="group"):
 def check_sharing(sharing, relative):
     """ValueError for a sharing there is not, or one that does not go with absolute noise."""
     if sharing not in SHARINGS:
-        raise ValueError(f"sharing={sharing!r}: 'group' (one z per scale) and 'row' (one per output row) are there")
+        raise ValueError(f"sharing={sharing!r:.60}: 'group' (one z per scale) and 'row' (one per output row) are there")
     if sharing == "row" and not relative:
         raise ValueError("sharing='row' scales a whole output row, so it is relative: use relative=True, or "
                          "sharing='group'")

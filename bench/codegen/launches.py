@@ -231,65 +231,31 @@ def matmul(case):
     return launches
 
 
-def chunks(
-    arch,
-    laws=tuple(noise.LAWS),
-    dtypes=(torch.bfloat16, torch.float16),
-    relative=(True, False),
-    zero_points=tuple(ZEROS),
-    kinds=("int4",),
-):
-    """The launches that large_rows="blas" makes, for every group size."""
-    found = []
-    for law, group, dtype, zeros, relative_, kind in itertools.product(
-        laws, GROUPS, dtypes, zero_points, relative, kinds
-    ):
-        if not _stands(kind, group, zeros):
-            continue
-        k, n = 4096, 4096
-        with recorded(arch) as launches:
-            dequantize.launch(
-                _weight(kind, n, k, group, dtype, zeros),
-                _perturbation(law, relative_),
-                _meta(128, k, dtype=dtype),
-                e=1,
-                start=128,
-                asm=arch.startswith("sm_"),
-                exact=kind.endswith("-exact"),
-            )
-        found += launches
-    return found
+def chunk(case):
+    """The launch that large_rows="blas" makes for one evaluation of a case's layer."""
+    with recorded(case.arch) as launches:
+        dequantize.launch(
+            _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros),
+            _perturbation(case.law, case.relative),
+            _meta(128, case.k, dtype=case.dtype),
+            e=1,
+            start=128,
+            asm=case.arch.startswith("sm_"),
+            exact=case.codes.endswith("-exact"),
+        )
+    return launches
 
 
-def updates(arch, laws=tuple(noise.VERSIONS)):
-    """The launches of the kernels that update scales and perturb codebooks: each law, relative and absolute, both
-    widths of the quad number."""
-    with recorded(arch) as launches:
-        for law, relative, wide in itertools.product(laws, (True, False), (False, True)):
-            perturb.launch(
-                _meta(4096, 4),
-                _meta(1, dtype=torch.int64),
-                _meta(1),
-                _meta(4096, 4, dtype=torch.float16),
-                base4=WIDE_FROM if wide else 0,
-                law=noise.LAWS[law],
-                relative=relative,
-            )
-            update.launch(
-                _meta(1, 4096, 4),
-                _meta(2, dtype=torch.int64),
-                _meta(2),
-                base4=WIDE_FROM if wide else 0,
-                law=noise.LAWS[law],
-                relative=relative,
-                floor=0.0,
-            )
-        for law in laws:
-            update.launch(
-                *(_meta(1, 4096, 4), _meta(2, dtype=torch.int64), _meta(2)),
-                **dict(base4=0, law=noise.LAWS[law], relative=True, floor=0.0),
-                layers=_meta(3, 3, dtype=torch.int64),
-            )
+def update_scales(case):
+    """The launches of the kernels that perturb codebooks and update scales, those of rows of noise among them."""
+    base4 = WIDE_FROM if case.wide else 0
+    how = {"law": noise.LAWS[case.law], "relative": case.relative}
+    scales, seeds, coefs = _meta(1, 4096, 4), _meta(2, dtype=torch.int64), _meta(2)
+    with recorded(case.arch) as launches:
+        perturb.launch(scales[0], seeds[:1], coefs[:1], _meta(4096, 4, dtype=torch.float16), base4=base4, **how)
+        update.launch(scales, seeds, coefs, base4=base4, floor=0.0, **how)
+        layers = _meta(3, 3, dtype=torch.int64)
+        update.launch(scales, seeds, coefs, base4=0, floor=0.0, layers=layers, **how | {"relative": True})
     return launches
 
 
@@ -377,23 +343,64 @@ FOLDED = {
     "wide": (False, True),
     **BOTH,
 }
+MATMULS = (AXES, OTHER_CODES, VECTORS, FOLDED)
+CHUNKS = {
+    "group": GROUPS,
+    "codes": tuple(CODES),
+    "zeros": tuple(ZEROS),
+    "dtype": (torch.bfloat16, torch.float16),
+    "law": tuple(noise.LAWS),
+    "relative": (True, False),
+}
+UPDATES = {"law": tuple(noise.VERSIONS), "relative": (True, False), "wide": (False, True)}
 
 
-def pairwise(arch, axes=AXES):
-    """Cases in which every two values of different axes that fit together meet at least once.
+def product(arch, axes):
+    """Every case of these axes that there is on `arch`."""
+    cases = (Case(arch, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values()))
+    return [case for case in cases if _fits(case)]
 
-    Greedy: of the whole product, in its fixed order, always the case that holds most pairs not yet met.
+
+def pairwise(arch, axes):
+    """Cases in which every two values of different axes that fit together meet."""
+    return _cover(product(arch, axes), axes)
+
+
+def spread(archs, axes):
+    """Cases of pairwise over several chips: every two values meet on one of them, each of which has every value."""
+    cases = pairwise(archs[0], axes) if archs else []
+    return _cover([dataclasses.replace(case, arch=arch) for case in cases for arch in archs], ("arch", *axes))
+
+
+def _cover(cases, axes):
+    """Of cases those in which every two values of different axes meet that do in any case.
+
+    Greedy: always the first that holds most pairs not yet met.
     """
-    product = [Case(arch, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
-    product = [case for case in product if _fits(case)]
-    pairs = [frozenset(itertools.combinations([(axis, getattr(case, axis)) for axis in axes], 2)) for case in product]
-    missing = set().union(*pairs)
+    numbers = itertools.count()
+    bits: dict[int, int] = {}
+    values = [[getattr(case, axis) for axis in axes] for case in cases]
+    flags = [{value: 1 << next(numbers) for value in dict.fromkeys(axis)} for axis in zip(*values, strict=True)]
+    pairs = []
+    for found in values:
+        places = [flag[value] for flag, value in zip(flags, found, strict=True)]
+        pairs.append(sum(bits.setdefault(a | b, 1 << len(bits)) for a, b in itertools.combinations(places, 2)))
+    missing, kept = (1 << len(bits)) - 1, []
     while missing:
-        best = max(range(len(product)), key=lambda i: len(pairs[i] & missing))
-        missing -= pairs[best]
-        yield product[best]
+        best = max(range(len(cases)), key=lambda i: (pairs[i] & missing).bit_count())
+        missing &= ~pairs[best]
+        kept.append(cases[best])
+    return kept
 
 
 def distinct(launches):
     """Without repetitions, in order."""
     return list(dict.fromkeys(launches))
+
+
+def few_splits(launches):
+    """Of launches that differ in nothing but the number of parts of K, those with the fewest parts and the most."""
+    alike: dict[str, list[Launch]] = {}
+    for launch in sorted(launches, key=lambda launch: launch.constant("SPLITS")):
+        alike.setdefault(str(launch), []).append(launch)
+    return [launch for same in alike.values() for launch in distinct([same[0], same[-1]])]

@@ -25,7 +25,7 @@ import tempfile
 
 import triton
 
-from ...kernels import noise, tiles
+from ...kernels import tiles
 from . import launches
 from .budgets import BUDGETS, MEASURED_SPILLS, PARKED, over_budget
 from .waits import base_argument, read_ahead
@@ -151,11 +151,14 @@ def measure(launch):
             "shared": compiled.metadata.shared,
             "tensor": len(re.findall(r"v_mfma", text)),
         }
+    usage = _match(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(compiled.asm["cubin"], "-res-usage"))
+    held = {"registers": int(usage[1]), "spill": int(usage[2]) + int(usage[3]), "shared": compiled.metadata.shared}
+    if launch.kernel not in ("qmm", "folded"):
+        return held  # no rule reads the code of the others, and to disassemble it takes a third of the time
     code = [
         Instruction(int(at, 16), name, operands)
         for at, name, operands in INSTRUCTION.findall(_cuobjdump(compiled.asm["cubin"], "-sass"))
     ]
-    usage = _match(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(compiled.asm["cubin"], "-res-usage"))
     tensor_core = TENSOR_CORE[launch.arch]
     body = main_loop(code, tensor_core)
     mix = collections.Counter(next((name for name, pattern in CLASSES if _is(i, pattern)), "other") for i in body)
@@ -164,30 +167,30 @@ def measure(launch):
     if launch.kernel == "folded" or (launch.kernel == "qmm" and not launch.constant("WHOLE_ROW")):
         period = 4 * launch.constant("GROUP") // 128
     skip = _skip(body)
-    return {
-        "registers": int(usage[1]),
-        "spill": int(usage[2]) + int(usage[3]),
-        "shared": compiled.metadata.shared,
-        "tensor": sum(_is(i, tensor_core) for i in body),
-        "trap": sum(_is(i, "BPT") for i in code),
-        "loop": len(body),
-        "skip": skip,
-        "step": int(len(body) - skip * (1 - 1 / period)),  # halves down, all alike: round() takes them to even
-        "local": sum(_is(i, "LDL|STL") for i in body),
-        "stored_bytes": _stored_bytes(body),
-        # how many words of vectors are looked up, each in codebooks of its own: by the steps to their address
-        "words": len({text.count("add.u64 base") for text in compiled.asm["ptx"].split("ld.param.u64 base")[1:]}),
-        "base": base_argument(compiled.asm["ptx"], launch.signature),
-        "copies_16": sum(_is(i, r"LDGSTS\S*\.128") for i in body),
-        # weights in registers: "HGMMA.. R24, R120, gdesc[UR8], .."; in memory: "R24, gdesc[..]"
-        "wgmma": len(wgmma),
-        "wgmma_registers": sum(bool(re.match(r"R\d+,\s*R\d+,", i.operands)) for i in wgmma),
-        "waits": sum(i.name.startswith("WARPGROUP.DEPBAR") for i in body),
-        "idle": sum(i.name.startswith("WARPGROUP.DEPBAR") and "0x0" in i.operands for i in body),  # wait for all
-        "early": early(compiled.asm["ptx"]),
-        "read_ahead": read_ahead(body),
-        "mix": dict(mix),
-    }
+    return (
+        held
+        | {
+            "tensor": sum(_is(i, tensor_core) for i in body),
+            "trap": sum(_is(i, "BPT") for i in code),
+            "loop": len(body),
+            "skip": skip,
+            "step": int(len(body) - skip * (1 - 1 / period)),  # halves down, all alike: round() takes them to even
+            "local": sum(_is(i, "LDL|STL") for i in body),
+            "stored_bytes": _stored_bytes(body),
+            # how many words of vectors are looked up, each in codebooks of its own: by the steps to their address
+            "words": len({text.count("add.u64 base") for text in compiled.asm["ptx"].split("ld.param.u64 base")[1:]}),
+            "base": base_argument(compiled.asm["ptx"], launch.signature),
+            "copies_16": sum(_is(i, r"LDGSTS\S*\.128") for i in body),
+            # weights in registers: "HGMMA.. R24, R120, gdesc[UR8], .."; in memory: "R24, gdesc[..]"
+            "wgmma": len(wgmma),
+            "wgmma_registers": sum(bool(re.match(r"R\d+,\s*R\d+,", i.operands)) for i in wgmma),
+            "waits": sum(i.name.startswith("WARPGROUP.DEPBAR") for i in body),
+            "idle": sum(i.name.startswith("WARPGROUP.DEPBAR") and "0x0" in i.operands for i in body),  # wait for all
+            "early": early(compiled.asm["ptx"]),
+            "read_ahead": read_ahead(body),
+            "mix": dict(mix),
+        }
+    )
 
 
 def early(ptx):
@@ -273,42 +276,36 @@ def _is_half(launch):
 # -------------------------------------------------------------------------------- sets and the command
 
 
+FAMILIES = ("sm_90", "sm_80", "sm_100", "gfx942")  # a chip of each family of tensor cores
+
+
 def launch_set(name, archs):
     """Distinct launches of a set, all with those of the budgets.
 
-    "tiles": every tile, usual flags; "quick": those, the update kernel, and all pairs of flags on PAIRED;
-    "every": the whole product, thousands for each architecture.
+    "tiles": every tile, usual flags, and of what large_rows="blas" makes every two flags on one of the chips; "quick":
+    those, the kernels that update, and of matmuls every two flags on sm_90 and again on one of the other FAMILIES;
+    "every": the whole product, thousands for each chip.
     """
-    found = [launch for budget in BUDGETS if budget.case.arch in archs for launch in launches.matmul(budget.case)]
-    for arch in archs:
-        cases = []
-        if name in ("tiles", "quick"):
-            cases += launches.plain(arch)
-            points = ("none",) if name == "tiles" else tuple(launches.ZEROS)
-            usual = ("rademacher",), (launches.torch.bfloat16,), (True,)
-            found += launches.chunks(arch, *usual, points)
-            found += launches.chunks(arch, *usual, ("none",), tuple(launches.CODES)[1:])
-        if name == "quick" and arch in PAIRED:
-            cases += launches.pairwise(arch)
-            cases += launches.pairwise(arch, launches.OTHER_CODES)
-            cases += launches.pairwise(arch, launches.VECTORS)
-            cases += launches.pairwise(arch, launches.FOLDED)
-        if name == "every":
-            cases += launches.every(arch)
-        if name == "quick":
-            found += launches.updates(arch, tuple(noise.VERSIONS) if arch in PAIRED else ("rademacher",))
-        if name == "every":
-            found += launches.updates(arch) + launches.chunks(arch, kinds=tuple(launches.CODES))
-        found += [launch for case in cases for launch in launches.matmul(case)]
+    matmuls = [budget.case for budget in BUDGETS if budget.case.arch in archs]
+    chunks, updates, picked = [], [], []
+    if name in ("tiles", "quick"):
+        picked += [launch for arch in archs for case in launches.plain(arch) for launch in launches.matmul(case)]
+        chunks += launches.spread(archs, launches.CHUNKS)
+    if name == "quick":
+        updates += launches.spread(archs, launches.UPDATES)
+        families = [arch for arch in FAMILIES if arch in archs]
+        for some in (families[:1], families[1:]):
+            matmuls += [case for axes in launches.MATMULS for case in launches.spread(some, axes)]
+    for arch in archs if name == "every" else ():
+        matmuls += launches.every(arch)
+        chunks += launches.product(arch, launches.CHUNKS)
+        updates += launches.product(arch, launches.UPDATES)
+    found = launches.few_splits(picked)
+    for made, cases in (launches.matmul, matmuls), (launches.chunk, chunks), (launches.update_scales, updates):
+        found += [launch for case in cases for launch in made(case)]
     return launches.distinct(found)
 
 
-PAIRED = (
-    "sm_80",
-    "sm_90",
-    "sm_100",
-    "gfx942",
-)  # one of each family of tensor cores; "every" has all pairs for all chips
 SETS = ("budgets", "tiles", "quick", "every")
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,9 +17,8 @@ from torch.nn import functional
 from ...checkpoints.load import from_pretrained
 from ...checkpoints.tokenizer import load_tokenizer
 from ...loss.label_bias import fit_label_bias
-from ...loss.losses import option_scores
 from ...nn.layers import layers
-from ...training import demo, loop
+from ...training import auto_rate, demo, loop
 from ...training.settings import PAPER, Settings
 from ...training.task import Measure, measure
 from ...training.validation import Base
@@ -29,6 +28,7 @@ BATCH = 32  # of gradients
 FORWARD_AND_BACKWARD = 3
 RANK = 8
 Scores = dict[str, Measure]
+Rate = float | Literal["auto"]
 
 
 class Study:
@@ -43,6 +43,7 @@ class Study:
             for records in (rows.training, rows.validation, rows.held_out)
         )
         self.base = Base(self.model)
+        self.learning_rate: float | None = None  # of the last run
 
     def measured(self, bias: torch.Tensor | float = 0.0) -> Scores:
         """Both splits, with biases of the options added to the scores."""
@@ -55,12 +56,15 @@ class Study:
         return {"zero-shot": self.measured(), "label biases only": self.measured(bias)}
 
     def zeroth_order(self, rows: int, seed: int, options: dict[str, Any]) -> Scores:
-        """A run of `qzo train` over so many forward rows."""
+        """A run of `qzo train` over so many forward rows, those that measure its learning rate among them."""
         settings = Settings(seed=seed, train_layers=self.train_layers, **options)
-        settings.max_steps = rows // (2 * settings.directions * settings.batch_size)
+        if settings.learning_rate is None:
+            rows -= 2 * auto_rate.DIRECTIONS * settings.batch_size
+        settings.max_steps = rows // (settings.evaluations * settings.batch_size)
         try:
             with tempfile.TemporaryDirectory() as out:
                 loop.fit(self.training, settings, Path(out), show=False)
+            self.learning_rate = settings.learning_rate
             if loop.fits_biases(self.training, settings):
                 self.training.fit_biases_()
             return self.measured()
@@ -72,14 +76,13 @@ class Study:
     def first_order(self, rows: int, seed: int, rate: float, adapt: "Adapter") -> Scores:
         """Adam over so many rows, the learning rate falling linearly to a tenth; label biases are fitted at the end, as
         of a zeroth-order run."""
-        steps = rows // (BATCH * FORWARD_AND_BACKWARD)
+        self.learning_rate, steps = rate, rows // (BATCH * FORWARD_AND_BACKWARD)
         with adapted(self.model, adapt, seed) as parameters:
             optimizer = torch.optim.Adam(parameters, lr=rate)
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = rate * (1 - 0.9 * step / steps)
                 batch = self.training.batch(self.training.indices(step, BATCH, seed), 1)
-                with self.training._starting(batch):
-                    loss = functional.cross_entropy(option_scores(self.model, batch), batch["label"])
+                loss = functional.cross_entropy(self.training.scores_of(batch), batch["label"])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -140,24 +143,26 @@ def adapted(model: nn.Module, adapt: Adapter, seed: int) -> Iterator[list[nn.Par
 class Method:
     """A recipe, and the learning rates that are tried (runs.py chooses)."""
 
-    rates: tuple[float, ...]
+    rates: tuple[Rate, ...]
     options: dict[str, Any] | None = None  # of Settings; None: gradients
     adapt: Adapter | None = None
 
-    def run(self, study: Study, rows: int, seed: int, rate: float) -> Scores:
+    def run(self, study: Study, rows: int, seed: int, rate: Rate) -> Scores:
         """The scores after so many forward rows."""
         if self.options is None:
             assert self.adapt is not None
+            assert not isinstance(rate, str)
             return study.first_order(rows, seed, rate, self.adapt)
         return study.zeroth_order(rows, seed, {**self.options, "learning_rate": rate})
 
 
-LEARNED = {"label_bias": "none"}
+PAPERS_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+PAIRS = {"directions": 2, "one_sided": False}
 METHODS = {
-    "default": Method((8e-2, 16e-2), {}),
-    "biases learned": Method((8e-2, 16e-2), LEARNED),
-    "biases learned, 4 directions x 8 rows": Method((8e-2, 16e-2), {"directions": 4, "batch_size": 8, **LEARNED}),
-    "paper's recipe": Method((5e-5, 1e-4, 2e-4), {key: PAPER[key] for key in PAPER.keys() - {"learning_rate"}}),
+    "default": Method(("auto",), {}),
+    "pairs, 2 directions x 16 rows": Method((8e-2, 16e-2, 32e-2, 64e-2), PAIRS),
+    "pairs, biases learned": Method((8e-2, 16e-2), {**PAIRS, "label_bias": "none"}),
+    "paper's recipe": Method(PAPERS_RATES, {key: PAPER[key] for key in PAPER.keys() - {"learning_rate"}}),
     "first-order, scales": Method((1e-3, 3e-3), None, Differentiable),
     "first-order, LoRA": Method((3e-4, 1e-3), None, LowRank),
 }

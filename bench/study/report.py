@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from .methods import METHODS
+from .methods import METHODS, Rate
 from .runs import Row, best_rate
 from .tasks import TASKS
 
@@ -22,7 +22,7 @@ class Line(NamedTuple):
     task: str
     method: str
     rows: int
-    rate: float | None
+    rate: Rate | None
     accuracies: list[float]
     losses: list[float]
 
@@ -37,7 +37,7 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     return sorted(made, key=lambda line: (list(TASKS).index(line.task), order.index(line.method), line.rows))
 
 
-def _figures(rows: list[Row]) -> tuple[float | None, list[float], list[float]]:
+def _figures(rows: list[Row]) -> tuple[Rate | None, list[float], list[float]]:
     """(rate, accuracies, losses) of the rows at the best rate."""
     rate = best_rate(rows)
     taken = [row["scores"]["held_out"] for row in rows if row["rate"] == rate]
@@ -54,11 +54,16 @@ def as_markdown(made: list[Line]) -> str:
         accuracy, loss = 100 * statistics.fmean(line.accuracies), statistics.fmean(line.losses)
         closed = share(line, made)
         text.append(
-            f"| {line.task} | {line.method} | {line.rows:,} | {'' if line.rate is None else f'{line.rate:g}'} "
+            f"| {line.task} | {line.method} | {line.rows:,} | {_rate(line.rate)} "
             f"| {len(line.losses)} | {accuracy:.1f} %, {100 * min(line.accuracies):.1f} % "
             f"| {loss:.3f}, {max(line.losses):.3f} | {'' if closed is None else f'{100 * closed:.0f} %'} |"
         )
     return "\n".join(text)
+
+
+def _rate(rate: Rate | None) -> str:
+    """As the table says it."""
+    return "" if rate is None else rate if isinstance(rate, str) else f"{rate:g}"
 
 
 def share(line: Line, made: list[Line]) -> float | None:

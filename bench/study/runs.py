@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .methods import METHODS, Method, Study
+from .methods import METHODS, Method, Rate, Study
 from .tasks import HOW, TASKS
 
 ROWS = 6144
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
                 run(runs, name, method, study, rows, seed, rate)
 
 
-def chosen(runs: "Runs", name: str, method: Method, study: Study, rows: int, seeds: int) -> float:
+def chosen(runs: "Runs", name: str, method: Method, study: Study, rows: int, seeds: int) -> Rate:
     """The learning rate with the least validation loss, mean of the first seeds."""
     for rate in method.rates:
         for seed in range(seeds):
@@ -61,13 +61,15 @@ def best_rate(rows: list[Row]) -> Any:
     return min(losses, key=lambda rate: statistics.fmean(losses[rate][seed] for seed in shared))
 
 
-def run(runs: "Runs", name: str, method: Method, study: Study, rows: int, seed: int, rate: float) -> None:
+def run(runs: "Runs", name: str, method: Method, study: Study, rows: int, seed: int, rate: Rate) -> None:
     """Make a run, unless it is there."""
     if runs.find(method=name, rows=rows, seed=seed, rate=rate):
         return
     began = time.perf_counter()
     scores = method.run(study, rows, seed, rate)
-    runs.add(method=name, rows=rows, seed=seed, rate=rate, scores=scores, seconds=round(time.perf_counter() - began, 1))
+    own = {"measured_rate": study.learning_rate} if rate == "auto" else {}
+    seconds = round(time.perf_counter() - began, 1)
+    runs.add(method=name, rows=rows, seed=seed, rate=rate, **own, scores=scores, seconds=seconds)
 
 
 class Runs:

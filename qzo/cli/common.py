@@ -1,6 +1,5 @@
 """What several commands share: loading a model, results as text."""
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from ..nn.layers import train_slots_
 from ..nn.weights import check_group_size
 from ..optim.pieces import contents
 from ..optim.replay import replay
-from ..training.folder import RESULTS
+from ..training.folder import RESULTS, fitted_biases
 from .early import size_of
 
 
@@ -93,14 +92,11 @@ def tune(model: Any, journal: str | Path | None, until: int | None) -> int:
 
 def _take_biases(model: Any, results: Path, steps: int) -> None:
     """The label biases that a run has fitted for its model, which stand in its run.json, beside the journal."""
-    if not results.exists():
-        return
-    found = json.loads(results.read_text())
-    biases, fitted = found.get("label_bias"), found.get("model_step", found.get("steps"))
-    if biases and fitted == steps:
-        set_biases_(model, biases)
-    elif biases:
+    biases, fitted = fitted_biases(results) or ([], steps)
+    if fitted != steps:
         say(f"the label biases in {results} are those of step {fitted}: the model of step {steps} has none")
+    elif biases:
+        set_biases_(model, biases)
 
 
 def replayed(

@@ -7,6 +7,8 @@ from .train_options import DEFAULTS, add_launching, add_perturbation, add_valida
 
 DENSITIES = ("logit-normal", "mode", "uniform")
 WEIGHTINGS = ("none", "cosmap")
+STEPS, GUIDANCE = 28, 4.5  # of a picture: diffusers' own of Stable Diffusion 3.5
+DIRECTIONS = 2  # a step: pairs, whose rows' differences give the derivative's standard error
 CACHE = "cache"  # in OUT, unless --cache names another place
 A_PIPELINE = "a folder of a diffusers pipeline, with model_index.json"
 
@@ -17,14 +19,11 @@ def add_train_diffusion(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument(
         "--data",
-        required=True,
         help="a folder of pictures, each with a text file of its name or all with a metadata.jsonl of lines file_name "
         "and text; a folder with such folders train and valid; or a dataset of pictures and captions that save_to_disk "
         "of Hugging Face's datasets has written, or its Parquet files",
     )
-    files.add_argument(
-        "--output-dir", required=True, help="where cache, journal, metrics, curve and the tuned pipeline go"
-    )
+    files.add_argument("--output-dir", help="where cache, journal, metrics, curve and the tuned pipeline go")
     files.add_argument(
         "--cache", metavar="FOLDER", help=f"latents and encoded prompts, made once (default: {CACHE} in --output-dir)"
     )
@@ -34,11 +33,15 @@ def add_train_diffusion(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="continue the journal in --output-dir: the result has the bits of an unbroken run",
     )
+    files.add_argument("--config", help="a YAML file with any of these options; options on the command line win")
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))
     _add_rows(parser.add_argument_group("the rows of a step"))
     add_validation(parser.add_argument_group("validation, where the data have a valid split"))
-    add_perturbation(parser.add_argument_group("the perturbation and the update"))
+    _add_samples(parser.add_argument_group("pictures that are drawn while it trains, into OUT/samples"))
+    step = parser.add_argument_group("the perturbation and the update")
+    add_perturbation(step)
+    step.add_argument("--directions", type=int, help=f"directions a step, two evaluations each (default {DIRECTIONS})")
     add_launching(parser.add_argument_group("how a step is computed"))
     add_transformer(parser.add_argument_group("the transformer"))
 
@@ -98,6 +101,25 @@ def _add_rows(rows: argparse._ArgumentGroup) -> None:
         default=0.0,
         metavar="SHARE",
         help="of the rows that learn the empty prompt, which guidance needs (default 0)",
+    )
+
+
+def _add_samples(samples: argparse._ArgumentGroup) -> None:
+    samples.add_argument(
+        "--sample-every", type=int, metavar="N", help="draw after every N steps, and before the first (default: never)"
+    )
+    samples.add_argument(
+        "--samples",
+        type=int,
+        default=4,
+        metavar="K",
+        help="pictures, of the first captions of valid (else of train), with the seeds 0, 1, ... (default 4)",
+    )
+    samples.add_argument(
+        "--sampling-steps", type=int, metavar="N", help=f"evaluations of the transformer for each (default {STEPS})"
+    )
+    samples.add_argument(
+        "--guidance-scale", type=float, default=GUIDANCE, help=f"of the captions, 1: none (default {GUIDANCE:g})"
     )
 
 

@@ -24,6 +24,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _train_diffusion(options: argparse.Namespace) -> None:
+    if not options.output_dir:
+        return  # the command says what is missing
     out = Path(options.output_dir)
     if out.is_dir() and not options.resume and [path.name for path in out.iterdir()] == [CACHE]:
         return  # a build of the cache that was stopped goes on

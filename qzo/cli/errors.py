@@ -41,11 +41,11 @@ def reporting(execute: Callable[[argparse.Namespace], int | None], options: argp
         print(f"qzo: stopped outside the training steps{saved}", file=sys.stderr)
         return status_of(stop)
     except BAD_INPUT as error:
-        print(f"qzo {options.command}: {_line(error)}", file=sys.stderr)
+        print(f"qzo {options.command}: {disk.line_of(error)}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError, RanksDiverged, RankLost) as error:
         out = vars(options).get("output_dir")
-        text = full_disk(error, options.command, out) if disk.full(error) else _line(error)
+        text = full_disk(error, options.command, out) if disk.full(error) else disk.line_of(error)
         print(f"qzo {options.command}: {text}", file=sys.stderr)
         return 2 if disk.unusable(error) else 1
     except (RuntimeError, MemoryError) as error:
@@ -64,10 +64,6 @@ def resuming(options: argparse.Namespace) -> str:
     if options.command == "demo" and not any(word.startswith("--output-dir") for word in line):
         line += ["--output-dir", options.output_dir]  # it has chosen a name itself
     return shlex.join(line if "--resume" in line else [*line, "--resume"])
-
-
-def _line(error: BaseException) -> str:
-    return disk.unusable(error) or " ".join(str(error).split())
 
 
 def full_disk(error: Exception, command: str, out: str | None) -> str:

@@ -20,6 +20,7 @@ import argcomplete
 from ..system import disk
 from ..version import __version__
 from . import diffusion_options, early, options, report_options, train_options
+from .config_file import COMMANDS as FROM_FILES
 from .config_file import arguments_of
 
 COMMANDS = {  # name: (what it does, an example, its options)
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(arguments)
     except (OSError, ValueError) as error:  # of --config
-        return _refused("train", error)
+        return _refused(next((name for name in FROM_FILES if name in (arguments or sys.argv)), "train"), error)
     try:
         early.check(options)
     except (OSError, ValueError) as error:
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refused(command: str, error: Exception) -> int:
-    print(f"qzo {command}: {disk.unusable(error) or ' '.join(str(error).split())}", file=sys.stderr)
+    print(f"qzo {command}: {disk.line_of(error)}", file=sys.stderr)
     return 1 if disk.full(error) else 2
 
 
@@ -126,9 +127,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     argcomplete.autocomplete(parser)
     line = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(line)
-    if options.command == "train" and options.config:
-        from_file = arguments_of(options.config, but=("model",) if options.checkpoint else ())
-        at = line.index("train") + 1
+    if options.command in FROM_FILES and options.config:
+        twice = ("model",) if vars(options).get("checkpoint") else ()
+        from_file = arguments_of(options.config, options.command, but=twice)
+        at = line.index(options.command) + 1
         options = parser.parse_args([*line[:at], *from_file, *line[at:]])
     options.line = line
     return options

@@ -9,10 +9,9 @@ from ..diffusion.pictures import assemble, drawn
 from ..diffusion.pipeline import INDEX, open_pipeline
 from ..system.progress import tracked
 from .common import check_until, say, tune
+from .diffusion_options import GUIDANCE, STEPS
 from .outputs import check_folder
 from .train_diffusion import device_of, load
-
-STEPS, GUIDANCE = 28, 4.5  # diffusers' own of Stable Diffusion 3.5
 
 
 def is_pipeline(name: str) -> bool:

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,14 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
     return 0
 
 
-def train(task: Trainable, settings: Settings, own: Mapping[str, Any], valid: Trainable | None) -> dict[str, Any]:
-    """Make the run; the model is then the one of the step to keep.
+def train(
+    task: Trainable,
+    settings: Settings,
+    own: Mapping[str, Any],
+    valid: Trainable | None,
+    after: Callable[[int], object] = lambda steps: None,
+) -> dict[str, Any]:
+    """Make the run; the model is then the one of the step to keep. after: as for `fit`.
 
     Returns {"steps", "resumed_from", "best", "model_step"}: steps made, how many of them before, the best measurement
     of the validation task `valid` (None without one), and the step whose model this is; {} on other ranks than the
@@ -138,7 +144,7 @@ def train(task: Trainable, settings: Settings, own: Mapping[str, Any], valid: Tr
     """
     out = Path(own["output_dir"])
     if valid is None:
-        already = fit(task, settings, out, resume=bool(own["resume"]))
+        already = fit(task, settings, out, resume=bool(own["resume"]), after=after)
         if not Ranks().first:
             return {}
         steps = steps_of(out / "journal.qzo")
@@ -147,7 +153,7 @@ def train(task: Trainable, settings: Settings, own: Mapping[str, Any], valid: Tr
     measured = functools.partial(valid.evaluate, fitted=fits_biases(task, settings))
     validation = Validation(measured, every, settings.patience)
     base = Base(task.model) if settings.keep == "best" else None
-    already = fit(task, settings, out, resume=bool(own["resume"]), validation=validation)
+    already = fit(task, settings, out, resume=bool(own["resume"]), validation=validation, after=after)
     if not Ranks().first:
         return {}
     steps = kept = steps_of(out / "journal.qzo")
@@ -187,7 +193,7 @@ def show_plan(task: Task, settings: Settings, model: Any, trust_remote_code: boo
     say("\n".join(lines(told)))
     rows, longest = told["rows_per_step"] // told["evaluations"], told["tokens_per_row"]["longest"]
     labels = max(1, round(statistics.fmean(map(labelled, task.examples))))
-    run = Run(rows, longest, min(labels, longest - 1), settings.directions, settings.sequential)
+    run = Run(rows, longest, min(labels, longest - 1), -(-settings.evaluations // 2), settings.sequential)
     try:
         predicted = predict_loaded(model, run, trust_remote_code)
     except (ValueError, RuntimeError) as error:  # of a forward that needs values, not only shapes

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from ..diffusion import cache
 from ..diffusion.objective import FlowLaw
+from ..diffusion.pictures import Grid
 from ..diffusion.pipeline import Pipeline, open_pipeline
 from ..diffusion.schedulers import shift_of
 from ..diffusion.task import STRATA, DiffusionTask
@@ -21,14 +23,20 @@ from ..training.folder import write_results
 from ..training.loop import check_batch_size, planned_steps, trained_count
 from ..training.settings import Settings
 from .common import say
-from .diffusion_options import CACHE
+from .diffusion_options import CACHE, DIRECTIONS, STEPS
 from .outputs import JOURNAL
 from .train import train, warn_if_worse
+
+SAMPLES = "samples"  # the folder in OUT
 
 
 def execute(options: argparse.Namespace) -> int:
     """Train, and tell; exit status. ValueError for bad input."""
     settings = settings_of(options)
+    missing = [f"--{name.replace('_', '-')}" for name in ("data", "output_dir") if not getattr(options, name)]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)} (on the command line or in --config)")
+    check_samples(options)
     pipeline = open_pipeline(options.pipeline)
     resolution = options.resolution or pipeline.resolution()
     law = law_of(options, pipeline, resolution)
@@ -50,7 +58,7 @@ def execute(options: argparse.Namespace) -> int:
         valid = DiffusionTask(model, pipeline.family, latents["valid"], law, 2 * settings.directions)
     show_plan(task, settings, pipeline, resolution)
     before = None if valid is None else valid.measure()
-    run = train(task, settings, vars(options), valid)
+    run = train(task, settings, vars(options), valid, samples_of(options, pipeline, latents, resolution, model))
     after = None if valid is None else valid.measure()
     save_pipeline(model, origin, pipeline, out / "model")
     results = {
@@ -70,10 +78,45 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
+def samples_of(
+    options: argparse.Namespace, pipeline: Pipeline, latents: dict[str, cache.Latents], resolution: int, model: Any
+) -> Callable[[int], object]:
+    """What draws OUT/samples/step-N.png when so many steps are made; the one of step 0 is drawn now."""
+    every = options.sample_every
+    if every is None:
+        return lambda steps: None
+    shown = latents.get("valid", latents["train"])
+    prompts = [shown.prompt(i) for i in range(min(options.samples, len(shown)))]
+    grid = Grid(
+        pipeline, prompts, shown.prompt(None), resolution, options.sampling_steps or STEPS, options.guidance_scale
+    )
+    folder = Path(options.output_dir) / SAMPLES
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(steps: int) -> None:
+        path = folder / f"step-{steps:06}.png"
+        if steps % every == 0 and not path.exists():
+            grid.draw(model).save(path)
+
+    draw(0)
+    return draw
+
+
+def check_samples(options: argparse.Namespace) -> None:
+    """ValueError for options of the samples that are out of their range."""
+    for option in ("sample_every", "samples", "sampling_steps"):
+        value = getattr(options, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {value}: expected a number >= 1")
+    if not 0 <= options.guidance_scale < float("inf"):
+        raise ValueError(f"--guidance-scale {options.guidance_scale}: expected a finite number >= 0 (1: no guidance)")
+
+
 def settings_of(options: argparse.Namespace) -> Settings:
     """The Settings of a command line. ValueError for what is out of range."""
     names = {field.name for field in dataclasses.fields(Settings)}
-    return Settings(**{key: value for key, value in vars(options).items() if key in names and value is not None})
+    given = {key: value for key, value in vars(options).items() if key in names and value is not None}
+    return Settings(**{"directions": DIRECTIONS, "one_sided": False, **given})
 
 
 def law_of(options: argparse.Namespace, pipeline: Pipeline, resolution: int) -> FlowLaw:

@@ -17,7 +17,7 @@ LABEL_BIASES = ("fit", "none")
 DEFAULTS = {  # of training/settings.py
     "max_steps": 200,
     "batch_size": 16,
-    "directions": 2,
+    "directions": 8,
     "max_length": MAX_LENGTH,
     "max_cut": 0.5,
     "decay": 0.1,
@@ -27,7 +27,15 @@ DEFAULTS = {  # of training/settings.py
     "clip": CLIP,
     "journal_fsync": SYNC_SECONDS,
 }
-RATE, CLASSIFICATION_RATE = 4e-2, 8e-2  # learning rates per direction
+RATE = 4e-2  # learning rate per direction
+
+
+def _rate(text: str) -> float | str:
+    """A learning rate, or "auto"."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +73,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add_overwrite(files)
     _add_run(parser.add_argument_group("the run"))
     add_validation(parser.add_argument_group("validation, where the data have a valid split"))
-    add_perturbation(parser.add_argument_group("the perturbation and the update"))
+    step = parser.add_argument_group("the perturbation and the update")
+    add_perturbation(step)
+    _add_directions(step)
     how = parser.add_argument_group("how a step is computed")
     add_launching(how)
     _add_text_launching(how)
@@ -153,9 +163,9 @@ def add_perturbation(step: argparse._ArgumentGroup) -> None:
     """Of `Settings`: the estimator and the rates."""
     step.add_argument(
         "--learning-rate",
-        type=float,
-        help=f"at the first step, falling linearly to a part of it (default {RATE:g} per direction, "
-        f"{CLASSIFICATION_RATE:g} where label biases are fitted)",
+        type=_rate,
+        help="at the first step, falling linearly to a part of it; auto (default): measured on the first batches where "
+        f"label biases are fitted, else {RATE:g} per direction",
     )
     step.add_argument(
         "--decay", type=float, help=f"the part that it falls to, 1: constant (default {DEFAULTS['decay']})"
@@ -168,12 +178,20 @@ def add_perturbation(step: argparse._ArgumentGroup) -> None:
     )
     step.add_argument("--clip", type=float, help=f"bound on the directional derivative (default {CLIP:g})")
     step.add_argument("--floor", type=float, help=f"least magnitude of a scale (default {FLOOR:g}, 2**-24)")
-    step.add_argument(
-        "--directions", type=int, help=f"directions a step, two evaluations each (default {DEFAULTS['directions']})"
-    )
     step.add_argument("--noise", choices=NOISES, help="noise law (default rademacher)")
     step.add_argument(
         "--sharing", choices=SHARINGS, help="one z per scale (group, the default) or one per output row (row)"
+    )
+
+
+def _add_directions(step: argparse._ArgumentGroup) -> None:
+    step.add_argument("--directions", type=int, help=f"directions a step (default {DEFAULTS['directions']})")
+    step.add_argument(
+        "--one-sided",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="one evaluation of each direction, compared with the mean of the others (default: of three directions or "
+        "more); without: two, +eps and -eps",
     )
 
 
@@ -183,8 +201,7 @@ def add_launching(how: argparse._ArgumentGroup) -> None:
         "--sequential",
         action="store_true",
         default=None,
-        help="run the evaluations of a step one after another instead of stacked: activations of one, not of all "
-        "2 x directions",
+        help="run the evaluations of a step one after another instead of stacked: activations of one, not of all",
     )
     how.add_argument(
         "--large-rows",

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
+from ..checkpoints.formats import safetensors_file
+from ..checkpoints.formats.files import read_object
 from ..system import disk
 from ..system.progress import tracked
 from .families import Prompt
 from .images import pixels, read_pictures, splits_of
 from .pipeline import Pipeline
-from .transformer import diffusers_module, empty_transformer
+from .transformer import diffusers_class, empty_transformer
 
 Encode = Callable[[torch.Tensor, str], torch.Tensor]
 
@@ -65,11 +67,11 @@ class Latents:
 
     def latent(self, index: int) -> torch.Tensor:
         """float32 [C, H, W] of an example."""
-        return _read(self.folder / LATENTS, self.examples[index].picture)["latent"]
+        return _read(self.folder / LATENTS, self.examples[index].picture, {"latent": 3})["latent"]
 
     def prompt(self, index: int | None) -> Prompt:
         """The encoded prompt of an example; None: the empty one."""
-        return _read(self.folder / PROMPTS, self.empty_prompt if index is None else self.examples[index].prompt)
+        return _read(self.folder / PROMPTS, self.empty_prompt if index is None else self.examples[index].prompt, {})
 
 
 def digest_of(data: bytes) -> str:
@@ -77,12 +79,19 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def _read(folder: Path, name: str) -> Prompt:
+def _read(folder: Path, name: str, dimensions: Mapping[str, int]) -> Prompt:
+    """The tensors of a file. ValueError for one that is damaged, or has no floats of so many dimensions under one of
+    these names."""
     path = folder / f"{name}.safetensors"
     try:
-        return load_file(path)
+        found = {key: safetensors_file.read(path, place) for key, place in safetensors_file.places(path).items()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is gone from the cache: start again with --resume, which makes it") from None
+    floats = {key: value.dim() for key, value in found.items() if value.is_floating_point()}
+    if not found or any(floats.get(key) != count for key, count in dimensions.items()):
+        told = ", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in found.items())
+        raise ValueError(f"{path} is damaged: it holds {told or 'nothing':.200}; delete it and start with --resume")
+    return found
 
 
 def build(
@@ -119,14 +128,13 @@ def _header(
     pipeline: Pipeline, folder: Path, resolution: int, prompt_tokens: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What the cache is made of; written where it begins. ValueError where the cache there is of something else."""
-    path = folder / HEADER
-    held = json.loads(path.read_text()) if path.is_file() else {}
+    held = read_header(folder)
     stamps = held.get("files", {})
     digests: dict[str, str] = {}
     files: dict[str, list[list[Any]]] = {}
     for key, parts in (("vae", ["vae"]), ("texts", pipeline.texts)):
         files[key] = _stamps(pipeline.path, parts)
-        digests[key] = held[key] if stamps.get(key) == files[key] else _digest(pipeline.path, files[key])
+        digests[key] = held.get(key, "") if stamps.get(key) == files[key] else _digest(pipeline.path, files[key])
     header = {
         "version": VERSION,
         **digests,
@@ -140,8 +148,17 @@ def _header(
             raise ValueError(f"{folder} is a cache made by {_WHAT[key]}{said}: name another with --cache, or delete it")
     for part in (LATENTS, PROMPTS):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    disk.write_whole(path, (json.dumps({**header, "files": files}, indent=1) + "\n").encode())
+    disk.write_whole(folder / HEADER, (json.dumps({**header, "files": files}, indent=1) + "\n").encode())
     return header
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What the cache in a folder was made of; {} where none has begun. ValueError for a file that is damaged."""
+    path = folder / HEADER
+    held = read_object(path) if path.is_file() else {}
+    if held and not isinstance(held.get("files"), dict):
+        raise ValueError(f"{path} is damaged: it does not say which files made the cache; delete the folder")
+    return held
 
 
 def _stamps(folder: Path, parts: Iterable[str]) -> list[list[Any]]:
@@ -155,7 +172,10 @@ def _digest(folder: Path, stamps: list[list[Any]]) -> str:
     whole = hashlib.sha256()
     for name, size, _ in tracked(stamps, "digesting", "files"):
         with open(folder / name, "rb") as file:
-            whole.update(f"{name} {size}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+            content = hashlib.sha256()
+            for block in iter(lambda file=file: file.read(1 << 20), b""):  # type: ignore[misc]
+                content.update(block)
+            whole.update(f"{name} {size}\n".encode() + content.digest())
     return whole.hexdigest()[:32]
 
 
@@ -195,8 +215,8 @@ def _encode_pictures(
 def vae_encoder(pipeline: Pipeline, device: torch.device) -> Encode:
     """encode(float32 [3, H, W] in [-1, 1], digest) -> its latent, float32 [C, H / f, W / f] on the CPU, which does not
     depend on what was encoded before. The VAE is let go with the function."""
-    cls = getattr(diffusers_module(), pipeline.vae["_class_name"])
-    vae = cls.from_pretrained(pipeline.path / "vae", dtype=torch.float32).to(device).eval()
+    cls = diffusers_class(pipeline.vae["_class_name"])
+    vae = cls.from_pretrained(pipeline.path / "vae", dtype=torch.float32, use_safetensors=True).to(device).eval()
     shift, scale = pipeline.vae.get("shift_factor") or 0.0, pipeline.vae["scaling_factor"]
 
     @torch.no_grad()
@@ -240,9 +260,9 @@ def prompt_encoder(
 ) -> Callable[[str], Prompt]:
     """encode(text) -> the encoded prompt on the CPU, by the pipeline's own encode_prompt; the text encoders are let go
     with the function."""
-    cls = getattr(diffusers_module(), pipeline.index["_class_name"])
+    cls = diffusers_class(pipeline.index["_class_name"])
     shell = empty_transformer(pipeline, dtype)  # its config is asked for
-    pipe = cls.from_pretrained(pipeline.path, transformer=shell, vae=None, dtype=dtype)
+    pipe = cls.from_pretrained(pipeline.path, transformer=shell, vae=None, dtype=dtype, use_safetensors=True)
     for part in pipeline.texts:
         if part.startswith("text_encoder"):
             getattr(pipe, part).to(device).eval()

@@ -17,9 +17,11 @@ class Family(Protocol):
     """One class of transformers.
 
     longest : tokens that a prompt is cut and padded to where the user names no number
+    needed : keys of the transformer's config that are whole numbers above 0, and have to be there
     """
 
     longest: int
+    needed: tuple[str, ...]
 
     def patch(self, config: Mapping[str, Any]) -> int:
         """Latent pixels that become one token, along an edge."""
@@ -33,6 +35,10 @@ class Family(Protocol):
         """The encoded prompt, by diffusers' own pipeline."""
         ...
 
+    def given(self, prompt: Prompt, empty: Prompt) -> dict[str, torch.Tensor]:
+        """What the pipeline's call takes in the place of a text, the empty one for guidance."""
+        ...
+
     def predict(self, model: Any, noisy: torch.Tensor, times: torch.Tensor, prompts: Mapping[str, Any]) -> torch.Tensor:
         """The predicted velocity [R, C, H, W] of rows at times float32 [R] in (0, 1), prompts stacked."""
         ...
@@ -42,6 +48,7 @@ class StableDiffusion3:
     """Stable Diffusion 3 and 3.5: CLIP and T5 side by side, learned positions."""
 
     longest = 256
+    needed: tuple[str, ...] = ("patch_size", "in_channels", "pos_embed_max_size")
 
     def patch(self, config: Mapping[str, Any]) -> int:
         """As Family."""
@@ -62,6 +69,17 @@ class StableDiffusion3:
             text, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0]}
+
+    def given(self, prompt: Prompt, empty: Prompt) -> dict[str, torch.Tensor]:
+        """As Family."""
+        return {
+            f"{sign}{name}": said[key][None]
+            for sign, said in (("", prompt), ("negative_", empty))
+            for name, key in (
+                ("prompt_embeds", "encoder_hidden_states"),
+                ("pooled_prompt_embeds", "pooled_projections"),
+            )
+        }
 
     def predict(self, model: Any, noisy: torch.Tensor, times: torch.Tensor, prompts: Mapping[str, Any]) -> torch.Tensor:
         """As Family."""

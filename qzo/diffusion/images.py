@@ -8,7 +8,8 @@ a dataset           a folder that save_to_disk of Hugging Face's datasets has wr
 """
 
 import io
-import json
+import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..system.as_json import parsed
 from ..training import tables
 from ..training.records import SPLITS
 
 METADATA = "metadata.jsonl"
 CAPTIONS = ("text", "caption", "prompt")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # and no other that Pillow knows: one of them calls Ghostscript
+MOST_PIXELS = 1 << 26  # of a picture: unpacked it takes 4 bytes for each, and a file of some KB may say any number
+# what Pillow raises for a damaged file, tags in it among them
+_NO_PICTURE = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _WANTED = (
     f"give each picture a text file of its name (cat.png, cat.txt), or a {METADATA} with lines "
@@ -72,7 +78,7 @@ def _of_folder(folder: Path) -> Iterator[Picture]:
     if (folder / METADATA).is_file():
         captions = _metadata(folder)
     else:
-        captions = {file: text.read_text("utf-8") for file in files if (text := file.with_suffix(".txt")).is_file()}
+        captions = {file: _text_of(text) for file in files if (text := file.with_suffix(".txt")).is_file()}
     if not files and not captions:
         raise ValueError(f"{folder} holds no pictures ({', '.join(ENDINGS)}); {_WANTED}")
     bare = [file for file in files if not captions.get(file, "").strip()]
@@ -85,16 +91,24 @@ def _of_folder(folder: Path) -> Iterator[Picture]:
         yield Picture(str(file.relative_to(folder)), captions[file].strip(), file.read_bytes())
 
 
+def _text_of(file: Path) -> str:
+    """A file of UTF-8."""
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8") from None
+
+
 def _metadata(folder: Path) -> dict[Path, str]:
     """file -> caption of the lines of metadata.jsonl."""
     found = {}
-    for number, line in enumerate((folder / METADATA).read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(_text_of(folder / METADATA).splitlines(), 1):
         where = f"{folder / METADATA}, line {number}"
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parsed(line)
+        except ValueError as error:
             raise ValueError(f"{where} is not JSON ({error})") from None
         name = record.get("file_name") if isinstance(record, dict) else None
         text = _caption(record) if isinstance(record, dict) else None
@@ -130,12 +144,18 @@ def pixels(picture: Picture, resolution: int) -> torch.Tensor:
     """float32 [3, resolution, resolution] in [-1, 1]: upright, transparency on white, scaled to cover the square, its
     middle cut out.
 
-    Raises ValueError for what is no picture, and for one whose shorter edge is less than half the resolution.
+    Raises ValueError for what is no picture, for one of more than MOST_PIXELS, and for one whose shorter edge is less
+    than half the resolution.
     """
     try:
-        with Image.open(io.BytesIO(picture.data)) as opened:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(picture.data), formats=FORMATS)
+        with opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} are more than {MOST_PIXELS:,} pixels")
             image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*_NO_PICTURE, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be read ({' '.join(str(error).split()):.80})") from None
     width, height = image.size
     if 2 * min(width, height) < resolution:

@@ -1,6 +1,7 @@
 """A folder of a diffusers pipeline, opened: what is in it, before anything is loaded."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from .families import Family, family_of
 from .schedulers import check_flow
 
 INDEX = "model_index.json"
+MOST, MOST_BLOCKS = 1 << 20, 10  # of a number in the transformer's config; of the VAE, each halves a picture's edge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +90,19 @@ def open_pipeline(path: str | Path) -> Pipeline:
         )
     index = read_object(path / INDEX)
     for part in _parts(index):
+        if Path(part).name != part or part == "..":
+            raise ValueError(f"{path / INDEX} names {part!r:.100}, which is no folder in this one")
         if not (path / part).is_dir():
-            said = " of ".join(map(str, reversed(index[part])))
+            said = " ".join(" of ".join(map(str, reversed(index[part]))).split())[:200]
             raise FileNotFoundError(
                 f"{path / INDEX} names {part} ({said}), and there is no folder {path / part}: fetch it too, or load "
                 "the pipeline without it and save that"
             )
-    if "unet" in index:
+    if "unet" in _parts(index):
         family_of(index["unet"][-1], path)
     for part in ("transformer", "scheduler", "vae"):
         if part not in _parts(index):
-            raise ValueError(f"{path} is a {index.get('_class_name')} without a {part}; give one that has it")
+            raise ValueError(f"{path} is a {index.get('_class_name')!s:.60} without a {part}; give one that has it")
     pipeline = Pipeline(
         path.resolve(),
         index,
@@ -108,7 +112,30 @@ def open_pipeline(path: str | Path) -> Pipeline:
     )
     family_of(pipeline.transformer.get("_class_name"), path / "transformer")
     check_flow(pipeline.scheduler, path / "scheduler")
+    _check_configs(pipeline)
     return pipeline
+
+
+def _check_configs(pipeline: Pipeline) -> None:
+    """ValueError for a config without the names and numbers that a run goes by."""
+    said: list[tuple[str, object, bool]] = []
+    for key in (*pipeline.family.needed, "sample_size"):
+        value = pipeline.transformer.get(key, 64 if key == "sample_size" else None)
+        said.append((f"transformer/config.json: {key}", value, type(value) is int and 0 < value <= MOST))
+    blocks = pipeline.vae.get("block_out_channels") or pipeline.vae.get("encoder_block_out_channels")
+    said.append(
+        ("vae/config.json: block_out_channels", blocks, isinstance(blocks, list) and len(blocks) <= MOST_BLOCKS)
+    )
+    for key in ("scaling_factor", "shift_factor"):
+        value = pipeline.vae.get(key) or (0.0 if key == "shift_factor" else None)
+        finite = isinstance(value, int | float) and math.isfinite(value)
+        said.append((f"vae/config.json: {key}", value, finite))
+    for where, config in ((INDEX, pipeline.index), ("vae/config.json", pipeline.vae)):
+        name = config.get("_class_name")
+        said.append((f"{where}: _class_name", name, isinstance(name, str) and name.isidentifier()))
+    for where, value, fits in said:
+        if not fits:
+            raise ValueError(f"{pipeline.path}: {where} is {value!r:.60}; the file is damaged, fetch it again")
 
 
 def _parts(index: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from ..checkpoints.empty import build_empty
 from ..checkpoints.fill import fill
 from ..checkpoints.formats import bnb, files, gguf_sd3, safetensors_file
-from ..checkpoints.formats.folder import read_dense
+from ..checkpoints.formats.folder import check_own, read_dense
 from ..checkpoints.formats.protocol import Entry, NewTensor
 from ..checkpoints.trained import Trained
 from ..kernels.table import named_table
@@ -89,7 +89,7 @@ def empty_transformer(pipeline: Pipeline, dtype: torch.dtype) -> Any:
     class cannot be made of the config."""
     config = {key: value for key, value in pipeline.transformer.items() if key != "quantization_config"}
     try:
-        return build_empty(config, dtype, getattr(diffusers_module(), config["_class_name"])).eval()
+        return build_empty(config, dtype, diffusers_class(config["_class_name"])).eval()
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         where = pipeline.path / "transformer" / "config.json"
         raise ValueError(f"{where} makes no {config['_class_name']}: {' '.join(str(error).split()):.200}") from None
@@ -104,6 +104,14 @@ def diffusers_module() -> Any:
             "diffusers is not installed, and pipelines are its own: pip install 'qzo[diffusion]'"
         ) from None
     return diffusers
+
+
+def diffusers_class(name: str) -> Any:
+    """A class of diffusers. ValueError for a name that it does not have."""
+    found = getattr(diffusers_module(), name, None)
+    if not isinstance(found, type):
+        raise ValueError(f"{name!r:.60} is no class of this diffusers; a newer one may have it")
+    return found
 
 
 def _quantized(model: Any, folder: Path, dtype: torch.dtype, group_size: int | None, table: str) -> Iterable[Entry]:
@@ -171,7 +179,9 @@ def save_pipeline(model: Any, origin: Origin, pipeline: Pipeline, folder: Path) 
         if part != "transformer":
             for file in (pipeline.path / part).rglob("*"):
                 if file.is_file():
+                    check_own(file, pipeline.path)
                     _link(file, folder / part / file.relative_to(pipeline.path / part))
+    check_own(pipeline.path / INDEX, pipeline.path)
     _link(pipeline.path / INDEX, folder / INDEX)
 
 

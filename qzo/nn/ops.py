@@ -92,7 +92,7 @@ def backend(name=None, *, large_rows=None, tables=None, tile=None, overlap=None,
 def check_large_rows(value):
     """ValueError unless it is one of LARGE_ROWS."""
     if value not in LARGE_ROWS:
-        raise ValueError(f"large_rows={value!r}: {', '.join(map(repr, LARGE_ROWS[:-1]))} or {LARGE_ROWS[-1]!r} is "
+        raise ValueError(f"large_rows={value!r:.60}: {', '.join(map(repr, LARGE_ROWS[:-1]))} or {LARGE_ROWS[-1]!r} is "
                          "wanted")
 
 
@@ -350,7 +350,8 @@ def update_op(scales: torch.Tensor, seeds: torch.Tensor, coefs: torch.Tensor, ba
     if scales.numel() == 0 or seeds.numel() == 0:
         return
     run = update.launch if uses_triton(scales.device) else update.update_torch
-    run(scales, seeds, coefs, base4=base4, law=law, relative=relative, floor=floor, layers=layers)
+    pairs = seeds.contiguous(), coefs.contiguous()
+    run(scales, *pairs, base4=base4, law=law, relative=relative, floor=floor, layers=layers)
 
 
 @update_op.register_fake
@@ -361,6 +362,7 @@ def _(scales, seeds, coefs, base4, law, relative, floor, layers=None):
 def _check_update(scales, seeds, coefs):
     if scales.dtype != torch.float32 or not scales.is_contiguous() or scales.numel() % 4:
         raise ValueError(f"scales must be contiguous float32 in whole quads, got {scales.dtype} {list(scales.shape)}")
-    if seeds.dtype != torch.int64 or coefs.dtype != torch.float32 or seeds.shape != coefs.shape or seeds.dim() != 1:
-        raise ValueError(f"seeds and coefs must be int64 and float32 [J], got {seeds.dtype} {list(seeds.shape)} and "
-                         f"{coefs.dtype} {list(coefs.shape)}")
+    types, shapes = (seeds.dtype, coefs.dtype), {seeds.shape, coefs.shape}
+    if types != (torch.int64, torch.float32) or len(shapes) > 1 or seeds.dim() not in (1, 2):
+        raise ValueError(f"seeds and coefs must be int64 and float32, [J] or [S, J], got {seeds.dtype} "
+                         f"{list(seeds.shape)} and {coefs.dtype} {list(coefs.shape)}")

@@ -31,7 +31,7 @@ PERIOD = 256  # steps after which earlier uses count half
 
 Closure = Callable[..., torch.Tensor | float]
 Batch = Mapping[str, Any]
-Result = tuple[list[float], list[float], list[float]]  # losses [2 J], derivatives [J], applied [J]
+Result = tuple[list[float], list[float], list[float]]  # losses [E], derivatives [J], applied [J]
 Returned = TypeVar("Returned")
 
 
@@ -49,7 +49,7 @@ class Optimizer(Protocol):
         """Those of the coming step."""
 
     def losses(self, closure: Closure, evaluations: Evaluations, paired: bool) -> torch.Tensor:
-        """[2 J] of the evaluations, or their sums [2 J, S]."""
+        """[E] of the evaluations, or their sums [E, S]."""
 
     def rates(self) -> tuple[float, float, float]:
         """(lr / J, 2 eps, clip) of the coming step."""
@@ -132,17 +132,17 @@ class GraphStep:
             )
 
     def _step(self) -> torch.Tensor:
-        """float64 [4 J]: losses, derivatives, applied."""
+        """float64 [E + 2 J]: losses, derivatives, applied."""
         group = self.optimizer.param_groups[0]
         losses = means(self.optimizer.losses(self.call, self.evaluations, self.paired))
-        derivatives, applied = project(losses, self.rates, law_number(group["noise"]))
-        update(self.optimizer.arena, self.evaluations.seeds[0::2].contiguous(), applied, group)
+        derivatives, applied = project(losses, self.rates, law_number(group["noise"]), group["one_sided"])
+        seeds = self.evaluations.seeds.view(len(applied), -1)[:, 0].contiguous()
+        update(self.optimizer.arena, seeds, applied, group)
         return torch.cat([losses, derivatives, applied.double()])
 
-    @staticmethod
-    def _losses(result: torch.Tensor) -> torch.Tensor:
+    def _losses(self, result: torch.Tensor) -> torch.Tensor:
         """The bits of a result's losses, on the host: NaN equals itself."""
-        return result[: len(result) // 2].cpu().view(torch.int64)
+        return result[: len(self.evaluations)].cpu().view(torch.int64)
 
     def run(self, batch: Batch | None) -> Result:
         """Replay with this step's batch, seeds and rates; (losses, derivatives, applied) as lists."""
@@ -154,8 +154,9 @@ class GraphStep:
         self.rates.copy_(torch.tensor(self.optimizer.rates(), dtype=torch.float64), non_blocking=True)
         self.graph.replay()
         result = self.result.tolist()
-        count = len(result) // 4
-        return result[: 2 * count], result[2 * count : 3 * count], result[3 * count :]
+        count = len(now)
+        middle = (count + len(result)) // 2
+        return result[:count], result[count:middle], result[middle:]
 
 
 class Graphs:
@@ -270,7 +271,7 @@ def graphs_of(optimizer: Optimizer) -> Graphs | None:
 
 def _recipe(group: dict[str, Any]) -> tuple[Hashable, ...]:
     """What of an optimizer's settings is captured as it is; lr, eps and clip are not."""
-    return tuple(group[name] for name in ("directions", "noise", "relative", "sharing", "floor"))
+    return tuple(group[name] for name in ("directions", "one_sided", "noise", "relative", "sharing", "floor"))
 
 
 def _tensors(batch: Batch | None) -> dict[str, torch.Tensor]:

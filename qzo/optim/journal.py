@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from ..system import disk, lock
+from ..system.as_json import parsed
 from .defaults import SYNC_SECONDS
+from .header import wrong_field
 
 VERSION = 1
 MAGIC = b"QZOJRNL"
@@ -241,16 +243,17 @@ def scan(path: str | os.PathLike[str]) -> Contents | None:
 
 
 def _header_of(path: Path, text: bytes) -> dict[str, Any]:
-    """The header in these bytes, whose checksum is right."""
+    """The header in these bytes, whose checksum is right: so it was written as it is."""
     try:
-        header = json.loads(text)
-        whole = isinstance(header, dict) and header["directions"] >= 1 and header.get("first_step", 0) >= 0
-    except (ValueError, KeyError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        raise JournalError(
-            f"{path} is not a qzo journal: its header (offset {_FIRST}) does not say how many directions"
-        )
+        header = parsed(text)
+    except ValueError as error:
+        raise JournalError(f"{path} is not a qzo journal: its header (offset {_FIRST}) is not JSON: {error}") from None
+    if not isinstance(header, dict) or "directions" not in header:
+        what = "does not say how many directions"
+        raise JournalError(f"{path} is not a qzo journal: its header (offset {_FIRST}) {what}")
+    wrong = wrong_field(header)
+    if wrong is not None:
+        raise JournalError(f"{path} is not a qzo journal: the {wrong} of its header is {header[wrong]!r:.60}")
     return header
 
 

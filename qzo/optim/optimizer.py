@@ -1,12 +1,13 @@
 """The QZO optimizer: evaluations, losses by a closure, the step's arithmetic (step.py), the journal."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,22 +25,12 @@ from .advice import against_alike, against_nan, warn_if_rounded_away
 from .defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
+from .ranges import check
 from .replay import journal_header
 from .shares import Share
-from .step import LARGEST, apply_records, project
+from .step import LARGEST, StepResult, apply_steps, evaluation_count, perturbations, project, sides
 
 ALIKE = 50  # first steps without a difference, after which the objective is taken to ignore the perturbation
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What a step saw and did: losses [E] in the order +, - of each direction, derivatives before clipping and
-    coefficients applied to the raw noise, one per direction, and whether the step was skipped."""
-
-    losses: list[float]
-    derivatives: list[float]
-    applied: list[float]
-    skipped: bool
 
 
 class QZO(torch.optim.Optimizer):
@@ -66,13 +57,16 @@ class QZO(torch.optim.Optimizer):
     sharing
         As in `Evaluations`.
     directions
-        J, directions per step; a step makes 2 J evaluations.
+        J, directions per step; a step makes E = 2 J evaluations, one-sided J.
     seed
         Of the run, 64 bits; the seed of direction j at step t is Philox of (seed, t, j).
     journal
         Path of the journal to write, or None.
     resume
         Continue an existing journal: its steps are replayed onto the module, which must be the untouched base.
+    one_sided
+        Evaluate +eps of each direction alone, and compare its loss with the mean of the others' (step.py): more is
+        learned from as many evaluations. At least 2 directions.
     paired
         Whether closures return all losses at once; `step` can override it.
     floor
@@ -98,6 +92,11 @@ class QZO(torch.optim.Optimizer):
     journal_fsync
         Seconds of a run that a power failure may cost: a step is synced to the disk when so much time has passed since
         the last sync (0: each step, math.inf: the last one). A killed process costs nothing whatever this is.
+    staleness
+        S: a step's evaluations are made on the scales as they were S steps before, while the losses of the S steps in
+        between are on their way, so that a rank may fall S steps behind before the others wait for it. `step` then
+        takes the step that was evaluated S calls ago, the first S calls none; `drain` takes those that are left. The
+        same bits on any number of ranks; 0 (the default): none. Such steps run without CUDA graphs.
 
     Raises
     ------
@@ -123,6 +122,7 @@ class QZO(torch.optim.Optimizer):
         journal: str | os.PathLike[str] | None = None,
         *,
         resume: bool = False,
+        one_sided: bool = False,
         paired: bool = True,
         floor: float = FLOOR,
         max_skipped: int = 10,
@@ -132,17 +132,11 @@ class QZO(torch.optim.Optimizer):
         parallel: str | None = "data",
         check_every: int = 100,
         journal_fsync: float = SYNC_SECONDS,
+        staleness: int = 0,
     ) -> None:
-        _check(lr >= 0 and math.isfinite(lr), "lr", lr, "a finite number >= 0")
-        _check(eps > 0 and math.isfinite(eps), "eps", eps, "a finite number > 0")
-        _check(clip > 0, "clip", clip, "a number > 0 (math.inf: no clipping)")
-        _check(isinstance(directions, int) and 1 <= directions < 1 << 16, "directions", directions, "an int >= 1")
-        _check(isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64, "seed", seed, "a 64-bit int")
-        _check(floor >= 0, "floor", floor, "a number >= 0")
-        _check(isinstance(check_every, int) and check_every >= 0, "check_every", check_every, "an int >= 0")
-        _check(journal_fsync >= 0, "journal_fsync", journal_fsync, "seconds >= 0 (0: each step is synced)")
-        graphs = cuda_graph is None or isinstance(cuda_graph, bool)
-        _check(graphs, "cuda_graph", cuda_graph, "None (where there is a CUDA device), True or False")
+        check(lr=lr, eps=eps, clip=clip, directions=directions, seed=seed, floor=floor, cuda_graph=cuda_graph)
+        check(**{"one_sided_directions": directions} if one_sided else {})
+        check(check_every=check_every, journal_fsync=journal_fsync, staleness=staleness)
         law_number(noise)
         check_sharing(sharing, relative)
         check_sharing_of(module, sharing)
@@ -155,21 +149,11 @@ class QZO(torch.optim.Optimizer):
         self.last: StepResult | None = None
         self._skipped_in_a_row, self._told = 0, False
         self._alike: int | None = 0  # steps without a difference so far; None once there was one
-        super().__init__(
-            [self.arena.data],
-            dict(
-                lr=lr,
-                eps=eps,
-                clip=clip,
-                noise=noise,
-                relative=relative,
-                sharing=sharing,
-                directions=directions,
-                seed=seed,
-                floor=floor,
-                step=0,
-            ),
-        )
+        self.staleness = staleness
+        self._ahead: collections.deque[Callable[[], float]] = collections.deque()  # take the steps after this one
+        law = dict(noise=noise, relative=relative, sharing=sharing, floor=floor, one_sided=one_sided)
+        numbers = dict(lr=lr, eps=eps, clip=clip, directions=directions, seed=seed, step=0)
+        super().__init__([self.arena.data], {**numbers, **law})
         warn_if_rounded_away(module, self.arena, eps, relative)
         self.ranks = Ranks(alone=parallel is None)
         self.parallel = parallel or "data"
@@ -184,8 +168,10 @@ class QZO(torch.optim.Optimizer):
     ) -> None:
         """See that all ranks are alike, open the journal on the first, and apply the steps it holds on all."""
         group = self.param_groups[0]
+        own = {"staleness": self.staleness, "one_sided": group["one_sided"]}
         if self.ranks.count > 1:
-            recipe = {**recipe, "ranks": self.ranks.count, "shares": self.parallel}
+            own |= {"ranks": self.ranks.count, "shares": self.parallel}
+        recipe = {**recipe, **{name: value for name, value in own.items() if value}}
         header = journal_header(self.module, group, recipe)
         self.ranks.check_same({**header, "lr": group["lr"], "journal": journal is not None})
         if journal is None:
@@ -195,24 +181,26 @@ class QZO(torch.optim.Optimizer):
             self.journal = (Journal.resume if resume else Journal.create)(journal, header, fsync)
             return [[dataclasses.astuple(record) for record in records] for records in self.journal.steps]
 
-        held = self.ranks.from_first(opened)
-        for records in ([Record(*values) for values in step] for step in held):
-            self._apply(records)
+        held = [[Record(*values) for values in step] for step in self.ranks.from_first(opened)]
+        taken = max(0, len(held) - self.staleness)
+        self._apply(held[:taken])
+        for records in held:
             self._count(records)
-        group["step"] = self._checked = len(held)
+        group["step"] = self._checked = taken
+        self._ahead.extend(functools.partial(self._again, records) for records in held[taken:])
 
     @property
     def share(self) -> Share:
         """Which part of the coming step is this rank's."""
-        return Share(self.ranks, 2 * self.param_groups[0]["directions"], self.parallel)
+        return Share(self.ranks, evaluation_count(self.param_groups[0]), self.parallel)
 
     def evaluations(self) -> Evaluations:
-        """The Evaluations of the coming step: +eps and -eps of each direction in turn.
+        """The Evaluations that the coming call of `step` makes: +eps and -eps of each direction in turn.
 
         Returns
         -------
         Evaluations
-            2 J of them, or those of this rank, on the device of the scales; those of a direction share a seed.
+            E of them, or those of this rank, on the device of the scales; those of a direction share a seed.
 
         Raises
         ------
@@ -225,8 +213,7 @@ class QZO(torch.optim.Optimizer):
                 "that shares them): make a new QZO"
             )
         group = self.param_groups[0]
-        seeds = [step_seed(group["seed"], group["step"], j) for j in range(group["directions"]) for _ in range(2)]
-        coefs = [sign * group["eps"] for _ in range(group["directions"]) for sign in (1, -1)]
+        seeds, coefs = perturbations(group, group["step"] + len(self._ahead))
         law, mine = (group["noise"], group["relative"], group["sharing"]), self.share.mine
         return Evaluations(seeds[mine], coefs[mine], *law).to(self.arena.data.device)
 
@@ -245,8 +232,8 @@ class QZO(torch.optim.Optimizer):
         ----------
         closure
             closure(), or closure(batch), runs forward only. Paired it is called once and returns the loss of each
-            evaluation, a tensor [2 J] of any float dtype, of a batch stacked 2 J times (`qzo.pair`, `qzo.losses`); else
-            it is called 2 J times, each under one evaluation, and returns a scalar. On one of several ranks it returns
+            evaluation, a tensor [E] of any float dtype, of a batch stacked E times (`qzo.pair`, `qzo.losses`); else
+            it is called E times, each under one evaluation, and returns a scalar. On one of several ranks it returns
             those of `evaluations()` over its own examples, which count alike on all, or what `qzo.loss_sums` gives.
         paired
             None: what the optimizer was made with (True unless said otherwise).
@@ -256,7 +243,8 @@ class QZO(torch.optim.Optimizer):
         Returns
         -------
         float
-            The mean loss over the evaluations; `last` has each of them.
+            The mean loss over the evaluations of the step that was taken, NaN if none was (`staleness`); `last` has
+            each of them.
 
         Raises
         ------
@@ -276,23 +264,43 @@ class QZO(torch.optim.Optimizer):
                 f"batch={type(batch).__name__}: expected a mapping of tensors, or none and a closure that knows its own"
             )
         paired = self.paired if paired is None else paired
-        if self.ranks.count == 1 and (self.cuda_graph or (self.cuda_graph is None and batch is not None)):
+        graphs = self.ranks.count == 1 and not self.staleness
+        if graphs and (self.cuda_graph or (self.cuda_graph is None and batch is not None)):
             result = self._as_graph(closure, batch, paired)
             if result is not None:
                 return self._finish(*result, updated=True)
         call = closure if batch is None else functools.partial(closure, batch)
-        losses = self.share.combine(self.losses(call, self.evaluations(), paired))
-        derivatives, applied = project(losses, self.rates(), law_number(self.param_groups[0]["noise"]))
+        sent = self.share.send(self.losses(call, self.evaluations(), paired))
+        self._ahead.append(functools.partial(self._take, sent, self.rates()))
+        return self._ahead.popleft()() if len(self._ahead) > self.staleness else math.nan
+
+    @torch.no_grad()
+    def drain(self) -> None:
+        """Take the steps that are evaluated and not yet taken: what ends a run with `staleness`. Raises as `step`."""
+        while self._ahead:
+            self._ahead.popleft()()
+
+    def _take(self, sent: Callable[[], torch.Tensor], rates: tuple[float, float, float]) -> float:
+        """Take a step whose losses were sent, at the rates of its evaluation; returns the mean loss."""
+        losses = sent()
+        group = self.param_groups[0]
+        derivatives, applied = project(losses, rates, law_number(group["noise"]), group["one_sided"])
         return self._finish(losses.tolist(), derivatives.tolist(), applied.tolist())
+
+    def _again(self, records: Sequence[Record]) -> float:
+        """Take a step that the journal holds already; returns the mean loss."""
+        self._apply([records])
+        self.param_groups[0]["step"] += 1
+        return sum(r.loss_plus + r.loss_minus for r in records) / (2 * len(records))
 
     def _as_graph(self, closure: Closure, batch: Batch | None, paired: bool) -> Result | None:
         self.graphs = graphs_of(self)
         return None if self.graphs is None else self.graphs.step(closure, batch, paired)
 
     def rates(self) -> tuple[float, float, float]:
-        """(lr / J, 2 eps, clip) of the coming step, what `project` takes."""
+        """(lr / J, 2 eps or one-sided eps, clip) of the coming step, what `project` takes."""
         group = self.param_groups[0]
-        return group["lr"] / group["directions"], 2 * group["eps"], group["clip"]
+        return group["lr"] / group["directions"], group["eps"] * (1 if group["one_sided"] else 2), group["clip"]
 
     def _finish(
         self, losses: list[float], derivatives: list[float], applied: list[float], updated: bool = False
@@ -309,14 +317,12 @@ class QZO(torch.optim.Optimizer):
                 f"lr={group['lr']:g} times the derivatives {derivatives} leaves float32; lower lr or clip"
             )
         seeds = [step_seed(group["seed"], group["step"], j) for j in range(count)]
-        records = [
-            Record(group["step"], j, seeds[j], applied[j], losses[2 * j], losses[2 * j + 1], skipped)
-            for j in range(count)
-        ]
+        loss, other = (side.tolist() for side in sides(torch.tensor(losses, dtype=torch.float64), group["one_sided"]))
+        records = [Record(group["step"], j, seeds[j], applied[j], loss[j], other[j], skipped) for j in range(count)]
         if self.journal is not None:
             self.journal.append(records)
         if not updated:
-            self._apply(records)
+            self._apply([records])
         group["step"] += 1
         if self.check_every and group["step"] % self.check_every == 0:
             self.check_ranks()
@@ -375,11 +381,10 @@ class QZO(torch.optim.Optimizer):
 
         return torch.cat(together(self.module, [functools.partial(single, e) for e in range(len(evaluations))]))
 
-    def _apply(self, records: Sequence[Record]) -> None:
-        """The update of one step from its records: what a replay does, too."""
+    def _apply(self, steps: Sequence[Sequence[Record]]) -> None:
+        """The update of each step from its records: what a replay does, too."""
         self.param_groups[0]["params"] = [self.arena.data]  # the arena may have moved to another device
-        if not records[0].skipped:
-            apply_records(self.arena, records, self.param_groups[0])
+        apply_steps(self.arena, steps, self.param_groups[0])
 
     def _count(self, records: Sequence[Record]) -> None:
         """Steps that changed nothing: skipped, or without a difference between their losses."""
@@ -393,8 +398,3 @@ class QZO(torch.optim.Optimizer):
         """Flush and close the journal."""
         if self.journal is not None:
             self.journal.close()
-
-
-def _check(good: bool, name: str, got: object, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={got!r}: expected {wanted}")

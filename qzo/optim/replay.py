@@ -15,14 +15,17 @@ from ..nn.layers import arena_of, digest_parts
 from ..system.progress import tracked
 from ..version import __version__
 from .journal import JournalError, check_header, read
-from .step import apply_records
+from .step import apply_steps
+
+_NEEDED = {"noise", "sharing", "law", "relative", "floor", "arena", "digest"}  # fields of the header
 
 
 def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | None = None) -> int:
     """Apply a journal's steps to the base model it was written on, in place.
 
     No forward runs: noise is made again from the seeds, and scales move along it by the coefficients that the journal
-    holds (kernels/update.py). They end bit-equal to the run's with integer noise laws ("rademacher", "ih4").
+    holds, many steps in a pass over them (kernels/update.py). They end bit-equal to the run's with integer noise laws
+    ("rademacher", "ih4").
 
     Parameters
     ----------
@@ -49,15 +52,16 @@ def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | 
     if found is None:
         raise JournalError(f"{journal_path} has no whole header: the run ended before its first step")
     header, steps, _ = found
+    missing = sorted(_NEEDED - header.keys())
+    if missing:
+        raise JournalError(f"{journal_path} is not a qzo journal: its header has no {' and no '.join(missing)}")
     known = law_version(header["noise"], header["sharing"]) if header["noise"] in VERSIONS else None
     if known != header["law"]:
         raise JournalError(f"{journal_path} uses noise law {header['law']!r}, this qzo has {known!r}")
     arena = arena_of(model, exact=True)
     check_header(journal_path, header, model_fields(model, arena))
     steps = steps[:until]
-    for records in tracked(steps, "replaying", "steps"):
-        if not records[0].skipped:
-            apply_records(arena, records, header)
+    apply_steps(arena, tracked(steps, "replaying", "steps"), header)
     return len(steps)
 
 

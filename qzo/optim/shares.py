@@ -13,6 +13,7 @@ Terms (rank): docs/glossary.md.
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -23,7 +24,7 @@ PARALLEL = re.compile(r"data|directions|[1-9]\d*x[1-9]\d*")
 
 
 class Share:
-    """The part of a rank in each step of `evaluations` = 2 J.
+    """The part of a rank in each step of so many `evaluations`.
 
     parts, groups : into how many the examples and the evaluations are divided; parts * groups ranks
     mine : the slice of the step's evaluations that is this rank's
@@ -43,8 +44,8 @@ class Share:
             )
         if self.groups > evaluations:
             raise ValueError(
-                f"parallel={parallel!r}: {self.groups} groups of evaluations, but a step has {evaluations}, two for "
-                "each direction: give more directions, or fewer groups"
+                f"parallel={parallel!r}: {self.groups} groups of evaluations, but a step has {evaluations}: "
+                "give more directions, or fewer groups"
             )
         self.mine = _slice(evaluations, ranks.rank % self.groups, self.groups)
 
@@ -58,28 +59,37 @@ class Share:
         return _slice(count, self.ranks.rank // self.groups, self.parts)
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
-        """The loss of each of the step's evaluations, float64 [2 J] on the CPU, the same bits on every rank.
+        """The loss of each of the step's evaluations, float64 [E] on the CPU, the same bits on every rank.
 
         losses: of this rank's evaluations; [e, S], sums (`loss_sums`), or [e], which count alike. They are added in the
         order of the ranks.
         """
+        return self.send(losses)()
+
+    def send(self, losses: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to `combine`, and go on: what comes back waits for the other ranks and gives the step's losses."""
         losses, summed = losses.detach().double().cpu(), losses.dim() == 2
         columns = losses if summed else torch.stack([losses, torch.ones_like(losses)], 1)
         padded = columns.new_zeros(-(-self.evaluations // self.groups), columns.shape[1])
         padded[: len(columns)] = columns
-        total = columns.new_zeros(self.evaluations, columns.shape[1])
-        for rank, of_rank in enumerate(self.ranks.gather(padded)):
-            its = _slice(self.evaluations, rank % self.groups, self.groups)
-            total[its] += of_rank[: its.stop - its.start]
-        return means(total if summed else total[:, 0] / total[:, 1])
+        gathered = self.ranks.send(padded)
+
+        def wait() -> torch.Tensor:
+            total = columns.new_zeros(self.evaluations, columns.shape[1])
+            for rank, of_rank in enumerate(gathered()):
+                its = _slice(self.evaluations, rank % self.groups, self.groups)
+                total[its] += of_rank[: its.stop - its.start]
+            return means(total if summed else total[:, 0] / total[:, 1])
+
+        return wait
 
 
 def check_parallel(parallel: str) -> None:
     """ValueError for what names no division of a step."""
     if not isinstance(parallel, str) or not PARALLEL.fullmatch(parallel):
         raise ValueError(
-            f"parallel={parallel!r}: expected data, directions, or how many parts of the examples times groups of the "
-            "evaluations, such as 2x4"
+            f"parallel={parallel!r:.60}: expected data, directions, or how many parts of the examples times groups of "
+            "the evaluations, such as 2x4"
         )
 
 

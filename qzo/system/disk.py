@@ -44,6 +44,13 @@ def unusable(error: BaseException) -> str | None:
     return f"{error.filename2 or error.filename}: {_UNUSABLE[error.errno]}"
 
 
+def line_of(error: BaseException) -> str:
+    """What is said of an error: one line that can be shown. Names in it may come from a file, with codes that a
+    terminal obeys."""
+    text = unusable(error) or " ".join(str(error).split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class naming(contextlib.AbstractContextManager):
     """Inside, an OSError that names no path, and a full disk in whatever exception, become an OSError of `path`.
 

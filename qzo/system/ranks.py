@@ -55,14 +55,24 @@ class Ranks:
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """A tensor of each rank, of one shape and dtype on all -> [R, ...] in the order of the ranks, on the CPU."""
+        return self.send(values)()
+
+    def send(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin a `gather`, and go on: what comes back waits for the other ranks and gives what they sent."""
         if self.count == 1:
-            return values.cpu()[None]
+            return lambda: values.cpu()[None]
         values = values.to(_device()).contiguous()
         found = [torch.empty_like(values) for _ in range(self.count)]
         with _listening():
-            dist.all_gather(found, values)
+            work = dist.all_gather(found, values, async_op=True)
         self.sent += values.nbytes
-        return torch.stack(found).cpu()
+
+        def wait() -> torch.Tensor:
+            with _listening():
+                work.wait()
+            return torch.stack(found).cpu()
+
+        return wait
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What make(), called on the first rank alone, returned there: anything of JSON.

@@ -21,6 +21,8 @@ class AccumulatedQZO(QZO):
     """
 
     def __init__(self, module: torch.nn.Module, lr: float, **settings: Any) -> None:
+        if settings.get("staleness"):
+            raise ValueError(f"staleness={settings['staleness']}: steps of a trainer are taken at once; leave it out")
         super().__init__(module, lr, **settings)
         self._sum: torch.Tensor | None = None
         self._reduced: torch.Tensor | None = None

@@ -27,7 +27,7 @@ OPTIONS = [" business", " entertainment", " politics", " sport", " technology"]
 HELD_OUT = 300
 TRAIN_ROWS = 640
 TRAIN_LAYERS = 4
-STEPS = 96
+STEPS = 47  # with what measures the learning rate 6,144 forward rows
 
 
 def package_folder(name: str) -> Path:
@@ -95,7 +95,7 @@ def run(
     zero_shot, control = measure(scores, label), measure(scores + bias, label)
     say(
         f"training the {trained_count(model):,} scales of the top {TRAIN_LAYERS} blocks: {STEPS} steps, "
-        f"{settings.batch_size} headlines x {2 * settings.directions} evaluations each"
+        f"{settings.batch_size} headlines x {settings.evaluations} evaluations each"
     )
     fit(task, settings, out, resume=resume)
     biases = task.fit_biases_() if fits_biases(task, settings) else []

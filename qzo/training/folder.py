@@ -8,6 +8,7 @@ OUT/curve.png      the loss over the steps
 import dataclasses
 import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,8 +19,9 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
+from ..checkpoints.formats.files import read_object
 from ..system import disk
-from ..system.as_json import finite
+from ..system.as_json import finite, parsed
 from ..version import __version__
 from .settings import Settings
 
@@ -34,13 +36,13 @@ class Metrics:
         kept = []
         self.lines: list[dict[str, Any]] = []  # those of the steps before
         if path is not None and start and path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
-                    found = json.loads(line)
+                    found = parsed(line)
                     if found["step"] < start:
                         kept.append(line)
                         self.lines.append(found)
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, LookupError, TypeError):
                     break
         if path is not None:
             disk.write_whole(path, ("".join(line + "\n" for line in kept)).encode())
@@ -69,6 +71,25 @@ def write_results(out: str | Path, settings: Settings, results: dict[str, Any]) 
     disk.write_whole(out / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     draw_curve(out / "curve.png", lines, results)
+
+
+def fitted_biases(path: Path) -> tuple[list[tuple[int, float]], int] | None:
+    """((token, label bias) of a run.json, the step of the model that they were fitted for); None where there are none.
+    ValueError for a file that no run has written."""
+    if not path.exists():
+        return None
+    found = read_object(path)
+    biases, step = found.get("label_bias"), found.get("model_step", found.get("steps"))
+    if not biases:
+        return None
+    try:
+        pairs = [(token, float(bias)) for token, bias in biases]
+    except (TypeError, ValueError, OverflowError):
+        pairs = []
+    whole = all(type(token) is int and token >= 0 and math.isfinite(bias) for token, bias in pairs)
+    if not pairs or not whole or not isinstance(step, int):
+        raise ValueError(f"{path}: its label_bias is {biases!r:.60}, of step {step!r:.20}: no run has written that")
+    return pairs, step
 
 
 def versions() -> dict[str, str]:

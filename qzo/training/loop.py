@@ -10,7 +10,7 @@ import hashlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,11 +26,12 @@ from ..system.ranks import Ranks
 from ..system.stopping import Interrupted, status_of
 from . import data
 from . import large_rows as many_rows
+from .auto_rate import measured_rate
 from .compiled import Compiled
 from .folder import Metrics, finite
 from .prefix import FrozenPrefix
 from .progress import Progress
-from .settings import CLASSIFICATION_RATE, RATE, Settings
+from .settings import RATE, Settings
 from .task import Measure, Task
 from .validation import Validation
 
@@ -112,11 +113,13 @@ def fit(
     resume: bool = False,
     show: bool | None = None,
     validation: Validation | None = None,
+    after: Callable[[int], object] = lambda steps: None,
 ) -> int:
     """Train the model of `task` into the folder `out`; returns the number of steps that were already there.
 
     Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. validation: measured on the way; a
-    run that has run out of its patience ends. Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when
+    run that has run out of its patience ends. after: called when each step is in the journal, with how many are.
+    Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when
     losses stay NaN; JournalError for a journal that exists (without resume) or does not fit.
 
     Where torch.distributed's default group is initialized, all its ranks call this: each makes its share of the steps
@@ -128,9 +131,7 @@ def fit(
     check_batch_size(settings, len(task.examples))
     task.check()
     task.settle()
-    if settings.learning_rate is None:
-        rate = CLASSIFICATION_RATE if fits_biases(task, settings) else RATE
-        settings.learning_rate = rate * settings.directions
+    settings.learning_rate = ranks.from_first(lambda: _settled_rate(task, settings, out, resume, show))
     planned, settings.large_rows = ranks.from_first(lambda: _settled(task, settings, out, resume, show))
     optimizer = _optimizer(task, settings, out / "journal.qzo", resume, planned)
     start = optimizer.param_groups[0]["step"]
@@ -148,6 +149,7 @@ def fit(
             for line in _steps(task, settings, optimizer, planned, validation):
                 metrics.write(line)
                 progress.step(line)
+                after(line["step"] + 1)
             if settings.check_every:
                 optimizer.check_ranks()
     except KeyboardInterrupt as stop:
@@ -163,6 +165,22 @@ def _settled(task: Trainable, settings: Settings, out: Path, resume: bool, show:
     if large_rows == "auto":
         large_rows = _settle_large_rows(task, settings, journal, show)
     return planned_steps(settings, journal), large_rows
+
+
+def _settled_rate(task: Trainable, settings: Settings, out: Path, resume: bool, show: bool | None) -> float:
+    """The learning rate of a run, which the journal of one that goes on decides where none is given."""
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    found = read(out / "journal.qzo") if resume and (out / "journal.qzo").exists() else None
+    recorded = None if found is None else found[0].get("recipe", {}).get("learning_rate")
+    if recorded is not None:
+        return float(recorded)
+    if not (isinstance(task, Task) and fits_biases(task, settings) and settings.relative):
+        return RATE * settings.directions
+    rate = measured_rate(task, settings)
+    if show is not False:
+        print(f"learning rate {rate:g}, measured (--learning-rate: another)", file=sys.stderr, flush=True)
+    return rate
 
 
 def line_of(journal: Journal | None, step: int) -> dict[str, Any]:
@@ -193,6 +211,7 @@ def _optimizer(task: Trainable, settings: Settings, journal: Path, resume: bool,
         settings.seed,
         journal=journal,
         resume=resume,
+        one_sided=bool(settings.one_sided),
         floor=settings.floor,
         recipe=recipe(task, settings, planned),
         large_rows=settings.large_rows,
@@ -242,7 +261,7 @@ def _steps(
 ) -> Iterator[dict[str, Any]]:
     """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
     share = optimizer.share
-    at_once = 1 if settings.sequential else len(range(2 * settings.directions)[share.mine])
+    at_once = 1 if settings.sequential else len(range(settings.evaluations)[share.mine])
 
     centred = fits_biases(task, settings)
 

@@ -33,7 +33,7 @@ def plan(task: Task, settings: Settings, model: "PreTrainedModel") -> dict[str, 
     task.settle()
     rows = [task.rows(example) for example in task.examples]
     lengths = [len(row) for some in rows for row in some]
-    count = 2 * settings.directions
+    count = settings.evaluations
     per_evaluation = round(settings.batch_size * len(lengths) / len(rows))
     return {
         "layers": len(layers(model)),

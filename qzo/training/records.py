@@ -16,13 +16,13 @@ table (tables.py).
 """
 
 import difflib
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..system.as_json import parsed
 from . import tables
 from .chats import conversation
 
@@ -254,8 +254,8 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Line]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parsed(line)
+        except ValueError as error:
             file.seek(0)
             whole = _over_lines(file.read())
             raise ValueError(f"{path}{whole}" if whole else f"{path}, line {number}: not JSON ({error})") from None
@@ -268,12 +268,12 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Line]:
 def _array(path: Path, data: bytes) -> list[Line] | None:
     """The records of one JSON array; None for lines of which the first is an array."""
     try:
-        records = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        records = parsed(data)
+    except ValueError as error:
         try:
-            json.loads(data.removeprefix(BOM).lstrip().partition(b"\n")[0])
+            parsed(data.removeprefix(BOM).lstrip().partition(b"\n")[0])
             return None
-        except (ValueError, RecursionError):
+        except ValueError:
             raise ValueError(f"{path} begins as a JSON array, and is not JSON ({error})") from None
     for number, record in enumerate(records, 1):
         wrong = problem(record)
@@ -285,8 +285,8 @@ def _array(path: Path, data: bytes) -> list[Line] | None:
 def _over_lines(data: bytes) -> str:
     """What to say of a file that is one JSON object over several lines; "" for any other."""
     try:
-        record = json.loads(data)
-    except (ValueError, RecursionError):
+        record = parsed(data)
+    except ValueError:
         return ""
     if not isinstance(record, dict):
         return ""

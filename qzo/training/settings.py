@@ -19,12 +19,12 @@ PAPER: dict[str, Any] = dict(
     relative=False,
     floor=0.0,
     directions=1,
+    one_sided=False,
     batch_size=16,
     decay=1.0,
     label_bias="none",
 )
-RATE = 4e-2  # learning rate per direction, relative to the scales
-CLASSIFICATION_RATE = 8e-2  # where label biases are fitted: their noise is not in the steps (bench/study)
+RATE = 4e-2  # learning rate per direction, relative to the scales, where none is measured
 DECAY = 0.1  # the learning rate falls linearly to this part of itself
 LABEL_BIASES = ("fit", "none")
 KEEPS = ("last", "best")  # the step whose model is saved, where there is a validation split
@@ -36,8 +36,10 @@ class Settings:
     """What decides a run's result, beside the model and the data. Each field's range is checked here, so that a wrong
     one is refused before a model is loaded: ValueError names the field, what it was given, and its range.
 
-    learning_rate : None: 4e-2 per direction, 8e-2 of a classification whose label biases are fitted; `fit` fills it in
+    learning_rate : None or "auto": of a classification whose label biases are fitted measured (auto_rate.py), else 4e-2
+        per direction; `fit` fills it in
     eps : with `relative` a part of a scale, in (0, 1]; else in the units of the scales
+    one_sided : evaluate +eps of each direction alone, as `QZO` has it; None: of three directions or more
     decay : the learning rate falls linearly to this part of itself
     large_rows : "auto" becomes "fused" in `fit` unless rounded weights are measured to keep the signal (large_rows.py)
     cuda_graph : decides nothing of the result, only how steps are launched; None: as graphs on a CUDA device
@@ -59,7 +61,8 @@ class Settings:
     learning_rate: float | None = None
     eps: float = EPS
     clip: float = CLIP
-    directions: int = 2
+    directions: int = 8
+    one_sided: bool | None = None
     noise: str = "rademacher"
     relative: bool = True
     sharing: str = "group"
@@ -87,19 +90,27 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_whole_numbers()
+        if self.learning_rate == "auto":  # type: ignore[comparison-overlap]  # as commands and YAML say it
+            self.learning_rate = None
         for name in ("learning_rate", "eps", "clip", "floor", "decay", "max_cut", "journal_fsync"):
             if name == "learning_rate" and self.learning_rate is None:
                 continue
             try:
                 setattr(self, name, float(getattr(self, name)))  # YAML reads 1e-2 as a text
-            except (TypeError, ValueError):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number") from None
-        for name in ("relative", "sequential", "train_codebooks", "compile", "text_eos"):
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}: expected a number") from None
+        if self.one_sided is None:
+            self.one_sided = self.directions > 2
+        for name in ("one_sided", "relative", "sequential", "train_codebooks", "compile", "text_eos"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}: expected true or false")
         if not isinstance(self.cuda_graph, bool | None):
-            raise ValueError(f"cuda_graph={self.cuda_graph!r}: expected true or false, or null (on a CUDA device)")
+            raise ValueError(f"cuda_graph={self.cuda_graph!r:.80}: expected true or false, or null (on a CUDA device)")
         self._check_numbers()
+        if self.one_sided and self.directions < 2:
+            raise ValueError(
+                f"directions={self.directions}: one-sided, directions are compared: give 2 or more, or pairs"
+            )
         law_number(self.noise)
         check_sharing(self.sharing, self.relative)
         check_large_rows(self.large_rows)
@@ -111,7 +122,12 @@ class Settings:
             ("label_bias", LABEL_BIASES),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: known are {', '.join(known)}")
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}: known are {', '.join(known)}")
+
+    @property
+    def evaluations(self) -> int:
+        """Of a step."""
+        return self.directions if self.one_sided else 2 * self.directions
 
     def _check_whole_numbers(self) -> None:
         ranges: dict[str, tuple[int, float, str]] = {
@@ -130,7 +146,7 @@ class Settings:
             if value is None and wanted.count("or none"):
                 continue
             if not _is_int(value) or not least <= value <= most:
-                raise ValueError(f"{name}={value!r}: expected {wanted}")
+                raise ValueError(f"{name}={value!r:.80}: expected {wanted}")
 
     def _check_numbers(self) -> None:
         finite = math.isfinite
@@ -146,7 +162,7 @@ class Settings:
             ("max_cut", 0 <= self.max_cut <= 1, "a share from 0 to 1"),
         ):
             if not good:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected {wanted}")
+                raise ValueError(f"{name}={getattr(self, name)!r:.80}: expected {wanted}")
 
 
 def _is_int(value: Any) -> bool:

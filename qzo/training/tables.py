@@ -7,11 +7,12 @@ Hugging Face's datasets writes (Arrow files, and a JSON file that names them).
 """
 
 import csv
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ..system.as_json import parsed
 
 LISTS = ("messages", "conversations", "options", "tools", "history")
 DELIMITED = (".csv", ".tsv")
@@ -34,9 +35,10 @@ def rows(path: Path, kind: str) -> Numbered:
 def dataset_files(folder: Path) -> list[Path]:
     """The Arrow files of a folder that `Dataset.save_to_disk` has written, in order. ValueError for another."""
     try:
-        named = [folder / entry["filename"] for entry in json.loads((folder / DATASET).read_bytes())["_data_files"]]
+        names = [entry["filename"] for entry in parsed((folder / DATASET).read_bytes())["_data_files"]]
+        named = [folder / _plain(name) for name in names]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{folder / DATASET} does not name the files of a dataset ({error!r})") from None
+        raise ValueError(f"{folder / DATASET} does not name the files of a dataset ({error!r:.200})") from None
     missing = [str(file) for file in named if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{folder / DATASET} names files that are not there: {', '.join(missing)}")
@@ -46,9 +48,16 @@ def dataset_files(folder: Path) -> list[Path]:
 def dataset_splits(folder: Path) -> list[str]:
     """The splits of a folder that `DatasetDict.save_to_disk` has written: folders in it. ValueError for another."""
     try:
-        return list(map(str, json.loads((folder / SPLIT_NAMES).read_bytes())["splits"]))
+        return [_plain(name) for name in parsed((folder / SPLIT_NAMES).read_bytes())["splits"]]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{folder / SPLIT_NAMES} does not name the splits of a dataset ({error!r})") from None
+        raise ValueError(f"{folder / SPLIT_NAMES} does not name the splits of a dataset ({error!r:.200})") from None
+
+
+def _plain(name: Any) -> str:
+    """The name of a file or folder in this one. ValueError for a path that leads elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or name == ".." or not name.isprintable():
+        raise ValueError(f"{name!r:.100} is no name in this folder")
+    return name
 
 
 def without_nulls(value: Any) -> Any:
@@ -96,8 +105,8 @@ def _record(place: str, names: list[str], cells: list[str]) -> dict[str, Any]:
             del record[key]
             continue
         try:
-            record[key] = json.loads(record[key])
-        except (ValueError, RecursionError) as error:
+            record[key] = parsed(record[key])
+        except ValueError as error:
             raise ValueError(
                 f"{place}: the cell {key!r} must be the JSON text of a list: it is not JSON ({error})"
             ) from None
@@ -117,11 +126,13 @@ def _columnar(path: Path, kind: str) -> Numbered:
     number = 0
     try:
         for batch in _batches(pyarrow, path, kind):
+            batch.validate(full=True)  # lengths and offsets that a file says: pyarrow itself follows them anywhere
             for record in batch.to_pylist():
                 number += 1
                 yield number, without_nulls(record)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as {COLUMNAR[kind]}: {error}") from None
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:  # the last of dates that Python does not have
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as {COLUMNAR[kind]}: {text:.400}") from None
 
 
 def _batches(pyarrow: Any, path: Path, kind: str) -> Iterator[Any]:

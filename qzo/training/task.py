@@ -169,10 +169,13 @@ class Task:
         parts: dict[int, torch.Tensor] = {}
         count = len(self.examples[:first])
         for indices in tracked(self._by_length(batch_size, count), "evaluating", "batches"):
-            batch = self.batch(indices, 1)
-            with self._starting(batch):
-                parts.update(zip(indices, option_scores(self.model, batch), strict=True))
+            parts.update(zip(indices, self.scores_of(self.batch(indices, 1)), strict=True))
         return torch.stack([parts[i] for i in range(count)])
+
+    def scores_of(self, batch: Batch) -> torch.Tensor:
+        """float32 [B, options] of a `batch` for one evaluation."""
+        with self._starting(batch):
+            return option_scores(self.model, batch)
 
     def evaluate(self, batch_size: int = 32, fitted: bool = False) -> Measure:
         """{"loss", "accuracy"}: mean over examples; of a task without options over labelled tokens, and accuracy None.

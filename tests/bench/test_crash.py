@@ -6,6 +6,9 @@ import random
 import pytest
 
 from qzo.bench import crash
+from tests.support.paths import ROOT
+
+RESULTS = ROOT / "bench/results/crash-2026-11-30.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,27 @@ def test_twenty_kills(runs):
     assert row["times"] == 20
     assert row["same_bits"] == row["runs"] > 0
     assert row["half_files"] == 0
+
+
+def test_kills_of_one_or_both_of_two_ranks(runs, tmp_path):
+    pairs = crash.Runs(tmp_path, steps=6, ranks=2)
+    assert pairs.wanted["scales"] == runs.wanted["scales"]
+    row = crash.kills(pairs, 5)
+    assert (row["ranks"], row["times"]) == (2, sum(row["killed"].values())) == (2, 5)
+    assert row["same_bits"] == row["runs"] > 0
+    assert row["half_files"] == 0
+
+
+def test_all_that_the_committed_file_tells_of_ended_in_the_same_bits():
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    alone, pairs = (row for row in rows if row["case"].startswith("SIGKILL"))
+    assert (alone["ranks"], pairs["ranks"]) == (1, 2)
+    assert alone["times"] + pairs["times"] >= 200
+    assert {*pairs["killed"]} == {"0", "1", "all"}
+    assert {row["case"] for row in rows} == {alone["case"], "a power cut at random moments", "a disk that is full"}
+    for row in rows:
+        assert row["same_bits"] == row["runs"] > 0
+        assert row.get("half_files", 0) == row.get("other_errors", 0) == 0
 
 
 def test_power_cuts(runs):

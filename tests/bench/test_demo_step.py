@@ -20,7 +20,7 @@ def test_a_row_of_results(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_step, "milliseconds", lambda call: (calls.append(call()), next(times))[1])
     row = demo_step.measure(3)
     assert (row["step_ms"], row["dense_ms"], row["ratio"]) == (7.0, 2.0, 3.5)
-    assert row["rows"] == 64
+    assert row["rows"] == 128
     stepped, dense = calls[0], calls[1]
     assert stepped == pytest.approx(dense.mean().item(), rel=0.02), "eps and rounding apart"
-    assert torch.equal(dense, dense[:1].expand(4)), "no noise in the dense linears"
+    assert torch.equal(dense, dense[:1].expand(8)), "no noise in the dense linears"

@@ -1,5 +1,6 @@
 """bench/gpu_check.py without a GPU: it says so; its parts run on a CPU at small sizes, in the interpreter."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -269,6 +270,7 @@ def test_tiles_are_checked_timed_and_the_fastest_is_named(tmp_path, monkeypatch)
         return turn
 
     monkeypatch.setattr(timing, "clock", clock)  # as on a GPU: all weights in each turn
+    monkeypatch.setattr(timing, "interleaved", functools.partial(timing.interleaved, least=1))  # a turn takes a second
     monkeypatch.setattr(ops._Fused, "__call__", faulty)
     monkeypatch.setattr(gpu_parts, "TILES", ("smollm2-135m 576x192 rows 1 g64 float32 rademacher",))
     monkeypatch.setattr(gpu_parts, "neighbours", lambda tile: [idle, wrong, refused, *neighbours(tile)[:1]])

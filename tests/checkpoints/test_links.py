@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -161,3 +162,26 @@ def test_a_link_that_is_led_elsewhere_is_noticed(tmp_path):
     link.symlink_to("../blobs/other")
     with pytest.raises(ValueError, match=r"m.gguf had .* bytes when this model was loaded"):
         qzo.save_pretrained(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["notes.txt", "inner/notes.txt"])
+def test_a_link_out_of_the_folder_is_not_copied_into_the_result(where, tmp_path):
+    """A checkpoint that somebody else has packed may name any file of the user's."""
+    secret = tmp_path / "secret"
+    secret.write_text("a key")
+    shutil.copytree(GPTQ, tmp_path / "base")
+    link = tmp_path / "base" / where
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(secret)
+    model = qzo.from_pretrained(tmp_path / "base", device="cpu")
+    saves: list[Callable[[], object]] = [lambda: qzo.save_pretrained(model, tmp_path / "out")]
+    if where == "notes.txt":  # a new folder takes no folders along
+        saves.append(lambda: qzo.export(model, tmp_path / "out", "compressed-tensors"))
+    for save in saves:
+        with pytest.raises(ValueError, match=rf"{where} is a link to .*secret, outside of the checkpoint"):
+            save()
+        assert not (tmp_path / "out").exists()
+    link.unlink()
+    link.symlink_to(tmp_path / "base" / "config.json")  # inside it
+    qzo.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out" / where).is_symlink()

@@ -3,15 +3,19 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qzo.cli import train_diffusion
 from qzo.cli.main import main
+from qzo.diffusion.pictures import assemble, drawn
 from qzo.diffusion.pipeline import open_pipeline
 from qzo.diffusion.task import DiffusionTask
 from qzo.diffusion.transformer import load_transformer
 from qzo.nn.layers import arena_of
+from qzo.optim.journal import RECORD_BYTES
 from qzo.optim.replay import replay
 from tests.support import pipelines, sd3_gguf
 
@@ -164,3 +168,63 @@ def test_held_out_losses_are_compared_in_pairs():
     assert text.splitlines()[0] == (
         "valid: loss 2.00000 before, 2.50000 after, difference +0.50000; 1 pictures at 8 times each"
     )
+
+
+def steps_of(folder):
+    """The four steps of a run, as its journal has them."""
+    return (folder / "journal.qzo").read_bytes()[-4 * RECORD_BYTES :]
+
+
+def test_a_file_of_options_is_read_and_the_command_line_wins(files, capsys):
+    (files / "options.yaml").write_text(
+        f"data: {files}/d\noutput-dir: {files}/by-file\nresolution: 16\nprompt_tokens: 12\ngroup-size: 32\n"
+        f"batch-size: 4\ndirections: 1\nmax-steps: 9\ncache: {files}/run/cache\nstratified: true\n"
+    )
+    command = ["train-diffusion", f"{files}/p", "--config", f"{files}/options.yaml"]
+    assert main([*command, "--max-steps", "4"]) == 0
+    assert steps_of(files / "by-file") == steps_of(files / "run")
+    (files / "options.yaml").write_text("lr: 1\npipeline: x\n")
+    assert main(command) == 2
+    assert "options.yaml: unknown keys lr, pipeline; known are " in capsys.readouterr().err
+    (files / "options.yaml").write_text("resolution: 16\n")
+    assert main(command) == 2
+    assert (
+        capsys.readouterr().err
+        == "qzo train-diffusion: missing --data, --output-dir (on the command line or in --config)\n"
+    )
+
+
+def test_pictures_are_drawn_while_it_trains_and_change_no_bit(files, monkeypatch):
+    """Of the first captions of valid, the i-th with the seed i; the base before, the tuned transformer at the end."""
+    drawing = "--max-steps 4 --sample-every 2 --samples 3 --sampling-steps 2 --guidance-scale 2"
+    assert main(line(files, "p", "drawn", f"{drawing} --cache {files}/run/cache")) == 0
+    folder = files / "drawn" / "samples"
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{n:06}.png" for n in (0, 2, 4)]
+    assert steps_of(files / "drawn") == steps_of(files / "run")
+    sheets = [np.array(Image.open(path)) for path in sorted(folder.iterdir())]
+    assert all(sheet.shape == (32, 32, 3) for sheet in sheets)
+    assert (sheets[0] != sheets[2]).any()
+    captions = [(files / "d" / "valid" / f"p{i}.txt").read_text().strip() for i in range(3)]
+    for sheet, folder in ((sheets[0], "p"), (sheets[2], "drawn/model")):
+        pipeline = open_pipeline(files / folder)
+        model, _ = load_transformer(pipeline, torch.device("cpu"), torch.float32, 32)
+        pipe = assemble(pipeline, model)
+        for i, caption in enumerate(captions):
+            [picture] = drawn(pipe, caption, 16, [i], 2, 2.0)
+            at = np.s_[16 * (i // 2) : 16 * (i // 2) + 16, 16 * (i % 2) : 16 * (i % 2) + 16]
+            assert np.abs(np.array(picture).astype(int) - sheet[at]).max() <= 2, (folder, i)
+    before = {path: path.stat().st_mtime_ns for path in (files / "drawn" / "samples").iterdir()}
+    assert (
+        main(
+            line(files, "p", "drawn", f"{drawing} --cache {files}/run/cache --resume".replace("steps 4", "steps 5", 1))
+        )
+        == 0
+    )
+    assert {path: path.stat().st_mtime_ns for path in (files / "drawn" / "samples").iterdir()} == before
+
+
+@pytest.mark.parametrize("option", ["--sample-every 0", "--samples 0", "--sampling-steps -1", "--guidance-scale nan"])
+def test_samples_out_of_range_are_refused(files, capsys, option):
+    assert main(line(files, "p", "no", f"--sample-every 1 {option}")) == 2
+    assert f"{option.split()[0]} " in capsys.readouterr().err
+    assert not (files / "no" / "journal.qzo").exists()

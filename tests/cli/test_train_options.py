@@ -4,7 +4,7 @@ from qzo.cli import train_options as options
 from qzo.kernels import noise
 from qzo.nn import ops
 from qzo.training import encode, packing
-from qzo.training.settings import CLASSIFICATION_RATE, KEEPS, LABEL_BIASES, RATE, Settings
+from qzo.training.settings import KEEPS, LABEL_BIASES, RATE, Settings
 
 
 def test_choices_and_defaults_are_those_of_the_modules():
@@ -16,6 +16,6 @@ def test_choices_and_defaults_are_those_of_the_modules():
     assert options.KEEPS == KEEPS
     settings = Settings()
     assert {name: getattr(settings, name) for name in options.DEFAULTS} == options.DEFAULTS
-    assert (RATE, CLASSIFICATION_RATE) == (options.RATE, options.CLASSIFICATION_RATE)
+    assert RATE == options.RATE
     assert LABEL_BIASES == options.LABEL_BIASES
     assert settings.text_eos is True

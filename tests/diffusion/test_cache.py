@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from qzo.diffusion import cache
 from qzo.diffusion.images import pixels, read_pictures
@@ -173,3 +174,18 @@ def test_a_file_that_is_gone_is_named(pipeline_dir, pictures, tmp_path):
     next((tmp_path / "latents").iterdir()).unlink()
     with pytest.raises(FileNotFoundError, match="is gone from the cache: start again with --resume"):
         [latents.latent(i) for i in range(len(latents))]
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "another"])
+def test_a_damaged_file_of_the_cache_is_named(pipeline_dir, pictures, built, tmp_path, damage):
+    shutil.copytree(built[0], tmp_path / "c")
+    latents = cache.Latents(tmp_path / "c", built[1].examples, built[1].header)
+    file = tmp_path / "c" / "latents" / f"{latents.examples[0].picture}.safetensors"
+    whole = file.read_bytes()
+    broken = {"cut": whole[:-4], "header": b"\xff" * 40, "another": save({"latent": torch.ones(4, 2)})}
+    file.write_bytes(broken[damage])
+    with pytest.raises(ValueError, match=f"{file.name} is "):
+        latents.latent(0)
+    (tmp_path / "c" / "cache.json").write_text("[]" if damage == "cut" else '{"files": 3}')
+    with pytest.raises(ValueError, match=r"cache.json (holds a JSON list|is damaged)"):
+        build(pipeline_dir, pictures, tmp_path / "c")

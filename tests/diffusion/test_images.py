@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qzo.diffusion.images import Picture, pixels, read_pictures, splits_of
+from qzo.diffusion.images import MOST_PIXELS, Picture, pixels, read_pictures, splits_of
 from tests.support import pipelines
 
 
@@ -114,3 +114,31 @@ def test_no_pictures_at_all(tmp_path):
         listed(tmp_path)
     with pytest.raises(FileNotFoundError, match="no data at"):
         splits_of(tmp_path / "gone")
+
+
+def test_a_picture_of_absurd_size_is_refused_before_it_is_unpacked(monkeypatch):
+    """Some KB of PNG may say any number of pixels."""
+    held = io.BytesIO()
+    Image.new("1", (1 << 14, 1 + (MOST_PIXELS >> 14))).save(held, "PNG")
+    assert len(held.getvalue()) < 1 << 16
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match="16384 x 4097 are more than 67,108,864 pixels"):
+        pixels(Picture("p", "c", held.getvalue()), 8)
+
+
+def test_other_formats_under_the_name_of_a_picture_are_not_read(monkeypatch):
+    """Pillow would hand PostScript to Ghostscript, and knows many formats that nobody trains on."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
+    held = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(held, "TIFF")
+    for data in (postscript, held.getvalue()):
+        with pytest.raises(ValueError, match="it cannot be read"):
+            pixels(Picture("p", "c", data), 8)
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path):
+    pipelines.save_pictures(tmp_path, count=1)
+    (tmp_path / "p0.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"p0.txt is not UTF-8"):
+        list(read_pictures(tmp_path))

@@ -82,3 +82,41 @@ def test_a_pipeline_without_a_vae_is_refused(copied):
     rewrite(copied / "model_index.json", vae=[None, None])
     with pytest.raises(ValueError, match="is a StableDiffusion3Pipeline without a vae"):
         open_pipeline(copied)
+
+
+@pytest.mark.parametrize("part", ["../elsewhere", "/tmp", "..", "vae/x"])
+def test_a_part_in_another_folder_is_refused(copied, part):
+    (copied.parent / "elsewhere").mkdir()
+    rewrite(copied / "model_index.json", **{part: ["diffusers", "AutoencoderKL"]})
+    with pytest.raises(ValueError, match=r"model_index.json names '.*', which is no folder in this one"):
+        open_pipeline(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("transformer/config.json", {"patch_size": 0}, "patch_size is 0"),
+        ("transformer/config.json", {"in_channels": None}, "in_channels is None"),
+        ("transformer/config.json", {"pos_embed_max_size": "12"}, "pos_embed_max_size is '12'"),
+        ("transformer/config.json", {"sample_size": [8, 8]}, r"sample_size is \[8, 8\]"),
+        ("vae/config.json", {"block_out_channels": 2}, "block_out_channels is 2"),
+        ("vae/config.json", {"block_out_channels": [8] * 99}, "block_out_channels is "),
+        ("vae/config.json", {"scaling_factor": None}, "scaling_factor is None"),
+        ("vae/config.json", {"_class_name": ["my_code", "VAE"]}, "_class_name is "),
+        ("model_index.json", {"_class_name": "my code"}, "_class_name is 'my code'"),
+    ],
+)
+def test_a_config_without_its_numbers_is_refused(copied, name, changes, told):
+    rewrite(copied / name, **changes)
+    with pytest.raises(ValueError, match=f"{told}.*; the file is damaged, fetch it again"):
+        open_pipeline(copied)
+
+
+def test_names_of_several_lines_are_told_in_one(copied):
+    rewrite(copied / "model_index.json", gone=["a\nb", "c\td"])
+    with pytest.raises(FileNotFoundError, match=r"names gone \(c d of a b\)"):
+        open_pipeline(copied)
+    rewrite(copied / "model_index.json", gone=[None, None])
+    rewrite(copied / "scheduler" / "scheduler_config.json", _class_name="a\nb")
+    with pytest.raises(ValueError, match="scheduler: a b is no scheduler of a flow model"):
+        open_pipeline(copied)

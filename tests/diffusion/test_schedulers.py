@@ -50,3 +50,16 @@ def test_times_are_those_that_the_scheduler_samples_at():
     sigmas = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas.double()
     u = torch.arange(1000, 0, -1).double() / 1000
     assert torch.allclose(FlowLaw("uniform", shift=3.0).times(u), sigmas, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"shift": "x"}, {"shift": [1]}, {"shift": -1.0}, {"shift": float("inf")}]
+    + [
+        {"use_dynamic_shifting": True, **more}
+        for more in ({"max_image_seq_len": 256}, {"max_shift": 1e9}, {"base_shift": None})
+    ],
+)
+def test_numbers_that_make_no_shift_are_refused(said):
+    with pytest.raises(ValueError, match=r"the scheduler's config makes no shift of the times .*; give --shift"):
+        shift_of(EULER | said, 1024)

@@ -58,7 +58,8 @@ def check(directory: str) -> None:
             for coefs in ((0.3, 1e-4), (3.0, 1.0)):
                 scales = test_update.scales_of(20)
                 assert_same_bits(*test_update.run_both(run, scales, (1, 2), coefs, "ih4", relative, base4=7))
-        assert_same_bits(*test_update.rows_run(run))
+        assert_same_bits(*test_update.run_steps(run, test_update.scales_of(20), "ih4", True))
+        assert_same_bits(*test_update.rows_run(run, steps=2))
         test_update.test_a_zero_scale_stays_zero_and_keeps_its_bit(run, False)
 
 

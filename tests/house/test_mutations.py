@@ -40,7 +40,14 @@ FAULTS = {
     "kernel: factor of a row": Fault("qmm.py", "_choose(minus, factor(k0, coef),", "_choose(minus, factor(k0, -coef),"),
     "reference: factor of a row": Fault("qmm_torch.py", "raw[0, :, 0]", "raw[0, :, 1]"),
     "update: noise of a row": Fault("update.py", "first + i % outputs", "first + i"),
-    "update reference: noise of a row": Fault("update.py", "quads)[:, 0]", "quads)[:, 1]"),
+    "update reference: noise of a row": Fault("update.py", "move[:, 0]", "move[:, 1]"),
+    "update: every step is the first": Fault(
+        "update.py", "(step * pairs, (step + 1) * pairs):\n            k0", "(pairs):\n            k0"
+    ),
+    "update: every step is the first, noise of a row": Fault(
+        "update.py", "(step * pairs, (step + 1) * pairs):\n                k,", "(pairs):\n                k,"
+    ),
+    "update reference: a step's directions": Fault("update.py", "islice(every, seeds.shape[1])", "islice(every, 1)"),
     "kernel: rows of the first evaluation": Fault("qmm.py", "row = e * R + tl.", "row = 0 * R + tl."),
     "kernel: groups of the next tile": Fault("scales.py", "C.PER_TILE + tl.where(t %", "2 * C.PER_TILE + tl.where(t %"),
     "kernel: groups of the next quad": Fault("scales.py", "4 * N - 4, 0)", "4 * N, 0)"),

@@ -172,6 +172,7 @@ UNTESTED = {
     "bench/gpu_warm.py": PART,
     "bench/packing.py": SCRIPT,
     "bench/peers.py": "kernels of other projects, which need a GPU and their packages",
+    "bench/fuzz/__main__.py": "two lines around runs.py",
     "bench/study/__main__.py": "two lines around runs.py",
     "bench/study/runs.py": "test_methods.py makes its runs",
     "bench/small.py": "three of the kinds of cases that test_run.py runs",

@@ -87,5 +87,7 @@ def test_annotations_are_wanted(told, path):
     assert text.endswith("[no-untyped-def]")
 
 
-def test_ci_runs_mypy():
-    assert ".venv/bin/mypy qzo tests" in (ROOT / ".ci/run").read_text().splitlines()
+def test_ci_runs_mypy_and_waits_for_it():
+    lines = [line.partition("#")[0].strip() for line in (ROOT / ".ci/run").read_text().splitlines()]
+    assert lines.index(".venv/bin/mypy qzo tests & types=$!") < lines.index('wait "$types"')
+    assert lines[1:].count("set -euo pipefail") == 1

@@ -5,7 +5,7 @@ import torch
 from qzo.kernels import noise, perturb, tiles, update
 from qzo.kernels.table import NF4
 from tests import oracle
-from tests.kernels.test_update import rows_run, scales_of
+from tests.kernels.test_update import rows_run, run_steps, scales_of
 from tests.support.close import assert_same_bits
 from tests.support.matmuls import Matmul, changed
 from tests.support.tensor_core import truncations
@@ -119,3 +119,10 @@ def test_compiled_update_has_the_oracles_bits(law, relative, base4):
 @pytest.mark.parametrize("law", ["rademacher", "ih4"])
 def test_compiled_update_of_rows_has_the_oracles_bits(law):
     assert_same_bits(*rows_run("kernel", law, device="cuda"))
+    assert_same_bits(*rows_run("kernel", law, device="cuda", steps=3))
+
+
+@pytest.mark.parametrize("law", ["rademacher", "ih4"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_compiled_update_of_several_steps_has_the_oracles_bits(law, relative):
+    assert_same_bits(*run_steps("kernel", scales_of(300), law, relative, device="cuda"))

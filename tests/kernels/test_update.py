@@ -1,4 +1,6 @@
 """The step on the scales: kernel and torch reference have the oracle's bits, projection included."""
+import math
+
 import pytest
 import torch
 
@@ -106,11 +108,46 @@ def test_an_arena_is_updated_as_its_slices_are(run):
     assert_same_bits(parts, whole)
 
 
+STEPS = [((3, -1), (0.05, -0.3)), ((3, 4), (1e-4, 0.02)), ((7, 7), (2.0, 0.5)), ((2**63 - 1, 9), (-0.9, 0.8))]
+
+
+def run_steps(run, scales, law, relative, floor=1e-3, device="cpu"):
+    """As run_both, of STEPS; the third has a coefficient that is none, and moves nothing."""
+    want, at = scales, torch.arange(len(scales))
+    raw = [[oracle.raw_coef(law, c) for c in coefs] for _, coefs in STEPS]
+    raw[2][1] = math.nan
+    for (seeds, _), coefs in zip(STEPS, raw, strict=True):
+        if not math.isnan(coefs[1]):
+            want = oracle.update(want, [oracle.raw_at(law, seed, at) for seed in seeds], coefs, relative, floor)
+    got, pairs = scales.to(device, copy=True), (torch.tensor([seeds for seeds, _ in STEPS]), torch.tensor(raw))
+    RUNS[run](got, *(t.to(device) for t in pairs), base4=0, law=noise.LAWS[law], relative=relative, floor=floor)
+    return got.cpu(), want
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("law", ["rademacher", "ih4"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_several_steps_at_once_have_the_oracles_bits(run, law, relative):
+    """Each is rounded and projected before the next begins."""
+    assert_same_bits(*run_steps(run, scales_of(300), law, relative))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_several_gaussian_steps_have_the_bits_of_one_after_another(run):
+    at_once, in_turn = scales_of(64), scales_of(64)
+    seeds, coefs = torch.tensor([[3, -1], [4, 9]]), torch.tensor([[0.05, -0.3], [0.02, 0.01]])
+    options = dict(base4=0, law=noise.GAUSSIAN, relative=True, floor=FLOOR)
+    RUNS[run](at_once, seeds, coefs, **options)
+    for some, its in zip(seeds, coefs, strict=True):
+        RUNS[run](in_turn, some, its, **options)
+    assert_same_bits(at_once, in_turn)
+
+
 LAYERS = [(5, 32), (1, 700), (33, 32)]               # groups, outputs
 
 
-def rows_run(run, law="ih4", floor=FLOOR, device="cpu"):
-    """As run_both, noise shared by the rows of LAYERS."""
+def rows_run(run, law="ih4", floor=FLOOR, device="cpu", steps=1):
+    """As run_both, noise shared by the rows of LAYERS; so many steps."""
     slots, base4 = [], 0
     for groups, outputs in LAYERS:
         quads = -(-groups // 4) * outputs
@@ -120,9 +157,12 @@ def rows_run(run, law="ih4", floor=FLOOR, device="cpu"):
     raw = [oracle.raw_coef(law, c) for c in (0.05, -0.3, 1e-4)]
     first = torch.cat([torch.tensor([4 * (begin + (quad - begin) % outputs) for quad in range(begin, end)])
                        for begin, end, outputs in slots]).repeat_interleave(4)
-    want = oracle.update(scales, [oracle.raw_at(law, seed, first) for seed in seeds], raw, True, floor)
+    want, every = scales, [[seed - step for seed in seeds] for step in range(steps)]
+    for its in every:
+        want = oracle.update(want, [oracle.raw_at(law, seed, first) for seed in its], raw, True, floor)
     got = scales.to(device, copy=True)
-    RUNS[run](got, torch.tensor(seeds).to(device), torch.tensor(raw).to(device), base4=0, law=noise.LAWS[law],
+    pairs = [torch.tensor(of_each).to(device) for of_each in (every, [raw] * steps)]
+    RUNS[run](got, *pairs, base4=0, law=noise.LAWS[law],
               relative=True, floor=floor, layers=torch.tensor(slots).to(device))
     return got.cpu(), want
 
@@ -135,6 +175,11 @@ def test_noise_shared_by_rows_has_the_oracles_bits(run, law, floor):
     assert_same_bits(*rows_run(run, law, floor))
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_several_steps_of_noise_shared_by_rows(run):
+    assert_same_bits(*rows_run(run, floor=1e-3, steps=3))
+
+
 def test_the_twins_blocks_of_rows_do_not_show(monkeypatch):
     monkeypatch.setattr(update, "BLOCK_QUADS", 100)
     assert_same_bits(*rows_run("reference"))
@@ -144,3 +189,11 @@ def test_the_twins_blocks_do_not_show(monkeypatch):
     whole, _ = run_both("reference", scales_of(300), (5, 6), (0.1, 0.2), "ih4")
     monkeypatch.setattr(update, "BLOCK_QUADS", 7)
     assert_same_bits(run_both("reference", scales_of(300), (5, 6), (0.1, 0.2), "ih4")[0], whole)
+
+
+def test_the_twins_blocks_of_several_steps_do_not_show(monkeypatch):
+    """Of the noise, too: so many at a time that a step's directions are in two."""
+    monkeypatch.setattr(update, "BLOCK_QUADS", 300)
+    monkeypatch.setattr(update, "CACHED_QUADS", 100)
+    assert_same_bits(*run_steps("reference", scales_of(250), "ih4", True))
+    assert_same_bits(*rows_run("reference", steps=2))

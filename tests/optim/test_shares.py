@@ -17,7 +17,7 @@ from tests.support.small_layers import block
 
 
 def share(rank, count, evaluations, parallel, gathered=None):
-    fake = types.SimpleNamespace(rank=rank, count=count, gather=lambda values: gathered)
+    fake = types.SimpleNamespace(rank=rank, count=count, send=lambda values: lambda: gathered)
     return Share(cast(Ranks, fake), evaluations, parallel)
 
 

@@ -9,8 +9,9 @@ import torch
 import qzo
 from qzo.kernels.noise import LAWS
 from qzo.nn.arena import ScaleArena
+from qzo.optim import step
 from qzo.optim.journal import Record
-from qzo.optim.step import apply_records, project, update
+from qzo.optim.step import apply_steps, project, update
 from tests import oracle
 from tests.support.close import assert_same_bits
 
@@ -106,10 +107,30 @@ def test_records_are_applied_with_what_the_journal_holds_of_them():
         for j, (seed, applied) in enumerate([(9, 0.25), (4, -0.5)])
     ]
     by_records, by_numbers = arena(), arena()
-    apply_records(by_records, records, RECIPE)
+    apply_steps(by_records, [records], RECIPE)
     update(by_numbers, torch.tensor([9, 4]), torch.tensor([0.25, -0.5]), RECIPE)
     assert_same_bits(by_records.data, by_numbers.data)
     in_turn = arena()
     for record in records:
-        apply_records(in_turn, [record], RECIPE)
+        apply_steps(in_turn, [[record]], RECIPE)
     assert not torch.equal(in_turn.data, by_records.data), "factors of a step are added up, and then multiplied"
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize(("sharing", "relative"), [("group", True), ("group", False), ("row", True)])
+def test_many_steps_in_a_pass_have_the_bits_of_one_after_another(name, sharing, relative, monkeypatch):
+    """Seven steps of two directions, one of them skipped, in passes of four and two."""
+    passes = []
+    monkeypatch.setattr(step, "AT_ONCE", 4)
+    monkeypatch.setattr(step, "update", lambda *arguments: passes.append(arguments[1].shape) or update(*arguments))
+    recipe = RECIPE | {"sharing": sharing, "relative": relative, "noise": "ih4"}
+    steps = [[Record(t, j, 5 * t + j, 0.004 * (t - j), 1.0, 0.5, t == 2) for j in range(2)] for t in range(7)]
+    at_once, in_turn = arena(), arena()
+    with qzo.backend(name):
+        apply_steps(at_once, iter(steps), recipe)
+        assert passes == [(4, 2), (2, 2)]
+        for t, records in enumerate(steps):
+            before = in_turn.data.clone()
+            apply_steps(in_turn, [records], recipe)
+            assert torch.equal(before, in_turn.data) == (t == 2)
+    assert_same_bits(at_once.data, in_turn.data)

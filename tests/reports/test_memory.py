@@ -165,6 +165,25 @@ def test_the_image_transformer_fits_24_gb():
     assert numbers["phases"]["forward"]["total"] == numbers["total"]
 
 
+SD35 = "bench/results/memory-sd3.5-large-2026-11-30.jsonl"  # on the meta device: no GPU has measured them
+BARS = {(512, 1): 6.0e9, (512, 8): 8.0e9, (1024, 8): 12.4e9}  # (pixels, pictures) -> bytes; 12.4 GB: the method's paper
+
+
+def test_the_image_transformer_is_foretold_below_its_bars(capsys):
+    pytest.importorskip("diffusers", reason="diffusers, which has the SD3 transformer, is not installed")
+    rows = [json.loads(line) for line in (ROOT / SD35).read_text().splitlines()]
+    totals = {}
+    for row, (pixels, pictures) in zip(rows, ((512, 1), (512, 8), (1024, 1), (1024, 8)), strict=True):
+        assert row["subject"].startswith(f"sd3.5-large: {pictures} x 333 tokens and {pixels} x {pixels} pixels")
+        assert row["measured"] is None
+        assert sum(row["predicted"][part] for part in memory.PARTS) == row["predicted"]["total"]
+        totals[pixels, pictures] = row["predicted"]["total"]
+    assert all(totals[size] <= bar for size, bar in BARS.items())
+    asked = "memory --config sd3.5-large --resolution 512 --batch-size 1 --codes nf4 --device cuda --json"
+    assert command.main(asked.split()) == 0
+    assert json.loads(capsys.readouterr().out) == rows[0]
+
+
 # ---------------------------------------------------------------------------------------------- predicted is measured
 
 

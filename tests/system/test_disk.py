@@ -13,6 +13,7 @@ import qzo
 from qzo.checkpoints.formats import files
 from qzo.cli.main import main
 from qzo.system import disk
+from qzo.system.disk import line_of
 from tests.support import tiny
 from tests.support.journals import read_whole
 
@@ -258,3 +259,9 @@ def test_a_path_that_is_no_folder(base, tmp_path, capsys):
     assert main(["replay", str(base), str(tmp_path), "--output-dir", str(tmp_path / "r")]) == 2
     assert last_line(capsys) == f"qzo replay: {tmp_path} is a folder; a run's journal is OUT/journal.qzo"
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_what_is_said_of_an_error_is_one_line_without_codes_of_a_terminal(tmp_path):
+    assert line_of(ValueError("a\n  b\tc")) == "a b c"
+    assert line_of(ValueError("\x1b[2Jgone \ud800 \x07 é")) == r"\x1b[2Jgone \ud800 \x07 é"
+    assert line_of(FileNotFoundError(errno.ENOENT, "", str(tmp_path / "x"))).endswith("; give another path")

@@ -23,12 +23,17 @@ def test_parts_that_were_added_up_are_one_step_of_their_sum():
     assert not torch.equal(arena_of(added.module).data, arena_of(block()).data)
 
 
+def test_steps_that_run_ahead_are_refused():
+    with pytest.raises(ValueError, match="staleness=2: steps of a trainer are taken at once"):
+        AccumulatedQZO(block(), 1e-2, staleness=2)
+
+
 def test_ranks_are_added_in_their_order_and_divided_by_their_number(monkeypatch):
     """1e16 + 1 - 1e16 is 0 in float64: another order of the ranks has other bits."""
     of_others = torch.tensor([[[1.0, 1], [4, 1]], [[-1e16, 1], [8, 1]]], dtype=torch.float64)
     optimizer = AccumulatedQZO(block(), 1e-2, eps=0.5)
     monkeypatch.setattr(optimizer.ranks, "count", 3)
-    monkeypatch.setattr(optimizer.ranks, "gather", lambda losses: torch.cat([losses[None], of_others]))
+    monkeypatch.setattr(optimizer.ranks, "send", lambda losses: lambda: torch.cat([losses[None], of_others]))
     optimizer.accumulate(torch.tensor([1e16, 3.0], dtype=torch.float64))
     assert optimizer.reduce().tolist() == [-5.0]  # (0 - 15) / 3 over 2 eps
     optimizer.step()
@@ -39,8 +44,8 @@ def test_ranks_are_added_in_their_order_and_divided_by_their_number(monkeypatch)
 def test_ranks_are_asked_once_a_step(monkeypatch):
     asked: list[torch.Tensor] = []
     optimizer = AccumulatedQZO(block(), 1e-2)
-    gather = optimizer.ranks.gather
-    monkeypatch.setattr(optimizer.ranks, "gather", lambda losses: asked.append(losses) or gather(losses))
+    send = optimizer.ranks.send
+    monkeypatch.setattr(optimizer.ranks, "send", lambda losses: asked.append(losses) or send(losses))
     for step in range(2):
         optimizer.accumulate(torch.tensor([1.0, 2.0]))
         first = optimizer.reduce()

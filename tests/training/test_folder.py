@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qzo.training import folder
-from qzo.training.folder import Metrics, draw_curve, versions, write_results
+from qzo.training.folder import Metrics, draw_curve, fitted_biases, versions, write_results
 from qzo.training.settings import Settings
 
 LINES = [{"step": step, "loss": 1.0 / (step + 1)} for step in range(6)]
@@ -87,3 +87,27 @@ def test_a_curve_has_each_loss_its_running_mean_and_the_evaluations(monkeypatch,
 def test_a_run_whose_every_step_was_skipped_has_an_empty_curve(tmp_path):
     draw_curve(tmp_path / "c.png", [{"step": 0, "loss": None}], {})
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_biases_of_a_run_and_the_step_that_they_are_of(tmp_path):
+    path = tmp_path / "run.json"
+    assert fitted_biases(path) is None
+    path.write_text('{"steps": 3, "label_bias": null}')
+    assert fitted_biases(path) is None
+    path.write_text('{"steps": 3, "model_step": 2, "label_bias": [[5, 0.25], [7, -1]]}')
+    assert fitted_biases(path) == ([(5, 0.25), (7, -1.0)], 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "[" * 5000, "{", '{"label_bias": [[1, 2]]}', '{"steps": 1, "label_bias": 5}']
+    + [
+        f'{{"steps": 1, "label_bias": {wrong}}}'
+        for wrong in ("[[1]]", '[["x", 1]]', "[[-1, 1]]", "[[1, NaN]]", '{"a": 1}')
+    ],
+)
+def test_a_run_json_that_no_run_has_written_is_named(tmp_path, text):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"run.json"):
+        fitted_biases(path)

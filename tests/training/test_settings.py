@@ -1,6 +1,7 @@
 """Settings out of range are refused by their own name, before anything is loaded."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -101,3 +102,13 @@ def test_the_command_line_refuses_before_it_reads_anything(tmp_path, capsys, opt
     assert main([*line, option, value]) == 2
     assert capsys.readouterr().err.startswith(f"qzo train: {said}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["noise", "eps", "learning_rate", "relative", "sharing", "large_rows", "parallel", "seed"]
+)
+@pytest.mark.parametrize("value", [10**400, ["x" * 50] * 50, {"a": {"b": "c" * 2000}}])
+def test_absurd_values_are_refused_in_a_short_line(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
+        Settings(**{name: value})
+    assert len(str(caught.value)) < 300

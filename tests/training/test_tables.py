@@ -5,6 +5,7 @@
 
 import json
 import shutil
+import struct
 import sys
 from typing import Any
 
@@ -157,7 +158,14 @@ def test_damaged_tables(tmp_path, name, data):
         read_records(written(tmp_path / name, data))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"_data_files": [3]}', '{"splits": 3}'])
+ELSEWHERE = ["../x.arrow", "/etc/passwd", "..", "a/b", "a\nb"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"_data_files": [3]}', '{"splits": 3}', "[" * 5000]
+    + [json.dumps({"_data_files": [{"filename": name}], "splits": ["train", name]}) for name in ELSEWHERE],
+)
 def test_damaged_folders_of_datasets(tmp_path, text):
     state = written(tmp_path / "state.json", text)
     with pytest.raises(ValueError, match=r"state.json does not name the files of a dataset"):
@@ -165,6 +173,30 @@ def test_damaged_folders_of_datasets(tmp_path, text):
     state.rename(tmp_path / "dataset_dict.json")
     with pytest.raises(ValueError, match=r"dataset_dict.json does not name the splits of a dataset"):
         read_data(tmp_path)
+
+
+def test_offsets_of_an_arrow_file_are_checked_before_they_are_followed(tmp_path):
+    """pyarrow takes them as they are, and reads whatever memory they lead to."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist([{"text": "first"}, {"text": "other"}])
+    with pyarrow.ipc.new_stream(tmp_path / "d.arrow", table.schema) as file:
+        file.write_table(table)
+    whole = (tmp_path / "d.arrow").read_bytes()
+    offsets = struct.pack("<3i", 0, 5, 10)
+    assert whole.count(offsets) == 1
+    for wrong in ((0, 5, 1 << 30), (0, -5, 10), (9, 5, 10)):
+        written(tmp_path / "d.arrow", whole.replace(offsets, struct.pack("<3i", *wrong)))
+        with pytest.raises(ValueError, match=r"d.arrow cannot be read as Arrow: "):
+            read_records(tmp_path / "d.arrow")
+
+
+def test_a_date_that_python_does_not_have(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    days = pyarrow.array([1 << 30], pyarrow.int32()).view(pyarrow.date32())
+    with pyarrow.ipc.new_stream(tmp_path / "d.arrow", pyarrow.schema([("text", days.type)])) as file:
+        file.write_table(pyarrow.table({"text": days}))
+    with pytest.raises(ValueError, match=r"d.arrow cannot be read as Arrow: "):
+        read_records(tmp_path / "d.arrow")
 
 
 def test_folders_of_datasets_that_lack_a_file(tmp_path):

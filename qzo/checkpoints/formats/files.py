@@ -1,7 +1,6 @@
 """Writing files so that neither a crash nor a full disk leaves half of one."""
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -9,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ...system.as_json import parsed
 from ...system.disk import naming, sync
 
 
@@ -58,10 +58,9 @@ def copy(source: str | Path, target: str | Path) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """The dictionary that a JSON file holds. ValueError for a file that holds none."""
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-        raise ValueError(f"{path} is not JSON: {reason}") from None
+        content = parsed(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; fetch it again")
     return content

@@ -167,16 +167,32 @@ def scale_dtypes(folder: Path, part: str) -> dict[str, torch.dtype]:
 
 
 def copy_all(folder: Path, staging: Path) -> None:
-    """Every file but hidden ones; other folders' staging and version control are not the checkpoint."""
+    """Every file but hidden ones; other folders' staging and version control are not the checkpoint. ValueError as
+    copy_companions."""
     for path in folder.rglob("*"):
         inside = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in inside.parts):
+            if not path.name.endswith(_WEIGHT_SUFFIXES):
+                check_own(path, folder)
             files.copy(path, staging / inside)
 
 
 def copy_companions(folder: Path, staging: Path) -> None:
-    """Tokenizer, generation settings, licence and the like: every plain file that holds no weights."""
+    """Tokenizer, generation settings, licence and the like: every plain file that holds no weights. ValueError for a
+    link to a file elsewhere: what is written is given to others."""
     for path in folder.iterdir():
         weights = path.name.endswith(_WEIGHT_SUFFIXES) or path.name in CONFIGS
         if path.is_file() and not path.name.startswith(".") and not weights:
+            check_own(path, folder)
             files.copy(path, staging / path.name)
+
+
+def check_own(path: Path, folder: Path) -> None:
+    """ValueError for a link that leads out of its folder; in a cache of the Hub it leads to the repository's blobs."""
+    target = path.resolve()
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    if path.is_symlink() and not any(target.is_relative_to(home) for home in homes):
+        raise ValueError(
+            f"{path} is a link to {target}, outside of the checkpoint, and its content would be copied into the "
+            "result: put the file itself there, or remove the link"
+        )

@@ -81,6 +81,8 @@ def parts_of(file: GGUFFile, info: TensorInfo) -> Parts:
         raise ValueError(f"{file.path}: tensor {info.name} is unknown; a transformer of {ARCHITECTURE} has none such")
     number, inside = int(found[1]), _BLOCK[found[2]]
     names = [f"transformer_blocks.{number}.{part}.{leaf}" for part in inside]
+    if info.shape[0] % len(names):
+        raise ValueError(f"{file.path}: tensor {info.name} has {info.shape[0]} rows, which are not those of q, k and v")
     if len(names) == 1:
         last = found[2] == "context_block.adaLN_modulation.1" and number == _blocks(file) - 1
         return [(names[0], _swapped(info) if last else None)]
@@ -95,7 +97,9 @@ def _blocks(file: GGUFFile) -> int:
 
 def _swapped(info: TensorInfo) -> torch.Tensor:
     """Rows of shift before scale, where the file has scale after shift."""
-    half = info.shape[0] // 2
+    half, odd = divmod(info.shape[0], 2)
+    if odd:
+        raise ValueError(f"tensor {info.name} has {info.shape[0]} rows, which are not shift and scale")
     return torch.arange(2 * half).roll(-half)
 
 
@@ -110,6 +114,8 @@ def weights(file: GGUFFile, dtype: torch.dtype) -> Iterator[Entry]:
         raise ValueError(f"{file.path}: no tensor can be trained: they are {kinds}, and only {trained} train")
     for info in file.tensors.values():
         where = f"{info.name} in {file.path.name}"
+        if info.quantized and len(info.shape) != 2:
+            raise ValueError(f"{where}: {info.type_name} of shape {list(info.shape)}; only matrices may be quantized")
         parts = parts_of(file, info)
         packed = _packed(file, info, parts, where) if _trains(info) else None
         if packed is not None:

@@ -26,7 +26,7 @@ def study(tmp_path_factory):
         yield methods.Study(Rows(tiny.RECORDS[:16], tiny.RECORDS[8:16], tiny.RECORDS[16:]), 1)
 
 
-@pytest.mark.parametrize("name", ["default", "biases learned", "first-order, scales", "first-order, LoRA"])
+@pytest.mark.parametrize("name", ["default", "pairs, biases learned", "first-order, scales", "first-order, LoRA"])
 def test_a_method_learns_and_leaves_the_model_as_it_was(study, name):
     before = study.measured()
     method = methods.METHODS[name]
@@ -48,13 +48,14 @@ def test_gradients_lower_the_loss_they_are_of(study):
     assert tuned["validation"]["loss"] < bias["validation"]["loss"]
 
 
-def test_forward_rows_are_what_a_run_costs(study, monkeypatch):
+@pytest.mark.parametrize(("options", "probe"), [({"learning_rate": 0.1}, 0), ({"learning_rate": "auto"}, 4 * 2 * 16)])
+def test_forward_rows_are_what_a_run_costs(study, monkeypatch, options, probe):
     counted = []
     monkeypatch.setattr(methods.loop, "fit", lambda task, settings, out, show: counted.append(settings))
     monkeypatch.setattr(methods.loop, "fits_biases", lambda task, settings: False)
-    study.zeroth_order(6144, 0, {})
+    study.zeroth_order(6144, 0, options)
     [settings] = counted
-    assert settings.max_steps * 2 * settings.directions * settings.batch_size == 6144
+    assert probe + settings.max_steps * settings.evaluations * settings.batch_size == 6144
 
 
 def test_runs_that_are_there_are_not_made_again(study, tmp_path):

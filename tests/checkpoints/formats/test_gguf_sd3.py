@@ -1,6 +1,7 @@
 """GGUF files of Stable Diffusion 3 transformers: read as diffusers reads them, written back, and read by diffusers."""
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -86,3 +87,28 @@ def test_a_tensor_of_another_model_is_named(plain, tmp_path):
     other = type(info)("single_blocks.0.linear1.weight", info.type, info.shape, info.offset, info.nbytes)
     with pytest.raises(ValueError, match=r"tensor single_blocks.0.linear1.weight is unknown"):
         gguf_sd3.parts_of(file, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind", "told"),
+    [
+        ("x_block.attn.qkv.weight", (32, 32), "Q4_0", "has 32 rows, which are not those of q, k and v"),
+        ("x_block.attn.qkv.bias", (2,), "F32", "has 2 rows, which are not those of q, k and v"),
+        ("x_block.attn.proj.bias", (32,), "Q4_0", r"Q4_0 of shape \[32\]; only matrices may be quantized"),
+        ("x_block.attn.proj.bias", (32,), "Q8_0", r"Q8_0 of shape \[32\]; only matrices may be quantized"),
+        ("context_block.adaLN_modulation.1.bias", (3,), "F32", "has 3 rows, which are not shift and scale"),
+    ],
+)
+def test_a_tensor_of_another_size_is_named(tmp_path, name, shape, kind, told):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "sd3")
+    sizes: list[tuple[str, tuple[int, ...], str]] = [("x_block.mlp.fc1.weight", (32, 32), "Q4_0"), (name, shape, kind)]
+    for each, size, form in sizes:
+        blocks = gguf.GGMLQuantizationType[form]
+        data = gguf.quants.quantize(np.ones(size, np.float32), blocks)
+        writer.add_tensor(f"joint_blocks.0.{each}", data, raw_dtype=blocks)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=told):
+        list(gguf_sd3.weights(gguf_sd3.open_file(tmp_path / "m.gguf"), torch.half))
