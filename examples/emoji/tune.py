@@ -41,7 +41,7 @@ from qzo.nn.layers import layers
 
 DRAWS = 32  # rows of each held-out picture
 FEATURES = "efficientnet-lite0, ImageNet, pictures enlarged to 64 pixels"
-# image tokens' modulations and attention: where a base's gradient is large for its curvature (README.md)
+# image tokens' modulations and attention: not the output layer, 96 scales with half of the curvature (README.md)
 TRAINED = re.compile(r"\.norm1\.linear$|\.attn\.to_[qkvo]")
 SHOWN = 48  # samples in the picture
 LINE = 8  # of them in a line
