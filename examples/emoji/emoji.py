@@ -40,10 +40,10 @@ def listed(folder: Path) -> list[dict]:
 
 def drawn(folder: Path, style: str, emoji: list[dict]) -> torch.Tensor:
     """float32 [N, 3, 16, 16] in [-1, 1] of a style's sheet, on white."""
-    sheet = Image.open(folder / f"{style}/package/img/{style}/sheets/{CELL}.png").convert("RGBA")
-    white = Image.new("RGBA", sheet.size, "white")
-    sheet = torch.frombuffer(bytearray(Image.alpha_composite(white, sheet).tobytes()), dtype=torch.uint8)
-    sheet = sheet.view(white.height, white.width, 4)[..., :3].permute(2, 0, 1).float() / 127.5 - 1
+    file = Image.open(folder / f"{style}/package/img/{style}/sheets/{CELL}.png").convert("RGBA")
+    file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
+    levels = torch.frombuffer(bytearray(file.tobytes()), dtype=torch.uint8).view(file.height, file.width, 4)
+    sheet = levels[..., :3].permute(2, 0, 1).float() / 127.5 - 1
     places = [(1 + (CELL + 2) * e["sheet_y"], 1 + (CELL + 2) * e["sheet_x"]) for e in emoji]
     pictures = torch.stack([sheet[:, y : y + CELL, x : x + CELL] for y, x in places])
     return functional.avg_pool2d(pictures, CELL // SIZE)

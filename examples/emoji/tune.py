@@ -41,7 +41,7 @@ from qzo.nn.layers import layers
 
 DRAWS = 32  # rows of each held-out picture
 FEATURES = "efficientnet-lite0, ImageNet, pictures enlarged to 64 pixels"
-# image tokens' modulations and attention: where a base's gradient is large for its curvature (README.md)
+# image tokens' modulations and attention: not the output layer, 96 scales with half of the curvature (README.md)
 TRAINED = re.compile(r"\.norm1\.linear$|\.attn\.to_[qkvo]")
 SHOWN = 48  # samples in the picture
 LINE = 8  # of them in a line
@@ -59,7 +59,8 @@ class Method(NamedTuple):
 def official_losses(model: nn.Module, data: Prompted, rows: Rows) -> torch.Tensor:
     """float32 [R]: what the paper's script asks: DDPM's mixture at a whole timestep, and the noise itself."""
     timesteps = (1000 * rows.times).long()
-    noisy = DDPMScheduler().add_noise(data.pictures, rows.noise, timesteps)
+    scheduler: Any = DDPMScheduler()
+    noisy = scheduler.add_noise(data.pictures, rows.noise, timesteps)
     found = model(
         hidden_states=noisy,
         timestep=timesteps,
@@ -157,7 +158,8 @@ def trained(name: str, training: Prompted, seed: int) -> Iterator[tuple[nn.Modul
             model.set_submodule(frozen, Dense(layer))
     count = sum(scale.numel() for scale in qzo.scales(model).values())  # that train, or stand where something does
     started = time.process_time()
-    with contextlib.nullcontext() if adapt is None else adapted(model, adapt, seed) as parameters:
+    none: contextlib.AbstractContextManager[list[nn.Parameter]] = contextlib.nullcontext([])
+    with none if adapt is None else adapted(model, adapt, seed) as parameters:
         if adapt is None:
             curve = tune(model, recipe, batch, seed, objective)
         else:

@@ -64,7 +64,7 @@ def rows_to_measure(pictures: torch.Tensor, draws: int) -> Rows:
 
 @torch.no_grad()
 def sample(
-    model: nn.Module, prompts: torch.Tensor, empty: torch.Tensor, seed: int = 0, steps: int = 20, guidance: float = 2.0
+    model: Any, prompts: torch.Tensor, empty: torch.Tensor, seed: int = 0, steps: int = 20, guidance: float = 2.0
 ) -> torch.Tensor:
     """Pictures [N, C, H, W] of prompts [N, D]: Euler's method from noise to s = 0, with classifier-free guidance.
 
@@ -101,7 +101,7 @@ class BaseRecipe(NamedTuple):
 def train_base(recipe: BaseRecipe, data: Prompted, empty: torch.Tensor, steps: int | None = None) -> nn.Module:
     """The float base after so many steps (None: the recipe's) on the flow-matching loss; tells how it goes."""
     torch.manual_seed(0)
-    model = SD3Transformer2DModel(**recipe.config)
+    model: Any = SD3Transformer2DModel(**recipe.config)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=1e-2)
     started, average, batch = time.process_time(), 1.0, recipe.batch
     steps = recipe.steps if steps is None else steps
@@ -130,7 +130,7 @@ def quantized(model: nn.Module, group: int) -> nn.Module:
     return qzo.quantize_(model.requires_grad_(False), group_size=group, skip=()).eval()
 
 
-def save_base(model: nn.Module, path: Path) -> None:
+def save_base(model: Any, path: Path) -> None:
     """Codes, scales (float16 already, as quantize_ rounds them) and dense tensors, and the config they belong to."""
     tensors = {name: t.half() if name.endswith("scales") else t for name, t in model.state_dict().items()}
     save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"config": model.to_json_string()})
