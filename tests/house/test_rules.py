@@ -164,7 +164,6 @@ SCRIPT = "measures once, for a page; nothing stands on it"
 PART = "a part of gpu_check.py that needs a GPU; test_gpu_check.py runs it at small sizes without"
 UNTESTED = {
     "bench/__main__.py": "two lines around command.py",
-    "bench/codegen/launches.py": "what is compiled; test_compile.py compiles it",
     "bench/cpu_step.py": SCRIPT,
     "bench/gpu_diffusion.py": PART,
     "bench/gpu_parts.py": PART,
