@@ -17,6 +17,7 @@ from qzo.bench.fuzz.runs import refusal, write
 from qzo.checkpoints.formats import of_method, safetensors_file
 from qzo.checkpoints.formats.folder_format import FolderFormat
 from qzo.checkpoints.formats.torch_file import TorchFile
+from qzo.system.as_json import parsed
 from tests.support.fuzzing import FIXTURES, little_memory
 
 LAYER = "model.layers.0.self_attn.v_proj"
@@ -35,6 +36,13 @@ def small_folder(source):
     return json.loads((source / "config.json").read_text())["quantization_config"], tensors
 
 
+def read(form, folder, text):
+    said = parsed(text)
+    if not isinstance(said, dict):
+        raise ValueError("no quantization_config")
+    return list(form.weights(folder, said, torch.half))
+
+
 @pytest.mark.parametrize("fixture", QUANTIZED)
 def test_folders(tmp_path, fixture):
     draws, (config, tensors) = random.Random(fixture), small_folder(FIXTURES / fixture)
@@ -42,12 +50,11 @@ def test_folders(tmp_path, fixture):
     assert isinstance(form, FolderFormat)
     messages = []
     for _ in range(100):
-        said = mutations.tree(config, draws, 1) if draws.random() < 0.4 else config
-        said = said if isinstance(said, dict) else {}
+        said = mutations.text(config, draws) if draws.random() < 0.4 else json.dumps(config)
         write(tmp_path, {"model.safetensors": save(mutations.tensors(tensors, draws))})
         with little_memory(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            messages.append(refusal(lambda folder, q=said: list(form.weights(folder, q, torch.half)), tmp_path))
+            messages.append(refusal(lambda folder, text=said: read(form, folder, text), tmp_path))
     assert messages.count(None) > 5
     assert len(set(messages)) > 10
 
