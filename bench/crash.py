@@ -52,6 +52,15 @@ MOMENT = 0.3  # seconds, at the most, that what is left of a run outlives the ra
 KEPT = ("journal.qzo", "scales", "model/model.safetensors", "model/config.json")
 
 
+@contextlib.contextmanager
+def meeting():
+    """In which ranks wait for each other: RankLost where another was killed before or behind its run."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(str(error)) from None
+
+
 class Runs:
     """Runs of one model into folders of `root`, each of so many ranks; `wanted` holds the files of the unbroken one."""
 
@@ -77,9 +86,11 @@ class Runs:
 
     def run_as(self, rank, store, out):
         """`run` as one of the ranks, which find each other by the file `store`."""
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=self.ranks)
+        with meeting():
+            dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=self.ranks)
         self.run(out)
-        dist.barrier()
+        with meeting():
+            dist.barrier()
 
     def start(self, out):
         """`run` in forks: the process of each rank."""

@@ -14,7 +14,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # of each: whether it 
     "eps": (lambda got: got > 0 and math.isfinite(got), "a finite number > 0"),
     "clip": (lambda got: got > 0, "a number > 0 (math.inf: no clipping)"),
     "directions": (_int(1, (1 << 16) - 1), "an int >= 1"),
-    "one_sided_directions": (_int(2), "2 or more, whose losses are compared, or one_sided=False"),
+    "one_sided_directions": (_int(2), "an int >= 2, whose losses are compared, or one_sided=False"),
     "seed": (_int(-(1 << 63), (1 << 64) - 1), "a 64-bit int"),
     "floor": (lambda got: got >= 0, "a number >= 0"),
     "check_every": (_int(0), "an int >= 0"),

@@ -133,7 +133,7 @@ def test_a_header_that_no_qzo_wrote_is_refused(header, tmp_path, monkeypatch):
     """Its checksum is right: somebody made it."""
     monkeypatch.setattr("qzo.optim.journal.json.dumps", lambda *_, **__: header)
     Journal.create(tmp_path / "j", {}).close()
-    with pytest.raises(JournalError, match=r"j is not a qzo journal: its header \(offset 16\)"):
+    with pytest.raises(JournalError, match=r"j is not a qzo journal: (its header \(offset 16\)|the directions of its)"):
         read(tmp_path / "j")
 
 

@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
 
 
 def test_one_direction_has_nothing_to_be_compared_with():
-    with pytest.raises(ValueError, match="one_sided_directions=1: expected 2 or more, whose losses are compared"):
+    with pytest.raises(ValueError, match="one_sided_directions=1: expected an int >= 2, whose losses are compared"):
         qzo.QZO(small_layers.block(), 0.05, one_sided=True)
 
 
