@@ -11,6 +11,9 @@ random: n directions of a derivative of 1 at a rate r each move the scores by ab
 
     r = WALK / (s sqrt(n)) per direction, for the n = steps x J directions of the run
 
+but no larger than the shortest runs that were measured had it, and over fewer than EXAMPLES a step smaller in
+proportion, as the noise of an estimate is that of so many examples.
+
 A quadratic loss alone would allow a rate of the order of 1 / s^2 in runs of any length; but the more a scale has
 drifted, the less that loss is one. docs/learning.md has what was measured.
 """
@@ -28,6 +31,8 @@ from .settings import Settings
 from .task import Task
 
 WALK = 1.1  # how far the scores may walk, in nats
+SHORTEST = 184  # directions of a run
+EXAMPLES = 16
 DIRECTIONS = 4  # that are measured, each over the batch of another step
 LARGEST = 1.0  # of a rate per direction: with it a derivative of 1 moves every scale by its own size
 
@@ -35,8 +40,9 @@ LARGEST = 1.0  # of a rate per direction: with it a derivative of 1 moves every 
 def measured_rate(task: Task, settings: Settings) -> float:
     """The learning rate of a run, its sum over a step's directions, rounded to two digits; for perturbations relative
     to the scales. It costs two evaluations of each of DIRECTIONS batches."""
-    walk = sensitivity(task, settings) * math.sqrt(settings.max_steps * settings.directions)
-    return float(f"{min(WALK / walk, LARGEST) if walk else LARGEST:.2g}") * settings.directions
+    walk = sensitivity(task, settings) * math.sqrt(max(SHORTEST, settings.max_steps * settings.directions))
+    rate = min(WALK / walk, LARGEST) if walk else LARGEST
+    return float(f"{rate * min(1, settings.batch_size / EXAMPLES):.2g}") * settings.directions
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ def test_the_tables_are_made_from_the_results_files():
         text = page.read_text()
         named += [found[2] for found in readme.SECTION.finditer(text)]
         assert readme.with_tables(text) == text, f"{page.name}: run python -m qzo.bench.readme"
-    assert len(named) == 3
+    assert len(named) == 4
 
 
 def rows_under(heading):
@@ -54,15 +54,16 @@ def test_the_readmes_speed_is_that_of_its_own_numbers():
 
 def test_the_readmes_learning_is_that_of_the_results():
     made = {
-        line.method: line
+        (line.method, line.rows): line
         for line in report.lines(results_of("study-2026-11-30.jsonl"))
-        if line.task == "headlines" and line.rows in (0, 6144)
+        if line.task == "headlines"
     }
-    zero_shot, control, tuned, recipe, gradients = rows_under("What it learns")
-    for row, name in ((zero_shot, report.ZERO_SHOT), (control, report.CONTROL), (tuned, "default")):
+    zero_shot, control, half, tuned, recipe, gradients = rows_under("What it learns")
+    untrained = ((zero_shot, (report.ZERO_SHOT, 0)), (control, (report.CONTROL, 0)))
+    for row, name in (*untrained, (half, ("default", 3072)), (tuned, ("default", 6144))):
         assert row[1] == " / ".join(f"{100 * accuracy:.1f}" for accuracy in made[name].accuracies) + " %"
         assert row[2] == " / ".join(f"{loss:.3f}" for loss in made[name].losses)
-    for row, name in ((recipe, "paper's recipe"), (gradients, report.GRADIENTS)):
+    for row, name in ((recipe, ("paper's recipe", 6144)), (gradients, (report.GRADIENTS, 6144))):
         assert row[0].endswith(f"mean of {len(made[name].losses)}")
         assert row[1] == f"{100 * statistics.fmean(made[name].accuracies):.1f} %"
         assert row[2] == f"{statistics.fmean(made[name].losses):.3f}"

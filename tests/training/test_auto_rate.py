@@ -52,11 +52,22 @@ def test_what_moves_all_rows_or_all_options_alike_counts_for_nothing():
 
 
 @pytest.mark.parametrize(
-    ("s", "steps", "rate"), [(1.0, 100, 0.11), (0.5, 100, 0.22), (1.0, 400, 0.055), (0.001, 4, 1.0), (0.0, 4, 1.0)]
+    ("s", "directions", "examples", "rate"),
+    [
+        (1.0, 400, 16, 0.055),
+        (0.5, 400, 16, 0.11),
+        (1.0, 1600, 64, 0.028),
+        (1.0, 4, 16, 0.081),  # a run as short as none that was measured
+        (1.0, 400, 4, 0.014),
+        (0.001, 400, 16, 1.0),
+        (0.0, 400, 8, 0.5),
+    ],
 )
-def test_the_rate_lets_the_scores_walk_as_far_whatever_the_task_and_the_length(monkeypatch, s, steps, rate):
+def test_the_rate_lets_the_scores_walk_as_far_whatever_the_task_and_the_length(
+    monkeypatch, s, directions, examples, rate
+):
     monkeypatch.setattr(auto_rate, "sensitivity", lambda task, settings: s)
-    settings = Settings(max_steps=steps // 4, directions=4)
+    settings = Settings(max_steps=directions // 4, directions=4, batch_size=examples)
     assert auto_rate.measured_rate(mock.Mock(), settings) == pytest.approx(4 * rate)
 
 
