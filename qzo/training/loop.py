@@ -119,8 +119,8 @@ def fit(
 
     Writes journal.qzo and metrics.jsonl as it goes. show: False for no word of it. validation: measured on the way; a
     run that has run out of its patience ends. after: called when each step is in the journal, with how many are.
-    Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when
-    losses stay NaN; JournalError for a journal that exists (without resume) or does not fit.
+    Interrupted on Ctrl-C, SIGTERM or SIGUSR1; FloatingPointError when losses stay NaN; JournalError for a journal that
+    exists (without resume) or does not fit.
 
     Where torch.distributed's default group is initialized, all its ranks call this: each makes its share of the steps
     (settings.parallel) and takes all of them, and the first alone reads and writes in `out`. RanksDiffer, RanksDiverged
