@@ -362,7 +362,7 @@ def _(scales, seeds, coefs, base4, law, relative, floor, layers=None):
 def _check_update(scales, seeds, coefs):
     if scales.dtype != torch.float32 or not scales.is_contiguous() or scales.numel() % 4:
         raise ValueError(f"scales must be contiguous float32 in whole quads, got {scales.dtype} {list(scales.shape)}")
-    types, shapes = (seeds.dtype, coefs.dtype), {seeds.shape, coefs.shape}
-    if types != (torch.int64, torch.float32) or len(shapes) > 1 or seeds.dim() not in (1, 2):
+    types = seeds.dtype, coefs.dtype
+    if types != (torch.int64, torch.float32) or seeds.shape != coefs.shape or seeds.dim() not in (1, 2):
         raise ValueError(f"seeds and coefs must be int64 and float32, [J] or [S, J], got {seeds.dtype} "
                          f"{list(seeds.shape)} and {coefs.dtype} {list(coefs.shape)}")
