@@ -5,7 +5,6 @@ python -m examples.digits.tune --seeds 0 1 2 --out results.jsonl --picture sampl
 
 import argparse
 import datetime
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 import qzo
 from examples.digits.digits import BASE, EMPTY, GROUP, UNSEEN, Digits, Reader, load, prompts, trained_reader
 from examples.shared.flow import Prompted, Recipe, compared, load_base, losses, rows_to_measure, sample, tune
+from qzo.bench import results
 from qzo.diffusion.metrics import features_of, kid, side_by_side
 
 RECIPE = Recipe(steps=600, batch=32, learning_rate=1.6, directions=4)
@@ -113,11 +113,8 @@ def main() -> None:
     training, held_out = load()
     exam = Exam(training, held_out, load_base(BASE, GROUP))
     for seed in options.seeds:
-        line = json.dumps(run(seed, training, exam, options.picture if seed == options.seeds[0] else None))
-        print(line, flush=True)
-        if options.out:
-            with open(options.out, "a", encoding="utf-8") as file:
-                print(line, file=file)
+        row = run(seed, training, exam, options.picture if seed == options.seeds[0] else None)
+        results.append(row, options.out)
 
 
 if __name__ == "__main__":

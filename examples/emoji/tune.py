@@ -7,7 +7,6 @@ python -m examples.emoji.tune --data data --out results.jsonl --picture samples.
 import argparse
 import contextlib
 import datetime
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from examples.shared.flow import (
     sample,
     tune,
 )
+from qzo.bench import results
 from qzo.bench.demo_step import Dense
 from qzo.bench.study.methods import Adapter, Differentiable, LowRank, adapted
 from qzo.diffusion.metrics import features_of, kid, side_by_side
@@ -207,11 +207,7 @@ def main() -> None:
     for name in options.methods:
         for seed in options.seeds if name == "QZO" else options.seeds[:1]:
             first = name == "QZO" and seed == options.seeds[0]
-            line = json.dumps(run(name, seed, training, exam, options.picture if first else None))
-            print(line, flush=True)
-            if options.out:
-                with open(options.out, "a", encoding="utf-8") as file:
-                    print(line, file=file)
+            results.append(run(name, seed, training, exam, options.picture if first else None), options.out)
 
 
 if __name__ == "__main__":

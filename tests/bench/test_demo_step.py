@@ -3,18 +3,12 @@
 import pytest
 import torch
 
-import qzo
 from qzo.bench import demo_step
 from tests.support import tiny
 
 
 def test_a_row_of_results(tmp_path, monkeypatch):
-    base = tiny.save_checkpoint(tmp_path / "base")
-    with pytest.warns(UserWarning, match="group_size"):
-        qzo.save_pretrained(qzo.from_pretrained(base, device="cpu"), tmp_path / "tiny")
-    monkeypatch.setattr(demo_step.demo, "model_file", lambda: tmp_path / "tiny")
-    monkeypatch.setattr(demo_step.demo, "headlines", lambda: (tiny.RECORDS, []))
-    monkeypatch.setattr(demo_step.demo, "TRAIN_LAYERS", 1)
+    tiny.stands_for_the_demos(tmp_path, monkeypatch, demo_step.demo)
     times = iter([5.0, 50.0, 6.0, 2.0, 9.0, 4.0, 7.0, 1.0])  # step and dense in turn; the first two warm up
     calls = []
     monkeypatch.setattr(demo_step, "milliseconds", lambda call: (calls.append(call()), next(times))[1])

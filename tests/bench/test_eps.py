@@ -1,19 +1,11 @@
 """The estimate beside the gradient's own product, on a tiny model: what float32 makes of a small and of a large eps."""
 
-import pytest
-
-import qzo
 from qzo.bench import eps
 from tests.support import tiny
 
 
 def test_the_estimate_is_the_product_of_gradient_and_direction_where_eps_fits(tmp_path, monkeypatch):
-    base = tiny.save_checkpoint(tmp_path / "base")
-    with pytest.warns(UserWarning, match="group_size"):
-        qzo.save_pretrained(qzo.from_pretrained(base, device="cpu"), tmp_path / "tiny")
-    monkeypatch.setattr(eps.demo, "model_file", lambda: tmp_path / "tiny")
-    monkeypatch.setattr(eps.demo, "headlines", lambda: (tiny.RECORDS, []))
-    monkeypatch.setattr(eps.demo, "TRAIN_LAYERS", 1)
+    tiny.stands_for_the_demos(tmp_path, monkeypatch, eps.demo)
     monkeypatch.setattr(eps, "EPS", (1e-6, 1e-2, 0.5))
     rows = {(row["noise"], row["activations"], row["eps"]): row for row in eps.measure(3)}
     assert len(rows) == 3 * 3 * 3

@@ -73,3 +73,17 @@ def write_jsonl(path, records):
     """The records, one a line; returns the path."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def stands_for_the_demos(folder, monkeypatch, demo):
+    """The tiny model in 4 bits, and its records, in place of the model and the headlines of training/demo.py."""
+    import pytest
+
+    import qzo
+
+    base = save_checkpoint(folder / "base")
+    with pytest.warns(UserWarning, match="group_size"):
+        qzo.save_pretrained(qzo.from_pretrained(base, device="cpu"), folder / "tiny")
+    monkeypatch.setattr(demo, "model_file", lambda: folder / "tiny")
+    monkeypatch.setattr(demo, "headlines", lambda: (RECORDS, []))
+    monkeypatch.setattr(demo, "TRAIN_LAYERS", 1)
