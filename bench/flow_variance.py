@@ -88,7 +88,7 @@ class Case(NamedTuple):
     data: flow.Prompted
 
 
-def digits_case(_: Path | None = None) -> Case:
+def digits_case(folder: Path | None = None) -> Case:
     """Nines and as many other digits; no folder is needed."""
     training, _ = digits.load()
     nine = training.labels == digits.UNSEEN
