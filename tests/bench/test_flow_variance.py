@@ -161,3 +161,36 @@ def test_sizes_that_cannot_be_are_refused(arguments, told, capsys):
 def test_the_emoji_need_a_folder():
     with pytest.raises(SystemExit, match="2"):
         flow_variance.main([])
+
+
+def committed(mean="mean"):
+    """{(case, design): figures} of the results file."""
+    return {(row["case"], row["design"]): row["means"][mean] for row in lines_of(RESULTS)}
+
+
+def test_the_committed_file_has_every_design_and_one_derivative():
+    """Its squared mean is that of independent rows, within four errors."""
+    found = committed()
+    assert list(found) == [(case, design) for case in flow_variance.CASES for design in DESIGNS]
+    for (case, design), figures in found.items():
+        (one, error), (other, its_error) = figures["squared_mean"], found[case, "independent"]["squared_mean"]
+        assert abs(one - other) < 4 * math.hypot(error, its_error), (case, design)
+        assert 0.9 < figures["foretold"][0] < 1.2, (case, design)
+
+
+def test_the_default_is_what_the_committed_file_has_least_variance_of():
+    """Nothing is below it by more than the errors allow; what was taken out is far above it on one case."""
+    found, law = committed(), flow.FlowLaw()
+    assert (law.draws, law.stratified) == (DESIGNS["stratified"].draws, DESIGNS["stratified"].stratified)
+    for (case, design), figures in found.items():
+        (ratio, error), (ours, our_error) = figures["ratio"], found[case, "stratified"]["ratio"]
+        assert ratio > ours - 2 * math.hypot(error, our_error), (case, design)
+    assert found["emoji", "antithetic"]["ratio"][0] > 1.3
+    assert min(found[case, "stratified, 8 draws of a picture"]["ratio"][0] for case in flow_variance.CASES) > 2.5
+
+
+def test_robust_means_lose_some_of_the_mean():
+    for mean in ("trimmed mean", "Huber's mean"):
+        for case in flow_variance.CASES:
+            kept, error = committed(mean)[case, "stratified"]["kept"]
+            assert 0.8 < kept < 1 - 3 * error
