@@ -1,9 +1,9 @@
 """What an eps costs the estimate, for each noise law and type of activations: `python -m qzo.bench.eps`.
 
 The demo's model and one batch of its headlines. (L+ - L-) / (2 eps) along some directions stands beside what it
-estimates: the product of the loss's gradient with the direction, in float32 by a backward pass. One-sided, L+ / eps less
-its mean over the directions stands beside the product less its mean. A large eps leaves the curve of the loss in them, a
-small one the rounding of the activations.
+estimates: the product of the loss's gradient with the direction, in float32 by a backward pass. One-sided, L+ / eps
+less its mean over the directions stands beside the product less its mean. A large eps leaves the curve of the loss in
+them, a small one the rounding of the activations.
 """
 
 import argparse

@@ -62,8 +62,8 @@ class QZOTrainerMixin(_Base):
     eps, clip, noise, relative, sharing, directions, one_sided, floor, large_rows
         As in `QZO`.
     paired
-        One forward for all E evaluations, 2 J or one-sided J, the batch stacked E times; False: a forward each, in turn,
-        which takes less memory.
+        One forward for all E evaluations, 2 J or one-sided J, the batch stacked E times; False: a forward each, in
+        turn, which takes less memory.
 
     Raises
     ------
