@@ -234,7 +234,7 @@ def _steps(
     share, start = optimizer.share, optimizer.evaluated
     at_once = 1 if settings.sequential else len(range(settings.evaluations)[share.mine])
     centred = fits_biases(task, settings)
-    rates, ahead = schedule(optimizer, settings, planned), collections.deque[tuple[float, dict[str, Any]]]()
+    rates, ahead = schedule(optimizer, settings, planned), collections.deque[tuple[Any, dict[str, Any]]]()
 
     def sums(batch: data.Batch) -> torch.Tensor:  # one object for all steps: a captured step is found by it
         return task.compiled_sums(batch, at_once, centred)

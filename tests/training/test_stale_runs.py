@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.support.journals import read_whole
 
 STEPS, S = 7, 2
 TEXTS = [{"text": f"Headline : {word}"} for word in tiny.WORDS[:8]]
-GIVEN = {"max_steps": STEPS, "batch_size": 4, "directions": 3, "learning_rate": 0.1, "staleness": S}
+GIVEN: dict[str, Any] = {"max_steps": STEPS, "batch_size": 4, "directions": 3, "learning_rate": 0.1, "staleness": S}
 
 
 @pytest.fixture(scope="module")

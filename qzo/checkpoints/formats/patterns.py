@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import regex
 
-SECONDS = 10.0  # of the processor, for all layers of a checkpoint: patterns of layers take some 1e-5 each
+SECONDS = 5.0  # of the processor, for all layers of a checkpoint: patterns of layers take some 1e-5 each
 
 
 class Patterns:
