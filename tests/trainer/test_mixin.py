@@ -1,9 +1,6 @@
 """Runs of QZOTrainer: resumed, paired, accumulated, scheduled, evaluated, saved; what may not change a bit of them."""
 
 import copy
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,22 +12,16 @@ import qzo
 from qzo.kernels.noise import kernel_coefs, law_number
 from qzo.nn.layers import arena_of
 from qzo.trainer import QZOTrainer
-from tests.support import trainers
+from tests.support import ranks, trainers
 from tests.support.journals import read_whole
-from tests.support.paths import ROOT
 from tests.support.trainers import losses_of, rows, scales, trained
 
 pytestmark = trainers.needs_accelerate
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("base")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return trainers.loaded(folder)[0]
+def base(tmp_path_factory):
+    return trainers.loaded(tmp_path_factory.mktemp("base"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +119,9 @@ def test_other_losses_of_transformers_in_pairs(settings, base, plain, tmp_path):
     assert losses_of(runs[0]) != pytest.approx(losses_of(plain)[:2], rel=1e-4)
 
 
-def test_two_ranks_have_the_bits_of_one_process(folder, base, tmp_path):
+def test_two_ranks_have_the_bits_of_one_process(base, tmp_path):
     """At equal global batch and order of summation: rank 1's batch is the second micro-batch."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.support.trainers", str(folder), str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = [json.loads(line.partition("rank ")[2]) for line in done.stdout.splitlines() if line.startswith("rank ")]
+    told = ranks.run(tmp_path / "ranks", 2, trainers.rank, base, str(tmp_path / "two"))
     assert sorted(line["rank"] for line in told) == [0, 1]
     assert [line["ranks"] for line in told] == [2, 2]
     assert sum(line["journal"] is not None for line in told) == 1

@@ -39,7 +39,7 @@ def loaded(tmp_path_factory):
 def test_killed_twenty_times_it_ends_in_the_same_bits(loaded, tmp_path):
     """SIGKILL at random lengths of the journal; forks of this process, so that a run costs its steps and no imports."""
     model, tokenizer = loaded
-    settings = Settings(max_steps=25, batch_size=4, directions=2, learning_rate=0.02)
+    settings = Settings(max_steps=16, batch_size=1, directions=2, learning_rate=0.02)
 
     def run(out, resume):
         """In a fork: train a copy of the model; returns the process."""
@@ -64,7 +64,7 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(loaded, tmp_path):
         process, path = run(out, False), out / "journal.qzo"
         reached = len(journal) - records * moments.uniform(0.1, 1.1)  # also before the header, and in a record
         while not path.exists() or path.stat().st_size < reached:
-            time.sleep(1e-4)
+            time.sleep(1e-3)
         time.sleep(1e-3 * moments.random())
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
