@@ -1,6 +1,7 @@
 """A part of a layer's outputs, or of its inputs, under the noise that the whole layer has: every kernel (interpreted)
 and its reference implementation."""
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.support.matmuls import TILE, Matmul
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
-SIGNS = {"seeds": (5, 5), "coefs": (0.1, -0.1), "rows": 1, "n": 32}
+SIGNS: dict[str, Any] = {"seeds": (5, 5), "coefs": (0.1, -0.1), "rows": 1, "n": 32}
 FORMS = {
     "zeros": Matmul(k=288, group=32, zeros="uint8", bias=True, law="ih4", **SIGNS),
     "one quad": Matmul(k=256, group=64, **SIGNS),

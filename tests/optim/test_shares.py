@@ -33,6 +33,13 @@ def test_each_example_meets_each_evaluation_on_one_rank(count, evaluations, para
     assert sorted(met) == [*itertools.product(range(examples), range(evaluations))]
 
 
+def test_ranks_with_a_part_of_the_layers_run_everything_and_go_by_the_first():
+    gathered = torch.tensor([[[3.0, 2.0]], [[5.0, 2.0]]], dtype=torch.float64)
+    one = share(1, 2, 1, "tensor", gathered)
+    assert (one.rows(7), one.mine) == (slice(0, 7), slice(0, 1))
+    assert one.combine(torch.ones(1)).tolist() == [1.5]
+
+
 def test_parts_are_added_in_the_order_of_the_ranks():
     """1 + 1e16 - 1e16 is 0 in float64: another order of the ranks has other bits."""
     gathered = torch.tensor([[[1.0, 1.0]], [[1e16, 1.0]], [[-1e16, 1.0]]], dtype=torch.float64)
@@ -62,7 +69,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_so_on_all():
         ((4, 4, "2x3"), r"parallel='2x3' is for 6 ranks, there are 4"),
         ((1, 4, "2x2"), r"for 4 ranks, there are 1"),
         ((8, 4, "directions"), r"8 groups of evaluations, but a step has 4"),
-        ((4, 4, "both"), r"parallel='both': expected data, directions, or .* such as 2x4"),
+        ((4, 4, "both"), r"parallel='both': expected data, directions, tensor, or .* such as 2x4"),
         ((4, 4, "0x4"), r"parallel='0x4': expected"),
     ],
 )
