@@ -99,8 +99,8 @@ def test_codes_and_zeros_are_whole_again(name, style):
     ],
 )
 def test_what_cannot_be_divided_is_refused(layer, style, more, text):
+    outputs, inputs, group = layer
     with pytest.raises(ValueError, match=text):
-        outputs, inputs, group = layer
         parts_of(outputs, inputs, group, style, 4, **more)
 
 

@@ -162,6 +162,13 @@ def test_a_layer_is_whole_again(style, tmp_path):
             assert torch.equal(saved[name], tensor), name
         with pytest.raises(RuntimeError, match="one rank's part"):
             model.load_state_dict(state)
+        for refused, text in (
+            (lambda: qzo.save_pretrained(model, tmp_path), "unshard_"),
+            (lambda: qzo.shard_(model, PLAN), "up is cut in parts already"),
+            (lambda: qzo.offload(model, blocks=["up"]), "cut in parts .*, which cannot be offloaded"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                refused()
         qzo.unshard_(model)
         assert_same(model, before)
         assert all(layer.part is None for layer in layers(model).values())
