@@ -140,8 +140,8 @@ def check_source(checkpoint: Checkpoint, method: str, round_zeros: bool) -> None
 def _checked_source(model: Any) -> Source:
     if is_sharded(model):
         raise ValueError(
-            "the model's layers are cut in parts (qzo.shard_): qzo.unshard_(model) on all ranks first, and save on one; "
-            "or qzo.replay the journal on the base"
+            "the model's layers are cut in parts (qzo.shard_): qzo.unshard_(model) on all ranks first, and save on "
+            "one; or qzo.replay the journal on the base"
         )
     source = source_of(model)
     if source is None:

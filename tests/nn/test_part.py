@@ -104,6 +104,15 @@ def test_what_cannot_be_divided_is_refused(layer, style, more, text):
         parts_of(outputs, inputs, group, style, 4, **more)
 
 
+def test_sums_are_added_in_the_order_of_the_ranks():
+    """1e9 - 1e9 + 1 is 1 in float32, 1e9 + 1 - 1e9 is 0. The bias is added once."""
+    ranks = Exchange(3)
+    ranks.heard, ranks.all = [torch.full((1, 2), value) for value in (1e9, -1e9, 1.0)], True
+    part = Part(2, 96, 32, "rowwise", cast(Any, ranks), 1)
+    y = part.forward(torch.ones(1, 32).half(), lambda x, dtype: torch.ones(1, 2), None, torch.tensor([0.0, 3.0]))
+    assert_same_bits(y, torch.tensor([[1.0, 4.0]]).half())
+
+
 @pytest.mark.parametrize(("style", "width"), [("rowwise", 48), ("rowwise_split_input", 96)])
 def test_an_input_of_another_width_is_refused(style, width):
     """What feeds the layer was not cut as the plan has it."""

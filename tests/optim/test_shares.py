@@ -36,7 +36,7 @@ def test_each_example_meets_each_evaluation_on_one_rank(count, evaluations, para
 
 def test_ranks_with_a_part_of_the_layers_run_everything_and_go_by_the_first():
     gathered = torch.tensor([[[3.0, 2.0]], [[5.0, 2.0]]], dtype=torch.float64)
-    one = share(1, 2, 1, "tensor", gathered)
+    one = share(1, 2, 1, "tensor", gathered)  # of the second
     assert (one.rows(7), one.mine) == (slice(0, 7), slice(0, 1))
     assert one.combine(torch.ones(1)).tolist() == [1.5]
 

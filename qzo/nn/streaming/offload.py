@@ -221,9 +221,9 @@ def offload(
     Raises
     ------
     ValueError
-        There are no such blocks, two share a layer, or the model is offloaded or cut in parts already; too little memory
-        or room on the disk: bytes that are needed and that are available are named. Later, in a forward: the file was
-        changed.
+        There are no such blocks, two share a layer, or the model is offloaded or cut in parts already; too little
+        memory or room on the disk: bytes that are needed and that are available are named. Later, in a forward: the
+        file was changed.
     """
     check_place(to)
     if slots not in (2, 3):
