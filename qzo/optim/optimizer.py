@@ -27,7 +27,7 @@ from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
 from .ranges import check
 from .replay import journal_header
-from .shares import Share
+from .shares import TENSOR, Share, check_parts
 from .step import LARGEST, StepResult, apply_steps, evaluation_count, perturbations, project, sides
 
 ALIKE = 50  # first steps without a difference, after which the objective is taken to ignore the perturbation
@@ -84,9 +84,9 @@ class QZO(torch.optim.Optimizer):
         where there is no such device. False: never. What cannot be captured runs without, after one warning that says
         why. Steps of several ranks run without.
     parallel
-        What is divided among several processes, the ranks of torch.distributed's default group where it is initialized:
-        "data", the examples; "directions", the evaluations; "AxB", A parts of the examples times B groups of the
-        evaluations (shares.py). All take the same steps; the first writes the journal. None: this process is alone.
+        What is divided among the ranks of torch.distributed's default group, if there is one: "data", the examples;
+        "directions", the evaluations; "AxB", A parts of the examples times B groups of the evaluations; "tensor", the
+        layers (`qzo.shard_`). All take the same steps; the first writes the journal. None: this process is alone.
     check_every
         Steps after which ranks compare a digest of their scales; 0: never.
     journal_fsync
@@ -157,7 +157,7 @@ class QZO(torch.optim.Optimizer):
         self.parallel = parallel or "data"
         self.check_every, self._checked = check_every, 0
         self.journal: Journal | None = None
-        _ = self.share  # refused now, if it is
+        check_parts(module, parallel, self.share)
         if journal is not None or self.ranks.count > 1:
             self._begin(journal, resume, recipe or {}, journal_fsync)
 
@@ -167,7 +167,7 @@ class QZO(torch.optim.Optimizer):
         """See that all ranks are alike, open the journal on the first, and apply the steps it holds on all."""
         group = self.param_groups[0]
         own = {"staleness": self.staleness, "one_sided": group["one_sided"]}
-        if self.ranks.count > 1:
+        if self.ranks.count > 1 and self.parallel != TENSOR:  # any number of ranks, and one, go on with that journal
             own |= {"ranks": self.ranks.count, "shares": self.parallel}
         recipe = {**recipe, **{name: value for name, value in own.items() if value}}
         header = journal_header(self.module, group, recipe)
