@@ -30,9 +30,9 @@ def loss():
 
 
 before = replies(1)
-for step in range(20):
+for step in range(12):
     mean = -optimizer.step(loss)
-    if step % 5 == 0:
+    if step % 4 == 0:
         print(f"step {step}: mean reward {mean:.2f}")
 after = replies(1)
 for prompt, old, new in zip(prompts, before, after, strict=True):

@@ -30,7 +30,7 @@ def loss():
 
 
 before = sum(matches(replies(1)))
-for step in range(60):
+for step in range(40):
     share = -optimizer.step(loss)
     if step % 10 == 0:
         print(f"step {step}: {share:.1%} match under the perturbations")

@@ -18,7 +18,7 @@ with torch.no_grad():
 
 directions = 8
 evaluations = 2 * directions  # +eps and -eps of every direction, in one forward
-optimizer = qzo.QZO(student, lr=8.0, directions=directions, seed=0)
+optimizer = qzo.QZO(student, lr=24.0, directions=directions, seed=0)
 
 
 def losses():
@@ -28,7 +28,7 @@ def losses():
 
 
 first = optimizer.step(losses)
-for _ in range(200):
+for _ in range(100):
     last = optimizer.step(losses)
 count = sum(scale.numel() for scale in qzo.scales(student).values())
 print(f"error {first:.4f} -> {last:.4f} by {count} scales; the codes are as they were")

@@ -365,21 +365,31 @@ def pairwise(arch, axes):
     return _cover(product(arch, axes), axes)
 
 
-def spread(archs, axes):
-    """Cases of pairwise over several chips: every two values meet on one of them, each of which has every value."""
+def spread(archs, axes, held=()):
+    """Cases of pairwise over several chips: every two values meet on one of them, each of which has every value.
+
+    held: cases that are compiled anyway; what meets there needs to meet in no other.
+    """
     cases = pairwise(archs[0], axes) if archs else []
-    return _cover([dataclasses.replace(case, arch=arch) for case in cases for arch in archs], ("arch", *axes))
+    return _cover([dataclasses.replace(case, arch=arch) for case in cases for arch in archs], ("arch", *axes), held)
 
 
-def _cover(cases, axes):
-    """Of cases always the first that holds most pairs not yet met, until every two values met that meet in any."""
+def _cover(cases, axes, held=()):
+    """Of cases always the first that holds most pairs not yet met, until every two values met that meet in any.
+
+    Met are those of a held case that is one of these but for its number of outputs.
+    """
     numbers = itertools.count()
-    held = {axis: dict.fromkeys(getattr(case, axis) for case in cases) for axis in axes}
-    flags = {axis: {value: 1 << next(numbers) for value in values} for axis, values in held.items()}
+    found = {axis: dict.fromkeys(getattr(case, axis) for case in cases) for axis in axes}
+    flags = {axis: {value: 1 << next(numbers) for value in values} for axis, values in found.items()}
     bits: dict[int, int] = {}  # the flags of a pair -> its bit
     places = [[flags[axis][getattr(case, axis)] for axis in axes] for case in cases]
     pairs = [sum(bits.setdefault(a | b, 1 << len(bits)) for a, b in itertools.combinations(p, 2)) for p in places]
     missing, kept = (1 << len(bits)) - 1, []
+    for case in held:
+        if cases and dataclasses.replace(case, n=cases[0].n, **{a: getattr(cases[0], a) for a in axes}) == cases[0]:
+            place = [flags[axis].get(getattr(case, axis), 0) for axis in axes]  # 0: not one of the values
+            missing &= ~sum(bits.get(a | b, 0) for a, b in itertools.combinations(place, 2))
     while missing:
         best = max(range(len(cases)), key=lambda i: (pairs[i] & missing).bit_count())
         missing &= ~pairs[best]

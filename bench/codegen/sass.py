@@ -283,24 +283,23 @@ def launch_set(name, archs):
     """Distinct launches of a set, all with those of the budgets.
 
     "tiles": every tile, usual flags, and of what large_rows="blas" makes every two flags on one of the chips; "quick":
-    those, the kernels that update, and of matmuls every two flags on sm_90 and again on one of the other FAMILIES;
+    those, the kernels that update, and of matmuls every two flags on one of FAMILIES, of which each has every flag;
     "every": the whole product, thousands for each chip.
     """
     matmuls = [budget.case for budget in BUDGETS if budget.case.arch in archs]
-    chunks, updates, picked = [], [], []
+    chunks, updates, plain = [], [], []
     if name in ("tiles", "quick"):
-        picked += [launch for arch in archs for case in launches.plain(arch) for launch in launches.matmul(case)]
+        plain += [case for arch in archs for case in launches.plain(arch)]
         chunks += launches.spread(archs, launches.CHUNKS)
     if name == "quick":
         updates += launches.spread(archs, launches.UPDATES)
-        families = [arch for arch in FAMILIES if arch in archs]
-        for some in (families[:1], families[1:]):
-            matmuls += [case for axes in launches.MATMULS for case in launches.spread(some, axes)]
+        families, held = [arch for arch in FAMILIES if arch in archs], [*matmuls, *plain]
+        matmuls += [case for axes in launches.MATMULS for case in launches.spread(families, axes, held)]
     for arch in archs if name == "every" else ():
         matmuls += launches.every(arch)
         chunks += launches.product(arch, launches.CHUNKS)
         updates += launches.product(arch, launches.UPDATES)
-    found = launches.few_splits(picked)
+    found = launches.few_splits(launch for case in plain for launch in launches.matmul(case))
     for made, cases in (launches.matmul, matmuls), (launches.chunk, chunks), (launches.update_scales, updates):
         found += [launch for case in cases for launch in made(case)]
     return launches.distinct(found)

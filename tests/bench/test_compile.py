@@ -21,9 +21,9 @@ ARCHES = tuple(tiles.PROCESSORS)
 def compiled():
     """(records, broken budgets) of the quick set, which takes minutes: sass.launch_set tells what it is.
 
-    Picked are the budgets, the tiles, and of flags every two on sm_90, where most of what is timed runs, and every two
-    again over a chip of each other family. Each of these has every value of every flag: what fails for one flag is
-    seen on each, what fails for two is seen, if not on each. `--set every` has the product.
+    Picked are the budgets, the tiles, and cases in which of flags every two meet on a chip of one of the families, if
+    not in a budget or a tile. Each of these chips has every value of every flag: what fails for one flag is seen on
+    each, what fails for two is seen, if not on each. `--set every` has the product.
     """
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

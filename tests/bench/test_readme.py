@@ -46,3 +46,17 @@ def test_the_table_of_variances_has_a_line_for_each_design_and_robust_mean():
         "",
         "Batches: 8 (digits), 6 (emoji), of 16 rows; 2 directions, eps 0.01; a core; torch 2; today.",
     ]
+
+
+def test_errors_of_the_derivative_stand_by_eps_law_and_type():
+    errors = {("rademacher", 1e-3): 0.1234, ("rademacher", 1e-2): 12, ("ih4", 1e-3): 3e-4, ("ih4", 1e-2): 1}
+    rows = [
+        {"noise": law, "activations": "float16", "eps": eps, "error": error, "one_sided": {"error": 2 * error}}
+        for (law, eps), error in errors.items()
+    ]
+    assert readme.eps_table(rows).splitlines() == [
+        "| noise, activations | eps 0.001 | eps 0.01 |",
+        "|---|---|---|",
+        "| rademacher, float16 | 0.12 / 0.25 | 12 / 24 |",
+        "| ih4, float16 | 0.0003 / 0.0006 | 1 / 2 |",
+    ]

