@@ -4,8 +4,8 @@
     <!-- end -->
 
 A file of `qzo bench run` or `bench/gpu_check.py` gives the times of qzo and what the others take of them; one of
-`qzo memory --json` gives bytes; one of the study what each method learned; one of eps.py the error of derivatives, one of
-flow_variance.py their variance. Edit the text around, never a table.
+`qzo memory --json` gives bytes; one of the study what each method learned; one of eps.py the error of derivatives, one
+of flow_variance.py their variance. Edit the text around, never a table.
 """
 
 import json
