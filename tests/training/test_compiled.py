@@ -22,22 +22,11 @@ from tests.support import tiny
 from tests.support.journals import read_whole
 
 
-def read(folder, blocks):
-    tiny.save_checkpoint(folder, layers=blocks)
-    model = qzo.from_pretrained(folder, group_size=32, device="cpu")
-    return model, data.tokenize(tiny.RECORDS, qzo.load_tokenizer(folder))
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """(a model of two blocks, examples)."""
-    return read(tmp_path_factory.mktemp("base"), 2)
-
-
-@pytest.fixture(scope="module")
-def one_block(tmp_path_factory):
-    """The same of one block, for what does not ask for a block below: each takes seconds to trace."""
-    return read(tmp_path_factory.mktemp("one"), 1)
+    folder = tiny.save_checkpoint(tmp_path_factory.mktemp("base"))
+    model = qzo.from_pretrained(folder, group_size=32, device="cpu")
+    return model, data.tokenize(tiny.RECORDS, qzo.load_tokenizer(folder))
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +53,10 @@ def both(task, step):
 
 
 @pytest.mark.parametrize("top", [None, 1])
-def test_new_seeds_batches_and_scales_compile_nothing(loaded, one_block, top):
-    base, examples = loaded if top else one_block
-    model, counter = copy.deepcopy(base), Counter()
+def test_new_seeds_batches_and_scales_compile_nothing(loaded, top):
+    model, counter = copy.deepcopy(loaded[0]), Counter()
     prefix = train.choose_layers(model, top)
-    task = Task(model, examples, 0, prefix, bucketed=True, compiled=Compiled(model, counter))
+    task = Task(model, loaded[1], 0, prefix, bucketed=True, compiled=Compiled(model, counter))
     assert torch.equal(*both(task, 0))
     first = counter.compiled
     assert first > 0
@@ -81,7 +69,7 @@ def test_new_seeds_batches_and_scales_compile_nothing(loaded, one_block, top):
     assert counter.compiled == first
     short = Task(
         model,
-        [data.Example(e.ids[:2], options=e.options, label=e.label) for e in examples],
+        [data.Example(e.ids[:2], options=e.options, label=e.label) for e in loaded[1]],
         0,
         prefix,
         compiled=task.compiled,
@@ -90,8 +78,8 @@ def test_new_seeds_batches_and_scales_compile_nothing(loaded, one_block, top):
     assert counter.compiled > first  # another shape has code of its own
 
 
-def test_nothing_is_left_behind(one_block):
-    model = copy.deepcopy(one_block[0])
+def test_nothing_is_left_behind(loaded):
+    model = copy.deepcopy(loaded[0])
     compiled = Compiled(model, Counter())
     with compiled.body():
         assert "forward" in vars(model.base_model)
@@ -102,12 +90,12 @@ def test_nothing_is_left_behind(one_block):
     assert model.base_model.forward is own
 
 
-def test_where_the_compiler_fails_one_warning_says_where_and_the_model_runs(one_block):
+def test_where_the_compiler_fails_one_warning_says_where_and_the_model_runs(loaded):
     def fails(module, _):
         raise ValueError("no such instruction")
 
-    model = copy.deepcopy(one_block[0])
-    task = Task(model, one_block[1], 0, bucketed=True, compiled=Compiled(model, fails))
+    model = copy.deepcopy(loaded[0])
+    task = Task(model, loaded[1], 0, bucketed=True, compiled=Compiled(model, fails))
     with pytest.warns(UserWarning, match="compile: the compiler failed in LlamaModel .*no such instruc.*uncompiled"):
         assert torch.equal(*both(task, 0))
     with warnings.catch_warnings():
@@ -120,19 +108,19 @@ class Reads(nn.Module):
         return x + 1 if x.sum() > 0 else x
 
 
-def test_code_that_cannot_be_traced_runs_between_compiled_pieces(one_block):
-    model, counter = copy.deepcopy(one_block[0]), Counter()
+def test_code_that_cannot_be_traced_runs_between_compiled_pieces(loaded):
+    model, counter = copy.deepcopy(loaded[0]), Counter()
     model.base_model.layers[0].mlp.act_fn = Reads()
-    task = Task(model, one_block[1], 0, bucketed=True, compiled=Compiled(model, counter))
+    task = Task(model, loaded[1], 0, bucketed=True, compiled=Compiled(model, counter))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(*both(task, 0))
     assert counter.compiled > 0
 
 
-def test_errors_of_the_model_are_its_own(one_block):
-    model = copy.deepcopy(one_block[0])
-    task = Task(model, one_block[1], 0, bucketed=True, compiled=Compiled(model, Counter()))
+def test_errors_of_the_model_are_its_own(loaded):
+    model = copy.deepcopy(loaded[0])
+    task = Task(model, loaded[1], 0, bucketed=True, compiled=Compiled(model, Counter()))
     batch = task.batch([0, 1, 2], 1)
     with (
         qzo.evaluating(model, qzo.Evaluations([1, 1], [0.1, -0.1])),
