@@ -49,6 +49,7 @@ setup(
         "numpy",
         "tqdm",
         "pyyaml",
+        "regex",
         "matplotlib",
         "jinja2",
         "psutil",

@@ -1,12 +1,14 @@
 """What an eps costs the estimate, for each noise law and type of activations: `python -m qzo.bench.eps`.
 
 The demo's model and one batch of its headlines. (L+ - L-) / (2 eps) along some directions stands beside what it
-estimates: the product of the loss's gradient with the direction, in float32 by a backward pass. A large eps
-leaves the curve of the loss in it, a small one the rounding of the activations.
+estimates: the product of the loss's gradient with the direction, in float32 by a backward pass. One-sided, L+ / eps
+less its mean over the directions stands beside the product less its mean. A large eps leaves the curve of the loss in
+them, a small one the rounding of the activations.
 """
 
 import argparse
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,38 +30,45 @@ ACTIVATIONS = ("float32", "float16", "bfloat16")
 DIRECTIONS = 12
 
 
-def measure(directions: int = DIRECTIONS) -> list[dict[str, Any]]:
-    """A row for each law, eps and type: the RMS error of the derivatives over their RMS, and their cosine."""
+def measure(directions: int = DIRECTIONS) -> Iterator[dict[str, Any]]:
+    """A row for each law, type and eps as it comes: the RMS error of the derivatives over their RMS, and their cosine,
+    of pairs and one-sided."""
     path, settings = demo.model_file(), Settings(train_layers=demo.TRAIN_LAYERS)
     model, tokenizer = from_pretrained(path, device="cpu"), load_tokenizer(path)
     prefix = loop.choose_layers(model, demo.TRAIN_LAYERS)
     task = loop.build_task(model, demo.headlines()[0][:64], tokenizer, settings, prefix)
     batch = task.batch(task.indices(0, settings.batch_size, 0), 1)
     gradient, seeds = gradients(task, batch), [step_seed(0, 0, j) for j in range(directions)]
-    rows = []
     for law in VERSIONS:
         exact = torch.stack([product(model, gradient, law, seed) for seed in seeds])
         for activations in ACTIVATIONS:
             for eps in EPS:
                 if activations == "float32":
-                    found = derivatives(task, batch, law, seeds, eps)
+                    found = losses(task, batch, law, seeds, eps)
                 else:
                     with rounding(model, activations):
-                        found = derivatives(task, batch, law, seeds, eps)
-                rows.append(
-                    {
-                        "case": "error of the derivative",
-                        "noise": law,
-                        "activations": activations,
-                        "eps": eps,
-                        "error": float((found - exact).norm() / exact.norm()),
-                        "cosine": float(functional.cosine_similarity(found, exact, dim=0)),
-                        "directions": directions,
-                        "versions": {"torch": torch.__version__},
-                        "date": time.strftime("%Y-%m-%d"),
-                    }
-                )
-    return rows
+                        found = losses(task, batch, law, seeds, eps)
+                yield {
+                    "case": "error of the derivative",
+                    "noise": law,
+                    "activations": activations,
+                    "eps": eps,
+                    **beside((found[0] - found[1]) / (2 * eps), exact),
+                    "one_sided": beside((found[0] - found[0].mean()) / eps, exact - exact.mean()),
+                    "directions": directions,
+                    "batch": len(batch["label"]),
+                    "model": f"{path.name}, top {demo.TRAIN_LAYERS} blocks",
+                    "versions": {"torch": torch.__version__},
+                    "date": time.strftime("%Y-%m-%d"),
+                }
+
+
+def beside(found: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """The RMS error of estimates over the RMS of what they estimate, and their cosine; both float64 [J]."""
+    return {
+        "error": float((found - exact).norm() / exact.norm()),
+        "cosine": float(functional.cosine_similarity(found, exact, dim=0)),
+    }
 
 
 def gradients(task: Any, batch: Any) -> dict[str, torch.Tensor]:
@@ -78,20 +87,18 @@ def product(model: Any, gradient: dict[str, torch.Tensor], law: str, seed: int) 
     return total
 
 
-def derivatives(task: Any, batch: Any, law: str, seeds: list[int], eps: float) -> torch.Tensor:
-    """(L+ - L-) / (2 eps) along each seed's direction, float64 [len(seeds)]."""
+def losses(task: Any, batch: Any, law: str, seeds: list[int], eps: float) -> torch.Tensor:
+    """L+ and L- along each seed's direction, float64 [2, len(seeds)]."""
     found = []
-    for seed in seeds:
-        losses = []
-        for coef in (eps, -eps):
+    for coef in (eps, -eps):
+        for seed in seeds:
             with torch.no_grad(), evaluating(task.model, Evaluations([seed], [coef], law)):
-                losses.append(float(functional.cross_entropy(task.scores_of(batch).double(), batch["label"])))
-        found.append((losses[0] - losses[1]) / (2 * eps))
-    return torch.tensor(found, dtype=torch.float64)
+                found.append(functional.cross_entropy(task.scores_of(batch).double(), batch["label"]))
+    return torch.stack(found).reshape(2, -1)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print; append to the file."""
+    """Measure; print each row, and append it to the file."""
     parser = argparse.ArgumentParser(prog="python -m qzo.bench.eps", description=__doc__.partition("\n")[0])
     parser.add_argument("--directions", type=int, default=DIRECTIONS, help=f"(default {DIRECTIONS})")
     parser.add_argument("--out", help="a JSONL file the rows are appended to")

@@ -4,7 +4,8 @@
     <!-- end -->
 
 A file of `qzo bench run` or `bench/gpu_check.py` gives the times of qzo and what the others take of them; one of
-`qzo memory --json` gives bytes; one of the study what each method learned. Edit the text around, never a table.
+`qzo memory --json` gives bytes; one of the study what each method learned; one of eps.py the error of derivatives. Edit
+the text around, never a table.
 """
 
 import json
@@ -28,9 +29,12 @@ def with_tables(text, root=ROOT):
 def markdown_of(path):
     """Markdown of a results file of any kind."""
     found = path.read_text(encoding="utf-8").splitlines()
-    if "method" in json.loads(found[0]):
+    first = json.loads(found[0])
+    if "method" in first:
         return report.as_markdown(report.lines(map(json.loads, found)))
-    return memory_table(path) if "predicted" in json.loads(found[0]) else ratio_table(results.read(path))
+    if "one_sided" in first:
+        return eps_table([json.loads(line) for line in found])
+    return memory_table(path) if "predicted" in first else ratio_table(results.read(path))
 
 
 def ratio_table(rows):
@@ -66,6 +70,20 @@ def memory_table(path):
             *(f"{told_of['rivals'][name] / 1e9:.1f} GB" for name in rivals),
         ]
         lines.append(f"| {told_of['subject']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def eps_table(rows):
+    """A line for each noise law and type of activations: the error at each eps, of pairs / one-sided."""
+    sizes = list(dict.fromkeys(row["eps"] for row in rows))
+    lines = [
+        f"| noise, activations | {' | '.join(f'eps {size:g}' for size in sizes)} |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for noise, activations in dict.fromkeys((row["noise"], row["activations"]) for row in rows):
+        mine = {row["eps"]: row for row in rows if (row["noise"], row["activations"]) == (noise, activations)}
+        cells = [f"{mine[size]['error']:.2g} / {mine[size]['one_sided']['error']:.2g}" for size in sizes]
+        lines.append(f"| {noise}, {activations} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

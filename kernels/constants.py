@@ -55,6 +55,7 @@ class Constants(typing.NamedTuple):
     WHOLE_ROW: bool = False     # one scale to an output, applied after the loop; GROUP is 128 then
     PER_TILE: int = 1           # groups in a tile
     PERIOD: int = 4             # tiles in a quad of groups
+    SHARDS: int = 1             # of so many alike, by outputs, the weight is one (Weight.shards)
     ZERO: int = NO_ZEROS.value
     # the perturbation
     LAW: int = NONE
@@ -77,10 +78,10 @@ def of_operands(weight, perturbation, lookup, asm):
     return dict(ASM=bool(asm), BITS=bits, MIDDLE=middle(bits),
                 WORDS=16 * lookup["PASSES"] if vectors else 8 * bits, FIRST_WORDS=16 if vectors or bits == 2 else 32,
                 GROUP=group, WHOLE_ROW=whole_row, PER_TILE=per_tile, PERIOD=4 // per_tile,
-                ZERO=ZEROS[weight.zero_type], LAW=law, NOISE=NONE if shared or whole_row else law,
+                SHARDS=weight.shards, ZERO=ZEROS[weight.zero_type], LAW=law, NOISE=NONE if shared or whole_row else law,
                 RELATIVE=bool(perturbation.relative), SHARED=shared, WIDE=is_wide(weight), **lookup)
 
 
 def is_wide(weight):
     """Whether quad numbers of the weight reach beyond 32 bits."""
-    return weight.base4 + weight.scales.shape[0] * weight.out_features > WIDE_FROM
+    return weight.base4 + weight.scales.shape[0] * weight.next_quad > WIDE_FROM

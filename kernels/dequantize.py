@@ -17,7 +17,7 @@ from .constants import Constants, of_operands
 from .forms import load_planes
 from .noise import NO_NOISE, NONE, quad_noise, raw_noise
 from .qmm_torch import perturb_torch
-from .scales import load_pair, perturb
+from .scales import load_pair, next_quad, perturb
 from .vectors import order
 
 SCRATCH_BYTES = 32 << 20
@@ -27,7 +27,7 @@ BLOCK = 32                   # output rows of a program
 @triton.jit
 def _perturbed_quad(scales_ptr, seeds_ptr, coefs_ptr, e, base4, quad, N, n, C: tl.constexpr):
     """The four scales of each output n in a quad of groups under evaluation e: of a whole row, one in all places."""
-    here = n.to(tl.int64) if C.WHOLE_ROW else quad.to(tl.int64) * N + n
+    here = n.to(tl.int64) if C.WHOLE_ROW else quad.to(tl.int64) * next_quad(N, C) + n
     p0, p1 = load_pair(scales_ptr + 4 * here)
     p2, p3 = load_pair(scales_ptr + 4 * here + 2)
     if C.WHOLE_ROW:
@@ -114,7 +114,8 @@ def dequantize_torch(weight, perturbation, w, *, e, start, exact=False):
     rows, k = w.shape
     part = slice(start, start + rows)
     codes, n, shared = weight.codes, weight.out_features, perturbation.shared
-    quads = torch.arange(weight.scales.shape[0], device=codes.device)[:, None] * (0 if shared else n)
+    apart = 0 if shared else weight.next_quad
+    quads = torch.arange(weight.scales.shape[0], device=codes.device)[:, None] * apart
     p = weight.scales[:, part]
     if perturbation.law != NONE:
         raw = raw_noise(perturbation.law, perturbation.seeds[e],

@@ -41,7 +41,7 @@ from .forms import join_dots, load_planes
 from .noise import NO_NOISE, NONE, quad_noise, raw_noise
 from .plan import lanes
 from .qmm_torch import chunk_rows, perturb_torch
-from .scales import factor, load_pair, perturb
+from .scales import factor, load_pair, next_quad, perturb
 
 LIFT = 256.0
 _LIFT = tl.constexpr(LIFT)
@@ -51,9 +51,9 @@ SIGNIFICANT = {torch.float16: 11, torch.bfloat16: 8}
 # ------------------------------------------------------------------------------------------------ a quad of groups
 
 @triton.jit
-def _load_quad(scales_ptr, quad, N, n):
+def _load_quad(scales_ptr, quad, N, n, C: tl.constexpr):
     """The four scales of each output n in a quad of groups."""
-    at = scales_ptr + quad.to(tl.int64) * 4 * N + 4 * n
+    at = scales_ptr + quad.to(tl.int64) * 4 * next_quad(N, C) + 4 * n
     s0, s1 = load_pair(at)
     s2, s3 = load_pair(at + 2)
     return s0, s1, s2, s3
@@ -194,7 +194,7 @@ def _folded_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_pt
     cp = codes_ptr
     words_at = n[:, None] * C.WORDS + tl.arange(0, C.FIRST_WORDS)[None, :]
     # the next quad's scales and zero points are under way while this one's are used
-    scales_ahead = _load_quad(scales_ptr, tiles * 0, N, lane_n)
+    scales_ahead = _load_quad(scales_ptr, tiles * 0, N, lane_n, C)
     zeros_ahead = _load_zeros(zeros_ptr, tiles * 0, G, N, lane_n, C)
     scales = scales_ahead
     zeros = zeros_ahead
@@ -206,9 +206,9 @@ def _folded_kernel(x_ptr, codes_ptr, scales_ptr, zeros_ptr, entries_ptr, bias_pt
             scales = scales_ahead
             zeros = zeros_ahead
             after = tl.minimum(quad + 1, (G - 1) // 4)
-            scales_ahead = _load_quad(scales_ptr, after, N, lane_n)
+            scales_ahead = _load_quad(scales_ptr, after, N, lane_n, C)
             zeros_ahead = _load_zeros(zeros_ptr, after, G, N, lane_n, C)
-            scales = _perturb_quad(scales, seed, base4 + quad.to(tl.int64) * N + lane_n, coef, C)
+            scales = _perturb_quad(scales, seed, base4 + quad.to(tl.int64) * next_quad(N, C) + lane_n, coef, C)
         else:
             scales = _drop_scales(scales, C.PER_TILE)
         c = load_planes(cp + words_at, entries_ptr, 0, DT, C)
@@ -289,7 +289,7 @@ def folded_torch(x, weight, perturbation, y):
     k, law, scales = x.shape[1], perturbation.law, weight.scales
     n, count = y.shape[1], 1 if law == NONE else len(perturbation)
     step = chunk_rows(n, k)
-    quads = torch.arange(scales.shape[0], device=x.device)[:, None] * n
+    quads = torch.arange(scales.shape[0], device=x.device)[:, None] * weight.next_quad
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
         c = weight.form.decode(weight.codes, k, part.start, part.stop, x.dtype)

@@ -22,7 +22,8 @@ class Weight:
     """One layer's weight W [N, K] as the kernels read it; its tensors stay as they are, or another Weight is made.
 
     codes : int16 planes [T, N, words] (codes.py, vectors.py), or uint8 rows [N, bytes] for a CPU
-    scales : float32 [Q, N, 4], a layer's slice of the arena and so on 16 bytes; scale (g, n) at [g // 4, n, g % 4]
+    scales : float32 [Q, N, 4], a layer's slice of the arena and so on 16 bytes; scale (g, n) at [g // 4, n, g % 4]; of
+        a shard by outputs a view of its part of a layer's
     in_features : K
     group : inputs that share a scale; K: the whole row
     zeros : None (all are the middle code), uint8 [G, N] or float32 [G, N]
@@ -53,6 +54,17 @@ class Weight:
     @functools.cached_property
     def out_features(self):
         return self.scales.shape[1]
+
+    @functools.cached_property
+    def shards(self):
+        """Of how many alike, by outputs, this is one: its scales are a part of those of `next_quad` outputs."""
+        quads, outputs, _ = self.scales.shape
+        return self.scales.stride(0) // (4 * outputs) if quads > 1 else 1
+
+    @property
+    def next_quad(self):
+        """Quads from one of an output's to its next, in memory and in the noise law."""
+        return self.shards * self.out_features
 
     @functools.cached_property
     def form(self):

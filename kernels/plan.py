@@ -70,7 +70,7 @@ def together(one, other):
     def form(weight):
         bias = None if weight.bias is None else weight.bias.dtype
         return (weight.codes.dtype, weight.in_features, weight.group, weight.bits, weight.table, weight.zero_type,
-                bias, is_wide(weight), weight.scales.device)
+                bias, is_wide(weight), weight.shards, weight.scales.device)
     return form(one) == form(other) and one.codebooks is None is other.codebooks
 
 

@@ -51,6 +51,7 @@ from .scales import (
     factor,
     group_factors,
     load_scales,
+    next_quad,
     next_tile,
     noise_of_tile,
     outputs_of_lanes,
@@ -135,7 +136,7 @@ def _fetch_ahead(codes_ptr, scales_ptr, first, last, tile_n, N, C: tl.constexpr)
     WORDS: tl.constexpr = C.WORDS
     quad = 0 if C.WHOLE_ROW else first // C.PERIOD
     scale = tl.minimum(tile_n * BN + 8 * tl.arange(0, BN // 8), N - 1)
-    _to_l2(scales_ptr + 4 * (quad * N + scale))
+    _to_l2(scales_ptr + 4 * (quad * next_quad(N, C) + scale))
     if WORDS & (WORDS - 1) == 0:
         line = tl.minimum(tile_n * BN * WORDS + 64 * tl.arange(0, BN * WORDS // 64), (N - 1) * WORDS)
         for t in tl.static_range(2):
@@ -329,7 +330,8 @@ def _qmm_kernel(x_ptr, seeds_ptr, coefs_ptr, partials_ptr, sums_ptr, y_ptr, y1_p
     cp = word_pointers(codes_ptr, first, N, n, C.WORDS, C.FIRST_WORDS)
     lane_n = tl.minimum(tile_n * BN + outputs_of_lanes(C), N - 1)
     lane_coef = coefs_of_lanes(coef, coef1, C)
-    sp = scales_ptr + (first // C.PERIOD).to(tl.int64) * 4 * N        # of the first output, in the tile's first group
+    # of the first output, in the tile's first group
+    sp = scales_ptr + (first // C.PERIOD).to(tl.int64) * 4 * next_quad(N, C)
     if not C.WHOLE_ROW:
         ahead = load_scales(sp + 4 * lane_n, C.PER_TILE)
     held = hold_none(C.LANES, C.NOISE)

@@ -34,13 +34,13 @@ def _aligned(rows):
     return rows.clone() if rows.data_ptr() % 64 else rows
 
 
-def _raw_block(law, seeds, base4, quads, n, start, stop, limit):
-    """Raw noise of output rows start..stop: for each seed float32 [quads, stop - start, 4].
+def _raw_block(law, seeds, weight, quads, start, stop, limit):
+    """Raw noise of output rows start..stop of a weight: for each seed float32 [quads, stop - start, 4].
 
     Philox runs on at most `limit` quads at a time: on several seeds at once where they are short, else in parts.
     """
     columns = torch.arange(start, stop, device=seeds.device)
-    wanted = base4 + torch.arange(quads, device=seeds.device)[:, None] * n + columns
+    wanted = weight.base4 + torch.arange(quads, device=seeds.device)[:, None] * weight.next_quad + columns
     if wanted.numel() <= limit:
         at_once = limit // wanted.numel()
         return [raw for some in seeds.split(at_once) for raw in raw_noise(law, some, wanted)]
@@ -113,8 +113,7 @@ class _Matmul:
             if law != NONE and number % self.per_block == 0:
                 origin = start
                 end = min(start + self.per_block * self.step, last)
-                raws = _raw_block(law, self.seeds, self.weight.base4, self.quads, self.weight.out_features, start, end,
-                                  self.limit)
+                raws = _raw_block(law, self.seeds, self.weight, self.quads, start, end, self.limit)
             here = [None if raw is None else raw[:, start - origin:stop - origin] for raw in raws]
             self.multiply(start, stop, here, scaled[:stop - start], part)
 

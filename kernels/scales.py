@@ -77,10 +77,20 @@ def coefs_of_lanes(coef, coef1, C: tl.constexpr):
 
 
 @triton.jit
+def next_quad(N, C: tl.constexpr):
+    """Quads from one of an output's to its next, in memory and in the noise law: the outputs of the whole layer, of
+    which a shard has N."""
+    if C.SHARDS == 1:
+        return N
+    else:
+        return N * C.SHARDS
+
+
+@triton.jit
 def next_tile(sp, t, last, N, C: tl.constexpr):
     """From the scales of a tile's first group to those of the next tile's, which is t: four groups of an output are
     neighbours, then come the other outputs'. The last tile's stay."""
-    return sp + tl.where(t < last, C.PER_TILE + tl.where(t % C.PERIOD == 0, 4 * N - 4, 0), 0)
+    return sp + tl.where(t < last, C.PER_TILE + tl.where(t % C.PERIOD == 0, 4 * next_quad(N, C) - 4, 0), 0)
 
 
 @triton.jit
@@ -89,7 +99,7 @@ def noise_of_tile(held, t, seed, base4, N, lane_n, C: tl.constexpr):
     if C.NOISE != NO_NOISE:    # noqa: SIM102  known at compile time, the other is not
         if t % C.PERIOD == 0:
             quad = t // C.PERIOD
-            held = hold_noise(seed, base4 + quad.to(tl.int64) * N + lane_n, C.NOISE, C.WIDE)
+            held = hold_noise(seed, base4 + quad.to(tl.int64) * next_quad(N, C) + lane_n, C.NOISE, C.WIDE)
     return held
 
 

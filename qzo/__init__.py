@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .nn.linear import QZOLinear
     from .nn.ops import backend
     from .nn.streaming.offload import offload, together
+    from .nn.tensor_parallel import shard_, unshard_
     from .nn.weights import PackedWeight
     from .optim.journal import JournalError
     from .optim.optimizer import QZO
@@ -62,6 +63,7 @@ _HOMES = {
     "nn.layers": ("codebooks", "evaluating", "scale_index", "scales", "train_codebooks_", "train_only_"),
     "nn.ops": ("backend",),
     "nn.streaming.offload": ("offload", "together"),
+    "nn.tensor_parallel": ("shard_", "unshard_"),
     "nn.weights": ("PackedWeight",),
     "optim.journal": ("JournalError",),
     "optim.optimizer": ("QZO",),
@@ -96,10 +98,12 @@ __all__ = [
     "save_pretrained",
     "scale_index",
     "scales",
+    "shard_",
     "static_batch",
     "together",
     "train_codebooks_",
     "train_only_",
+    "unshard_",
 ]
 
 

@@ -71,7 +71,7 @@ def official_losses(model: nn.Module, data: Prompted, rows: Rows) -> torch.Tenso
     return row_losses(found, rows.noise)
 
 
-ZEROTH_ORDER = Recipe(STEPS, BATCH, 4.0, directions=8)
+ZEROTH_ORDER = Recipe(STEPS, BATCH, 6.0, directions=16, one_sided=True)
 METHODS = {
     "QZO": Method(ZEROTH_ORDER),
     "first-order, scales": Method(Recipe(STEPS, BATCH, 1e-2), Differentiable),

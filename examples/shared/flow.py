@@ -158,6 +158,12 @@ class Recipe(NamedTuple):
     batch: int
     learning_rate: float
     directions: int = 1  # of QZO
+    one_sided: bool = False
+
+    @property
+    def evaluations(self) -> int:
+        """Losses of a step."""
+        return self.directions * (1 if self.one_sided else 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +186,9 @@ def tune(
     model: nn.Module, recipe: Recipe, batch: Batch, seed: int, objective: Objective = Objective()
 ) -> list[tuple[int, float]]:
     """QZO on the scales of every layer: [(step, mean loss)], every 50 steps."""
-    optimizer = qzo.QZO(model, recipe.learning_rate, directions=recipe.directions, seed=seed)
-    evaluations, curve = 2 * recipe.directions, []
+    chosen = {"directions": recipe.directions, "one_sided": recipe.one_sided}
+    optimizer = qzo.QZO(model, recipe.learning_rate, **chosen, seed=seed)
+    evaluations, curve = recipe.evaluations, []
     for step, rate, *drawn in objective.steps(recipe, batch, seed):
         optimizer.param_groups[0]["lr"] = rate
         data, rows = (type(part)(*qzo.pair(tuple(part), evaluations)) for part in drawn)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
+from ..nn.tensor_parallel import is_sharded
 from .formats import TARGETS, bnb, files, gguf
 from .formats.limits import float_zeros
 from .formats.protocol import Checkpoint, Copied
@@ -137,6 +138,11 @@ def check_source(checkpoint: Checkpoint, method: str, round_zeros: bool) -> None
 
 
 def _checked_source(model: Any) -> Source:
+    if is_sharded(model):
+        raise ValueError(
+            "the model's layers are cut in parts (qzo.shard_): qzo.unshard_(model) on all ranks first, and save on "
+            "one; or qzo.replay the journal on the base"
+        )
     source = source_of(model)
     if source is None:
         raise ValueError(

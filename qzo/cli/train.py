@@ -20,9 +20,10 @@ from ..reports.memory import Run, predict_loaded
 from ..system.ranks import FirstFailed, RankLost, Ranks, RanksDiffer, RanksDiverged, joined, launched
 from ..training.data import IGNORED, Example
 from ..training.folder import write_results
-from ..training.loop import Trainable, build_task, check_batch_size, choose_layers, fit, fits_biases, planned_steps
+from ..training.loop import Trainable, build_task, check_batch_size, choose_layers, fit, fits_biases
 from ..training.plan import lines, plan
 from ..training.records import read_data
+from ..training.schedule import planned_steps
 from ..training.settings import PAPER, Settings
 from ..training.task import Measure, Task, measure
 from ..training.validation import PARTS, Base, Validation

@@ -20,7 +20,8 @@ from ..diffusion.transformer import Origin, load_transformer, save_pipeline
 from ..nn.layers import layers
 from ..reports.memory import Run, predict_loaded
 from ..training.folder import write_results
-from ..training.loop import check_batch_size, planned_steps, trained_count
+from ..training.loop import check_batch_size, trained_count
+from ..training.schedule import planned_steps
 from ..training.settings import Settings
 from .common import say
 from .diffusion_options import CACHE, DIRECTIONS, STEPS

@@ -22,6 +22,7 @@ DEFAULTS = {  # of training/settings.py
     "max_cut": 0.5,
     "decay": 0.1,
     "check_every": 100,
+    "staleness": 0,
     "floor": FLOOR,
     "eps": EPS,
     "clip": CLIP,
@@ -250,4 +251,11 @@ def _add_ranks(ranks: argparse._ArgumentGroup) -> None:
         metavar="STEPS",
         help="steps between two comparisons of all processes' scales, which end the run where they differ (default "
         f"{DEFAULTS['check_every']}; 0: never)",
+    )
+    ranks.add_argument(
+        "--staleness",
+        type=int,
+        metavar="STEPS",
+        help="evaluate each step on the scales as they were so many steps before, so that a process may be late by as "
+        f"many before the others wait for it; without CUDA graphs (default {DEFAULTS['staleness']}: none)",
     )

@@ -160,7 +160,13 @@ def _leave(layer: QZOLinear, codebooks: bool) -> None:
 
 
 def check_sharing_of(module: nn.Module, sharing: str) -> None:
-    """ValueError where noise is to be shared by rows and codebooks train, which have none."""
+    """ValueError where noise is to be shared by rows and codebooks train, which have none, or layers' rows are cut."""
+    cut = [name for name, layer in layers(module).items() if layer.part is not None and layer.part.cuts_rows]
+    if sharing == "row" and cut:
+        raise ValueError(
+            f"sharing='row' has one z for each output row, that of its first scale, which ranks that hold other inputs "
+            f"of {cut[0]} do not see (rowwise); use sharing='group', or divide steps instead (parallel='data')"
+        )
     if sharing == "row" and any(layer.trains_codebooks for layer in layers(module).values()):
         raise ValueError(
             "sharing='row' has one z for each output row, which codebooks that train do not have; use sharing='group'"

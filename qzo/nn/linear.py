@@ -1,7 +1,7 @@
 """QZOLinear, a drop-in nn.Linear of quantized weights."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,19 +12,14 @@ from . import ops
 from .arena import ScaleArena, codebooks_name
 from .evaluations import Evaluations
 from .no_values import NoValues
+from .part import Part, Stored
 from .quantize import quantize_weight
 from .siblings import Siblings
 from .state import NAMES, packed_of
 from .weights import PackedWeight, check_bits, check_group_size, to_planes, to_rows
 
 _OFFLOADED = "the codes are offloaded and stay where they are: restore() what qzo.offload has returned first"
-
-
-class Stored(Protocol):
-    """Where the codes of a layer are, if they are only on their way through its device (streaming/offload.py)."""
-
-    def read(self, what: str) -> torch.Tensor | None:
-        """A copy of the "codes" or "zeros" on the layer's device; None where it has none."""
+_IN_PARTS = "the layer holds one rank's part of its codes: qzo.unshard_(model) on all ranks first"
 
 
 class QZOLinear(nn.Module):
@@ -72,6 +67,7 @@ class QZOLinear(nn.Module):
     evaluations: Evaluations | None  # what forward runs under; `evaluating` sets it
     siblings: Siblings | None = None  # layers of the same module that may be given the same x (siblings.py)
     stored: Stored | None = None  # what `codes` and `zeros` have while the layer runs; None: they always have it
+    part: Part | None = None  # what of the codes and zeros of the whole layer this rank has; None: all
     _planned: tuple[object, Weight] | None
 
     def __init__(
@@ -198,7 +194,9 @@ class QZOLinear(nn.Module):
         return self.packed().dequantize()
 
     def read_codes(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Codes and zero points: the layer's own, or copies where they are offloaded."""
+        """Codes and zero points: the layer's own, or copies where offloaded, or in parts (on all ranks at once)."""
+        if self.part is not None:
+            return self.part.whole_codes(self.codes), self.part.whole_zeros(self.zeros)
         if self.stored is None:
             return self.codes, self.zeros
         codes = self.stored.read("codes")
@@ -244,21 +242,27 @@ class QZOLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., N] of x [..., K], in `out_dtype`, or that of x; under the evaluations of `evaluating`, if any."""
+        if self.part is not None:
+            return self.part.forward(x, self._product, self.out_dtype, self.bias)
+        return self._product(x, self.out_dtype)
+
+    def _product(self, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """What `forward` gives, in dtype, or that of x, by the codes that are here."""
         perturbation, evaluations, perm = None, self.evaluations, self._buffers["perm"]
         if evaluations is not None:
             perturbation = evaluations.perturbation if self.trainable else evaluations.unperturbed
         if perm is not None and x.shape[-1] == self.in_features:  # other widths: ops names the mismatch
             x = x.index_select(-1, perm)
         traced = ops.is_traced(x)
-        if self.siblings is not None and perm is None and not traced:
+        if self.siblings is not None and perm is None and not traced and dtype == self.out_dtype:
             y = self.siblings.product(self, x, perturbation)
             if y is not None:
                 return y
         weight = self._describe() if traced else self.kernel_weight()
         if weight.in_rows and ops.uses_triton(x.device):
-            self.codes = to_planes(self.codes, self.in_features, self.bits)
+            self.codes = to_planes(self.codes, weight.in_features, self.bits)
             weight = self.kernel_weight()
-        return ops.matmul(x, weight, perturbation, self.out_dtype)
+        return ops.matmul(x, weight, perturbation, dtype)
 
     def kernel_weight(self) -> Weight:
         """The weight as the kernels take it; the same object, with what was planned for it, until a tensor moves."""
@@ -291,7 +295,7 @@ class QZOLinear(nn.Module):
             own = codebooks_name(name)
             books = self.arena.quads(own).view(self.held_codebooks().shape)
             book4 = self.arena.slots[own].base4
-        return Weight(
+        weight = Weight(
             self.codes,
             self.arena.quads(name),
             self.in_features,
@@ -304,6 +308,7 @@ class QZOLinear(nn.Module):
             books,
             book4,
         )
+        return weight if self.part is None else self.part.weight_of(weight)
 
     def extra_repr(self) -> str:
         form = "symmetric" if self.zeros is None else f"{str(self.zeros.dtype).removeprefix('torch.')} zeros"
@@ -319,7 +324,7 @@ class QZOLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in ("codes", "zeros", "bias", "codebooks", "arena", "perm", "table", "out_dtype"):
+        if name in ("codes", "zeros", "bias", "codebooks", "arena", "perm", "table", "out_dtype", "part"):
             self._let_go()  # or it would keep the memory of what is replaced
 
     def __getstate__(self) -> dict[str, Any]:
@@ -340,7 +345,7 @@ class QZOLinear(nn.Module):
                 self._buffers[name] = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
         if codes.device != self.codes.device and not self.codes.is_meta and self.codebooks is None:
             form = to_rows if self.codes.device.type == "cpu" else to_planes
-            self.codes = form(self.codes, self.in_features, self.bits)
+            self.codes = form(self.codes, self._describe().in_features, self.bits)
         self.arena.move(fn)
         return self
 
@@ -350,14 +355,10 @@ class QZOLinear(nn.Module):
         planes = to_planes(codes, self.in_features, self.bits)  # words of vectors are what they are
         destination[prefix + "codes"] = planes
         destination[prefix + "scales"] = self.read_scales()
-        if zeros is not None:
-            destination[prefix + "zeros"] = zeros
-        if self.perm is not None:
-            destination[prefix + "perm"] = self.perm
+        more = {"zeros": zeros, "perm": self.perm, "codebooks": self.read_codebooks()}
+        destination.update({prefix + name: tensor for name, tensor in more.items() if tensor is not None})
         if self.table is not None:
             destination[prefix + "table"] = torch.tensor(self.table)
-        if self.codebooks is not None:
-            destination[prefix + "codebooks"] = self.read_codebooks()
         if self.bits != 4:
             destination[prefix + "bits"] = torch.tensor(self.bits)
 
@@ -379,8 +380,8 @@ class QZOLinear(nn.Module):
         if own["codes"] is None or own["scales"] is None:
             return
         try:
-            if self.stored is not None:
-                raise ValueError(_OFFLOADED)
+            if self.stored is not None or self.part is not None:
+                raise ValueError(_OFFLOADED if self.part is None else _IN_PARTS)
             books = 0 if self.codebooks is None else len(self.codebooks)
             loaded = packed_of(own, self.bits, self.in_features, self.out_features, self.group_size, books)
         except ValueError as error:

@@ -1,4 +1,5 @@
-"""What is said to a run whose losses mean little: they are not finite, or their difference is rounded away."""
+"""What is said to a run whose losses mean little: they are not finite, not as many as evaluations, or
+their difference is rounded away."""
 
 import warnings
 from collections.abc import Mapping
@@ -32,6 +33,19 @@ def against_alike(steps: int, group: Mapping[str, Any]) -> str:
         "the perturbation. Compute it inside the closure, with the module that this optimizer was made for, from "
         "nothing kept between calls; a metric that ties (accuracy or a reward over few rows) needs more rows or "
         f"directions, a larger eps ({group['eps']:g}), or finer values"
+    )
+
+
+def against_shape(losses: Any, count: int | None = None) -> str:
+    """What a closure has to return instead: the losses of `count` evaluations, or (None) of the one it runs under."""
+    got = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+    if count is None:
+        return (
+            f"with paired=False the closure must return one number, the loss of the evaluation it runs under; got {got}"
+        )
+    return (
+        f"the closure must return a tensor [{count}], the loss of each evaluation; got {got}. Stack the batch with "
+        "qzo.pair and use qzo.losses, or step(closure, paired=False)"
     )
 
 

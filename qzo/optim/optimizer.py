@@ -21,13 +21,13 @@ from ..nn.evaluations import Evaluations
 from ..nn.layers import arena_of, check_sharing_of, evaluating, layers
 from ..nn.streaming.offload import together
 from ..system.ranks import Ranks
-from .advice import against_alike, against_nan, warn_if_rounded_away
+from .advice import against_alike, against_nan, against_shape, warn_if_rounded_away
 from .defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
 from .ranges import check
 from .replay import journal_header
-from .shares import Share
+from .shares import TENSOR, Share, check_parts
 from .step import LARGEST, StepResult, apply_steps, evaluation_count, perturbations, project, sides
 
 ALIKE = 50  # first steps without a difference, after which the objective is taken to ignore the perturbation
@@ -84,9 +84,9 @@ class QZO(torch.optim.Optimizer):
         where there is no such device. False: never. What cannot be captured runs without, after one warning that says
         why. Steps of several ranks run without.
     parallel
-        What is divided among several processes, the ranks of torch.distributed's default group where it is initialized:
-        "data", the examples; "directions", the evaluations; "AxB", A parts of the examples times B groups of the
-        evaluations (shares.py). All take the same steps; the first writes the journal. None: this process is alone.
+        What is divided among the ranks of torch.distributed's default group, if there is one: "data", the examples;
+        "directions", the evaluations; "AxB", A parts of the examples times B groups of the evaluations; "tensor", the
+        layers (`qzo.shard_`). All take the same steps; the first writes the journal. None: this process is alone.
     check_every
         Steps after which ranks compare a digest of their scales; 0: never.
     journal_fsync
@@ -143,13 +143,11 @@ class QZO(torch.optim.Optimizer):
         ops.check_large_rows(large_rows)
         self.module, self.large_rows = module, large_rows
         self.arena: ScaleArena = arena_of(module, exact=True)
-        self.paired, self.max_skipped = paired, max_skipped
-        self.cuda_graph = cuda_graph
+        self.paired, self.max_skipped, self.cuda_graph, self.staleness = paired, max_skipped, cuda_graph, staleness
         self.graphs: Graphs | None = None
         self.last: StepResult | None = None
         self._skipped_in_a_row, self._told = 0, False
         self._alike: int | None = 0  # steps without a difference so far; None once there was one
-        self.staleness = staleness
         self._ahead: collections.deque[Callable[[], float]] = collections.deque()  # take the steps after this one
         law = dict(noise=noise, relative=relative, sharing=sharing, floor=floor, one_sided=one_sided)
         numbers = dict(lr=lr, eps=eps, clip=clip, directions=directions, seed=seed, step=0)
@@ -159,7 +157,7 @@ class QZO(torch.optim.Optimizer):
         self.parallel = parallel or "data"
         self.check_every, self._checked = check_every, 0
         self.journal: Journal | None = None
-        _ = self.share  # refused now, if it is
+        check_parts(module, parallel, self.share)
         if journal is not None or self.ranks.count > 1:
             self._begin(journal, resume, recipe or {}, journal_fsync)
 
@@ -169,7 +167,7 @@ class QZO(torch.optim.Optimizer):
         """See that all ranks are alike, open the journal on the first, and apply the steps it holds on all."""
         group = self.param_groups[0]
         own = {"staleness": self.staleness, "one_sided": group["one_sided"]}
-        if self.ranks.count > 1:
+        if self.ranks.count > 1 and self.parallel != TENSOR:  # any number of ranks, and one, go on with that journal
             own |= {"ranks": self.ranks.count, "shares": self.parallel}
         recipe = {**recipe, **{name: value for name, value in own.items() if value}}
         header = journal_header(self.module, group, recipe)
@@ -194,6 +192,11 @@ class QZO(torch.optim.Optimizer):
         """Which part of the coming step is this rank's."""
         return Share(self.ranks, evaluation_count(self.param_groups[0]), self.parallel)
 
+    @property
+    def evaluated(self) -> int:
+        """Steps that are evaluated: those that were taken, and those ahead of them (`staleness`)."""
+        return self.param_groups[0]["step"] + len(self._ahead)
+
     def evaluations(self) -> Evaluations:
         """The Evaluations that the coming call of `step` makes: +eps and -eps of each direction in turn.
 
@@ -213,7 +216,7 @@ class QZO(torch.optim.Optimizer):
                 "that shares them): make a new QZO"
             )
         group = self.param_groups[0]
-        seeds, coefs = perturbations(group, group["step"] + len(self._ahead))
+        seeds, coefs = perturbations(group, self.evaluated)
         law, mine = (group["noise"], group["relative"], group["sharing"]), self.share.mine
         return Evaluations(seeds[mine], coefs[mine], *law).to(self.arena.data.device)
 
@@ -272,13 +275,17 @@ class QZO(torch.optim.Optimizer):
         call = closure if batch is None else functools.partial(closure, batch)
         sent = self.share.send(self.losses(call, self.evaluations(), paired))
         self._ahead.append(functools.partial(self._take, sent, self.rates()))
-        return self._ahead.popleft()() if len(self._ahead) > self.staleness else math.nan
+        return self.take() if len(self._ahead) > self.staleness else math.nan
 
     @torch.no_grad()
+    def take(self) -> float:
+        """Take the first step that is evaluated and not yet taken (`staleness`), as `step` does; its mean loss."""
+        return self._ahead.popleft()()
+
     def drain(self) -> None:
-        """Take the steps that are evaluated and not yet taken: what ends a run with `staleness`. Raises as `step`."""
+        """Take all of them: what ends a run with `staleness`. Raises as `step`."""
         while self._ahead:
-            self._ahead.popleft()()
+            self.take()
 
     def _take(self, sent: Callable[[], torch.Tensor], rates: tuple[float, float, float]) -> float:
         """Take a step whose losses were sent, at the rates of its evaluation; returns the mean loss."""
@@ -362,21 +369,14 @@ class QZO(torch.optim.Optimizer):
             with self.perturbed(evaluations):
                 losses = closure()
             if not isinstance(losses, torch.Tensor) or not fits(losses, len(evaluations)):
-                got = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-                raise ValueError(
-                    f"the closure must return a tensor [{len(evaluations)}], the loss of each evaluation; got {got}. "
-                    "Stack the batch with qzo.pair and use qzo.losses, or step(closure, paired=False)"
-                )
+                raise ValueError(against_shape(losses, len(evaluations)))
             return losses
 
         def single(e: int) -> torch.Tensor:
             with self.perturbed(evaluations[e : e + 1]):
                 loss = torch.as_tensor(closure(), dtype=torch.float64)
             if loss.numel() != 1 and not fits(loss, 1):
-                raise ValueError(
-                    f"with paired=False the closure must return one number, the loss of the evaluation it "
-                    f"runs under; got {list(loss.shape)}"
-                )
+                raise ValueError(against_shape(loss))
             return loss.view(1) if loss.numel() == 1 else loss
 
         return torch.cat(together(self.module, [functools.partial(single, e) for e in range(len(evaluations))]))

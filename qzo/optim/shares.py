@@ -3,6 +3,8 @@
     data         every rank runs all evaluations of the step on its own examples
     directions   every rank runs its own evaluations on all examples
     AxB          both: A parts of the examples times B groups of the evaluations; A * B ranks
+    tensor       nothing: every rank runs all evaluations on all examples, with its part of each layer's codes
+                 (nn/tensor_parallel.py); their losses are the same, those of the first are taken
 
 Rank r has part r // B of the examples and group r % B of the evaluations. It sends 16 bytes for each of its
 evaluations, the sum of its losses and how many they are (and 16 for each option, where label biases are fitted:
@@ -16,10 +18,13 @@ import re
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from ..loss.sums import means
+from ..nn.tensor_parallel import is_sharded
 from ..system.ranks import Ranks
 
+TENSOR = "tensor"
 PARALLEL = re.compile(r"data|directions|[1-9]\d*x[1-9]\d*")
 
 
@@ -33,11 +38,12 @@ class Share:
     """
 
     def __init__(self, ranks: Ranks, evaluations: int, parallel: str = "data") -> None:
-        check_parallel(parallel)
+        if parallel != TENSOR:
+            check_parallel(parallel)
         self.ranks, self.evaluations = ranks, evaluations
-        named = {"data": (ranks.count, 1), "directions": (1, ranks.count)}
+        named = {"data": (ranks.count, 1), "directions": (1, ranks.count), TENSOR: (1, 1)}
         self.parts, self.groups = named.get(parallel) or map(int, parallel.split("x"))
-        if self.parts * self.groups != ranks.count:
+        if self.parts * self.groups != ranks.count and parallel != TENSOR:
             raise ValueError(
                 f"parallel={parallel!r} is for {self.parts * self.groups} ranks, there are {ranks.count}: start as "
                 "many (torchrun --nproc-per-node), or divide the step otherwise"
@@ -56,7 +62,7 @@ class Share:
                 f"a batch of {count} examples cannot be divided over {self.parts} ranks: give at least as many "
                 "(--batch-size), or divide the evaluations (--parallel directions)"
             )
-        return _slice(count, self.ranks.rank // self.groups, self.parts)
+        return _slice(count, self.ranks.rank // self.groups % self.parts, self.parts)
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
         """The loss of each of the step's evaluations, float64 [E] on the CPU, the same bits on every rank.
@@ -76,7 +82,7 @@ class Share:
 
         def wait() -> torch.Tensor:
             total = columns.new_zeros(self.evaluations, columns.shape[1])
-            for rank, of_rank in enumerate(gathered()):
+            for rank, of_rank in enumerate(gathered()[: self.parts * self.groups]):
                 its = _slice(self.evaluations, rank % self.groups, self.groups)
                 total[its] += of_rank[: its.stop - its.start]
             return means(total if summed else total[:, 0] / total[:, 1])
@@ -86,10 +92,30 @@ class Share:
 
 def check_parallel(parallel: str) -> None:
     """ValueError for what names no division of a step."""
+    if parallel == TENSOR:
+        raise ValueError(
+            f"parallel={TENSOR!r} divides layers, not steps, and needs a loop of your own: qzo.shard_(model), then "
+            f"qzo.QZO(model, ..., parallel={TENSOR!r})"
+        )
     if not isinstance(parallel, str) or not PARALLEL.fullmatch(parallel):
         raise ValueError(
             f"parallel={parallel!r:.60}: expected data, directions, or how many parts of the examples times groups of "
             "the evaluations, such as 2x4"
+        )
+
+
+def check_parts(module: nn.Module, parallel: str | None, share: Share) -> None:
+    """ValueError where layers are cut in parts and steps are to be divided, or are not and steps are not."""
+    cut, count = is_sharded(module), share.ranks.count
+    if cut and parallel != TENSOR:
+        raise ValueError(
+            f"parallel={parallel!r}: the model's layers are cut in parts (qzo.shard_), so that all ranks run every "
+            f"example; use parallel={TENSOR!r}, or qzo.unshard_(model) first"
+        )
+    if parallel == TENSOR and count > 1 and not cut:
+        raise ValueError(
+            f"parallel={TENSOR!r}: no layer is cut in parts, each of {count} ranks would do the same; call "
+            "qzo.shard_(model) first"
         )
 
 

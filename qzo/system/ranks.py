@@ -1,7 +1,8 @@
 """The processes ("ranks") of torch.distributed that make one run: what they tell each other, and that they are alike.
 
-A rank sends numbers and settings, never a tensor of the model's size; whatever comes back is the same on each. Nothing
-here is a process group of its own: torchrun's, or whoever's called `torch.distributed.init_process_group`, is used.
+A rank sends numbers and settings, never a tensor of the model's size, but where layers are cut in parts (nn/part.py);
+whatever comes back is the same on each. Nothing here is a process group of its own: torchrun's, or whoever's called
+`torch.distributed.init_process_group`, is used.
 
 Terms (rank): docs/glossary.md.
 """
@@ -73,6 +74,18 @@ class Ranks:
             return torch.stack(found).cpu()
 
         return wait
+
+    def exchange(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor of each rank, of one shape [..., n] and dtype on all -> those of all ranks in their order, on its
+        own device: parts of activations and of codes, which the process group's backend for that device sends."""
+        if self.count == 1:
+            return [values]
+        data = values.contiguous().view(torch.uint8)  # a backend may lack the dtype
+        found = [torch.empty_like(data) for _ in range(self.count)]
+        with _listening():
+            dist.all_gather(found, data)
+        self.sent += data.nbytes
+        return [one.view(values.dtype) for one in found]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What make(), called on the first rank alone, returned there: anything of JSON.

@@ -7,9 +7,9 @@ import torch
 from ..kernels.noise import law_number
 from ..nn.evaluations import Evaluations
 from ..optim.optimizer import QZO
-from ..optim.step import project
+from ..optim.step import project, sides
 
-UNMOVED = 5  # steps in a row whose losses are the same under +eps and -eps, before a run is ended
+UNMOVED = 5  # steps in a row in which the losses that are compared are the same, before a run is ended
 
 
 class AccumulatedQZO(QZO):
@@ -46,7 +46,8 @@ class AccumulatedQZO(QZO):
             if self._sum is None:
                 raise RuntimeError("a step has no losses: accumulate() comes before reduce() and step()")
             self._reduced = self.share.combine(self._sum)
-        return (self._reduced[0::2] - self._reduced[1::2]) / self.rates()[1]
+        loss, other = sides(self._reduced, self.param_groups[0]["one_sided"])
+        return (loss - other) / self.rates()[1]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget losses that no step has used: those of a run that was interrupted."""
@@ -59,7 +60,7 @@ class AccumulatedQZO(QZO):
         Raises
         ------
         ValueError
-            The losses of UNMOVED steps in a row were the same under +eps and -eps; a closure was given.
+            The losses of UNMOVED steps in a row were the same under all perturbations; a closure was given.
         FloatingPointError, OSError
             As in `QZO`.
         """
@@ -67,17 +68,18 @@ class AccumulatedQZO(QZO):
             raise ValueError("this optimizer takes its losses by accumulate(), not from a closure")
         self.reduce()
         assert self._reduced is not None
-        losses = self._reduced
-        derivatives, applied = project(losses, self.rates(), law_number(self.param_groups[0]["noise"]))
+        losses, group = self._reduced, self.param_groups[0]
+        derivatives, applied = project(losses, self.rates(), law_number(group["noise"]), group["one_sided"])
         self._sum = self._reduced = self._coming = None
         mean = self._finish(losses.tolist(), derivatives.tolist(), applied.tolist())
-        unmoved = torch.equal(losses[0::2], losses[1::2]) and bool(losses.isfinite().all())
+        unmoved = torch.equal(*sides(losses, group["one_sided"])) and bool(losses.isfinite().all())
         self._unmoved = self._unmoved + 1 if unmoved else 0
         if self._unmoved >= UNMOVED:
             raise ValueError(
-                f"the objective ignores the perturbation: in {UNMOVED} steps in a row its losses under +eps and -eps "
-                f"were the same bit for bit (last: {losses.tolist()}). Nothing is learned from such a loss: it is "
+                f"the objective ignores the perturbation: in {UNMOVED} steps in a row its losses under "
+                f"{'all directions' if group['one_sided'] else '+eps and -eps'} were the same bit for bit "
+                f"(last: {losses.tolist()}). Nothing is learned from such a loss: it is "
                 "constant, is made of values that were detached or computed beforehand, or eps is too small for the "
-                f"dtype of the activations (eps={self.param_groups[0]['eps']:g})"
+                f"dtype of the activations (eps={group['eps']:g})"
             )
         return mean

@@ -27,6 +27,7 @@ from ..loss.head import has_encoder
 from ..loss.losses import losses as own_losses
 from ..nn.layers import arena_of, layers
 from ..optim.defaults import CLIP, EPS, FLOOR
+from ..optim.step import evaluation_count
 from ..system.disk import write_whole
 from ..training.validation import Base
 from .accumulated import AccumulatedQZO
@@ -58,11 +59,11 @@ class QZOTrainerMixin(_Base):
     ----------
     args, kwargs
         Of the trainer; the model holds QZOLinear layers (`qzo.from_pretrained`).
-    eps, clip, noise, relative, sharing, directions, floor, large_rows
+    eps, clip, noise, relative, sharing, directions, one_sided, floor, large_rows
         As in `QZO`.
     paired
-        One forward for all 2 J evaluations, the batch stacked 2 J times; False: a forward each, in turn, which takes
-        less memory.
+        One forward for all E evaluations, 2 J or one-sided J, the batch stacked E times; False: a forward each, in
+        turn, which takes less memory.
 
     Raises
     ------
@@ -84,6 +85,7 @@ class QZOTrainerMixin(_Base):
         relative: bool = True,
         sharing: str = "group",
         directions: int = 1,
+        one_sided: bool = False,
         floor: float = FLOOR,
         large_rows: str = "fused",
         paired: bool = True,
@@ -97,6 +99,7 @@ class QZOTrainerMixin(_Base):
             "relative": relative,
             "sharing": sharing,
             "directions": directions,
+            "one_sided": one_sided,
             "floor": floor,
             "large_rows": large_rows,
             "paired": paired,
@@ -233,7 +236,7 @@ class QZOTrainerMixin(_Base):
     def _losses(
         self, compute_loss: Callable[..., torch.Tensor], model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The loss of each evaluation, float64 [2 J]."""
+        """The loss of each evaluation, float64 [E]."""
         optimizer = self._optimizer
         evaluations = optimizer.evaluations()
         if self._is_own_loss(model, inputs):
@@ -290,7 +293,7 @@ class QZOTrainerMixin(_Base):
         main = getattr(self.model, "main_input_name", "input_ids")
         tokens = inputs.get(main) if isinstance(inputs, Mapping) else None  # of TRL a list of prompts
         count = math.prod(tokens.shape[:2]) if isinstance(tokens, torch.Tensor) else 0
-        return 4 * self._settings["directions"] * count * self._weights
+        return 2 * evaluation_count(self._settings) * count * self._weights
 
     @functools.cached_property
     def _weights(self) -> int:

@@ -5,6 +5,7 @@ OUT/metrics.jsonl  one line a step                        OUT/run.json    settin
 OUT/model/         the tuned model in its source's format
 """
 
+import collections
 import dataclasses
 import hashlib
 import statistics
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..loss.head import has_encoder
 from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only_
@@ -31,6 +31,7 @@ from .compiled import Compiled
 from .folder import Metrics, finite
 from .prefix import FrozenPrefix
 from .progress import Progress
+from .schedule import planned_steps, schedule
 from .settings import RATE, Settings
 from .task import Measure, Task
 from .validation import Validation
@@ -134,7 +135,7 @@ def fit(
     settings.learning_rate = ranks.from_first(lambda: _settled_rate(task, settings, out, resume, show))
     planned, settings.large_rows = ranks.from_first(lambda: _settled(task, settings, out, resume, show))
     optimizer = _optimizer(task, settings, out / "journal.qzo", resume, planned)
-    start = optimizer.param_groups[0]["step"]
+    start = optimizer.evaluated
     try:
         with (
             disk.naming(out),
@@ -143,17 +144,15 @@ def fit(
         ):
             if validation is not None:
                 validation.recall(ranks.from_first(lambda: metrics.lines))
-                found = validation.catch_up(start, last=start == settings.max_steps)
-                if found is not None and ranks.first:
-                    metrics.write({**line_of(optimizer.journal, start - 1), "valid": found})
             for line in _steps(task, settings, optimizer, planned, validation):
                 metrics.write(line)
-                progress.step(line)
-                after(line["step"] + 1)
+                if line["step"] >= start:
+                    progress.step(line)
+                    after(line["step"] + 1)
             if settings.check_every:
                 optimizer.check_ranks()
     except KeyboardInterrupt as stop:
-        raise Interrupted(optimizer.param_groups[0]["step"], status_of(stop)) from None
+        raise Interrupted(max(start, optimizer.param_groups[0]["step"]), status_of(stop)) from None
     finally:
         optimizer.close()
     return start
@@ -219,65 +218,48 @@ def _optimizer(task: Trainable, settings: Settings, journal: Path, resume: bool,
         cuda_graph=settings.cuda_graph,
         parallel=settings.parallel,
         check_every=settings.check_every,
+        staleness=settings.staleness,
         journal_fsync=settings.journal_fsync,
     )
-
-
-def planned_steps(settings: Settings, journal: Path | None) -> int:
-    """The steps that a run began with: settings.max_steps, or fewer where the journal of one that goes on says so.
-
-    A run may be extended: the steps beyond those it began with have its last learning rate.
-    """
-    found = read(journal) if journal is not None and journal.exists() else None
-    began = settings.max_steps if found is None else found[0].get("recipe", {}).get("max_steps", settings.max_steps)
-    if found is not None and len(found[1]) > settings.max_steps:
-        raise ValueError(
-            f"max_steps={settings.max_steps}: {journal} has {len(found[1])} steps already; give as many or more "
-            "(qzo replay --until rebuilds the model as it was before)"
-        )
-    return min(began, settings.max_steps)  # fewer than those are another run's, which the journal's header says
-
-
-def schedule(optimizer: QZO, settings: Settings, planned: int | None = None) -> LambdaLR:
-    """The learning rates of a run: linear from learning_rate to decay times it, from the optimizer's step on.
-
-    planned: steps until the last rate is reached, which stays; None: all of settings.max_steps.
-
-    LambdaLR, as its rate at a step is one product, whatever steps came before in this process: a resumed run has the
-    unbroken one's bits. LinearLR multiplies the rate of the step before, which rounds otherwise.
-    """
-    group = optimizer.param_groups[0]
-    group.setdefault("initial_lr", settings.learning_rate)
-    steps = planned or settings.max_steps
-
-    def factor(step: int) -> float:
-        return 1 - (1 - settings.decay) * min(step, steps) / steps
-
-    return LambdaLR(optimizer, factor, last_epoch=group["step"] - 1)
 
 
 def _steps(
     task: Trainable, settings: Settings, optimizer: QZO, planned: int, validation: Validation | None
 ) -> Iterator[dict[str, Any]]:
-    """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each."""
-    share = optimizer.share
-    at_once = 1 if settings.sequential else len(range(settings.evaluations)[share.mine])
+    """Make the steps that are left, or as many as validation has patience for; yields a line of metrics after each.
 
+    With `staleness` a turn evaluates a step and takes another: those that the journal holds already are taken again,
+    without a line, and those that are ahead when the patience ends are never taken.
+    """
+    share, start = optimizer.share, optimizer.evaluated
+    at_once = 1 if settings.sequential else len(range(settings.evaluations)[share.mine])
     centred = fits_biases(task, settings)
+    rates, ahead = schedule(optimizer, settings, planned), collections.deque[tuple[Any, dict[str, Any]]]()
 
     def sums(batch: data.Batch) -> torch.Tensor:  # one object for all steps: a captured step is found by it
         return task.compiled_sums(batch, at_once, centred)
 
-    rates = schedule(optimizer, settings, planned)
-    for step in range(optimizer.param_groups[0]["step"], settings.max_steps):
-        if validation is not None and validation.exhausted:
-            return
-        begun = time.perf_counter()
-        indices, [rate] = task.indices(step, settings.batch_size, settings.seed), rates.get_last_lr()
+    def evaluate(step: int) -> float:
+        """The step's rate and notes go to `ahead`; returns the loss of the step that is taken."""
+        indices = task.indices(step, settings.batch_size, settings.seed)
         part = (indices, at_once) if share.parts == 1 else (indices[share.rows(len(indices))], at_once, indices)
-        loss = optimizer.step(sums, batch=task.batch(*part))
+        [rate], loss = rates.get_last_lr(), optimizer.step(sums, batch=task.batch(*part))
         rates.step()
+        ahead.append((rate, task.notes()))
+        return loss
+
+    yield from _caught_up(optimizer, settings, validation, start)
+    for turn in range(start, settings.max_steps + settings.staleness):
+        if validation is not None and validation.exhausted:
+            break
+        begun = time.perf_counter()
+        loss = evaluate(turn) if turn < settings.max_steps else optimizer.take()
+        step = optimizer.param_groups[0]["step"] - 1
+        if step < start:
+            yield from _caught_up(optimizer, settings, validation, start)
+            continue
         assert optimizer.last is not None
+        rate, notes = ahead.popleft()
         line: dict[str, Any] = {
             "step": step,
             "loss": loss,
@@ -285,10 +267,23 @@ def _steps(
             "lr": rate,
             "skipped": optimizer.last.skipped,
             "seconds": round(time.perf_counter() - begun, 4),
-            **task.notes(),
+            **notes,
         }
         found = None if validation is None else validation.after(step + 1, last=step + 1 == settings.max_steps)
         yield line if found is None else {**line, "valid": found}
+    if optimizer.evaluated == start:
+        optimizer.drain()
+
+
+def _caught_up(
+    optimizer: QZO, settings: Settings, validation: Validation | None, start: int
+) -> Iterator[dict[str, Any]]:
+    """The line of the last step that the journal held when the run went on, if a kill came before its validation."""
+    if validation is None or optimizer.param_groups[0]["step"] != start:
+        return
+    found = validation.catch_up(start, last=start == settings.max_steps)
+    if found is not None and optimizer.journal is not None:  # that of the first rank
+        yield {**line_of(optimizer.journal, start - 1), "valid": found}
 
 
 def _settle_large_rows(task: Trainable, settings: Settings, journal: Path | None, show: bool | None) -> str:

@@ -50,6 +50,7 @@ class Settings:
     patience : measurements in a row without a lower loss after which the run ends; None: it makes all its steps
     parallel : what several ranks divide among them, as `QZO` has it; decides nothing where there is one
     check_every : steps after which several ranks compare their scales; 0: never
+    staleness : steps that are evaluated ahead of the scales, as `QZO` has it; 0: none
     journal_fsync : seconds of the run that a power failure may cost; 0: each step is synced to the disk
     label_bias : "fit": of a classification (the same options of one token in all examples) the steps learn what a bias
         per option cannot do, and these are fitted when the run has ended; "none": the steps learn all
@@ -85,6 +86,7 @@ class Settings:
     keep: str = "last"
     parallel: str = "data"
     check_every: int = 100
+    staleness: int = 0
     journal_fsync: float = SYNC_SECONDS
     label_bias: str = "fit"
 
@@ -111,6 +113,7 @@ class Settings:
             raise ValueError(
                 f"directions={self.directions}: one-sided, directions are compared: give 2 or more, or pairs"
             )
+        self._check_staleness()
         law_number(self.noise)
         check_sharing(self.sharing, self.relative)
         check_large_rows(self.large_rows)
@@ -123,6 +126,18 @@ class Settings:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r:.80}: known are {', '.join(known)}")
+
+    def _check_staleness(self) -> None:
+        if self.staleness >= self.max_steps:
+            raise ValueError(
+                f"staleness={self.staleness} with max_steps={self.max_steps}: every step would be evaluated on the "
+                "scales before the run; give fewer than there are steps"
+            )
+        if self.staleness and self.cuda_graph:
+            raise ValueError(
+                f"staleness={self.staleness} with cuda_graph: a step whose update comes later is no one graph; leave "
+                "one of them out"
+            )
 
     @property
     def evaluations(self) -> int:
@@ -139,6 +154,7 @@ class Settings:
             "train_layers": (1, math.inf, "an int >= 1 (or none: the whole model)"),
             "eval_every": (1, math.inf, "an int >= 1 (or none: a tenth of the run)"),
             "check_every": (0, math.inf, "an int >= 0 (0: never)"),
+            "staleness": (0, math.inf, "steps, an int >= 0 (0: no step runs ahead)"),
             "patience": (1, math.inf, "an int >= 1 (or none: the run makes all its steps)"),
         }
         for name, (least, most, wanted) in ranges.items():

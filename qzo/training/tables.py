@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..system.as_json import parsed
+from ..system.memory import free_bytes
 
 LISTS = ("messages", "conversations", "options", "tools", "history")
 DELIMITED = (".csv", ".tsv")
 COLUMNAR = {".parquet": "Parquet", ".arrow": "Arrow", ".feather": "Arrow"}
 READ = (*DELIMITED, *COLUMNAR)
+AT_ONCE = 1024  # rows of Parquet that are unpacked together
+SPARE = 1 << 28  # bytes of memory that a table leaves free
 DATASET, SPLIT_NAMES = "state.json", "dataset_dict.json"  # in a folder of one split, of several
 
 Numbered = Iterator[tuple[int, dict[str, Any]]]
@@ -127,6 +130,7 @@ def _columnar(path: Path, kind: str) -> Numbered:
     try:
         for batch in _batches(pyarrow, path, kind):
             batch.validate(full=True)  # lengths and offsets that a file says: pyarrow itself follows them anywhere
+            _check_fits(path, batch.nbytes)  # again: a footer tells no value's repetitions, and may lie
             for record in batch.to_pylist():
                 number += 1
                 yield number, without_nulls(record)
@@ -135,10 +139,22 @@ def _columnar(path: Path, kind: str) -> Numbered:
         raise ValueError(f"{path} cannot be read as {COLUMNAR[kind]}: {text:.400}") from None
 
 
+def _check_fits(path: Path, size: int) -> None:
+    """ValueError for rows of so many bytes that come next out of a file, when fewer are free."""
+    free = free_bytes("cpu")
+    if free is not None and size > free - SPARE:
+        raise ValueError(
+            f"{path}: its next rows unpack to {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB of memory are free, of "
+            f"which {SPARE / 1e9:.2f} stay so; give fewer rows, or smaller row groups"
+        )
+
+
 def _batches(pyarrow: Any, path: Path, kind: str) -> Iterator[Any]:
     if kind == ".parquet":
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from file.iter_batches()
+            for group in range(file.num_row_groups):
+                _check_fits(path, file.metadata.row_group(group).total_byte_size)
+                yield from file.iter_batches(AT_ONCE, [group])
         return
     with pyarrow.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":  # a file; else a stream, as datasets writes them

@@ -15,3 +15,5 @@ def test_the_estimate_is_the_product_of_gradient_and_direction_where_eps_fits(tm
         assert rows[law, "float32", 1e-2]["cosine"] > 0.9999
         coarse, fine = (rows[law, activations, 1e-2]["error"] for activations in ("bfloat16", "float16"))
         assert coarse > 2 * fine > 2 * fits
+        rounding, fits, curve = (rows[law, "float32", size]["one_sided"]["error"] for size in eps.EPS)
+        assert fits < 0.1 < min(rounding, curve)

@@ -47,7 +47,6 @@ def test_forward_passes_move_the_base_towards_the_other_style(run):
     assert run["training_seconds"] <= 60 * 60
 
 
-@pytest.mark.xfail(strict=True, reason="README.md: 200 steps close less")
 def test_forward_passes_close_thirty_percent_of_the_gap():
     [gradients] = runs_of("first-order, scales")
     assert max(run["loss"]["mean"] for run in runs_of("QZO")) <= GAP * gradients["loss"]["mean"] < 0

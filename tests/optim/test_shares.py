@@ -11,6 +11,7 @@ from qzo.nn.layers import arena_of
 from qzo.optim.optimizer import QZO
 from qzo.optim.shares import Share, check_parallel
 from qzo.system.ranks import Ranks
+from qzo.training.settings import Settings
 from tests.support import ranks
 from tests.support.close import assert_same_bits
 from tests.support.small_layers import block
@@ -31,6 +32,13 @@ def test_each_example_meets_each_evaluation_on_one_rank(count, evaluations, para
         one = share(rank, count, evaluations, parallel)
         met += itertools.product(range(examples)[one.rows(examples)], range(evaluations)[one.mine])
     assert sorted(met) == [*itertools.product(range(examples), range(evaluations))]
+
+
+def test_ranks_with_a_part_of_the_layers_run_everything_and_go_by_the_first():
+    gathered = torch.tensor([[[3.0, 2.0]], [[5.0, 2.0]]], dtype=torch.float64)
+    one = share(1, 2, 1, "tensor", gathered)  # of the second
+    assert (one.rows(7), one.mine) == (slice(0, 7), slice(0, 1))
+    assert one.combine(torch.ones(1)).tolist() == [1.5]
 
 
 def test_parts_are_added_in_the_order_of_the_ranks():
@@ -80,6 +88,11 @@ def test_fewer_examples_than_parts_are_refused():
 def test_a_division_is_a_text():
     with pytest.raises(ValueError, match="parallel=4"):
         check_parallel(cast(Any, 4))
+
+
+def test_commands_do_not_cut_layers():
+    with pytest.raises(ValueError, match=r"parallel='tensor' divides layers, not steps, .* qzo.shard_"):
+        Settings(parallel="tensor")
 
 
 def steps_of(parallel, paired=True):

@@ -68,9 +68,17 @@ def test_base_and_journal_are_the_model(base, plain):
 
 
 @pytest.mark.parametrize(
-    ("kind", "directions", "batch"), [(QZOTrainer, 1, 4), (QZOTrainer, 3, 1), (Own, 1, 1), (Own, 3, 3)]
+    ("kind", "directions", "batch", "one_sided"),
+    [
+        (QZOTrainer, 1, 4, False),
+        (QZOTrainer, 3, 1, False),
+        (QZOTrainer, 3, 2, True),
+        (Own, 1, 1, False),
+        (Own, 3, 3, False),
+        (Own, 3, 1, True),
+    ],
 )
-def test_paired_and_in_turn_have_the_same_bits(kind, directions, batch, base, tmp_path):
+def test_paired_and_in_turn_have_the_same_bits(kind, directions, batch, one_sided, base, tmp_path):
     found = {}
     for paired in (True, False):
         run = trained(
@@ -80,6 +88,7 @@ def test_paired_and_in_turn_have_the_same_bits(kind, directions, batch, base, tm
             changes={"per_device_train_batch_size": batch, "max_steps": 3, "save_strategy": "no"},
             paired=paired,
             directions=directions,
+            one_sided=one_sided,
         )
         found[paired] = scales(run), losses_of(run)
     assert torch.equal(found[True][0], found[False][0])
@@ -119,6 +128,40 @@ def test_two_ranks_have_the_bits_of_one_process(base, tmp_path):
     changes = {"max_steps": 4, "save_strategy": "no", "per_device_train_batch_size": 2}
     one = trained(base, tmp_path / "one", changes={**changes, "gradient_accumulation_steps": 2})
     assert {line[run] for line in told for run in ("whole", "resumed")} == {trainers.digest(one)}
+
+
+def test_one_sided_steps_are_those_of_qzo_and_resume(base, tmp_path):
+    """An evaluation a direction, over two micro-batches a step; killed, and resumed from a checkpoint."""
+    changes = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    one_sided = {"directions": 3, "one_sided": True}
+    whole = trained(base, tmp_path, changes=changes, **one_sided)
+    journal = (tmp_path / "journal.qzo").read_bytes()
+    header, steps, _ = read_whole(tmp_path / "journal.qzo")
+    assert header["recipe"] == {"trainer": "transformers", "paired": True, "one_sided": True}
+    for records in steps:
+        losses = [record.loss_plus for record in records]
+        others = [(sum(losses) - loss) / 2 for loss in losses]
+        assert [record.loss_minus for record in records] == pytest.approx(others, rel=1e-6)
+    largest = [max(abs(r.loss_plus - r.loss_minus) for r in records) / 1e-2 for records in steps]
+    logged = [line["grad_norm"] for line in whole.state.log_history if "grad_norm" in line]
+    assert logged == pytest.approx(largest, rel=1e-3)
+    model = copy.deepcopy(base)
+    qzo.replay(model, tmp_path / "journal.qzo")
+    assert torch.equal(arena_of(model).data, scales(whole))
+
+    (tmp_path / "journal.qzo").write_bytes(journal[:-40])
+    again = trained(base, tmp_path, resume=tmp_path / "checkpoint-2", changes=changes, **one_sided)
+    assert (tmp_path / "journal.qzo").read_bytes() == journal
+    assert torch.equal(scales(again), scales(whole))
+    with pytest.raises(ValueError, match="one_sided"):
+        trained(base, tmp_path, resume=tmp_path / "checkpoint-2", changes=changes, directions=3)
+
+
+def test_one_sided_steps_count_an_evaluation_for_each_direction(base, tmp_path):
+    changes = {"max_steps": 1, "save_strategy": "no"}
+    pairs = trained(base, tmp_path / "pairs", changes=changes, directions=2)
+    one_sided = trained(base, tmp_path / "one", changes=changes, directions=4, one_sided=True)
+    assert one_sided.state.total_flos == pairs.state.total_flos > 0
 
 
 # ------------------------------------------------------------------------------------------------ a step

@@ -46,6 +46,9 @@ WRONG = [
     ({"sharing": "row", "relative": False}, "sharing='row' scales a whole output row"),
     ({"large_rows": "all"}, "large_rows='all': "),
     ({"packing": "on"}, "packing='on': known are off, auto"),
+    ({"staleness": -1}, "staleness=-1: expected steps, an int >= 0 (0: no step runs ahead)"),
+    ({"staleness": 3, "max_steps": 3}, "staleness=3 with max_steps=3: every step would be evaluated on the scales"),
+    ({"staleness": 1, "cuda_graph": True}, "staleness=1 with cuda_graph: "),
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qzo.training import tables
 from qzo.training.records import read_data, read_records
 from tests.support import tiny
 from tests.support.paths import FIXTURES
@@ -156,6 +157,44 @@ def test_damaged_tables(tmp_path, name, data):
     pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match=rf"{name} cannot be read as (Parquet|Arrow): "):
         read_records(written(tmp_path / name, data))
+
+
+PLAIN = {"compression": "zstd", "use_dictionary": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "before"),
+    [("d.parquet", PLAIN, 2), ("d.parquet", {}, 3), ("d.arrow", {"compression": "zstd"}, 3), ("d.arrow", {}, 3)],
+)
+def test_what_unpacks_to_more_than_the_free_memory_is_refused(tmp_path, monkeypatch, name, how, before):
+    """By the size that the footer gives of a row group, before it is unpacked; where that does not tell, as one value
+    comes often, or in a compressed stream, when a batch has been. before: thousands of rows."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(tables, "AT_ONCE", 1000)
+    table, path = pyarrow.table({"text": ["ab " * 300] * 6000}), tmp_path / name
+    if name.endswith("parquet"):
+        parquet.write_table(table, path, row_group_size=2000, **how)
+    else:
+        options = pyarrow.ipc.IpcWriteOptions(**how)
+        with pyarrow.ipc.new_stream(path, table.schema, options=options) as file:
+            file.write_table(table, max_chunksize=1000)
+    assert len(list(tables.rows(path, path.suffix))) == 6000
+    if how or name.endswith("parquet"):
+        assert path.stat().st_size < 1 << 16
+    left, seen = [tables.SPARE + 3_500_000], []
+    monkeypatch.setattr(tables, "free_bytes", lambda device: left[0])
+
+    def read():
+        for number, record in tables.rows(path, path.suffix):
+            left[0] -= len(record["text"])
+            seen.append(number)
+
+    with pytest.raises(
+        ValueError, match=r": its next rows unpack to 0.00 GB, and 0.27 GB of memory are free, of which"
+    ):
+        read()
+    assert len(seen) == before * 1000
 
 
 ELSEWHERE = ["../x.arrow", "/etc/passwd", "..", "a/b", "a\nb"]

@@ -19,9 +19,10 @@ A layer that the config calls symmetric may have zero points if they say the sam
 """
 
 import dataclasses
+import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .folder import read_weights
 from .folder_format import gathered
 from .limits import check_integers, check_order, group_sizes
 from .order import perm_of
+from .patterns import Patterns
 from .protocol import Entry, Make, NewTensor, Quantization, Target
 from .rounding import new_scales
 from .words import pack, unpack, word_count
@@ -100,11 +102,7 @@ def _check_group(group: Mapping[str, Any], layout: object, where: object) -> dic
         raise ValueError(
             f"{where}: targets must be a list of names, patterns ('re:...') and classes, got {targets!r:.80}"
         )
-    for target in targets:
-        try:
-            re.compile(target.removeprefix(_PATTERN))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{where}: target {target!r:.80} is no regular expression: {error}") from None
+    _patterns(targets, where)
     return {
         "bits": bits,
         "group_size": None if strategy == "channel" else size,
@@ -112,6 +110,14 @@ def _check_group(group: Mapping[str, Any], layout: object, where: object) -> dic
         "ordered": strategy == "group" and weights.get("actorder") in (True, "group"),
         "layout": layout,
     }
+
+
+def _patterns(targets: Iterable[str], where: object) -> Patterns:
+    """Those of the targets that are patterns, in the library's order."""
+    return Patterns(
+        {target: target.removeprefix(_PATTERN) for target in sorted(targets) if target.startswith(_PATTERN)},
+        f"{where}: target",
+    )
 
 
 def _described(arguments: object) -> str:
@@ -128,11 +134,9 @@ def is_for_servers(name: str, cache: bool = True) -> bool:
     return bool(_ACTIVATIONS.search(name) or (cache and _CACHE.search(name)))
 
 
-def _arguments(layer: str, by_target: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _arguments(layer: str, by_target: Mapping[str, dict[str, Any]], patterns: Patterns) -> dict[str, Any]:
     """The arguments of a layer by its name, in the library's order of precedence."""
-    patterns = sorted(target for target in by_target if target.startswith(_PATTERN))
-    fitting = [target for target in patterns if re.match(target.removeprefix(_PATTERN), layer)]
-    for target in (layer, *fitting, "Linear"):
+    for target in itertools.chain([layer], patterns.fitting(layer), ["Linear"]):
         if target in by_target:
             return by_target[target]
     raise ValueError(
@@ -173,9 +177,10 @@ def packer(quantization: Quantization, where: object) -> Make:
 def _packer(quantization: Quantization, where: object) -> Make:
     told: list[str] = []
     by_target = check_config(quantization, where)
+    patterns = _patterns(by_target, where)
 
     def make(layer: str, parts: Mapping[str, torch.Tensor]) -> PackedWeight:
-        arguments = _arguments(layer, by_target)
+        arguments = _arguments(layer, by_target, patterns)
         packed = _packed(parts, arguments)
         if packed.perm is not None and not arguments["ordered"] and not told:
             told.append(layer)

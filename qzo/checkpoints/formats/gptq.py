@@ -26,6 +26,7 @@ from ...nn.weights import PackedWeight
 from .folder_format import gathered
 from .limits import check_integers, check_whole_words, group_sizes
 from .order import g_idx_of, perm_of
+from .patterns import Patterns
 from .protocol import Make, NewTensor, Quantization, Target
 from .rounding import new_scales
 from .stored_zeros import NAMES, StoredZeros
@@ -63,11 +64,7 @@ def check_config(quantization: Quantization, where: object) -> dict[str, Any]:
     dynamic = quantization.get("dynamic") or {}
     if not isinstance(dynamic, dict) or not all(isinstance(value, dict) for value in dynamic.values()):
         raise ValueError(f"{where}: dynamic must be patterns and what they change, got {dynamic!r:.80}")
-    for pattern in dynamic:
-        try:
-            re.compile(_plain(pattern))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{where}: dynamic {pattern!r:.80} is no regular expression: {error}") from None
+    patterns = Patterns({pattern: _plain(pattern) for pattern in dynamic}, f"{where}: dynamic")
     meta = quantization.get("meta")
     quantizer = str(meta.get("quantizer")) if isinstance(meta, dict) else ""
     return {
@@ -76,6 +73,7 @@ def check_config(quantization: Quantization, where: object) -> dict[str, Any]:
         "sym": _flag(quantization.get("sym")),
         "desc_act": bool(quantization.get("desc_act")),
         "dynamic": dynamic,
+        "patterns": patterns,
         "version": _VERSIONS[stored],
         "whole_words": "gptqmodel" in quantizer,
         "unsure": any(isinstance(name, str) and name.lower() in {*_VERSIONS} - {stored} for name in said),
@@ -122,9 +120,8 @@ def packer(quantization: Quantization, where: object) -> Make:
 
 def _arguments(layer: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a layer by its name; group_size None: the whole row."""
-    changes: dict = next(
-        (changes for pattern, changes in settings["dynamic"].items() if re.match(_plain(pattern), layer)), {}
-    )
+    first = next(settings["patterns"].fitting(layer), None)
+    changes: dict = {} if first is None else settings["dynamic"][first]
     found = settings | {name: changes[name] for name in ("bits", "group_size") if name in changes}
     found |= {name: _flag(changes[name]) for name in ("sym", "desc_act") if _flag(changes.get(name)) is not None}
     check_bits_and_group(found["bits"], found["group_size"], "dynamic", BITS)

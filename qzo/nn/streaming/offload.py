@@ -221,8 +221,9 @@ def offload(
     Raises
     ------
     ValueError
-        There are no such blocks, two share a layer, or the model is offloaded already; too little memory or room on the
-        disk: bytes that are needed and that are available are named. Later, in a forward: the file was changed.
+        There are no such blocks, two share a layer, or the model is offloaded or cut in parts already; too little
+        memory or room on the disk: bytes that are needed and that are available are named. Later, in a forward: the
+        file was changed.
     """
     check_place(to)
     if slots not in (2, 3):
@@ -230,6 +231,8 @@ def offload(
     found = list(layers(module, trainable=None).values())
     if any(layer.stored is not None for layer in found):
         raise ValueError("the model is offloaded already; restore() it first")
+    if any(layer.part is not None for layer in found):
+        raise ValueError("the model is cut in parts (qzo.shard_), which cannot be offloaded; qzo.unshard_(model) first")
     if any(layer.codes.is_meta for layer in found):
         raise ValueError("the model is on the meta device and has no codes to offload")
     where = torch.device(device or (found[0].codes.device if found else "cpu"))

@@ -1,10 +1,12 @@
 """The study's table says what its rows say, at the rate that validation chose."""
 
 import json
+import statistics
 
 import pytest
 
 from qzo.bench.study import report
+from tests.support.paths import ROOT
 
 
 def row(method, seed, rate, validation, loss, task="headlines", rows=6144, accuracy=0.5):
@@ -51,3 +53,14 @@ def test_from_files_to_a_table_and_a_picture(tmp_path, capsys):
     report.main([str(path), "--plot", str(tmp_path / "r.png")])
     assert capsys.readouterr().out.count("\n") == 2 + 5
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("task", ["headlines", "movie", "spam"])
+def test_the_default_needs_at_most_half_of_the_rows_of_the_papers_recipe(task):
+    """The committed runs: as low a loss on held-out rows, mean of five seeds, the paper's recipe at its best rate."""
+    file = ROOT / "bench/results/study-2026-11-30.jsonl"
+    made = report.lines(map(json.loads, file.read_text().splitlines()))
+    [ours] = [line for line in made if (line.task, line.method, line.rows) == (task, "default", 3072)]
+    [papers] = [line for line in made if (line.task, line.method, line.rows) == (task, "paper's recipe", 6144)]
+    assert len(ours.losses) == len(papers.losses) == 5
+    assert statistics.fmean(ours.losses) <= statistics.fmean(papers.losses)

@@ -114,8 +114,9 @@ def test_an_exact_name_beats_a_pattern_and_a_pattern_a_class():
         "d": group(["re:.*a_proj"], 4, 128),
     }
     by_target = compressed_tensors.check_config({"format": "pack-quantized", "config_groups": groups}, "here")
+    patterns = compressed_tensors._patterns(by_target, "here")
     found = {
-        layer: compressed_tensors._arguments(layer, by_target)["group_size"]
+        layer: compressed_tensors._arguments(layer, by_target, patterns)["group_size"]
         for layer in ("x.q_proj", "x.k_proj", "x.a_proj", "head")
     }
     # of two patterns the first in alphabetical order counts, as in the library
