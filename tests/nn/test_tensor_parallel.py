@@ -165,7 +165,7 @@ def test_a_layer_is_whole_again(style, tmp_path):
         for refused, text in (
             (lambda: qzo.save_pretrained(model, tmp_path), "unshard_"),
             (lambda: qzo.shard_(model, PLAN), "up is cut in parts already"),
-            (lambda: qzo.offload(model, blocks=["up"]), "cut in parts .*, which cannot be offloaded"),
+            (lambda: qzo.offload(model), "cut in parts .*, which cannot be offloaded"),
         ):
             with pytest.raises(ValueError, match=text):
                 refused()
