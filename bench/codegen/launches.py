@@ -351,8 +351,8 @@ UPDATES = {"law": tuple(noise.VERSIONS), "relative": (True, False), "wide": (Fal
 
 def product(arch, axes):
     """Every case of these axes that there is on `arch`."""
-    every = itertools.product(*axes.values())
-    return list(filter(_fits, (Case(arch, **dict(zip(axes, values, strict=True))) for values in every)))
+    found = itertools.product(*axes.values())
+    return list(filter(_fits, (Case(arch, **dict(zip(axes, values, strict=True))) for values in found)))
 
 
 def pairwise(arch, axes):
@@ -371,8 +371,7 @@ def _cover(cases, axes, held=()):
     """Of cases always the first that holds most pairs not yet met, until every two values met that meet in any; met are
     those of a held case that is one of these but for its number of outputs."""
     numbers = itertools.count()
-    found = {axis: dict.fromkeys(getattr(case, axis) for case in cases) for axis in axes}
-    flags = {axis: {value: 1 << next(numbers) for value in values} for axis, values in found.items()}
+    flags = {a: {v: 1 << next(numbers) for v in dict.fromkeys(getattr(c, a) for c in cases)} for a in axes}
     bits: dict[int, int] = {}  # the flags of a pair -> its bit
     places = [[flags[axis][getattr(case, axis)] for axis in axes] for case in cases]
     pairs = [sum(bits.setdefault(a | b, 1 << len(bits)) for a, b in itertools.combinations(p, 2)) for p in places]
