@@ -234,16 +234,10 @@ def matmul(case):
 
 def chunk(case):
     """The launch that large_rows="blas" makes for one evaluation of a case's layer."""
+    how = {"e": 1, "start": 128, "asm": case.arch.startswith("sm_"), "exact": case.codes.endswith("-exact")}
+    weight = _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros)
     with recorded(case.arch) as launches:
-        dequantize.launch(
-            _weight(case.codes, case.n, case.k, case.group, case.dtype, case.zeros),
-            _perturbation(case.law, case.relative),
-            _meta(128, case.k, dtype=case.dtype),
-            e=1,
-            start=128,
-            asm=case.arch.startswith("sm_"),
-            exact=case.codes.endswith("-exact"),
-        )
+        dequantize.launch(weight, _perturbation(case.law, case.relative), _meta(128, case.k, dtype=case.dtype), **how)
     return launches
 
 
@@ -357,8 +351,8 @@ UPDATES = {"law": tuple(noise.VERSIONS), "relative": (True, False), "wide": (Fal
 
 def product(arch, axes):
     """Every case of these axes that there is on `arch`."""
-    cases = (Case(arch, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values()))
-    return [case for case in cases if _fits(case)]
+    found = itertools.product(*axes.values())
+    return list(filter(_fits, (Case(arch, **dict(zip(axes, values, strict=True))) for values in found)))
 
 
 def pairwise(arch, axes):
@@ -367,28 +361,23 @@ def pairwise(arch, axes):
 
 
 def spread(archs, axes, held=()):
-    """Cases of pairwise over several chips: every two values meet on one of them, each of which has every value.
-
-    held: cases that are compiled anyway; what meets there needs to meet in no other.
-    """
+    """Cases of pairwise over several chips: every two values meet on one of them, each of which has every value, if not
+    in a case that is held: compiled anyway."""
     cases = pairwise(archs[0], axes) if archs else []
     return _cover([dataclasses.replace(case, arch=arch) for case in cases for arch in archs], ("arch", *axes), held)
 
 
 def _cover(cases, axes, held=()):
-    """Of cases always the first that holds most pairs not yet met, until every two values met that meet in any.
-
-    Met are those of a held case that is one of these but for its number of outputs.
-    """
+    """Of cases always the first that holds most pairs not yet met, until every two values met that meet in any; met are
+    those of a held case that is one of these but for its number of outputs."""
     numbers = itertools.count()
-    found = {axis: dict.fromkeys(getattr(case, axis) for case in cases) for axis in axes}
-    flags = {axis: {value: 1 << next(numbers) for value in values} for axis, values in found.items()}
+    flags = {a: {v: 1 << next(numbers) for v in dict.fromkeys(getattr(c, a) for c in cases)} for a in axes}
     bits: dict[int, int] = {}  # the flags of a pair -> its bit
     places = [[flags[axis][getattr(case, axis)] for axis in axes] for case in cases]
     pairs = [sum(bits.setdefault(a | b, 1 << len(bits)) for a, b in itertools.combinations(p, 2)) for p in places]
     missing, kept = (1 << len(bits)) - 1, []
-    for case in held:
-        if cases and dataclasses.replace(case, n=cases[0].n, **{a: getattr(cases[0], a) for a in axes}) == cases[0]:
+    for case in held if cases else ():
+        if dataclasses.replace(case, n=cases[0].n, **{axis: getattr(cases[0], axis) for axis in axes}) == cases[0]:
             place = [flags[axis].get(getattr(case, axis), 0) for axis in axes]  # 0: not one of the values
             missing &= ~sum(bits.get(a | b, 0) for a, b in itertools.combinations(place, 2))
     while missing:
