@@ -4,8 +4,8 @@
     <!-- end -->
 
 A file of `qzo bench run` or `bench/gpu_check.py` gives the times of qzo and what the others take of them; one of
-`qzo memory --json` gives bytes; one of the study what each method learned; one of eps.py the error of derivatives. Edit
-the text around, never a table.
+`qzo memory --json` gives bytes; one of the study what each method learned; one of eps.py the error of derivatives, one
+of flow_variance.py their variance. Edit the text around, never a table.
 """
 
 import json
@@ -34,6 +34,8 @@ def markdown_of(path):
         return report.as_markdown(report.lines(map(json.loads, found)))
     if "one_sided" in first:
         return eps_table([json.loads(line) for line in found])
+    if "design" in first:
+        return variance_table([json.loads(line) for line in found])
     return memory_table(path) if "predicted" in first else ratio_table(results.read(path))
 
 
@@ -71,6 +73,26 @@ def memory_table(path):
         ]
         lines.append(f"| {told_of['subject']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def variance_table(rows):
+    """A line for each design, and for each robust mean of stratified rows: variance, and squared mean, of each case."""
+    cases, designs = (list(dict.fromkeys(row[name] for row in rows)) for name in ("case", "design"))
+    found = {(row["case"], row["design"], mean): each for row in rows for mean, each in row["means"].items()}
+    robust = [mean for mean in rows[0]["means"] if mean != "mean"]
+    heads = [head for case in cases for head in (f"{case}: variance", "(E d)², 10⁻³")]
+    lines = [f"| rows of a step | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for design, mean in [(name, "mean") for name in designs] + [("stratified", name) for name in robust]:
+        cells = [design if mean == "mean" else f"{design}, {mean}"]
+        for case in cases:
+            each = found[case, design, mean]
+            (ratio, error), (squared, its_error) = each["ratio"], each["squared_mean"]
+            cells += [f"{ratio:.2f} ({error:.2f})", f"{1e3 * squared:.2f} ({1e3 * its_error:.2f})"]
+        lines.append("| " + " | ".join(cells) + " |")
+    row, batches = rows[0], {row["case"]: row["batches"] for row in rows}
+    sizes = f"{', '.join(f'{count} ({case})' for case, count in batches.items())}, of {row['rows']} rows"
+    how = f"{row['directions']} directions, eps {row['eps']:g}; {row['device']}; torch {row['versions']['torch']}"
+    return "\n".join([*lines, "", f"Batches: {sizes}; {how}; {row['date']}."])
 
 
 def eps_table(rows):

@@ -36,10 +36,13 @@ CACHED_QUADS = BLOCK_QUADS // 4      # of a block that the reference takes throu
 
 @triton.jit
 def _project(s, new, floor):
-    """new, with the sign of s and at least `floor` in size; a zero scale as it was, every scale where new is NaN."""
+    """new, with the sign of s and at least `floor` in size; a zero scale as it was, every scale where new is NaN.
+
+    size * -1.0 and not -size, which Triton 3.4 takes for 0 - size: the sign of a size of zero would be lost.
+    """
     negative = s.to(tl.uint32, bitcast=True) >> 31 != 0
     size = tl.maximum(tl.where(negative, -new, new), floor)
-    return tl.where((s == 0.0) | (new != new), s, tl.where(negative, -size, size))
+    return tl.where((s == 0.0) | (new != new), s, tl.where(negative, size * -1.0, size))
 
 
 @triton.jit(do_not_specialize=["steps", "pairs", "base4", "quads"])

@@ -195,12 +195,13 @@ def recorded(arch):
         )
         return True  # tells Triton to compile nothing
 
-    held, driver._active = driver._active, _NoDevice(arch)
+    held = dict(vars(driver))
+    driver.set_active(_NoDevice(arch))
     triton.knobs.runtime.jit_cache_hook = keep
     try:
         yield launches
     finally:
-        driver._active = held
+        vars(driver).update(held)
         triton.knobs.runtime.jit_cache_hook = None
 
 

@@ -186,8 +186,9 @@ def tune(
     model: nn.Module, recipe: Recipe, batch: Batch, seed: int, objective: Objective = Objective()
 ) -> list[tuple[int, float]]:
     """QZO on the scales of every layer: [(step, mean loss)], every 50 steps."""
-    chosen = {"directions": recipe.directions, "one_sided": recipe.one_sided}
-    optimizer = qzo.QZO(model, recipe.learning_rate, **chosen, seed=seed)
+    optimizer = qzo.QZO(
+        model, recipe.learning_rate, directions=recipe.directions, one_sided=recipe.one_sided, seed=seed
+    )
     evaluations, curve = recipe.evaluations, []
     for step, rate, *drawn in objective.steps(recipe, batch, seed):
         optimizer.param_groups[0]["lr"] = rate

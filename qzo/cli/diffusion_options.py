@@ -79,16 +79,13 @@ def _add_rows(rows: argparse._ArgumentGroup) -> None:
         type=int,
         default=1,
         metavar="K",
-        help="rows of each picture in a step, noise and time of their own (default 1)",
+        help="rows of each picture in a step, noise and time of their own (default 1; more where pictures are few)",
     )
     rows.add_argument(
         "--stratified",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="spread the times of a step over equally likely intervals (default)",
-    )
-    rows.add_argument(
-        "--antithetic", action="store_true", help="rows in pairs, with noise n and -n at one time (default: not)"
     )
     rows.add_argument(
         "--weighting",

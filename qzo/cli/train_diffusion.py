@@ -131,7 +131,6 @@ def law_of(options: argparse.Namespace, pipeline: Pipeline, resolution: int) -> 
         options.weighting,
         options.draws,
         options.stratified,
-        options.antithetic,
         options.caption_dropout,
     )
 

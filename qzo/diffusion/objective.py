@@ -35,10 +35,9 @@ class FlowLaw:
     shift : a of the model's sampler, above 0 (schedulers.py reads it); 1: none
     mean, std : of the logit-normal density
     weighting : what a row's loss is multiplied by: "none", or "cosmap", 2 / (pi (1 - 2 s + 2 s^2))
-    draws : rows (n, s) of each image in a step
+    draws : rows (n, s) of each image in a step. As many rows of as many images have less variance (docs/diffusion.md)
     stratified : the times of a step are spread: one in each of as many equally likely intervals as there are times,
         and one of each image's in each of as many as it has. Each alone still has the law's density
-    antithetic : each time of an image serves two rows, with n and with -n; draws has to be even
     dropout : the share of rows that get the empty prompt in the place of their caption, in [0, 1)
     """
 
@@ -49,7 +48,6 @@ class FlowLaw:
     weighting: str = "none"
     draws: int = 1
     stratified: bool = True
-    antithetic: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -65,11 +63,6 @@ class FlowLaw:
         ):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {wanted}")
-        if self.antithetic and self.draws % 2:
-            raise ValueError(
-                f"antithetic noise comes in pairs (n, -n) of one image, and draws={self.draws} is odd: give an even "
-                "number of draws"
-            )
 
     def times(self, u: torch.Tensor) -> torch.Tensor:
         """Times s of probabilities u in [0, 1], both float64 of any shape: the law's quantile function, ascending."""
@@ -117,18 +110,13 @@ def draw(law: FlowLaw, seed: int, step: int, images: int, shape: Sequence[int]) 
     Nothing but the arguments enters: no device, no step before, no other state.
     """
     generator = torch.Generator().manual_seed(step_seed(seed, step, _STREAM))
-    own = law.draws // 2 if law.antithetic else law.draws
-    u = torch.rand(images, own, dtype=torch.float64, generator=generator)
+    u = torch.rand(images, law.draws, dtype=torch.float64, generator=generator)
     if law.stratified:
-        order = torch.stack([torch.randperm(images, generator=generator) for _ in range(own)], 1)
-        u = (torch.arange(own) * images + order + u) / (images * own)
-    noise = torch.randn(images, own, *shape, generator=generator)
-    dropped = torch.rand(images, own, generator=generator) < law.dropout
-    times = law.times(u).float()
-    if law.antithetic:
-        times, dropped = times.repeat_interleave(2, 1), dropped.repeat_interleave(2, 1)
-        noise = torch.stack([noise, -noise], 2).flatten(1, 2)
-    return Rows(times.flatten(), noise.flatten(0, 1), dropped.flatten())
+        order = torch.stack([torch.randperm(images, generator=generator) for _ in range(law.draws)], 1)
+        u = (torch.arange(law.draws) * images + order + u) / (images * law.draws)
+    noise = torch.randn(images, law.draws, *shape, generator=generator)
+    dropped = torch.rand(images, law.draws, generator=generator) < law.dropout
+    return Rows(law.times(u).float().flatten(), noise.flatten(0, 1), dropped.flatten())
 
 
 def mixed(x0: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,11 +132,12 @@ def row_losses(predicted: torch.Tensor, target: torch.Tensor, weights: torch.Ten
     return each if weights is None else each * weights
 
 
-def derivative_error(rows: torch.Tensor, eps: float) -> torch.Tensor:
+def derivative_error(rows: torch.Tensor, eps: float, draws: int = 1) -> torch.Tensor:
     """float32 [J]: the standard error of each direction's derivative (L+ - L-) / (2 eps), as the choice of rows has it.
 
-    rows : float32 [2 J, R], the loss of each row under +eps and -eps of each direction in turn. NaN for one row. Rows
-        are taken as independent, so of stratified or antithetic ones it is an upper bound.
+    rows : float32 [2 J, R], the loss of each row under +eps and -eps of each direction in turn
+    draws : K, rows of each image, which are side by side and alike: an image's mean is one number of R / K that are
+        taken as independent. NaN for one image.
     """
-    each = (rows[0::2] - rows[1::2]) / (2 * eps)
+    each = ((rows[0::2] - rows[1::2]) / (2 * eps)).unflatten(1, (-1, draws)).mean(2)
     return each.std(1) / each.shape[1] ** 0.5

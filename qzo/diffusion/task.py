@@ -120,7 +120,7 @@ class DiffusionTask:
 
     def derivative_error(self, eps: float) -> torch.Tensor:
         """float32 [J]: objective.derivative_error of the step just made."""
-        return derivative_error(self.kept, eps)
+        return derivative_error(self.kept, eps, self.law.draws)
 
     def evaluate(self, batch_size: int = 32, fitted: bool = False) -> Measure:
         """{"loss", "accuracy"}: the mean of `measure`, that many rows at once; None, there are no options."""

@@ -18,7 +18,7 @@ def test_defaults_are_those_of_the_modules():
     given = parser.parse_args(["p", "--data", "d", "--output-dir", "o"])
     law = objective.FlowLaw()
     assert (given.times, given.logit_mean, given.logit_std) == (law.density, law.mean, law.std)
-    assert (given.draws, given.stratified, given.antithetic) == (law.draws, law.stratified, law.antithetic)
+    assert (given.draws, given.stratified) == (law.draws, law.stratified)
     assert (given.weighting, given.caption_dropout) == (law.weighting, law.dropout)
 
 

@@ -118,7 +118,7 @@ def test_a_gguf_file_goes_in_and_out(files):
 REFUSED = {
     "--resolution 18": "--resolution 18: a token of",
     "--weighting sigma_sqrt": "weighting 'sigma_sqrt' multiplies a row's loss by s^-2",
-    "--antithetic": "antithetic noise comes in pairs (n, -n) of one image, and draws=1 is odd",
+    "--draws 0": "draws=0: expected an int >= 1",
     "--shift 0": "shift=0.0: expected a finite number > 0",
     "--caption-dropout 1": "dropout=1.0: expected a share",
     "--batch-size 9": "batch_size=9, but there are 8 training examples",

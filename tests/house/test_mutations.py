@@ -118,7 +118,7 @@ FAULTS = {
     "few rows: zero points": Fault("few_rows.py", "alpha=-1", "alpha=1"),
     "few rows: scales of quads": Fault("few_rows.py", ".transpose(1, 2).reshape(", ".reshape("),
     "few rows: whole rows of several bags": Fault("few_rows.py", "sums.sum(1, keepdim=True)", "sums[:, :1]"),
-    "update: sign of the floor": Fault("update.py", "tl.where(negative, -size, size)", "size"),
+    "update: sign of the floor": Fault("update.py", "tl.where(negative, size * -1.0, size)", "size"),
     "update: no floor": Fault(
         "update.py", "tl.maximum(tl.where(negative, -new, new), floor)", "tl.where(negative, -new, new)"
     ),

@@ -33,7 +33,7 @@ def test_every_two_values_meet(axes, few):
 
 
 def test_what_meets_in_a_case_that_is_held_needs_no_other():
-    """A held case is one of those that are covered, but for the number of outputs: one of another law counts for nothing."""
+    """A held case is one of those that are covered, but for its outputs: one of another law counts for nothing."""
     axes = launches.OTHER_CODES
     every, every_axis = launches.spread(CHIPS, axes), ("arch", *axes)
     held = [dataclasses.replace(case, n=512) for case in every[::3]]
