@@ -14,7 +14,7 @@ A part by inputs begins where a quad of groups does, and ends where a group does
 holds some of the neighbours' codes too, which are multiplied by zeros. Its sums are float32 and added in the order of
 the ranks, on each: all have the same bits, which are not those of one sum over all of K.
 
-Terms (quad, rank): docs/glossary.md.
+Terms (part, quad, rank): docs/glossary.md.
 """
 
 import dataclasses
