@@ -17,7 +17,7 @@ def test_the_tables_are_made_from_the_results_files():
         text = page.read_text()
         named += [found[2] for found in readme.SECTION.finditer(text)]
         assert readme.with_tables(text) == text, f"{page.name}: run python -m qzo.bench.readme"
-    assert len(named) == 6
+    assert len(named) == 7
 
 
 def rows_under(heading):
@@ -58,7 +58,7 @@ def test_the_readmes_learning_is_that_of_the_results():
         for line in report.lines(results_of("study-2026-11-30.jsonl"))
         if line.task == "headlines"
     }
-    zero_shot, control, half, tuned, recipe, gradients = rows_under("What it learns")
+    zero_shot, control, half, tuned, recipe, gradients, longer = rows_under("What it learns")
     untrained = ((zero_shot, (report.ZERO_SHOT, 0)), (control, (report.CONTROL, 0)))
     for row, name in (*untrained, (half, ("default", 3072)), (tuned, ("default", 6144))):
         assert row[1] == " / ".join(f"{100 * accuracy:.1f}" for accuracy in made[name].accuracies) + " %"
@@ -67,6 +67,10 @@ def test_the_readmes_learning_is_that_of_the_results():
         assert row[0].endswith(f"mean of {len(made[name].losses)}")
         assert row[1] == f"{100 * statistics.fmean(made[name].accuracies):.1f} %"
         assert row[2] == f"{statistics.fmean(made[name].losses):.3f}"
+    long = report.lines(results_of("study-long-2026-12-01.jsonl"))
+    assert [line.method for line in long] == ["default", "paper's recipe", report.GRADIENTS]
+    assert longer[1] == " / ".join(f"{100 * line.accuracies[0]:.1f}" for line in long) + " %"
+    assert longer[2] == " / ".join(f"{line.losses[0]:.3f}" for line in long)
 
 
 def test_the_readmes_lines_of_data_are_read(tmp_path):
