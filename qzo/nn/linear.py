@@ -96,8 +96,7 @@ class QZOLinear(nn.Module):
     def _take(self, packed: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype | None) -> None:
         self.in_features, self.out_features, self.bits = packed.in_features, packed.scales.shape[1], packed.bits
         self.group_size, self.table = packed.in_features // packed.scales.shape[0], packed.table
-        self.out_dtype = dtype
-        self.trainable = True
+        self.out_dtype, self.trainable = dtype, True
         self.register_buffer("codes", packed.codes, persistent=False)
         self.register_buffer("zeros", packed.zeros, persistent=False)
         self.register_buffer("perm", packed.perm, persistent=False)
@@ -350,10 +349,11 @@ class QZOLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.part is not None:  # one rank alone would wait for the others
+            raise ValueError(_IN_PARTS)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         codes, zeros = self.read_codes()
-        planes = to_planes(codes, self.in_features, self.bits)  # words of vectors are what they are
-        destination[prefix + "codes"] = planes
+        destination[prefix + "codes"] = to_planes(codes, self.in_features, self.bits)  # words of vectors stay
         destination[prefix + "scales"] = self.read_scales()
         more = {"zeros": zeros, "perm": self.perm, "codebooks": self.read_codebooks()}
         destination.update({prefix + name: tensor for name, tensor in more.items() if tensor is not None})

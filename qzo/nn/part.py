@@ -4,6 +4,8 @@ they are only on their way through its device (Stored, which streaming/offload.p
 The scales of a layer in parts lie in the arena as ever, all of them on every rank: they are a small part of its bytes,
 their indices, and so their noise and the update, are those of the whole layer, and no rank has to be told of them.
 
+Of W [N, K] over R ranks:
+
     style                    a rank multiplies by                    its input             its output
     colwise                  N / R outputs                           whole                 its own
     colwise_gather_output    N / R outputs                           whole                 whole

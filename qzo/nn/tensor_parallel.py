@@ -16,7 +16,7 @@ from .linear import QZOLinear
 from .part import STYLES, Part
 
 ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}  # of transformers 4
-WHOLE = {"replicated_with_grad_allreduce", "mla_kv_a_proj"}  # differ from a whole layer in gradients only
+WHOLE = {"replicated_with_grad_allreduce", "mla_kv_a_proj"}  # styles that change gradients alone
 
 
 def shard_(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -33,7 +33,8 @@ def shard_(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str,
         Holds QZOLinear layers.
     plan
         Name of a module, with `*` for numbers in it -> how it is cut: "colwise", "colwise_gather_output", "rowwise" or
-        "rowwise_split_input", as transformers names them. None: the model's own, `model.tp_plan`.
+        "rowwise_split_input", as transformers names them. None: the model's own, `model.tp_plan`. What it says of
+        parameters, and of modules that are no linear layers, is not looked at.
 
     Returns
     -------

@@ -279,11 +279,11 @@ class QZO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def take(self) -> float:
-        """Take the first step that is evaluated and not yet taken (`staleness`), as `step` does; its mean loss."""
+        """Take the first step evaluated and not yet taken (`staleness`), as `step`; its mean loss. IndexError: none."""
         return self._ahead.popleft()()
 
     def drain(self) -> None:
-        """Take all of them: what ends a run with `staleness`. Raises as `step`."""
+        """Take all such steps, those evaluated and not yet taken: ends a run with `staleness`. Raises as `step`."""
         while self._ahead:
             self.take()
 

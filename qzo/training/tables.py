@@ -130,7 +130,8 @@ def _columnar(path: Path, kind: str) -> Numbered:
     try:
         for batch in _batches(pyarrow, path, kind):
             batch.validate(full=True)  # lengths and offsets that a file says: pyarrow itself follows them anywhere
-            _check_fits(path, batch.nbytes)  # again: a footer tells no value's repetitions, and may lie
+            # again: a footer does not tell how often a value comes, and may lie
+            _check_fits(path, sum(_unpacked(path, column) for column in batch.columns))
             for record in batch.to_pylist():
                 number += 1
                 yield number, without_nulls(record)
@@ -147,6 +148,32 @@ def _check_fits(path: Path, size: int) -> None:
             f"{path}: its next rows unpack to {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB of memory are free, of "
             f"which {SPARE / 1e9:.2f} stay so; give fewer rows, or smaller row groups"
         )
+
+
+def _unpacked(path: Path, column: Any) -> int:
+    """Bytes of a pyarrow.Array as Python objects, at the least: what several rows share is made for each of them.
+    ValueError for a type whose rows may share more than that tells."""
+    from pyarrow import BaseExtensionType, compute, types
+
+    kind = column.type
+    if isinstance(kind, BaseExtensionType):
+        return _unpacked(path, column.storage)
+    if types.is_null(kind) or (types.is_dictionary(kind) and types.is_primitive(kind.value_type)):
+        return 8 * len(column)
+    if types.is_dictionary(kind) and (types.is_string(kind.value_type) or types.is_large_string(kind.value_type)):
+        longest = compute.max(compute.binary_length(column.dictionary)).as_py() or 0
+        return len(column) * (8 + longest)
+    if types.is_struct(kind):
+        return sum(_unpacked(path, column.field(i)) for i in range(kind.num_fields))
+    if types.is_map(kind):
+        return _unpacked(path, column.keys) + _unpacked(path, column.items)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return 8 * len(column) + _unpacked(path, column.flatten())
+    if types.is_nested(kind) or types.is_dictionary(kind) or types.is_run_end_encoded(kind) or "view" in str(kind):
+        raise ValueError(
+            f"{path}: a column is of the type {kind!s:.80}, which is not read; write strings, numbers, lists"
+        )
+    return column.nbytes
 
 
 def _batches(pyarrow: Any, path: Path, kind: str) -> Iterator[Any]:

@@ -5,6 +5,7 @@
 
 import json
 import shutil
+from pathlib import Path
 import struct
 import sys
 from typing import Any
@@ -157,6 +158,64 @@ def test_damaged_tables(tmp_path, name, data):
     pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match=rf"{name} cannot be read as (Parquet|Arrow): "):
         read_records(written(tmp_path / name, data))
+
+
+def test_what_rows_share_is_counted_for_each():
+    """Bytes of the values at least, as Python makes an object for each row."""
+    pyarrow = pytest.importorskip("pyarrow")
+    long = pyarrow.array(["x" * 900])
+    shared = pyarrow.DictionaryArray.from_arrays([0] * 50, long)
+    lists = pyarrow.ListArray.from_arrays([0, 30, 50], shared)
+    maps = pyarrow.array([[("a", 1), ("bc", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    for column, least, most in (
+        (pyarrow.array(["ab"] * 50), 100, 700),
+        (shared, 45_000, 46_000),
+        (shared.slice(10, 5), 4_500, 4_600),
+        (lists, 45_000, 46_500),
+        (lists.slice(1), 18_000, 19_000),
+        (pyarrow.StructArray.from_arrays([shared, shared], ["a", "b"]), 90_000, 92_000),
+        (pyarrow.FixedSizeListArray.from_arrays(shared, 2), 45_000, 46_500),
+        (pyarrow.DictionaryArray.from_arrays([0] * 50, [7]), 400, 400),
+        (pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(["{}"] * 9)), 18, 100),
+        (pyarrow.nulls(1000), 8_000, 8_000),
+        (pyarrow.ListArray.from_arrays([0, 1000], pyarrow.nulls(1000)), 8_000, 8_100),
+        (maps, 2 * 8 + 3, 100),
+    ):
+        assert least <= tables._unpacked(Path("d"), column) <= most, column.type
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])
+def test_a_long_value_of_a_column_of_categories_is_refused(tmp_path, monkeypatch, name):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    shared = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 5000, pyarrow.int32()), ["x" * 50_000])
+    table, path = pyarrow.table({"text": shared}), tmp_path / name
+    if name.endswith("parquet"):
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    assert path.stat().st_size < 1 << 17
+    monkeypatch.setattr(tables, "free_bytes", lambda device: tables.SPARE + 50_000_000)
+    with pytest.raises(ValueError, match=rf"{name}: its next rows unpack to (0.05|0.25) GB, and 0.32 GB of memory"):
+        list(tables.rows(path, path.suffix))
+
+
+@pytest.mark.parametrize("kind", ["run_end_encoded<", "list_view<", "string_view", "dictionary<values=list"])
+def test_columns_whose_rows_share_in_other_ways_are_named(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    numbers = pyarrow.array([1, 2])
+    column = {
+        "run_end_encoded<": lambda: pyarrow.RunEndEncodedArray.from_arrays([1, 2], numbers),
+        "list_view<": lambda: pyarrow.ListViewArray.from_arrays([0, 0], [2, 2], numbers),
+        "string_view": lambda: pyarrow.array(["a", "b"], pyarrow.string_view()),
+        "dictionary<values=list": lambda: pyarrow.DictionaryArray.from_arrays([0, 0], pyarrow.array([[1, 2]])),
+    }[kind]()
+    table, path = pyarrow.table({"text": column}), tmp_path / "d.arrow"
+    with pyarrow.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    with pytest.raises(ValueError, match=rf"d.arrow: a column is of the type {kind}.*, which is not read; write str"):
+        list(tables.rows(path, path.suffix))
 
 
 PLAIN = {"compression": "zstd", "use_dictionary": False}

@@ -30,10 +30,27 @@ def test_those_that_fit_the_beginning_come_in_their_order_as_re_has_it():
     assert found.left > 0.9 * patterns.SECONDS
 
 
-@pytest.mark.parametrize("wrong", ["(", "a**", r"\p", "a{9999999999}", "(" * 5000, "(?R)", "a{e<={"])
+@pytest.mark.parametrize("wrong", ["(", "a**", r"\p", "(" * 5000, "(?R)", "a{e<={"])
 def test_what_is_no_regular_expression_is_named(wrong):
     with pytest.raises(ValueError, match=r"^x: dynamic '\+:.* is no regular expression: "):
         Patterns({".*": ".*", f"+:{wrong}": wrong}, "x: dynamic")
+
+
+@pytest.mark.parametrize(
+    "many", ["((a{1000}){1000}){1000}", "(a{ 150 }){0,150}", "a{" + 5000 * "9" + "}", "a{00010001}"]
+)
+def test_repetitions_that_would_be_written_out_are_refused_before_that(many):
+    """re counts them; regex, which can give up on a match, makes a copy of what is repeated for each."""
+    with pytest.raises(ValueError, match=r"^x: target '.* repeats too much: 10000 counted repetitions"):
+        Patterns({"re:a": "a", "re:many": many}, "x: target")
+    assert list(Patterns({"re:few": r"(a{99}){0,9}\d{1,3}?|layer"}, "x").fitting("layer")) == ["re:few"]
+
+
+def test_the_patterns_of_a_checkpoint_repeat_together():
+    some = {f"re:{i}": f"a{{{1000 + i}}}" for i in range(9)}
+    assert len(Patterns(some, "x").compiled) == 9
+    with pytest.raises(ValueError, match="'re:9' repeats too much"):
+        Patterns(some | {"re:9": "a{1000}"}, "x")
 
 
 def test_one_that_takes_for_ever_ends(monkeypatch):
