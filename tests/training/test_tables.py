@@ -5,9 +5,9 @@
 
 import json
 import shutil
-from pathlib import Path
 import struct
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
