@@ -50,7 +50,7 @@ FAULTS = {
     "update reference: a step's directions": Fault("update.py", "islice(every, seeds.shape[1])", "islice(every, 1)"),
     "kernel: rows of the first evaluation": Fault("qmm.py", "row = e * R + tl.", "row = 0 * R + tl."),
     "kernel: groups of the next tile": Fault("scales.py", "C.PER_TILE + tl.where(t %", "2 * C.PER_TILE + tl.where(t %"),
-    "kernel: groups of the next quad": Fault("scales.py", "4 * N - 4, 0)", "4 * N, 0)"),
+    "kernel: groups of the next quad": Fault("scales.py", "4 * next_quad(N, C) - 4, 0)", "4 * next_quad(N, C), 0)"),
     "kernel: third group of a tile": Fault("scales.py", "load_pair(sp + 2)", "load_pair(sp)"),
     "kernel: noise of the next tile": Fault("noise.py", "bits = held[0] << count", "bits = held[0] << 1"),
     "kernel: noise of the next tile, other laws": Fault(
@@ -59,7 +59,7 @@ FAULTS = {
     "kernel: second of four bits": Fault("noise.py", "w1 >> 1 & 0x40000000", "w1 >> 2 & 0x40000000"),
     "kernel: second value of a tile": Fault("noise.py", "_raw_integer(held[0] << i,", "_raw_integer(held[0],"),
     "kernel: next quad of noise": Fault(
-        "scales.py", "seed, base4 + quad.to(tl.int64) * N", "seed, base4 + quad.to(tl.int64)"
+        "scales.py", "seed, base4 + quad.to(tl.int64) * next_quad(N, C)", "seed, base4 + quad.to(tl.int64)"
     ),
     "kernel: integer zero point": Fault("qmm.py", ".to(tl.int32) - C.MIDDLE)", ".to(tl.int32) - C.MIDDLE + 1)"),
     "kernel: zero points of the next group": Fault(

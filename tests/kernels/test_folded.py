@@ -268,7 +268,7 @@ FAULTS = {   # what stands exactly once in folded.py, and what it becomes
     "two groups passed down": ("return scales[2], scales[3],", "return scales[1], scales[3],"),
     "next quad of scales": ("tl.minimum(quad + 1, (G", "tl.minimum(quad, (G"),
     "next quad of zero points": ("tl.minimum(4 * quad + i, G", "tl.minimum(i, G"),
-    "next quad of noise": ("base4 + quad.to(tl.int64) * N", "base4 + quad.to(tl.int64)"),
+    "next quad of noise": ("base4 + quad.to(tl.int64) * next_quad(N, C)", "base4 + quad.to(tl.int64)"),
     "third group of a tile": ("_halves(scales[i],", "_halves(scales[i - i // 2 * (3 - i)],"),
     "zero point of the last": ("zeros, group + i,", "zeros, group + i - i // 3,"),
     "zero point": (".to(tl.int16, bitcast=True)\n        word = (", ".to(tl.int16)\n        word = ("),
