@@ -114,7 +114,7 @@ FAULTS = {
     "reference: noise of the evaluation before": Fault("qmm_torch.py", "setdefault(seed, [])", "setdefault(0, [])"),
     "reference: everyone has the first coefficient": Fault("qmm_torch.py", "raw, self.coefs[e]", "raw, self.coefs[0]"),
     "reference: zero points": Fault("qmm_torch.py", "units -= ", "units += "),
-    "reference: base of the layer": Fault("qmm_torch.py", "wanted = base4 + ", "wanted = 0 * base4 + "),
+    "reference: base of the layer": Fault("qmm_torch.py", "wanted = weight.base4 + ", "wanted = 0 * weight.base4 + "),
     "few rows: zero points": Fault("few_rows.py", "alpha=-1", "alpha=1"),
     "few rows: scales of quads": Fault("few_rows.py", ".transpose(1, 2).reshape(", ".reshape("),
     "few rows: whole rows of several bags": Fault("few_rows.py", "sums.sum(1, keepdim=True)", "sums[:, :1]"),
