@@ -21,6 +21,7 @@ from torch import nn
 import qzo
 from qzo.diffusion.metrics import fixed_rows, paired_difference
 from qzo.diffusion.objective import FlowLaw, Rows, draw, mixed, row_losses
+from qzo.optim.step import evaluation_count
 
 LAW = FlowLaw(mean=0.5)
 
@@ -163,7 +164,7 @@ class Recipe(NamedTuple):
     @property
     def evaluations(self) -> int:
         """Losses of a step."""
-        return self.directions * (1 if self.one_sided else 2)
+        return evaluation_count(self._asdict())
 
 
 @dataclasses.dataclass(frozen=True)
