@@ -21,10 +21,7 @@ from .early import size_of
 
 def load(path: str | Path, own: Mapping[str, Any]) -> Any:
     """The model at `path`, as the options of "the model" say."""
-    try:
-        torch.empty(0, device=own["device"])
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
-        raise ValueError(f"--device {own['device']} cannot be used: {str(error).splitlines()[0]}") from None
+    device_of(own)
     chosen = {
         "device": own["device"],
         "group_size": own["group_size"],
@@ -39,6 +36,17 @@ def load(path: str | Path, own: Mapping[str, Any]) -> Any:
         check_group_size(own["group_size"], math.lcm(*GROUPS))
     say(f"loading {path}{size_of(path)}")
     return from_pretrained(path, **{key: value for key, value in chosen.items() if value is not None})
+
+
+def device_of(own: Mapping[str, Any]) -> tuple[torch.device, torch.dtype]:
+    """(device, dtype of the activations) of the options. ValueError for a device that torch cannot use."""
+    name = own["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    device = torch.device(name)
+    return device, getattr(torch, own["dtype"] or ("float16" if device.type == "cuda" else "float32"))
 
 
 def _header_and_steps(journal: str | Path) -> tuple[dict[str, Any], int]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from ..diffusion.pictures import assemble, drawn
 from ..diffusion.pipeline import INDEX, open_pipeline
 from ..system.progress import tracked
-from .common import check_until, say, tune
+from .common import check_until, device_of, say, tune
 from .diffusion_options import GUIDANCE, STEPS
 from .outputs import check_folder
-from .train_diffusion import device_of, load
+from .train_diffusion import load
 
 
 def is_pipeline(name: str) -> bool:
@@ -26,7 +26,7 @@ def execute(options: argparse.Namespace, name: str, text: str) -> int:
     pipeline = open_pipeline(name)
     resolution = options.resolution or pipeline.resolution()
     pipeline.latent_size(resolution)
-    device, dtype = device_of(options)
+    device, dtype = device_of(vars(options))
     model, _ = load(options, pipeline, device, dtype)
     steps = tune(model, options.journal, options.until)
     pipe, out = assemble(pipeline, model), Path(options.output_dir)

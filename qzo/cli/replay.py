@@ -7,9 +7,9 @@ from pathlib import Path
 from ..checkpoints.save import save_pretrained
 from ..diffusion.pipeline import open_pipeline
 from ..diffusion.transformer import save_pipeline
-from .common import check_until, replayed, tune
+from .common import check_until, device_of, replayed, tune
 from .pictures import is_pipeline
-from .train_diffusion import device_of, load
+from .train_diffusion import load
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ def execute(options: argparse.Namespace) -> int:
 def _pipeline(options: argparse.Namespace) -> int:
     """The same of a diffusers pipeline; how many steps."""
     pipeline = open_pipeline(options.base)
-    model, origin = load(options, pipeline, *device_of(options))
+    model, origin = load(options, pipeline, *device_of(vars(options)))
     steps = tune(model, options.journal, options.until)
     save_pipeline(model, origin, pipeline, Path(options.output_dir))
     return steps

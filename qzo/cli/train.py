@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import statistics
@@ -16,10 +17,14 @@ from typing import Any
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.label_bias import fit_label_bias
+from ..nn.layers import check_sharing_of, layers
+from ..nn.tensor_parallel import is_sharded, shard_, unshard_
+from ..optim.shares import TENSOR
 from ..reports.memory import Run, predict_loaded
+from ..system.as_json import finite
 from ..system.ranks import FirstFailed, RankLost, Ranks, RanksDiffer, RanksDiverged, joined, launched
 from ..training.data import IGNORED, Example
-from ..training.folder import write_results
+from ..training.folder import versions, write_results
 from ..training.loop import Trainable, build_task, check_batch_size, choose_layers, fit, fits_biases
 from ..training.plan import lines, plan
 from ..training.records import read_data
@@ -27,7 +32,7 @@ from ..training.schedule import planned_steps
 from ..training.settings import PAPER, Settings
 from ..training.task import Measure, Task, measure
 from ..training.validation import PARTS, Base, Validation
-from .common import load, say, scores_as_text, steps_of
+from .common import device_of, load, say, scores_as_text, steps_of
 from .options import model_of
 from .outputs import JOURNAL
 
@@ -51,6 +56,7 @@ def execute(options: argparse.Namespace) -> int:
     Of several ranks the first tells, and writes; another says only what fails on it alone.
     """
     settings, own = merge_options(options)
+    check_together(settings, own)
     options.output_dir = own["output_dir"]
     if not launched() and own["parallel"] is None:
         return execute_on(Ranks(), settings, own)
@@ -59,7 +65,8 @@ def execute(options: argparse.Namespace) -> int:
             ranks = stack.enter_context(joined())
         except ValueError as error:
             raise ValueError(
-                f"--parallel {settings.parallel} divides steps among ranks, and this process was not started as one "
+                f"--parallel {settings.parallel} divides {'layers' if settings.parallel == TENSOR else 'steps'} among "
+                f"ranks, and this process was not started as one "
                 f"({error}): torchrun --nproc-per-node N -m qzo train ..., or leave --parallel out"
             ) from None
         if ranks.first:
@@ -73,12 +80,21 @@ def execute(options: argparse.Namespace) -> int:
             return 1
 
 
+def check_together(settings: Settings, own: Mapping[str, Any]) -> None:
+    """ValueError for options of which one leaves the other nothing to work with."""
+    if own["offload"] and settings.compile:
+        raise ValueError("--compile with --offload: compiled code does not ask which block it runs; leave one out")
+    if own["offload"] and settings.parallel == TENSOR:
+        raise ValueError(
+            f"--offload with --parallel {TENSOR}: the codes of a block that streams to the device are not cut; leave "
+            "one out (each rank of --parallel data or directions may offload a model of its own)"
+        )
+
+
 def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
     """The part of one of the ranks."""
     if own["resume"] and ranks.first:
         planned_steps(settings, Path(own["output_dir"]) / JOURNAL)
-    if own["offload"] and settings.compile:
-        raise ValueError("--compile with --offload: compiled code does not ask which block it runs; leave one out")
     records = read_data(own["data"])
     if settings.patience is not None and "valid" not in records:
         raise ValueError(
@@ -86,7 +102,7 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
         )
     check_batch_size(settings, len(records["train"]))
     started = time.perf_counter()
-    model = load(own["model"], own)
+    model = load_parts(own, settings, records) if settings.parallel == TENSOR else load(own["model"], own)
     tokenizer = load_tokenizer(own["model"], bool(own["trust_remote_code"]))
     prefix = choose_layers(model, settings.train_layers, settings.train_codebooks)
     task = build_task(model, records["train"], tokenizer, settings, prefix)
@@ -99,10 +115,14 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
     before = {split: held.evaluate() for split, held in held_out.items()}
     controls = controlled(task, held_out)
     run = train(task, settings, own, held_out.get("valid"))
-    if not ranks.first:
+    if not run:
         return 0
     biases = task.fit_biases_() if fits_biases(task, settings) else []
     after = {split: held.evaluate() for split, held in held_out.items()}
+    if is_sharded(model):
+        unshard_(model.to("cpu"))  # whole it need not fit on a device
+    if not ranks.first:
+        return 0
     model_dir = save(model, own["output_dir"])
     split = "valid" if "valid" in after else "test"
     results = {
@@ -140,30 +160,54 @@ def train(
     """Make the run; the model is then the one of the step to keep. after: as for `fit`.
 
     Returns {"steps", "resumed_from", "best", "model_step"}: steps made, how many of them before, the best measurement
-    of the validation task `valid` (None without one), and the step whose model this is; {} on other ranks than the
-    first.
+    of the validation task `valid` (None without one), and the step whose model this is; {} on ranks that have no more
+    to do: others than the first, but where all are needed for a forward, their layers being in parts.
     """
-    out = Path(own["output_dir"])
-    if valid is None:
-        already = fit(task, settings, out, resume=bool(own["resume"]), after=after)
-        if not Ranks().first:
-            return {}
-        steps = steps_of(out / "journal.qzo")
-        return {"steps": steps, "resumed_from": already, "best": None, "model_step": steps}
-    every = settings.eval_every or max(1, settings.max_steps // PARTS)
-    measured = functools.partial(valid.evaluate, fitted=fits_biases(task, settings))
-    validation = Validation(measured, every, settings.patience)
-    base = Base(task.model) if settings.keep == "best" else None
+    out, validation, base = Path(own["output_dir"]), None, None
+    if valid is not None:
+        every = settings.eval_every or max(1, settings.max_steps // PARTS)
+        measured = functools.partial(valid.evaluate, fitted=fits_biases(task, settings))
+        validation = Validation(measured, every, settings.patience)
+        base = Base(task.model) if settings.keep == "best" else None
     already = fit(task, settings, out, resume=bool(own["resume"]), validation=validation, after=after)
-    if not Ranks().first:
+    needed = Ranks(alone=not is_sharded(task.model))
+    if not Ranks().first and needed.count == 1:
         return {}
-    steps = kept = steps_of(out / "journal.qzo")
-    if base is not None and validation.best is not None and validation.best.step < steps:
-        kept = validation.best.step
+    steps = kept = needed.from_first(lambda: steps_of(out / "journal.qzo"))
+    best = None if validation is None else validation.best
+    if base is not None and best is not None and best.step < steps:
+        kept = best.step
         say(f"rebuilding the model of step {kept}, the best on valid")
         base.rebuild(out / "journal.qzo", kept)
-    best = validation.best._asdict() if validation.best is not None else None
-    return {"steps": steps, "resumed_from": already, "best": best, "model_step": kept}
+    best_found = None if best is None else best._asdict()
+    return {"steps": steps, "resumed_from": already, "best": best_found, "model_step": kept}
+
+
+def load_parts(own: Mapping[str, Any], settings: Settings, records: Any) -> Any:
+    """The model in parts over the ranks, each on its device; whole it is in the host's memory only.
+
+    RanksDiffer where ranks do not have the same settings, data, layers and versions: in a forward they wait for each
+    other, so that is compared before the first one. ValueError as `shard_` has it, and for noise that parts do not
+    have.
+    """
+    ranks, (device, dtype) = Ranks(), device_of(own)
+    model = load(own["model"], {**own, "device": "cpu", "dtype": str(dtype).removeprefix("torch.")})
+    found = layers(model, trainable=None)
+    ranks.check_same(
+        {
+            "settings": finite(dataclasses.asdict(settings)),
+            "data": hashlib.sha256(repr(records).encode()).hexdigest(),
+            "dtype": str(dtype),
+            "layers": {name: repr(layer) for name, layer in found.items()},
+            "versions": versions(),
+        }
+    )
+    cut = shard_(model)
+    check_sharing_of(model, settings.sharing)
+    model.to(device)
+    codes = sum(layer.codes.nbytes for layer in found.values())
+    say(f"{len(cut)} of {len(found)} layers in parts over {ranks.count} ranks: {codes / 1e9:.2f} GB of codes on each")
+    return model
 
 
 def controlled(task: Task, held_out: Mapping[str, Task]) -> dict[str, Measure]:
@@ -192,6 +236,8 @@ def show_plan(task: Task, settings: Settings, model: Any, trust_remote_code: boo
     """What the run will do and hold in memory, on standard error."""
     told = plan(task, settings, model)
     say("\n".join(lines(told)))
+    if is_sharded(model):
+        return say("memory: not predicted of layers in parts (qzo memory predicts the whole model's)")
     rows, longest = told["rows_per_step"] // told["evaluations"], told["tokens_per_row"]["longest"]
     labels = max(1, round(statistics.fmean(map(labelled, task.examples))))
     run = Run(rows, longest, min(labels, longest - 1), -(-settings.evaluations // 2), settings.sequential)

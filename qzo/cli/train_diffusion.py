@@ -23,7 +23,7 @@ from ..training.folder import write_results
 from ..training.loop import check_batch_size, trained_count
 from ..training.schedule import planned_steps
 from ..training.settings import Settings
-from .common import say
+from .common import device_of, say
 from .diffusion_options import CACHE, DIRECTIONS, STEPS
 from .outputs import JOURNAL
 from .train import train, warn_if_worse
@@ -44,7 +44,7 @@ def execute(options: argparse.Namespace) -> int:
     out = Path(options.output_dir)
     if options.resume:
         planned_steps(settings, out / JOURNAL)
-    device, dtype = device_of(options)
+    device, dtype = device_of(vars(options))
     started = time.perf_counter()
     length = options.prompt_tokens or pipeline.family.longest
     folder = Path(options.cache or out / CACHE)
@@ -133,17 +133,6 @@ def law_of(options: argparse.Namespace, pipeline: Pipeline, resolution: int) -> 
         options.stratified,
         options.caption_dropout,
     )
-
-
-def device_of(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """(device, dtype of the activations) of the options. ValueError for a device that torch cannot use."""
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    device = torch.device(name)
-    return device, getattr(torch, options.dtype or ("float16" if device.type == "cuda" else "float32"))
 
 
 def load(

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import math
 import os
@@ -26,7 +25,7 @@ from .defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
 from .graph import Batch, Closure, Graphs, Result, graphs_of
 from .journal import Journal, Record
 from .ranges import check
-from .replay import journal_header
+from .replay import Held, journal_header, on_all
 from .shares import TENSOR, Share, check_parts
 from .step import LARGEST, StepResult, apply_steps, evaluation_count, perturbations, project, sides
 
@@ -175,11 +174,11 @@ class QZO(torch.optim.Optimizer):
         if journal is None:
             return
 
-        def opened() -> list[list[tuple[Any, ...]]]:
+        def opened() -> Held:
             self.journal = (Journal.resume if resume else Journal.create)(journal, header, fsync)
-            return [[dataclasses.astuple(record) for record in records] for records in self.journal.steps]
+            return header, self.journal.steps
 
-        held = [[Record(*values) for values in step] for step in self.ranks.from_first(opened)]
+        _, held = on_all(self.ranks, opened)
         taken = max(0, len(held) - self.staleness)
         self._apply(held[:taken])
         for records in held:

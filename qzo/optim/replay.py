@@ -1,9 +1,10 @@
 """What ties a journal to a model, and a journal's steps applied to the model it was written on."""
 
+import dataclasses
 import hashlib
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,14 @@ from torch import nn
 from ..kernels.noise import VERSIONS, law_version
 from ..nn.arena import ScaleArena
 from ..nn.layers import arena_of, digest_parts
+from ..nn.tensor_parallel import is_sharded
 from ..system.progress import tracked
+from ..system.ranks import Ranks
 from ..version import __version__
-from .journal import JournalError, check_header, read
+from .journal import JournalError, Record, check_header, read
 from .step import apply_steps
+
+Held = tuple[dict[str, Any], Sequence[Sequence[Record]]]  # a journal's header, and its steps
 
 _NEEDED = {"noise", "sharing", "law", "relative", "floor", "arena", "digest"}  # fields of the header
 
@@ -32,7 +37,7 @@ def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | 
     model
         The base as it was loaded for the run: same codes, zero points and scales, same layers that train.
     journal_path
-        A `journal.qzo`; it is only read.
+        A `journal.qzo`; it is only read. Of a model in parts (`qzo.shard_`) all ranks ask, and the first reads it.
     until
         Stop before this step, counted from 0; None: apply all.
 
@@ -48,6 +53,27 @@ def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | 
     FileNotFoundError
         There is no journal.
     """
+    header, steps = on_all(Ranks(alone=not is_sharded(model)), lambda: _held(journal_path, until))
+    arena = arena_of(model, exact=True)
+    check_header(journal_path, header, model_fields(model, arena))
+    apply_steps(arena, tracked(steps, "replaying", "steps"), header)
+    return len(steps)
+
+
+def on_all(ranks: Ranks, opened: Callable[[], Held]) -> Held:
+    """What opened() gives on the first rank, on all; what it raises as `Ranks.from_first` has it."""
+    if ranks.count == 1:
+        return opened()
+
+    def plain() -> list[Any]:
+        header, steps = opened()
+        return [header, [[dataclasses.astuple(record) for record in records] for records in steps]]
+
+    header, steps = ranks.from_first(plain)
+    return header, [[Record(*values) for values in records] for records in steps]
+
+
+def _held(journal_path: str | os.PathLike[str], until: int | None) -> Held:
     found = read(journal_path)
     if found is None:
         raise JournalError(f"{journal_path} has no whole header: the run ended before its first step")
@@ -58,11 +84,7 @@ def replay(model: nn.Module, journal_path: str | os.PathLike[str], until: int | 
     known = law_version(header["noise"], header["sharing"]) if header["noise"] in VERSIONS else None
     if known != header["law"]:
         raise JournalError(f"{journal_path} uses noise law {header['law']!r}, this qzo has {known!r}")
-    arena = arena_of(model, exact=True)
-    check_header(journal_path, header, model_fields(model, arena))
-    steps = steps[:until]
-    apply_steps(arena, tracked(steps, "replaying", "steps"), header)
-    return len(steps)
+    return header, steps[:until]
 
 
 def journal_header(

@@ -25,7 +25,7 @@ from ..nn.tensor_parallel import is_sharded
 from ..system.ranks import Ranks
 
 TENSOR = "tensor"
-PARALLEL = re.compile(r"data|directions|[1-9]\d*x[1-9]\d*")
+PARALLEL = re.compile(rf"data|directions|{TENSOR}|[1-9]\d*x[1-9]\d*")
 
 
 class Share:
@@ -38,8 +38,7 @@ class Share:
     """
 
     def __init__(self, ranks: Ranks, evaluations: int, parallel: str = "data") -> None:
-        if parallel != TENSOR:
-            check_parallel(parallel)
+        check_parallel(parallel)
         self.ranks, self.evaluations = ranks, evaluations
         named = {"data": (ranks.count, 1), "directions": (1, ranks.count), TENSOR: (1, 1)}
         self.parts, self.groups = named.get(parallel) or map(int, parallel.split("x"))
@@ -91,16 +90,11 @@ class Share:
 
 
 def check_parallel(parallel: str) -> None:
-    """ValueError for what names no division of a step."""
-    if parallel == TENSOR:
-        raise ValueError(
-            f"parallel={TENSOR!r} divides layers, not steps, and needs a loop of your own: qzo.shard_(model), then "
-            f"qzo.QZO(model, ..., parallel={TENSOR!r})"
-        )
+    """ValueError for what names no division of a step, or of layers."""
     if not isinstance(parallel, str) or not PARALLEL.fullmatch(parallel):
         raise ValueError(
-            f"parallel={parallel!r:.60}: expected data, directions, or how many parts of the examples times groups of "
-            "the evaluations, such as 2x4"
+            f"parallel={parallel!r:.60}: expected data, directions, tensor, or how many parts of the examples times "
+            "groups of the evaluations, such as 2x4"
         )
 
 

@@ -128,19 +128,23 @@ def fit(
     as `QZO` has them.
     """
     out, ranks = Path(out), Ranks()
+    show = show if ranks.first else False
     ranks.check_same({"settings": finite(dataclasses.asdict(settings))})
     check_batch_size(settings, len(task.examples))
     task.check()
     task.settle()
-    settings.learning_rate = ranks.from_first(lambda: _settled_rate(task, settings, out, resume, show))
-    planned, settings.large_rows = ranks.from_first(lambda: _settled(task, settings, out, resume, show))
+    planned, recorded = ranks.from_first(lambda: _began(settings, out / "journal.qzo" if resume else None))
+    rate = _settled_rate(task, settings, recorded, show)  # as in a validation, all measure and go by the first
+    settings.learning_rate = ranks.from_first(lambda: rate)
+    large_rows = _settled_large_rows(task, settings, recorded, show)
+    settings.large_rows = ranks.from_first(lambda: large_rows)
     optimizer = _optimizer(task, settings, out / "journal.qzo", resume, planned)
     start = optimizer.evaluated
     try:
         with (
             disk.naming(out),
             Metrics(out / "metrics.jsonl" if ranks.first else None, start) as metrics,
-            Progress(settings.max_steps, start, show if ranks.first else False) as progress,
+            Progress(settings.max_steps, start, show) as progress,
         ):
             if validation is not None:
                 validation.recall(ranks.from_first(lambda: metrics.lines))
@@ -158,22 +162,18 @@ def fit(
     return start
 
 
-def _settled(task: Trainable, settings: Settings, out: Path, resume: bool, show: bool | None) -> tuple[int, str]:
-    """(planned steps, large_rows) of a run, which the journal of one that goes on decides."""
-    journal, large_rows = out / "journal.qzo" if resume else None, settings.large_rows
-    if large_rows == "auto":
-        large_rows = _settle_large_rows(task, settings, journal, show)
-    return planned_steps(settings, journal), large_rows
+def _began(settings: Settings, journal: Path | None) -> tuple[int, dict[str, Any] | None]:
+    """(planned steps, the recipe that its journal holds) of a run that goes on; of another its own steps, and None."""
+    found = read(journal) if journal is not None and journal.exists() else None
+    return planned_steps(settings, journal), None if found is None else found[0].get("recipe", {})
 
 
-def _settled_rate(task: Trainable, settings: Settings, out: Path, resume: bool, show: bool | None) -> float:
-    """The learning rate of a run, which the journal of one that goes on decides where none is given."""
+def _settled_rate(task: Trainable, settings: Settings, recorded: dict[str, Any] | None, show: bool | None) -> float:
+    """The learning rate of a run, which the `recorded` recipe of one that goes on decides where none is given."""
     if settings.learning_rate is not None:
         return settings.learning_rate
-    found = read(out / "journal.qzo") if resume and (out / "journal.qzo").exists() else None
-    recorded = None if found is None else found[0].get("recipe", {}).get("learning_rate")
-    if recorded is not None:
-        return float(recorded)
+    if recorded is not None and recorded.get("learning_rate") is not None:
+        return float(recorded["learning_rate"])
     if not (isinstance(task, Task) and fits_biases(task, settings) and settings.relative):
         return RATE * settings.directions
     rate = measured_rate(task, settings)
@@ -286,10 +286,10 @@ def _caught_up(
         yield {**line_of(optimizer.journal, start - 1), "valid": found}
 
 
-def _settle_large_rows(task: Trainable, settings: Settings, journal: Path | None, show: bool | None) -> str:
-    """ "auto" or "fused" for a run that asks for "auto"; journal: of a run that goes on, or None."""
-    found = read(journal) if journal is not None else None
-    recorded = None if found is None else found[0].get("recipe", {}).get("large_rows", "fused")
+def _settled_large_rows(task: Trainable, settings: Settings, recorded: dict[str, Any] | None, show: bool | None) -> str:
+    """What a run asks for, of "auto" that or "fused". recorded: the recipe of a run that goes on, or None."""
+    if settings.large_rows != "auto":
+        return settings.large_rows
 
     def measure() -> float:
         batch = task.batch(task.indices(0, settings.batch_size, settings.seed), 2)
@@ -303,7 +303,8 @@ def _settle_large_rows(task: Trainable, settings: Settings, journal: Path | None
             settings.seed,
         )
 
-    value, part = many_rows.settle(task.device, measure, recorded)
+    before = None if recorded is None else recorded.get("large_rows", "fused")
+    value, part = many_rows.settle(task.device, measure, before)
     if show is not False and many_rows.said(value, part):
         print(many_rows.said(value, part), file=sys.stderr, flush=True)
     return value

@@ -7,7 +7,7 @@ from typing import Any
 from ..kernels.noise import check_sharing, law_number
 from ..nn.ops import check_large_rows
 from ..optim.defaults import CLIP, EPS, FLOOR, SYNC_SECONDS
-from ..optim.shares import check_parallel
+from ..optim.shares import TENSOR, check_parallel
 from .encode import CHAT_LOSSES
 from .packing import PACKINGS
 
@@ -137,6 +137,11 @@ class Settings:
             raise ValueError(
                 f"staleness={self.staleness} with cuda_graph: a step whose update comes later is no one graph; leave "
                 "one of them out"
+            )
+        if self.staleness and self.parallel == TENSOR:
+            raise ValueError(
+                f"staleness={self.staleness} with parallel={TENSOR!r}: all ranks work on each layer together, so none "
+                "can be late; leave one of them out"
             )
 
     @property

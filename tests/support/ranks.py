@@ -1,13 +1,17 @@
 """Ranks of torch.distributed as forks of this process, over gloo: no import is paid for twice."""
 
+import contextlib
 import datetime
 import json
 import os
+import socket
 import sys
 import traceback
 
 import torch
 import torch.distributed as dist
+
+from qzo.cli.main import main
 
 LIMIT = datetime.timedelta(seconds=60)  # that a rank waits for another
 
@@ -21,6 +25,44 @@ def run(folder, count, function, *arguments, left=None):
     for child in children:
         os.waitpid(child, 0)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(left or count)]
+
+
+def commands(folder, count, line, before=lambda: None):
+    """(exit status, what it has printed, what it has said) of a command line of `qzo` on each of `count` ranks, which
+    are told of each other as torchrun does it. before: called on each, first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    sys.stdout.flush()
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            _command(folder, line, before, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_PORT=port)
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return [
+        (status, (folder / f"{rank}.out").read_text(), (folder / f"{rank}.err").read_text())
+        for rank, status in enumerate(statuses)
+    ]
+
+
+def _command(folder, line, before, **variables):
+    status = 70
+    try:
+        os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="localhost")
+        torch.set_num_threads(1)  # those of the parent are not here
+        with contextlib.ExitStack() as files:
+            out, err = (files.enter_context(open(folder / f"{variables['RANK']}.{name}", "w")) for name in ("out", "err"))
+            files.enter_context(contextlib.redirect_stdout(out))
+            files.enter_context(contextlib.redirect_stderr(err))
+            before()
+            status = main(line)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def _fork(folder, rank, count, function, arguments):

@@ -41,7 +41,7 @@ RECORDS: list[dict[str, Any]] = [
 ]
 
 
-def save_checkpoint(folder, hidden=64, layers=2):
+def save_checkpoint(folder, hidden=64, layers=2, key_heads=1):
     """config.json, safetensors and tokenizer files."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -58,7 +58,7 @@ def save_checkpoint(folder, hidden=64, layers=2):
         intermediate_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=key_heads,
         vocab_size=len(vocabulary),
         max_position_embeddings=64,
         initializer_range=0.2,
