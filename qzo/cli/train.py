@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import statistics
@@ -17,14 +16,12 @@ from typing import Any
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
 from ..loss.label_bias import fit_label_bias
-from ..nn.layers import check_sharing_of, layers
-from ..nn.tensor_parallel import is_sharded, shard_, unshard_
+from ..nn.tensor_parallel import is_sharded, unshard_
 from ..optim.shares import TENSOR
 from ..reports.memory import Run, predict_loaded
-from ..system.as_json import finite
 from ..system.ranks import FirstFailed, RankLost, Ranks, RanksDiffer, RanksDiverged, joined, launched
 from ..training.data import IGNORED, Example
-from ..training.folder import versions, write_results
+from ..training.folder import write_results
 from ..training.loop import Trainable, build_task, check_batch_size, choose_layers, fit, fits_biases
 from ..training.plan import lines, plan
 from ..training.records import read_data
@@ -32,9 +29,10 @@ from ..training.schedule import planned_steps
 from ..training.settings import PAPER, Settings
 from ..training.task import Measure, Task, measure
 from ..training.validation import PARTS, Base, Validation
-from .common import device_of, load, say, scores_as_text, steps_of
+from .common import load, say, scores_as_text, steps_of
 from .options import model_of
 from .outputs import JOURNAL
+from .parts import load_parts
 
 CONTROL_EXAMPLES = 512  # of the training data, that the control's biases are fitted on
 
@@ -181,33 +179,6 @@ def train(
         base.rebuild(out / "journal.qzo", kept)
     best_found = None if best is None else best._asdict()
     return {"steps": steps, "resumed_from": already, "best": best_found, "model_step": kept}
-
-
-def load_parts(own: Mapping[str, Any], settings: Settings, records: Any) -> Any:
-    """The model in parts over the ranks, each on its device; whole it is in the host's memory only.
-
-    RanksDiffer where ranks do not have the same settings, data, layers and versions: in a forward they wait for each
-    other, so that is compared before the first one. ValueError as `shard_` has it, and for noise that parts do not
-    have.
-    """
-    ranks, (device, dtype) = Ranks(), device_of(own)
-    model = load(own["model"], {**own, "device": "cpu", "dtype": str(dtype).removeprefix("torch.")})
-    found = layers(model, trainable=None)
-    ranks.check_same(
-        {
-            "settings": finite(dataclasses.asdict(settings)),
-            "data": hashlib.sha256(repr(records).encode()).hexdigest(),
-            "dtype": str(dtype),
-            "layers": {name: repr(layer) for name, layer in found.items()},
-            "versions": versions(),
-        }
-    )
-    cut = shard_(model)
-    check_sharing_of(model, settings.sharing)
-    model.to(device)
-    codes = sum(layer.codes.nbytes for layer in found.values())
-    say(f"{len(cut)} of {len(found)} layers in parts over {ranks.count} ranks: {codes / 1e9:.2f} GB of codes on each")
-    return model
 
 
 def controlled(task: Task, held_out: Mapping[str, Task]) -> dict[str, Measure]:

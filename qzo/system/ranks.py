@@ -80,12 +80,12 @@ class Ranks:
         own device: parts of activations and of codes, which the process group's backend for that device sends."""
         if self.count == 1:
             return [values]
-        data = values.contiguous().view(torch.uint8)  # a backend may lack the dtype
+        data = values.contiguous().view(-1).view(torch.uint8)  # a backend may lack the dtype
         found = [torch.empty_like(data) for _ in range(self.count)]
         with _listening():
             dist.all_gather(found, data)
         self.sent += data.nbytes
-        return [one.view(values.dtype) for one in found]
+        return [one.view(values.dtype).view(values.shape) for one in found]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What make(), called on the first rank alone, returned there: anything of JSON.

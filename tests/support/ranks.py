@@ -27,38 +27,39 @@ def run(folder, count, function, *arguments, left=None):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(left or count)]
 
 
-def commands(folder, count, line, before=lambda: None):
+def commands(folder, count, line, before=lambda rank: None):
     """(exit status, what it has printed, what it has said) of a command line of `qzo` on each of `count` ranks, which
-    are told of each other as torchrun does it. before: called on each, first."""
+    are told of each other as torchrun does it. before(rank): called on each, first."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     sys.stdout.flush()
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            _command(folder, line, before, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_PORT=port)
-        children.append(child)
+    children = [_command(folder, rank, count, port, line, before) for rank in range(count)]
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return [
-        (status, (folder / f"{rank}.out").read_text(), (folder / f"{rank}.err").read_text())
+        (status, *((folder / f"{rank}.{stream}").read_text() for stream in ("out", "err")))
         for rank, status in enumerate(statuses)
     ]
 
 
-def _command(folder, line, before, **variables):
+def _command(folder, rank, count, port, line, before):
+    child = os.fork()
+    if child:
+        return child
     status = 70
     try:
-        os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="localhost")
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in told.items()})
         torch.set_num_threads(1)  # those of the parent are not here
-        with contextlib.ExitStack() as files:
-            out, err = (files.enter_context(open(folder / f"{variables['RANK']}.{name}", "w")) for name in ("out", "err"))
-            files.enter_context(contextlib.redirect_stdout(out))
-            files.enter_context(contextlib.redirect_stderr(err))
-            before()
+        with (
+            contextlib.redirect_stdout(open(folder / f"{rank}.out", "w")),
+            contextlib.redirect_stderr(open(folder / f"{rank}.err", "w")),
+        ):
+            before(rank)
             status = main(line)
+            sys.stdout.flush()
+            sys.stderr.flush()
     except BaseException:
         traceback.print_exc()
     finally:
