@@ -243,7 +243,8 @@ def _add_ranks(ranks: argparse._ArgumentGroup) -> None:
         "--parallel",
         metavar="WHAT",
         help="what a step divides among them: its examples (data, the default), its evaluations (directions), or both, "
-        "as 2x4: 2 parts of the examples times 4 groups of the evaluations. The first process writes and prints",
+        "as 2x4: 2 parts of the examples times 4 groups of the evaluations; or the layers, of a model that one device "
+        "cannot hold (tensor). The first process writes and prints",
     )
     ranks.add_argument(
         "--check-every",

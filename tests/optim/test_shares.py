@@ -11,7 +11,6 @@ from qzo.nn.layers import arena_of
 from qzo.optim.optimizer import QZO
 from qzo.optim.shares import Share, check_parallel
 from qzo.system.ranks import Ranks
-from qzo.training.settings import Settings
 from tests.support import ranks
 from tests.support.close import assert_same_bits
 from tests.support.small_layers import block
@@ -70,7 +69,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_so_on_all():
         ((4, 4, "2x3"), r"parallel='2x3' is for 6 ranks, there are 4"),
         ((1, 4, "2x2"), r"for 4 ranks, there are 1"),
         ((8, 4, "directions"), r"8 groups of evaluations, but a step has 4"),
-        ((4, 4, "both"), r"parallel='both': expected data, directions, or .* such as 2x4"),
+        ((4, 4, "both"), r"parallel='both': expected data, directions, tensor, or .* such as 2x4"),
         ((4, 4, "0x4"), r"parallel='0x4': expected"),
     ],
 )
@@ -88,11 +87,6 @@ def test_fewer_examples_than_parts_are_refused():
 def test_a_division_is_a_text():
     with pytest.raises(ValueError, match="parallel=4"):
         check_parallel(cast(Any, 4))
-
-
-def test_commands_do_not_cut_layers():
-    with pytest.raises(ValueError, match=r"parallel='tensor' divides layers, not steps, .* qzo.shard_"):
-        Settings(parallel="tensor")
 
 
 def steps_of(parallel, paired=True):

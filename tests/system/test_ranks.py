@@ -39,6 +39,8 @@ def conversation():
         "gathered": one.gather(torch.tensor([one.rank, 10.0 * one.rank], dtype=torch.float64)).tolist()
     }
     found["sent"] = one.sent
+    column = 10 * one.rank + torch.arange(2, dtype=torch.int16).view(1, 2).t()  # of another stride than a [2, 1] has
+    found["exchanged"] = [parts.tolist() for parts in one.exchange(column)]
     found["told"] = one.from_first(lambda: {"of": one.rank, "x": float("nan")})["of"]
     found["failed"] = said(one.from_first, fails)
     found["same"] = said(one.check_same, FIELDS)
@@ -72,6 +74,11 @@ def test_what_is_gathered_is_in_the_order_of_the_ranks_and_counted(heard):
         assert one["gathered"] == [[0, 0], [1, 10], [2, 20]]
         assert one["sent"] == 16
         assert one["alone"] == 1
+
+
+def test_what_is_exchanged_keeps_its_shape_and_type(heard):
+    for one in heard:
+        assert one["exchanged"] == [[[0], [1]], [[10], [11]], [[20], [21]]]
 
 
 def test_what_the_first_does_is_told_to_all_and_so_is_its_failure(heard):

@@ -49,6 +49,7 @@ WRONG = [
     ({"staleness": -1}, "staleness=-1: expected steps, an int >= 0 (0: no step runs ahead)"),
     ({"staleness": 3, "max_steps": 3}, "staleness=3 with max_steps=3: every step would be evaluated on the scales"),
     ({"staleness": 1, "cuda_graph": True}, "staleness=1 with cuda_graph: "),
+    ({"staleness": 1, "parallel": "tensor"}, "staleness=1 with parallel='tensor': "),
 ]
 
 
