@@ -2,9 +2,9 @@
 
 Every fixture folder of the tests: logits beside the expected ones, files byte for byte after a step with lr 0, five
 steps. A model with the products of many rows through BLAS, one under torch.compile, and transformers' Trainer with and
-without CUDA graphs. Then the command line, as a
-user has it: the same run twice, without graphs, killed with SIGKILL and resumed: the same journal and model, bit for
-bit; replayed; exported. What is untrue is a row whose note begins with "failed".
+without CUDA graphs. Then the command line, as a user has it: the same run twice, without graphs, killed with SIGKILL
+and resumed: the same journal and model, bit for bit; replayed; exported. What is untrue is a row whose note begins
+with "failed".
 """
 
 import concurrent.futures
