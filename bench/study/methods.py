@@ -42,16 +42,21 @@ class Study:
             loop.build_task(self.model, records, tokenizer, Settings(train_layers=train_layers), prefix)
             for records in (rows.training, rows.validation, rows.held_out)
         )
+        self.has_options = self.training.examples[0].options is not None
         self.base = Base(self.model)
         self.learning_rate: float | None = None  # of the last run
 
     def measured(self, bias: torch.Tensor | float = 0.0) -> Scores:
-        """Both splits, with biases of the options added to the scores."""
+        """Both splits, with biases of the options added to the scores; of texts without options as they are."""
         splits = {"validation": self.validation, "held_out": self.held_out}
+        if not self.has_options:
+            return {name: task.evaluate() for name, task in splits.items()}
         return {name: measure(task.scores() + bias, task.labels()) for name, task in splits.items()}
 
     def untrained(self) -> dict[str, Scores]:
-        """Of the untouched model, and with label biases alone."""
+        """Of the untouched model, and with label biases alone where there are options."""
+        if not self.has_options:
+            return {"zero-shot": self.measured()}
         bias = fit_label_bias(self.training.scores(), self.training.labels())
         return {"zero-shot": self.measured(), "label biases only": self.measured(bias)}
 
@@ -160,6 +165,8 @@ PAPERS_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 PAIRS = {"directions": 2, "one_sided": False}
 METHODS = {
     "default": Method(("auto",), {}),
+    "default, 1 step late": Method(("auto",), {"staleness": 1}),
+    "default, 4 steps late": Method(("auto",), {"staleness": 4}),
     "pairs, 2 directions x 16 rows": Method((8e-2, 16e-2, 32e-2, 64e-2), PAIRS),
     "pairs, biases learned": Method((8e-2, 16e-2), {**PAIRS, "label_bias": "none"}),
     "paper's recipe": Method(PAPERS_RATES, {key: PAPER[key] for key in PAPER.keys() - {"learning_rate"}}),

@@ -23,7 +23,7 @@ class Line(NamedTuple):
     method: str
     rows: int
     rate: Rate | None
-    accuracies: list[float]
+    accuracies: list[float | None]  # None of texts without options
     losses: list[float]
 
 
@@ -37,7 +37,7 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     return sorted(made, key=lambda line: (list(TASKS).index(line.task), order.index(line.method), line.rows))
 
 
-def _figures(rows: list[Row]) -> tuple[Rate | None, list[float], list[float]]:
+def _figures(rows: list[Row]) -> tuple[Rate | None, list[float | None], list[float]]:
     """(rate, accuracies, losses) of the rows at the best rate."""
     rate = best_rate(rows)
     taken = [row["scores"]["held_out"] for row in rows if row["rate"] == rate]
@@ -51,14 +51,20 @@ def as_markdown(made: list[Line]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for line in made:
-        accuracy, loss = 100 * statistics.fmean(line.accuracies), statistics.fmean(line.losses)
+        accuracy, loss = _accuracy(line.accuracies), statistics.fmean(line.losses)
         closed = share(line, made)
         text.append(
             f"| {line.task} | {line.method} | {line.rows:,} | {_rate(line.rate)} "
-            f"| {len(line.losses)} | {accuracy:.1f} %, {100 * min(line.accuracies):.1f} % "
+            f"| {len(line.losses)} | {accuracy} "
             f"| {loss:.3f}, {max(line.losses):.3f} | {'' if closed is None else f'{100 * closed:.0f} %'} |"
         )
     return "\n".join(text)
+
+
+def _accuracy(found: list[float | None]) -> str:
+    """Mean and worst, as the table says them; nothing for texts without options."""
+    known = [accuracy for accuracy in found if accuracy is not None]
+    return f"{100 * statistics.fmean(known):.1f} %, {100 * min(known):.1f} %" if known else ""
 
 
 def _rate(rate: Rate | None) -> str:

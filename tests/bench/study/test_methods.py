@@ -15,7 +15,8 @@ CHEAP = {"max_length": 64, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study_of(tmp_path_factory):
+    """Makes a Study of the tiny model."""
     folder = tmp_path_factory.mktemp("study")
     base = tiny.save_checkpoint(folder / "base")
     with pytest.warns(UserWarning, match="group_size"):
@@ -23,7 +24,12 @@ def study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qzo.training.demo.model_file", lambda: folder / "tiny")
         patch.setattr(methods, "BATCH", 8)
-        yield methods.Study(Rows(tiny.RECORDS[:16], tiny.RECORDS[8:16], tiny.RECORDS[16:]), 1)
+        yield lambda records: methods.Study(Rows(records[:16], records[8:16], records[16:]), 1)
+
+
+@pytest.fixture(scope="module")
+def study(study_of):
+    return study_of(tiny.RECORDS)
 
 
 @pytest.mark.parametrize("name", ["default", "pairs, biases learned", "first-order, scales", "first-order, LoRA"])
@@ -39,6 +45,18 @@ def test_a_method_learns_and_leaves_the_model_as_it_was(study, name):
     assert biases_of(study.model) == {}
     assert method.run(study, 8 * 24, 0, method.rates[0]) == scores, "a run is its seed"
     assert method.run(study, 8 * 24, 1, method.rates[0]) != scores
+
+
+def test_texts_without_options_are_measured_by_their_loss(study_of):
+    texts = [{"text": record["prompt"]} for record in tiny.RECORDS]
+    plain = study_of(texts)
+    before = plain.measured()
+    assert plain.untrained() == {"zero-shot": before}
+    assert before["validation"]["accuracy"] is None
+    assert before["validation"]["loss"] == plain.validation.evaluate()["loss"]
+    scores = plain.zeroth_order(8 * 4 * 4, 0, {**CHEAP, "learning_rate": 0.08})
+    assert scores["validation"]["loss"] != before["validation"]["loss"]
+    assert plain.measured() == before
 
 
 def test_gradients_lower_the_loss_they_are_of(study):

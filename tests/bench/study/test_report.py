@@ -26,6 +26,7 @@ ROWS = [
     row("label biases only", None, None, 1.0, 1.0, rows=0),
     row("first-order, scales", 0, 0.001, 0.4, 0.4),
     row("default", 0, 0.2, 0.7, 0.3, task="movie"),
+    row("default", 0, 0.32, 5.1, 5.2, task="plain texts", accuracy=None),
 ]
 
 
@@ -37,6 +38,7 @@ def test_lines_are_of_the_rate_with_the_least_mean_validation_loss():
         ("headlines", "default"),
         ("headlines", "first-order, scales"),
         ("movie", "default"),
+        ("plain texts", "default"),
     ]
     default = made[2]
     assert (default.rate, default.losses, default.accuracies) == (0.2, [0.8, 0.6], [0.7, 0.8])
@@ -45,13 +47,14 @@ def test_lines_are_of_the_rate_with_the_least_mean_validation_loss():
     assert report.share(made[4], made) is None, "of movie neither end is known"
     text = report.as_markdown(made)
     assert "| headlines | default | 6,144 | 0.2 | 2 | 75.0 %, 70.0 % | 0.700, 0.800 | 50 % |" in text
+    assert "| plain texts | default | 6,144 | 0.32 | 1 |  | 5.200, 5.200 |  |" in text
 
 
 def test_from_files_to_a_table_and_a_picture(tmp_path, capsys):
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in ROWS))
     report.main([str(path), "--plot", str(tmp_path / "r.png")])
-    assert capsys.readouterr().out.count("\n") == 2 + 5
+    assert capsys.readouterr().out.count("\n") == 2 + 6
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
 
 

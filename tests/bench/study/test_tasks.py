@@ -63,6 +63,18 @@ def test_movie_snippets_with_a_clear_rating(packages):
     assert rows == tasks.movie(packages), "the same in every process"
 
 
+def test_the_snippets_as_plain_texts(packages, monkeypatch):
+    monkeypatch.setattr(tasks, "TEXTS", 1)
+    rows, labelled = tasks.plain_texts(packages), tasks.movie(packages)
+    assert rows.training == [
+        {"text": record["prompt"][len("Review: ") : -len("\nThe review is")]} for record in labelled.training
+    ]
+    assert {record["text"] for record in rows.training} < {"A joy", "A bore", "Fine", "Not fine"} | {
+        f"Snippet {i}" for i in range(6, 10)
+    }
+    assert (len(rows.training), len(rows.validation), len(rows.held_out)) == (3, 1, 1)
+
+
 def test_mails_by_their_subject_and_first_words(packages):
     found = of(tasks.spam(packages))
     assert len(found) == 7
