@@ -8,12 +8,9 @@ with "failed".
 """
 
 import concurrent.futures
-import contextlib
 import filecmp
-import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,12 +19,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments
 
 import qzo
 
 from ..optim import journal
-from ..trainer.mixin import JOURNAL, QZOTrainer
 from .gpu_parts import failures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,56 +165,13 @@ def compiled(folder, device, backend="inductor"):
     return f"logits differ by {error:.1e}"
 
 
-class Clock(TrainerCallback):
-    """Wall time at the end of each step, which has read its losses back by then."""
-
-    def __init__(self):
-        self.at = []
-
-    def on_step_end(self, *_, **__):
-        self.at.append(time.perf_counter())
-
-    def ms(self):
-        """The median step of the second half."""
-        half = self.at[len(self.at) // 2 :]
-        return 1e3 * statistics.median(after - before for before, after in itertools.pairwise(half))
-
-
-def through_trainer(folder, device, steps=60):
-    """QZOTrainer on batches of two shapes, with CUDA graphs and without: the same journal."""
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    tokens = [torch.arange(i, i + (12, 24)[i // 4 % 2]) % 64 for i in range(32)]
-    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in tokens]
-    found = []
-    for cuda_graph in (False, None):
-        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(None):
-            arguments = TrainingArguments(
-                out,
-                learning_rate=2e-2,
-                max_steps=steps,
-                per_device_train_batch_size=4,
-                train_sampling_strategy="sequential",
-                use_cpu=device == "cpu",
-                report_to=[],
-                save_strategy="no",
-                disable_tqdm=True,
-            )
-            model, clock = qzo.from_pretrained(str(folder), dtype=dtype, device=device), Clock()
-            trainer = QZOTrainer(model, arguments, train_dataset=rows, callbacks=[clock], cuda_graph=cuda_graph)
-            trainer.train()
-            graphs = trainer.optimizer.graphs
-            found.append(((Path(out) / JOURNAL).read_bytes(), clock.ms(), len(graphs.captured) if graphs else 0))
-    (plain, plain_ms, _), (captured, ms, count) = found
-    must(captured == plain, f"the journals with and without graphs differ, of {count} graphs")
-    return f"{steps} steps, same journal; {ms:.2f} ms a step in {count} graphs, {plain_ms:.2f} ms without"
-
-
-IN_PYTHON = {"folder": trained_and_saved, "blas": through_blas, "compiled": compiled, "trainer": through_trainer}
+IN_PYTHON = {"folder": trained_and_saved, "blas": through_blas, "compiled": compiled}
 
 
 def in_own_process(kind, folder, device, seconds):
-    """What one of IN_PYTHON says, run by itself: what breaks the device there breaks nothing here."""
-    command = [sys.executable, "-m", "qzo.bench.gpu_e2e", kind, str(folder), device]
+    """What one of IN_PYTHON says, or gpu_trainer.py, run by itself: what breaks the device breaks nothing here."""
+    asked = ["qzo.bench.gpu_trainer"] if kind == "trainer" else ["qzo.bench.gpu_e2e", kind]
+    command = [sys.executable, "-m", *asked, str(folder), device]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, seconds))
     must(done.returncode == 0, f"exit status {done.returncode}: {done.stderr.strip()[-250:]}")
     return done.stdout.strip().splitlines()[-1]

@@ -210,7 +210,7 @@ class Graphs:
             return None
         try:
             settings = _recipe(self.optimizer.param_groups[0])
-            key = (kind, closure, paired, self.optimizer.large_rows, *settings, *_form(batch))
+            key = (kind.__name__, closure, paired, self.optimizer.large_rows, *settings, *_form(batch))
             hash(key)
             if batch is not None and not isinstance(batch, MutableMapping):
                 raise TypeError(f"a {type(batch).__name__} cannot be written to")

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from ..loss.head import has_encoder
@@ -33,7 +32,7 @@ class OwnLosses:
         return losses(self.model, batch, self.copies)
 
 
-def padded(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def padded(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A micro-batch with labels as a CUDA graph wants it, a function of the batch alone; or as it is.
 
     The losses are the same but for rounding; a row gets one to eight tokens of padding, or at most 6 %. Left as they

@@ -14,8 +14,6 @@ from qzo.bench import (
     gpu_e2e,
 )
 from qzo.cli.main import main
-from qzo.optim.graph import Graphs
-from tests.support import graphs, trainers
 
 
 def in_this_process(arguments, seconds):
@@ -109,16 +107,3 @@ def test_many_rows_and_a_compiled_model(e2e):
     model = gpu_e2e.FOLDERS / gpu_e2e.MODEL
     assert re.fullmatch(r"losses of \d+ rows differ by 0.0e\+00", gpu_e2e.through_blas(model, "cpu", 64))
     assert gpu_e2e.compiled(model, "cpu", backend="eager") == "logits differ by 0.0e+00"
-
-
-@trainers.needs_accelerate
-def test_a_trainer_with_graphs_is_compared_with_one_without(monkeypatch):
-    """The stand-in's graphs serve; one that gives other losses is found."""
-    model, pads = gpu_e2e.FOLDERS / gpu_e2e.MODEL, property(lambda self: True, lambda self, value: None)
-    graphs.stand_in(monkeypatch)
-    monkeypatch.setattr(gpu_e2e.QZOTrainer, "_pads", pads, raising=False)
-    said = r"6 steps, same journal; \d+\.\d\d ms a step in 2 graphs, \d+\.\d\d ms without"
-    assert re.fullmatch(said, gpu_e2e.through_trainer(model, "cpu", 6))
-    monkeypatch.setattr(Graphs, "losses", lambda self, closure, batch, paired: torch.ones(2, dtype=torch.float64))
-    with pytest.raises(gpu_e2e.Untrue, match="the journals with and without graphs differ"):
-        gpu_e2e.through_trainer(model, "cpu", 2)
