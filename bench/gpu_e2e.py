@@ -1,9 +1,10 @@
 """Part "e2e" of gpu_check.py: the whole product on the device, from checkpoint to checkpoint.
 
 Every fixture folder of the tests: logits beside the expected ones, files byte for byte after a step with lr 0, five
-steps. A model with the products of many rows through BLAS, and one under torch.compile. Then the command line, as a
-user has it: the same run twice, without graphs, killed with SIGKILL and resumed: the same journal and model, bit for
-bit; replayed; exported. What is untrue is a row whose note begins with "failed".
+steps. A model with the products of many rows through BLAS, one under torch.compile, and transformers' Trainer with and
+without CUDA graphs. Then the command line, as a user has it: the same run twice, without graphs, killed with SIGKILL
+and resumed: the same journal and model, bit for bit; replayed; exported. What is untrue is a row whose note begins
+with "failed".
 """
 
 import concurrent.futures
@@ -51,6 +52,7 @@ def e2e(check):
     todo += [
         ("large_rows=blas in a model", "blas", FOLDERS / MODEL),
         ("torch.compile of a model", "compiled", FOLDERS / MODEL),
+        ("QZOTrainer with and without graphs", "trainer", FOLDERS / MODEL),
     ]
     with _pool() as pool:
         found = {
@@ -167,8 +169,9 @@ IN_PYTHON = {"folder": trained_and_saved, "blas": through_blas, "compiled": comp
 
 
 def in_own_process(kind, folder, device, seconds):
-    """What one of IN_PYTHON says, run by itself: what breaks the device there breaks nothing here."""
-    command = [sys.executable, "-m", "qzo.bench.gpu_e2e", kind, str(folder), device]
+    """What one of IN_PYTHON says, or gpu_trainer.py, run by itself: what breaks the device breaks nothing here."""
+    asked = ["qzo.bench.gpu_trainer"] if kind == "trainer" else ["qzo.bench.gpu_e2e", kind]
+    command = [sys.executable, "-m", *asked, str(folder), device]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, seconds))
     must(done.returncode == 0, f"exit status {done.returncode}: {done.stderr.strip()[-250:]}")
     return done.stdout.strip().splitlines()[-1]

@@ -1,4 +1,5 @@
 """Whole steps in CUDA graphs: evaluations, losses, derivatives, update; the host only reads the losses after them.
+Or the losses alone, where a step is made of several batches.
 
 A graph belongs to one closure and one shape of its batch: a batch is copied into the tensors that the graph was
 captured on, and seeds, coefficients and rates lie in device memory too, so that a replay finds new ones there. The
@@ -105,8 +106,8 @@ def recorder_of(device: torch.device) -> Recorder | None:
     return Recorder(device) if device.type == "cuda" else None
 
 
-class GraphStep:
-    """One captured step of an optimizer: of a closure and its batch, or of one without (batch None).
+class GraphLosses:
+    """Captured losses of an optimizer's evaluations: of a closure and its batch, or of one without (batch None).
 
     Raises RuntimeError, as torch does, for what cannot be captured, and where the graph's losses are not those of the
     same forward without it, which gave the same twice: its Python code takes another way while it is captured.
@@ -119,48 +120,59 @@ class GraphStep:
         self.batch = None if batch is None else _static(batch)
         self.call = closure if batch is None else functools.partial(closure, self.batch)
         self.evaluations = optimizer.evaluations()
-        # until the first run NaN: a step by a NaN leaves the scales as they are
-        self.rates = torch.full((3,), torch.nan, dtype=torch.float64, device=optimizer.arena.data.device)
-        plain, again = (self._losses(result) for result in recorder.warm(self._step))
-        self.graph, self.result = recorder.record(self._step)
+        plain, again = (self._bits(result) for result in recorder.warm(self._run))
+        self.graph, self.result = recorder.record(self._run)
         self.graph.replay()
-        if torch.equal(plain, again) and not torch.equal(self._losses(self.result), plain):
+        if torch.equal(plain, again) and not torch.equal(self._bits(self.result), plain):
             self.graph.reset()
             raise RuntimeError(
                 "its losses in a graph are not those without: something in it asks whether it is being "
                 "captured, or reads what was there then"
             )
 
-    def _step(self) -> torch.Tensor:
-        """float64 [E + 2 J]: losses, derivatives, applied."""
-        group = self.optimizer.param_groups[0]
-        losses = means(self.optimizer.losses(self.call, self.evaluations, self.paired))
-        derivatives, applied = project(losses, self.rates, law_number(group["noise"]), group["one_sided"])
-        seeds = self.evaluations.seeds.view(len(applied), -1)[:, 0].contiguous()
-        update(self.optimizer.arena, seeds, applied, group)
-        return torch.cat([losses, derivatives, applied.double()])
+    def _run(self) -> torch.Tensor:
+        """What is captured: float64, the losses [E] first."""
+        return means(self.optimizer.losses(self.call, self.evaluations, self.paired))
 
-    def _losses(self, result: torch.Tensor) -> torch.Tensor:
+    def _bits(self, result: torch.Tensor) -> torch.Tensor:
         """The bits of a result's losses, on the host: NaN equals itself."""
         return result[: len(self.evaluations)].cpu().view(torch.int64)
 
-    def run(self, batch: Batch | None) -> Result:
-        """Replay with this step's batch, seeds and rates; (losses, derivatives, applied) as lists."""
+    def replay(self, batch: Batch | None) -> torch.Tensor:
+        """The result for this batch and the coming evaluations, in a tensor that other replays overwrite."""
         now, held = self.optimizer.evaluations(), _tensors(self.batch)
         for name, tensor in _tensors(batch).items():
             held[name].copy_(tensor, non_blocking=True)
         self.evaluations.seeds.copy_(now.seeds, non_blocking=True)
         self.evaluations.kernel_coefs.copy_(now.kernel_coefs, non_blocking=True)
-        self.rates.copy_(torch.tensor(self.optimizer.rates(), dtype=torch.float64), non_blocking=True)
         self.graph.replay()
-        result = self.result.tolist()
-        count = len(now)
-        middle = (count + len(result)) // 2
-        return result[:count], result[count:middle], result[middle:]
+        return self.result
+
+
+class GraphStep(GraphLosses):
+    """A captured step: losses, derivatives, update."""
+
+    def __init__(self, optimizer: Optimizer, *captured: Any) -> None:
+        # until the first run NaN: a step by a NaN leaves the scales as they are
+        self.rates = torch.full((3,), torch.nan, dtype=torch.float64, device=optimizer.arena.data.device)
+        super().__init__(optimizer, *captured)
+
+    def _run(self) -> torch.Tensor:
+        """float64 [E + 2 J]: losses, derivatives, applied."""
+        losses, group = super()._run(), self.optimizer.param_groups[0]
+        derivatives, applied = project(losses, self.rates, law_number(group["noise"]), group["one_sided"])
+        seeds = self.evaluations.seeds.view(len(applied), -1)[:, 0].contiguous()
+        update(self.optimizer.arena, seeds, applied, group)
+        return torch.cat([losses, derivatives, applied.double()])
+
+    def replay(self, batch: Batch | None) -> torch.Tensor:
+        """As above, at the rates of the coming step."""
+        self.rates.copy_(torch.tensor(self.optimizer.rates(), dtype=torch.float64), non_blocking=True)
+        return super().replay(batch)
 
 
 class Graphs:
-    """The captured steps of an optimizer, at most `limit`, by closure and shape of the batch.
+    """What is captured of an optimizer's steps, at most `limit` graphs, by closure and shape of the batch.
 
     What comes for the first time runs without a graph, since it may not come again. Once there are `limit` graphs,
     another takes the place of the least used if it is used twice as often (lately: uses count half after PERIOD
@@ -169,7 +181,7 @@ class Graphs:
 
     def __init__(self, optimizer: Optimizer, recorder: Recorder, limit: int = LIMIT) -> None:
         self.optimizer, self.recorder, self.limit = optimizer, recorder, limit
-        self.captured: dict[Hashable, GraphStep] = {}
+        self.captured: dict[Hashable, GraphLosses] = {}
         self.uses: dict[Hashable, int] = {}
         self.steps = 0
         self.arena_data = optimizer.arena.data  # what the graphs read: they end when the model moves
@@ -178,10 +190,27 @@ class Graphs:
 
     def step(self, closure: Closure, batch: Batch | None, paired: bool) -> Result | None:
         """The (losses, derivatives, applied) of a step that ran as a graph, or None: run it without."""
+        captured = self._captured(GraphStep, closure, batch, paired)
+        if captured is None:
+            return None
+        result, count = captured.replay(batch).tolist(), len(captured.evaluations)
+        middle = (count + len(result)) // 2
+        return result[:count], result[count:middle], result[middle:]
+
+    def losses(self, closure: Closure, batch: Batch | None, paired: bool) -> torch.Tensor | None:
+        """The losses of the coming evaluations from a graph, float64 [E], or None: make them without."""
+        captured = self._captured(GraphLosses, closure, batch, paired)
+        return None if captured is None else captured.replay(batch).clone()
+
+    def _captured(
+        self, kind: type[GraphLosses], closure: Closure, batch: Batch | None, paired: bool
+    ) -> GraphLosses | None:
+        """What to replay, captured now if it is worth it; None: run without."""
         if self.off or (batch is None and not self._comes_again(closure)):
             return None
         try:
-            key = (closure, paired, self.optimizer.large_rows, *_recipe(self.optimizer.param_groups[0]), *_form(batch))
+            settings = _recipe(self.optimizer.param_groups[0])
+            key = (kind.__name__, closure, paired, self.optimizer.large_rows, *settings, *_form(batch))
             hash(key)
             if batch is not None and not isinstance(batch, MutableMapping):
                 raise TypeError(f"a {type(batch).__name__} cannot be written to")
@@ -193,14 +222,14 @@ class Graphs:
             if not self._worth_it(key):
                 return None
             try:
-                self.captured[key] = GraphStep(self.optimizer, closure, batch, paired, self.recorder)
+                self.captured[key] = kind(self.optimizer, closure, batch, paired, self.recorder)
             except RuntimeError as error:
                 self.give_up(
                     f"{where(self.optimizer.module, error, 'the closure')} cannot be captured "
                     f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
                 )
                 return None
-        return self.captured[key].run(batch)
+        return self.captured[key]
 
     def drop(self) -> None:
         """Give the graphs' memory back."""
@@ -212,7 +241,7 @@ class Graphs:
         """No graphs any more, after a warning."""
         self.off = True
         self.drop()
-        warnings.warn(f"cuda_graph: {why}; the steps run without a graph", stacklevel=5)
+        warnings.warn(f"cuda_graph: {why}; the steps run without a graph", stacklevel=6)
 
     def _comes_again(self, closure: Closure) -> bool:
         """Whether a closure is that of the step before."""
@@ -224,7 +253,7 @@ class Graphs:
                 "cuda_graph=True: this step has another closure than the one before, and a graph replays one "
                 "closure: define it once and let it take each batch, step(closure, batch=batch), or read "
                 "it from the same tensors",
-                stacklevel=5,
+                stacklevel=6,
             )
         return again
 

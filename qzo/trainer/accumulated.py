@@ -1,11 +1,13 @@
 """The optimizer of a trainer: losses arrive in parts, from micro-batches and ranks, and are added up before a step."""
 
+import functools
 from typing import Any
 
 import torch
 
 from ..kernels.noise import law_number
 from ..nn.evaluations import Evaluations
+from ..optim.graph import Batch, Closure, graphs_of
 from ..optim.optimizer import QZO
 from ..optim.step import project, sides
 
@@ -34,6 +36,16 @@ class AccumulatedQZO(QZO):
         if self._coming is None:
             self._coming = super().evaluations()
         return self._coming
+
+    def evaluate(self, closure: Closure, batch: Batch) -> torch.Tensor:
+        """The losses of a micro-batch under the coming evaluations, float64 [E], by a closure of it as `QZO.step` takes
+        one; from a CUDA graph where `cuda_graph` has it and the batch is static (`static_batch`)."""
+        if batch.get("static") and self.ranks.count == 1 and self.cuda_graph is not False:
+            self.graphs = graphs_of(self)
+            losses = None if self.graphs is None else self.graphs.losses(closure, batch, self.paired)
+            if losses is not None:
+                return losses
+        return self.losses(functools.partial(closure, batch), self.evaluations(), self.paired).double()
 
     def accumulate(self, losses: torch.Tensor) -> None:
         """Add the losses [E] of a micro-batch, already scaled by its share of the step."""

@@ -24,13 +24,13 @@ from transformers import Trainer, TrainingArguments
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.source import source_of
 from ..loss.head import has_encoder
-from ..loss.losses import losses as own_losses
 from ..nn.layers import arena_of, layers
 from ..optim.defaults import CLIP, EPS, FLOOR
 from ..optim.step import evaluation_count
 from ..system.disk import write_whole
 from ..training.validation import Base
 from .accumulated import AccumulatedQZO
+from .captured import PADDING, OwnLosses, padded
 from .refused import why_refused
 from .stacked import StackedModel, shadowed
 
@@ -61,6 +61,10 @@ class QZOTrainerMixin(_Base):
         Of the trainer; the model holds QZOLinear layers (`qzo.from_pretrained`).
     eps, clip, noise, relative, sharing, directions, one_sided, floor, large_rows
         As in `QZO`.
+    cuda_graph
+        Make the losses of a micro-batch as a CUDA graph, where they are transformers' own of labels [rows, tokens]
+        (captured.py): the same bits. None (the default): where there is a CUDA device; True: a warning where there is
+        none, or another loss; False: never. What cannot be captured runs without, after one warning that says why.
     paired
         One forward for all E evaluations, 2 J or one-sided J, the batch stacked E times; False: a forward each, in
         turn, which takes less memory.
@@ -88,6 +92,7 @@ class QZOTrainerMixin(_Base):
         one_sided: bool = False,
         floor: float = FLOOR,
         large_rows: str = "fused",
+        cuda_graph: bool | None = None,
         paired: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -102,6 +107,7 @@ class QZOTrainerMixin(_Base):
             "one_sided": one_sided,
             "floor": floor,
             "large_rows": large_rows,
+            "cuda_graph": cuda_graph,
             "paired": paired,
         }
         self._qzo: AccumulatedQZO | None = None
@@ -118,6 +124,9 @@ class QZOTrainerMixin(_Base):
             arena_of(self.model, exact=True)
         self.args.gradient_checkpointing = self.args.activation_checkpointing = False  # TRL turns it on
         self._use_the_models_dtype()
+        self._pads = self._has_own_loss and self.args.device.type == "cuda"  # whether or not there are graphs
+        if cuda_graph and not self._pads:
+            self._warn_of_no_graph()
         _warn_of_default_rate(self.args)
         self.accelerator.backward = lambda losses, **_: self._optimizer.accumulate(losses)
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -133,6 +142,14 @@ class QZOTrainerMixin(_Base):
                 stacklevel=3,
             )
         self.accelerator.native_amp, self.accelerator.scaler = False, None
+
+    def _warn_of_no_graph(self) -> None:
+        why = (
+            f"the model is on {self.args.device.type!r}, a graph needs a CUDA device"
+            if self._has_own_loss
+            else "the loss is not transformers' own, and what it keeps in Python a graph would not change"
+        )
+        warnings.warn(f"cuda_graph=True: {why}; the steps run without a graph", stacklevel=3)
 
     @property
     def _optimizer(self) -> AccumulatedQZO:
@@ -186,8 +203,7 @@ class QZOTrainerMixin(_Base):
             seed=self.args.seed,
             journal=journal,
             resume=resume,
-            recipe={"trainer": "transformers", "paired": self.paired},
-            cuda_graph=False,
+            recipe={"trainer": "transformers", "paired": self.paired} | ({"padding": PADDING} if self._pads else {}),
             **self._settings,
         )
 
@@ -240,10 +256,9 @@ class QZOTrainerMixin(_Base):
         optimizer = self._optimizer
         evaluations = optimizer.evaluations()
         if self._is_own_loss(model, inputs):
-            closure = functools.partial(own_losses, model, dict(inputs), len(evaluations) if self.paired else 1)
-            return optimizer.losses(closure, evaluations, self.paired).double() * self._share(
-                model, inputs["labels"], num_items_in_batch
-            )
+            closure = OwnLosses(model, len(evaluations) if self.paired else 1)
+            losses = optimizer.evaluate(closure, padded(model, inputs) if self._pads else dict(inputs))
+            return losses * self._share(model, inputs["labels"], num_items_in_batch)
         counted = getattr(self, "_total_train_tokens", None)  # TRL counts a batch's tokens in its compute_loss
 
         def loss(model: Any) -> torch.Tensor:
@@ -261,13 +276,20 @@ class QZOTrainerMixin(_Base):
         stacked = StackedModel(model, len(evaluations))
         return optimizer.losses(lambda: stacked.losses(loss), evaluations, True).double()
 
-    def _is_own_loss(self, model: Any, inputs: Any) -> bool:
-        """Whether the loss is a model's own as transformers' compute_loss takes it, and one that qzo.losses knows."""
-        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether losses are a model's own, as transformers' compute_loss takes them."""
         return (
             type(self).compute_loss is Trainer.compute_loss
             and self.compute_loss_func is None
             and self.label_smoother is None
+        )
+
+    def _is_own_loss(self, model: Any, inputs: Any) -> bool:
+        """Whether the loss is a model's own, and one that qzo.losses knows."""
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        return (
+            self._has_own_loss
             and hasattr(model, "config")
             and isinstance(labels, torch.Tensor)
             and labels.dtype == torch.int64

@@ -61,9 +61,10 @@ def best_widths(lengths: Sequence[int], count: int) -> tuple[int, ...]:
     return best[len(numbers)][1]
 
 
-def next_step(number: int) -> int:
-    """The next of four steps an octave: 8, 16, ... 64, 80, 96, 112, 128, 160, ...: at most a quarter more."""
-    return _up(number, max(UNIT, 1 << max(0, (number - 1).bit_length() - 3)))
+def next_step(number: int, steps: int = 4) -> int:
+    """The next of so many steps an octave, a power of two; of four: 8, 16, ... 64, 80, 96, 112, 128, 160, ...: at most
+    a quarter more."""
+    return _up(number, max(UNIT, (1 << (number - 1).bit_length()) // (2 * steps)))
 
 
 def _up(number: int, unit: int) -> int:

@@ -93,8 +93,8 @@ def test_every_folder_has_a_process_of_its_own(e2e, monkeypatch):
     monkeypatch.setattr(gpu_e2e, "in_own_process", lambda kind, folder, device, seconds: asked.append(kind) or "fine")
     monkeypatch.setattr(gpu_e2e, "command_line", lambda *arguments: None)
     gpu_e2e.e2e(e2e)
-    assert asked == ["folder"] * 14 + ["blas", "compiled"]
-    assert [row["note"] for row in e2e.rows] == ["fine"] * 16
+    assert asked == ["folder"] * 14 + ["blas", "compiled", "trainer"]
+    assert [row["note"] for row in e2e.rows] == ["fine"] * 17
     monkeypatch.undo()
     nowhere = gpu_e2e.FOLDERS / "nowhere"
     assert gpu_e2e.in_own_process("folder", nowhere, "cpu", 60).startswith("failed: FileNotFoundError: ")

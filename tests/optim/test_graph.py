@@ -3,6 +3,7 @@
 Where there is no GPU, tests/graphs.py stands in for the graphs.
 """
 
+import functools
 import math
 import types
 import warnings
@@ -82,6 +83,22 @@ def test_a_graph_keeps_its_own_tensors(tmp_path, recorders):
         optimizer.step(spy, batch=batch)
     assert all(torch.equal(batch["x"], x) for batch, x in zip(given, kept, strict=True))
     assert len(seen) == 2  # the first step's, and the graph's
+
+
+def test_losses_alone_are_captured_and_stay_when_another_graph_is_replayed(recorders):
+    """Under the evaluations of the coming step; the scales stay as they are."""
+    model = two_layers()
+    optimizer, closure = qzo.QZO(model, lr=0.1, directions=2), losses_of(model, 4)
+    before, found = optimizer.arena.data.clone(), []
+    held = graph.graphs_of(optimizer)
+    assert held is not None
+    for step, batch in enumerate(batches([1, 2, 1, 2, 1, 2])):
+        optimizer.param_groups[0]["step"] = step
+        want = optimizer.losses(functools.partial(closure, batch), optimizer.evaluations(), True).double()
+        found.append((held.losses(closure, batch, True), want))
+    assert [got is None for got, _ in found] == [True] * 2 + [False] * 4
+    assert all(torch.equal(got, want) for got, want in found[2:] if got is not None)
+    assert torch.equal(optimizer.arena.data, before)
 
 
 def test_few_graphs_are_held_and_the_least_used_goes(recorders, monkeypatch):

@@ -1,5 +1,6 @@
 """The optimizer of a trainer: losses in parts, from micro-batches and ranks, are added up in one order."""
 
+import functools
 from typing import Any, cast
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from qzo.nn.layers import arena_of
 from qzo.optim.optimizer import QZO
 from qzo.trainer.accumulated import UNMOVED, AccumulatedQZO
+from tests.support import graphs
 from tests.support.small_layers import block
 
 PARTS = torch.tensor([[1.5, 2.25], [0.125, 3.0], [7.0, 0.5], [2.0, 1.0]])
@@ -64,6 +66,28 @@ def test_micro_batches_of_a_step_share_their_evaluations():
     optimizer.accumulate(torch.tensor([1.0, 2.0]))
     optimizer.step()
     assert optimizer.evaluations() is not first
+
+
+@pytest.mark.parametrize(("static", "count"), [(True, 1), (False, 1), (True, 2)])
+def test_static_batches_of_one_process_are_captured(monkeypatch, static, count):
+    """Their losses are those without a graph; steps of several ranks have none."""
+    recorders = graphs.stand_in(monkeypatch)
+    model = block()
+    optimizer = AccumulatedQZO(model, 1e-2)
+    monkeypatch.setattr(optimizer.ranks, "count", count)
+
+    def closure(batch):
+        return model(batch["x"]).square().mean(1)
+
+    for step in range(4):
+        x = torch.randn(1, 64, generator=torch.Generator().manual_seed(step)).repeat(2, 1)
+        found = optimizer.evaluate(closure, {"x": x, "static": static})
+        assert found.dtype == torch.float64
+        want = optimizer.losses(functools.partial(closure, {"x": x}), optimizer.evaluations(), True)
+        assert torch.equal(found, want.double())
+        optimizer._coming = None
+        optimizer.param_groups[0]["step"] += 1
+    assert [graph.replays for recorder in recorders for graph in recorder.graphs] == [4] * (static and count == 1)
 
 
 @pytest.mark.parametrize(

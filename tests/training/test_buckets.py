@@ -68,7 +68,9 @@ def test_long_rows_have_coarse_widths():
 
 def test_steps_add_at_most_a_quarter():
     assert [next_step(n) for n in (1, 8, 9, 64, 65, 128, 129, 1000)] == [8, 8, 16, 64, 80, 128, 160, 1024]
-    assert all(n <= next_step(n) <= max(1.25 * n, n + 7) for n in range(1, 5000))
+    assert [next_step(n, 16) for n in (1, 9, 128, 129, 256, 257, 513, 1000)] == [8, 16, 128, 136, 256, 272, 544, 1024]
+    for steps in (4, 16):
+        assert all(n <= next_step(n, steps) <= max((1 + 1 / steps) * n, n + 7) for n in range(1, 5000))
 
 
 # ---------------------------------------------------------------------------------------------- batches of a task
