@@ -13,24 +13,21 @@ loop - skip * (1 - 1 / period). Nothing here tells speed or that results are rig
 import argparse
 import collections
 import concurrent.futures
-import dataclasses
 import json
 import multiprocessing
 import os
-import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 
 import triton
 
 from ...kernels import tiles
 from . import launches
 from .budgets import BUDGETS, MEASURED_SPILLS, PARKED, over_budget
+from .disassembly import disassembled, machine_code, usage
 from .waits import base_argument, read_ahead
 
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)\s*([^;]*);")
 TENSOR_CORE = {
     "sm_80": r"HMMA",
     "sm_86": r"HMMA",
@@ -63,19 +60,6 @@ CLASSES = (  # the first pattern that an instruction's name begins with, for the
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    at: int
-    name: str
-    operands: str
-
-    @property
-    def jump(self):
-        """Where a branch leads, or None."""
-        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.name.startswith("BRA") else None
-        return int(found[1], 16) if found else None
-
-
 # -------------------------------------------------------------------------------- compile and measure
 
 
@@ -93,14 +77,6 @@ def compile_launch(launch):
         target=launches.target(launch.arch),
         options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": False, **limit},
     )
-
-
-def _cuobjdump(cubin, flag):
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main_loop(code, tensor_core):
@@ -139,9 +115,8 @@ def _match(pattern, text):
     return found
 
 
-def measure(launch):
-    """Compile a Launch; returns its figures as a dict of numbers (and "mix", a dict)."""
-    compiled = compile_launch(launch)
+def resources(launch, compiled):
+    """What a compiled Launch holds of its chip, as a dict of numbers."""
     if launch.arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         read = {key: int(_match(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
@@ -151,14 +126,12 @@ def measure(launch):
             "shared": compiled.metadata.shared,
             "tensor": len(re.findall(r"v_mfma", text)),
         }
-    usage = _match(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(compiled.asm["cubin"], "-res-usage"))
-    held = {"registers": int(usage[1]), "spill": int(usage[2]) + int(usage[3]), "shared": compiled.metadata.shared}
-    if launch.kernel not in ("qmm", "folded"):
-        return held  # no rule reads the code of the others, and to disassemble it takes a third of the time
-    code = [
-        Instruction(int(at, 16), name, operands)
-        for at, name, operands in INSTRUCTION.findall(_cuobjdump(compiled.asm["cubin"], "-sass"))
-    ]
+    found = _match(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage(compiled.asm["cubin"]))
+    return {"registers": int(found[1]), "spill": int(found[2]) + int(found[3]), "shared": compiled.metadata.shared}
+
+
+def measure(launch, code, ptx):
+    """Figures of a Launch's instructions, and of its PTX, as a dict of numbers (and "mix", a dict)."""
     tensor_core = TENSOR_CORE[launch.arch]
     body = main_loop(code, tensor_core)
     mix = collections.Counter(next((name for name, pattern in CLASSES if _is(i, pattern)), "other") for i in body)
@@ -167,30 +140,27 @@ def measure(launch):
     if launch.kernel == "folded" or (launch.kernel == "qmm" and not launch.constant("WHOLE_ROW")):
         period = 4 * launch.constant("GROUP") // 128
     skip = _skip(body)
-    return (
-        held
-        | {
-            "tensor": sum(_is(i, tensor_core) for i in body),
-            "trap": sum(_is(i, "BPT") for i in code),
-            "loop": len(body),
-            "skip": skip,
-            "step": int(len(body) - skip * (1 - 1 / period)),  # halves down, all alike: round() takes them to even
-            "local": sum(_is(i, "LDL|STL") for i in body),
-            "stored_bytes": _stored_bytes(body),
-            # how many words of vectors are looked up, each in codebooks of its own: by the steps to their address
-            "words": len({text.count("add.u64 base") for text in compiled.asm["ptx"].split("ld.param.u64 base")[1:]}),
-            "base": base_argument(compiled.asm["ptx"], launch.signature),
-            "copies_16": sum(_is(i, r"LDGSTS\S*\.128") for i in body),
-            # weights in registers: "HGMMA.. R24, R120, gdesc[UR8], .."; in memory: "R24, gdesc[..]"
-            "wgmma": len(wgmma),
-            "wgmma_registers": sum(bool(re.match(r"R\d+,\s*R\d+,", i.operands)) for i in wgmma),
-            "waits": sum(i.name.startswith("WARPGROUP.DEPBAR") for i in body),
-            "idle": sum(i.name.startswith("WARPGROUP.DEPBAR") and "0x0" in i.operands for i in body),  # wait for all
-            "early": early(compiled.asm["ptx"]),
-            "read_ahead": read_ahead(body),
-            "mix": dict(mix),
-        }
-    )
+    return {
+        "tensor": sum(_is(i, tensor_core) for i in body),
+        "trap": sum(_is(i, "BPT") for i in code),
+        "loop": len(body),
+        "skip": skip,
+        "step": int(len(body) - skip * (1 - 1 / period)),  # halves down, all alike: round() takes them to even
+        "local": sum(_is(i, "LDL|STL") for i in body),
+        "stored_bytes": _stored_bytes(body),
+        # how many words of vectors are looked up, each in codebooks of its own: by the steps to their address
+        "words": len({text.count("add.u64 base") for text in ptx.split("ld.param.u64 base")[1:]}),
+        "base": base_argument(ptx, launch.signature),
+        "copies_16": sum(_is(i, r"LDGSTS\S*\.128") for i in body),
+        # weights in registers: "HGMMA.. R24, R120, gdesc[UR8], .."; in memory: "R24, gdesc[..]"
+        "wgmma": len(wgmma),
+        "wgmma_registers": sum(bool(re.match(r"R\d+,\s*R\d+,", i.operands)) for i in wgmma),
+        "waits": sum(i.name.startswith("WARPGROUP.DEPBAR") for i in body),
+        "idle": sum(i.name.startswith("WARPGROUP.DEPBAR") and "0x0" in i.operands for i in body),  # wait for all
+        "early": early(ptx),
+        "read_ahead": read_ahead(body),
+        "mix": dict(mix),
+    }
 
 
 def early(ptx):
@@ -308,22 +278,41 @@ def launch_set(name, archs):
 SETS = ("budgets", "tiles", "quick", "every")
 
 
-def _record(launch):
-    """Figures of a launch and its faults; a launch that does not compile is one fault."""
-    try:
-        figures = measure(launch)
-    except (RuntimeError, triton.CompilationError, subprocess.CalledProcessError) as error:
-        return {
-            "form": [],
-            "faults": [f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"],
-        }
-    return figures | {"faults": faults(launch, figures), "form": form_faults(launch, figures)}
+TOGETHER = 8  # launches that one process compiles and has disassembled together
+
+
+def _records(wanted):
+    """Figures of launches for one chip, and their faults; a launch that does not compile is one fault."""
+    figures, read, failed = {}, {}, {}
+    for launch in wanted:
+        try:
+            compiled = compile_launch(launch)
+            figures[launch] = resources(launch, compiled)
+        except (RuntimeError, triton.CompilationError, subprocess.CalledProcessError) as error:
+            text = f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            failed[launch] = {"form": [], "faults": [text]}
+            continue
+        if launch.kernel in ("qmm", "folded") and not launch.arch.startswith("gfx"):  # no rule reads others' code
+            read[launch] = compiled.asm
+    codes = disassembled([machine_code(asm["cubin"]) for asm in read.values()], wanted[0].arch)
+    for (launch, asm), code in zip(read.items(), codes, strict=True):
+        figures[launch] |= measure(launch, code, asm["ptx"])
+    made = {
+        launch: found | {"faults": faults(launch, found), "form": form_faults(launch, found)}
+        for launch, found in figures.items()
+    }
+    return [(failed | made)[launch] for launch in wanted]
 
 
 def records(wanted, jobs):
-    """(launch, record) of each, in order, compiled by `jobs` processes."""
+    """(launch, record) of each, chip by chip, compiled by `jobs` processes."""
+    alike: dict[str, list[launches.Launch]] = {}
+    for launch in wanted:
+        alike.setdefault(launch.arch, []).append(launch)
+    parts = [same[at : at + TOGETHER] for same in alike.values() for at in range(0, len(same), TOGETHER)]
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from zip(wanted, pool.map(_record, wanted), strict=True)
+        for part, found in zip(parts, pool.map(_records, parts), strict=True):
+            yield from zip(part, found, strict=True)
 
 
 def main(arguments=None):

@@ -7,7 +7,7 @@ REGISTER = re.compile(r"\bR(\d+)\b")
 
 
 def read_ahead(body):
-    """Fewest instructions of a loop (sass.Instruction each) from a read of global memory into registers to the first
+    """Fewest instructions of a loop (Instruction each) from a read of global memory into registers to the first
     one that takes its value, around the loop's end where it is there; None where nothing is read."""
     found = [_distance(body, at) for at, i in enumerate(body) if i.name.startswith("LDG.")]
     return min((distance for distance in found if distance), default=None)

@@ -1,8 +1,8 @@
-"""python quick_check.py DIRECTORY:FILE...: a few seconds of truth about the copy of qzo in each directory.
+"""python quick_check.py DIRECTORY:FIRST...: a few seconds of truth about the copy of qzo in each directory.
 
 Prints one line for each, "green" or the first thing that is wrong. torch and triton are imported once; each copy is
-then imported and checked in a process of its own, forked from there. FILE, of kernels/, is where a copy may have a
-fault: what is about that file is checked first, and all the rest behind it.
+then imported and checked in a process of its own, forked from there. FIRST is a word for what a copy may have a fault
+in, a file of kernels/ or a part of them: what is about that is checked first, and all the rest behind it.
 """
 
 import functools
@@ -21,40 +21,40 @@ import torch
 import triton  # noqa: F401
 
 
-def check(directory: str, file: str) -> None:
+def check(directory: str, first: str) -> None:
     """Import qzo from `directory` and compare it with the oracle; raises AssertionError where they differ."""
     sys.path[:0] = [directory, str(Path(__file__).resolve().parent.parent.parent)]
     import qzo
 
     assert Path(qzo.__file__).is_relative_to(directory), f"imported {qzo.__file__}"
-    checks = [*matmuls(), ("few_rows.py", few_rows), ("codes.py", codes), ("update.py", updates)]
-    for _, run in sorted(checks, key=lambda each: file not in each[0]):
+    checks = [("codes.py", codes), *matmuls(), ("few_rows.py", few_rows), *updates()]
+    for _, run in sorted(checks, key=lambda each: first not in each[0].split()):
         run()
 
 
 def matmuls():
-    """(the files that a matmul is about, its comparison with the oracle) of each."""
+    """(what a matmul is about, its comparison with the oracle) of each."""
     from qzo.kernels.table import NF4
     from tests.kernels.test_qmm import FOLDED, RATIO, SPLIT, TILE, Matmul
 
     common: dict[str, Any] = dict(n=3, rows=2, seeds=(5, 9), coefs=(0.2, -0.1))
     return [
-        (files, functools.partial(true_matmul, matmul, tile))
-        for matmul, tile, files in (
-            (Matmul(k=160, group=32, law="ih4", zeros="uint8", bias=True, **common), TILE, ""),
-            (Matmul(k=320, group=64, zeros="float32", base4=2**32 - 2, **common), RATIO, ""),
-            (Matmul(k=96, group=32, zeros="float32", relative=False, **common), TILE, ""),
+        (about, functools.partial(true_matmul, matmul, tile))
+        for matmul, tile, about in (
+            (Matmul(k=160, group=32, law="ih4", zeros="uint8", bias=True, **common), TILE, "integer"),
+            (Matmul(k=320, group=64, zeros="float32", base4=2**32 - 2, **common), RATIO, "ratio"),
+            (Matmul(k=96, group=32, zeros="float32", relative=False, **common), TILE, "absolute"),
             (Matmul(k=192, group=64, law=None, **common), TILE, ""),
-            (Matmul(k=256, group=64, n=3, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), TILE, ""),
-            (Matmul(k=256, group=64, n=20, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), FOLDED, ""),
-            (Matmul(k=384, group=64, law="ih4", n=20, rows=2, seeds=(5, 9), coefs=(0.2, -0.1)), FOLDED, ""),
-            (Matmul(k=128, shared=True, **common), TILE, ""),
+            (Matmul(k=256, group=64, n=3, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), TILE, "pair"),
+            (Matmul(k=256, group=64, n=20, rows=2, seeds=(5, 5), coefs=(0.2, -0.1), pair=True), FOLDED, "pair folded"),
+            (Matmul(k=384, group=64, law="ih4", n=20, rows=2, seeds=(5, 9), coefs=(0.2, -0.1)), FOLDED, "folded"),
+            (Matmul(k=128, shared=True, **common), TILE, "shared"),
             (Matmul(k=256, group=64, bits=2, zeros="uint8", **common), TILE, "codes.py"),
-            (Matmul(k=256, group=128, bits=8, **common), TILE, "codes.py"),
+            (Matmul(k=256, group=128, bits=8, **common), TILE, "codes.py bytes"),
             (Matmul(k=128, group=64, table=NF4, **common), TILE, "table.py"),
-            (Matmul(k=128, group=64, table=NF4, exact=True, **common), TILE, "table.py forms.py"),
+            (Matmul(k=128, group=64, table=NF4, exact=True, **common), TILE, "table.py forms.py exact"),
             (Matmul(k=200, group=0, books=3, bits=8, **common), SPLIT, "vectors.py plan.py"),
-            (Matmul(k=200, group=0, zeros="float32", **common), SPLIT, ""),
+            (Matmul(k=200, group=0, zeros="float32", **common), SPLIT, "row"),
         )
     ]
 
@@ -81,34 +81,47 @@ def codes():
 
 
 def updates():
+    """(what an update is about, its comparison with the reference) of each."""
     from tests.kernels import test_update
     from tests.support.close import assert_same_bits
 
-    for run in test_update.RUNS:
+    def values(run):
         for relative in (True, False):
             for coefs in ((0.3, 1e-4), (3.0, 1.0)):
                 scales = test_update.scales_of(20)
                 assert_same_bits(*test_update.run_both(run, scales, (1, 2), coefs, "ih4", relative, base4=7))
+
+    def steps(run):
         assert_same_bits(*test_update.run_steps(run, test_update.scales_of(20), "ih4", True))
+
+    def rows(run):
         assert_same_bits(*test_update.rows_run(run, steps=2))
+
+    def zero(run):
         test_update.test_a_zero_scale_stays_zero_and_keeps_its_bit(run, False)
 
+    return [
+        (f"update.py {part.__name__}", functools.partial(part, run))
+        for run in test_update.RUNS
+        for part in (values, steps, rows, zero)
+    ]
 
-def judge(directory, file, pipe):
+
+def judge(directory, first, pipe):
     """Send "green" or the first line of what is wrong; another kind of error ends the process instead."""
     verdict = "green"
     try:
-        check(directory, file)
+        check(directory, first)
     except AssertionError as error:
         verdict = str(error).split("\n")[0] or "an assertion without a message"
     pipe.send(verdict)
 
 
-def in_a_child(directory, file):
+def in_a_child(directory, first):
     """The verdict on one copy from a forked process, "CRASH" if it died."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
-    child = fork.Process(target=judge, args=(directory, file, theirs))
+    child = fork.Process(target=judge, args=(directory, first, theirs))
     child.start()
     theirs.close()
     child.join()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qzo.bench.codegen import sass
+from qzo.bench.codegen import disassembly, sass
 from qzo.kernels.constants import Constants
 
 LOOP = [  # a loop of seven with two tensor-core instructions, then one of two with none
@@ -22,7 +22,7 @@ LOOP = [  # a loop of seven with two tensor-core instructions, then one of two w
 
 @pytest.fixture
 def code():
-    return [sass.Instruction(16 * at, *instruction) for at, instruction in enumerate(LOOP)]
+    return [disassembly.Instruction(16 * at, *instruction) for at, instruction in enumerate(LOOP)]
 
 
 def test_main_loop_is_the_one_with_the_tensor_cores(code):
@@ -37,7 +37,7 @@ def test_without_a_loop_the_whole_code_counts(code):
 def test_a_jump_back_from_behind_a_loop_is_no_loop():
     names = ["IADD"] * 6 + ["HMMA", "BRA", "EXIT", "BRA"]
     jumps = {8: "0x10", 10: "0x60"}
-    code = [sass.Instruction(16 * at, name, jumps.get(at, "")) for at, name in enumerate(names, 1)]
+    code = [disassembly.Instruction(16 * at, name, jumps.get(at, "")) for at, name in enumerate(names, 1)]
     assert [i.at // 16 for i in sass.main_loop(code, "HMMA")] == list(range(1, 9))
 
 
@@ -58,7 +58,7 @@ def test_skip_is_the_block_under_a_forward_branch(code):
     ],
 )
 def test_stored_bytes(name, stored):
-    assert sass._stored_bytes([sass.Instruction(0, name, "[R1], R2")]) == stored
+    assert sass._stored_bytes([disassembly.Instruction(0, name, "[R1], R2")]) == stored
 
 
 def launch(arch="sm_90", warps=8, kernel="qmm", **different):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qzo.bench.codegen import sass, waits
+from qzo.bench.codegen import disassembly, waits
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from qzo.bench.codegen import sass, waits
 )
 def test_instructions_from_a_read_to_its_use(instructions, wanted):
     """A value that is used in the loop's next round, and one that another takes the place of."""
-    assert waits.read_ahead([sass.Instruction(16 * at, *each) for at, each in enumerate(instructions)]) == wanted
+    assert waits.read_ahead([disassembly.Instruction(16 * at, *each) for at, each in enumerate(instructions)]) == wanted
 
 
 def test_the_argument_that_assembly_names_is_told_by_the_compiled_entry():
