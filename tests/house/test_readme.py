@@ -52,25 +52,35 @@ def test_the_readmes_speed_is_that_of_its_own_numbers():
         assert float(ratio) == pytest.approx(float(dense) / float(ours), abs=0.006)
 
 
+def percent(*lines):
+    """The accuracies of all seeds of some lines, as a cell has them."""
+    return " / ".join(f"{100 * accuracy:.1f}" for line in lines for accuracy in line.accuracies) + " %"
+
+
 def test_the_readmes_learning_is_that_of_the_results():
     made = {
         (line.method, line.rows): line
         for line in report.lines(results_of("study-2026-11-30.jsonl"))
         if line.task == "headlines"
     }
-    zero_shot, control, half, tuned, recipe, gradients, longer = rows_under("What it learns")
+    zero_shot, control, half, tuned, recipe, gradients, *longer = rows_under("What it learns")
     untrained = ((zero_shot, (report.ZERO_SHOT, 0)), (control, (report.CONTROL, 0)))
     for row, name in (*untrained, (half, ("default", 3072)), (tuned, ("default", 6144))):
-        assert row[1] == " / ".join(f"{100 * accuracy:.1f}" for accuracy in made[name].accuracies) + " %"
+        assert row[1] == percent(made[name])
         assert row[2] == " / ".join(f"{loss:.3f}" for loss in made[name].losses)
     for row, name in ((recipe, ("paper's recipe", 6144)), (gradients, (report.GRADIENTS, 6144))):
         assert row[0].endswith(f"mean of {len(made[name].losses)}")
-        assert row[1] == f"{100 * statistics.fmean(made[name].accuracies):.1f} %"
+        assert row[1] == f"{100 * statistics.fmean(filter(None, made[name].accuracies)):.1f} %"
         assert row[2] == f"{statistics.fmean(made[name].losses):.3f}"
     long = report.lines(results_of("study-long-2026-12-01.jsonl"))
-    assert [line.method for line in long] == ["default", "paper's recipe", report.GRADIENTS]
-    assert longer[1] == " / ".join(f"{100 * line.accuracies[0]:.1f}" for line in long) + " %"
-    assert longer[2] == " / ".join(f"{line.losses[0]:.3f}" for line in long)
+    assert [line.method for line in long] == [
+        m for m in ("default", "paper's recipe", report.GRADIENTS) for _ in longer
+    ]
+    for number, row in enumerate(longer):
+        lines = long[number :: len(longer)]
+        assert {f"{line.rows:,}" for line in lines} == {row[0].partition(":")[0].partition(", seed")[0]}
+        assert row[1] == percent(*lines)
+        assert row[2] == " / ".join(f"{line.losses[0]:.3f}" for line in lines)
 
 
 def test_the_readmes_lines_of_data_are_read(tmp_path):
