@@ -282,26 +282,34 @@ TOGETHER = 8  # launches that one process compiles and has disassembled together
 
 
 def _records(wanted):
-    """Figures of launches for one chip, and their faults; a launch that does not compile is one fault."""
+    """Figures of launches for one chip, and their faults; a launch that does not compile, or cannot be read, is
+    one fault."""
     figures, read, failed = {}, {}, {}
     for launch in wanted:
         try:
             compiled = compile_launch(launch)
             figures[launch] = resources(launch, compiled)
         except (RuntimeError, triton.CompilationError, subprocess.CalledProcessError) as error:
-            text = f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            failed[launch] = {"form": [], "faults": [text]}
+            failed[launch] = _fault("does not compile", error)
             continue
         if launch.kernel in ("qmm", "folded") and not launch.arch.startswith("gfx"):  # no rule reads others' code
             read[launch] = compiled.asm
-    codes = disassembled([machine_code(asm["cubin"]) for asm in read.values()], wanted[0].arch)
-    for (launch, asm), code in zip(read.items(), codes, strict=True):
-        figures[launch] |= measure(launch, code, asm["ptx"])
+    try:
+        codes = disassembled([machine_code(asm["cubin"]) for asm in read.values()], wanted[0].arch)
+        for (launch, asm), code in zip(read.items(), codes, strict=True):
+            figures[launch] |= measure(launch, code, asm["ptx"])
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        failed |= dict.fromkeys(read, _fault("cannot be read, or one beside it", error))
+        figures = {launch: found for launch, found in figures.items() if launch not in read}
     made = {
         launch: found | {"faults": faults(launch, found), "form": form_faults(launch, found)}
         for launch, found in figures.items()
     }
     return [(failed | made)[launch] for launch in wanted]
+
+
+def _fault(what, error):
+    return {"form": [], "faults": [f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]}
 
 
 def records(wanted, jobs):

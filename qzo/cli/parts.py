@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..checkpoints.empty import build_empty
 from ..checkpoints.source import open_checkpoint
 from ..nn.layers import check_sharing_of, layers
@@ -31,7 +33,7 @@ def load_parts(own: Mapping[str, Any], settings: Settings, records: Mapping[str,
         No plan, which is seen before a weight is read; one that cannot be followed, as `shard_` has it; noise shared
         by rows that are cut.
     RanksDiffer
-        Other settings, data, layers or versions on some rank. Forwards wait for all ranks, so that is seen before one.
+        Other settings, data, device, layers or versions on some rank: seen before a forward, which waits for all ranks.
     """
     ranks, (device, dtype) = Ranks(), device_of(own)
     checkpoint = open_checkpoint(own["model"], bool(own["trust_remote_code"]), bool(own["weight_only"]))
@@ -45,6 +47,7 @@ def load_parts(own: Mapping[str, Any], settings: Settings, records: Mapping[str,
             "settings": finite(dataclasses.asdict(settings)),
             "data": f"sha256:{hashlib.sha256(repr(records).encode()).hexdigest()}",
             "dtype": str(dtype),
+            "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device),
             "layers": {name: repr(layer) for name, layer in found.items()},
             "versions": versions(),
         }

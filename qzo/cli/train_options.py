@@ -28,7 +28,7 @@ DEFAULTS = {  # of training/settings.py
     "clip": CLIP,
     "journal_fsync": SYNC_SECONDS,
 }
-RATE = 4e-2  # learning rate per direction
+RATE = 2e-2  # learning rate per direction
 
 
 def _rate(text: str) -> float | str:

@@ -60,7 +60,7 @@ class Recorder:
     """The calls of torch.cuda that capture a function; its graphs share one memory pool.
 
     Graphs of one pool overwrite each other's tensors when they are replayed. Nothing is lost by it here: a step's
-    result is read to the host before the next replay. cuda: stands for torch.cuda in tests.
+    result is read to the host before the next replay, losses alone are copied. cuda: stands for torch.cuda in tests.
     """
 
     def __init__(self, device: torch.device, cuda: ModuleType = torch.cuda) -> None:

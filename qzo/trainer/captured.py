@@ -35,9 +35,9 @@ class OwnLosses:
 def padded(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A micro-batch with labels as a CUDA graph wants it, a function of the batch alone; or as it is.
 
-    The losses are the same but for rounding; a row gets one to eight tokens of padding, or at most 6 %. Left as they
-    are: inputs other than [rows, tokens] under the names of FILL, such as classes, positions or pictures; those of an
-    encoder-decoder model; rows as long as the model's table of positions.
+    The losses are the same but for rounding; a row gets one to eight tokens of padding, or at most a sixteenth. Left as
+    they are: inputs other than [rows, tokens] under the names of FILL, such as classes, positions or pictures; those of
+    an encoder-decoder model; rows as long as the model's table of positions.
 
     Parameters
     ----------

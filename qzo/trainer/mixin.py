@@ -64,7 +64,7 @@ class QZOTrainerMixin(_Base):
     cuda_graph
         Make the losses of a micro-batch as a CUDA graph, where they are transformers' own of labels [rows, tokens]
         (captured.py): the same bits. None (the default): where there is a CUDA device; True: a warning where there is
-        none, or another loss; False: never. What cannot be captured runs without, after one warning that says why.
+        none, another loss, or several ranks; False: never. What cannot be captured runs without, after one warning.
     paired
         One forward for all E evaluations, 2 J or one-sided J, the batch stacked E times; False: a forward each, in
         turn, which takes less memory.
@@ -125,7 +125,7 @@ class QZOTrainerMixin(_Base):
         self.args.gradient_checkpointing = self.args.activation_checkpointing = False  # TRL turns it on
         self._use_the_models_dtype()
         self._pads = self._has_own_loss and self.args.device.type == "cuda"  # whether or not there are graphs
-        if cuda_graph and not self._pads:
+        if cuda_graph and not (self._pads and self.args.world_size == 1):
             self._warn_of_no_graph()
         _warn_of_default_rate(self.args)
         self.accelerator.backward = lambda losses, **_: self._optimizer.accumulate(losses)
@@ -145,7 +145,9 @@ class QZOTrainerMixin(_Base):
 
     def _warn_of_no_graph(self) -> None:
         why = (
-            f"the model is on {self.args.device.type!r}, a graph needs a CUDA device"
+            "several ranks add up their losses on the host"
+            if self.args.world_size > 1
+            else f"the model is on {self.args.device.type!r}, a graph needs a CUDA device"
             if self._has_own_loss
             else "the loss is not transformers' own, and what it keeps in Python a graph would not change"
         )
@@ -183,6 +185,8 @@ class QZOTrainerMixin(_Base):
         journal, main = Path(self.args.output_dir) / JOURNAL, self.args.process_index == 0
         if self._qzo is not None:
             self._qzo.close()
+            if self._qzo.graphs is not None:
+                self._qzo.graphs.drop()
         if self._qzo is not None and self._qzo.module is self.model:  # resumed after steps in this process
             self._known_base().restore()
         elif self.args.load_best_model_at_end:

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from ..loss.head import has_encoder
 from ..nn.layers import arena_of, codebooks, layers, train_codebooks_, train_only_
+from ..nn.tensor_parallel import is_sharded
 from ..optim.journal import Journal, read
 from ..optim.optimizer import QZO
 from ..system import disk
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUCKETS = "buckets/1, as on a CUDA device"  # what a journal says of batches padded so (buckets.py)
+Found = TypeVar("Found")
 
 
 class Trainable(Protocol):
@@ -134,10 +136,8 @@ def fit(
     task.check()
     task.settle()
     planned, recorded = ranks.from_first(lambda: _began(settings, out / "journal.qzo" if resume else None))
-    rate = _settled_rate(task, settings, recorded, show)  # as in a validation, all measure and go by the first
-    settings.learning_rate = ranks.from_first(lambda: rate)
-    large_rows = _settled_large_rows(task, settings, recorded, show)
-    settings.large_rows = ranks.from_first(lambda: large_rows)
+    settings.learning_rate = _as_the_first(task, ranks, lambda: _settled_rate(task, settings, recorded, show))
+    settings.large_rows = _as_the_first(task, ranks, lambda: _settled_large_rows(task, settings, recorded, show))
     optimizer = _optimizer(task, settings, out / "journal.qzo", resume, planned)
     start = optimizer.evaluated
     try:
@@ -166,6 +166,14 @@ def _began(settings: Settings, journal: Path | None) -> tuple[int, dict[str, Any
     """(planned steps, the recipe that its journal holds) of a run that goes on; of another its own steps, and None."""
     found = read(journal) if journal is not None and journal.exists() else None
     return planned_steps(settings, journal), None if found is None else found[0].get("recipe", {})
+
+
+def _as_the_first(task: Trainable, ranks: Ranks, measured: Callable[[], Found]) -> Found:
+    """What the first rank measured, alone or, where forwards need the parts of all, with them."""
+    if not is_sharded(task.model):
+        return ranks.from_first(measured)
+    found = measured()
+    return ranks.from_first(lambda: found)
 
 
 def _settled_rate(task: Trainable, settings: Settings, recorded: dict[str, Any] | None, show: bool | None) -> float:

@@ -24,7 +24,7 @@ PAPER: dict[str, Any] = dict(
     decay=1.0,
     label_bias="none",
 )
-RATE = 4e-2  # learning rate per direction, relative to the scales, where none is measured
+RATE = 2e-2  # learning rate per direction, relative to the scales, where none is measured
 DECAY = 0.1  # the learning rate falls linearly to this part of itself
 LABEL_BIASES = ("fit", "none")
 KEEPS = ("last", "best")  # the step whose model is saved, where there is a validation split
@@ -36,7 +36,7 @@ class Settings:
     """What decides a run's result, beside the model and the data. Each field's range is checked here, so that a wrong
     one is refused before a model is loaded: ValueError names the field, what it was given, and its range.
 
-    learning_rate : None or "auto": of a classification whose label biases are fitted measured (auto_rate.py), else 4e-2
+    learning_rate : None or "auto": of a classification whose label biases are fitted measured (auto_rate.py), else 2e-2
         per direction; `fit` fills it in
     eps : with `relative` a part of a scale, in (0, 1]; else in the units of the scales
     one_sided : evaluate +eps of each direction alone, as `QZO` has it; None: of three directions or more

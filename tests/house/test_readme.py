@@ -17,7 +17,7 @@ def test_the_tables_are_made_from_the_results_files():
         text = page.read_text()
         named += [found[2] for found in readme.SECTION.finditer(text)]
         assert readme.with_tables(text) == text, f"{page.name}: run python -m qzo.bench.readme"
-    assert len(named) == 7
+    assert len(named) == 9
 
 
 def rows_under(heading):

@@ -154,6 +154,13 @@ def test_a_loss_of_ones_own_is_left_alone(base, tmp_path, recorders):
     assert sum("cuda_graph" in str(one.message) for one in said) == 1
 
 
+def test_ranks_run_without_the_graph_that_was_asked_for(base, tmp_path, monkeypatch):
+    model, arguments = copy.deepcopy(base), trainers.arguments(tmp_path)
+    monkeypatch.setattr(type(arguments), "world_size", 2)
+    with pytest.warns(UserWarning, match="cuda_graph=True: several ranks add up"):
+        QZOTrainer(model, arguments, train_dataset=rows(LENGTHS), cuda_graph=True)
+
+
 def test_a_graph_that_was_asked_for_on_a_cpu_is_said_once(base, tmp_path):
     few = {"max_steps": 3}
     plain = ran(base, tmp_path / "a", QZOTrainer, few)

@@ -1,5 +1,8 @@
 """The reader of machine code: which loop is the main one, what it counts, and the faults that it names."""
 
+import collections
+import types
+
 import pytest
 
 from qzo.bench.codegen import disassembly, sass
@@ -162,3 +165,20 @@ def test_a_folded_kernel_that_waits_for_every_product_is_named():
 def test_a_bare_trap_is_a_fault_where_traps_are_usual():
     (fault,) = sass.faults(launch("sm_100"), SOUND | {"tensor": 0, "trap": 2})
     assert fault == "no tensor-core instruction in the main loop, 2 traps"
+
+
+@pytest.mark.parametrize("broken", ["compile_launch", "disassembled"])
+def test_what_cannot_be_compiled_or_read_is_a_fault_of_its_launch(monkeypatch, broken):
+    launch = collections.namedtuple("Launch", "kernel arch")("qmm", "sm_80")
+    compiled = types.SimpleNamespace(asm={"cubin": b"", "ptx": ""})
+    monkeypatch.setattr(sass, "compile_launch", lambda launch: compiled)
+    monkeypatch.setattr(sass, "resources", lambda launch, compiled: {})
+    monkeypatch.setattr(sass, "machine_code", lambda cubin: cubin)
+
+    def fails(*_):
+        raise RuntimeError("no such  tool")
+
+    monkeypatch.setattr(sass, broken, fails)
+    [record] = sass._records([launch])
+    assert record["form"] == []
+    assert [fault.partition(": ")[2] for fault in record["faults"]] == ["RuntimeError: no such tool"]
