@@ -1,7 +1,7 @@
 """The reader of machine code: which loop is the main one, what it counts, and the faults that it names."""
 
-import collections
 import types
+from typing import NamedTuple
 
 import pytest
 
@@ -167,9 +167,16 @@ def test_a_bare_trap_is_a_fault_where_traps_are_usual():
     assert fault == "no tensor-core instruction in the main loop, 2 traps"
 
 
+class Launch(NamedTuple):
+    """As much of one as decides how it is read."""
+
+    kernel: str
+    arch: str
+
+
 @pytest.mark.parametrize("broken", ["compile_launch", "disassembled"])
 def test_what_cannot_be_compiled_or_read_is_a_fault_of_its_launch(monkeypatch, broken):
-    launch = collections.namedtuple("Launch", "kernel arch")("qmm", "sm_80")
+    launch = Launch("qmm", "sm_80")
     compiled = types.SimpleNamespace(asm={"cubin": b"", "ptx": ""})
     monkeypatch.setattr(sass, "compile_launch", lambda launch: compiled)
     monkeypatch.setattr(sass, "resources", lambda launch, compiled: {})
