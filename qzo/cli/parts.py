@@ -47,7 +47,7 @@ def load_parts(own: Mapping[str, Any], settings: Settings, records: Mapping[str,
             "settings": finite(dataclasses.asdict(settings)),
             "data": f"sha256:{hashlib.sha256(repr(records).encode()).hexdigest()}",
             "dtype": str(dtype),
-            "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "layers": {name: repr(layer) for name, layer in found.items()},
             "versions": versions(),
         }
