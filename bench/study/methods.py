@@ -19,6 +19,7 @@ from ...checkpoints.tokenizer import load_tokenizer
 from ...loss.label_bias import fit_label_bias
 from ...nn.layers import layers
 from ...training import auto_rate, demo, loop
+from ...training.controls import controls
 from ...training.settings import PAPER, Settings
 from ...training.task import Measure, measure
 from ...training.validation import Base
@@ -27,6 +28,8 @@ from .tasks import Rows
 BATCH = 32  # of gradients
 FORWARD_AND_BACKWARD = 3
 RANK = 8
+ZERO_SHOT, BIASES, PROBE = "zero-shot", "label biases only", "linear probe"
+UNTRAINED = (ZERO_SHOT, BIASES, PROBE)
 Scores = dict[str, Measure]
 Rate = float | Literal["auto"]
 
@@ -54,11 +57,13 @@ class Study:
         return {name: measure(task.scores() + bias, task.labels()) for name, task in splits.items()}
 
     def untrained(self) -> dict[str, Scores]:
-        """Of the untouched model, and with label biases alone where there are options."""
+        """Of the untouched model, and what its controls give where there are options."""
         if not self.has_options:
-            return {"zero-shot": self.measured()}
-        bias = fit_label_bias(self.training.scores(), self.training.labels())
-        return {"zero-shot": self.measured(), "label biases only": self.measured(bias)}
+            return {ZERO_SHOT: self.measured()}
+        looks = {"validation": self.validation.look(), "held_out": self.held_out.look()}
+        found = controls(self.training.look(), looks)
+        names = {"control": BIASES, "linear_probe": PROBE}
+        return {ZERO_SHOT: self.measured(), **{names[name]: scores for name, scores in found.items()}}
 
     def zeroth_order(self, rows: int, seed: int, options: dict[str, Any]) -> Scores:
         """A run of `qzo train` over so many forward rows, those that measure its learning rate among them."""

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from .methods import METHODS, Rate
+from .methods import BIASES, METHODS, PROBE, UNTRAINED, ZERO_SHOT, Rate
 from .runs import Row, best_rate
 from .tasks import TASKS
 
-ZERO_SHOT, CONTROL, GRADIENTS = "zero-shot", "label biases only", "first-order, scales"
+GRADIENTS = "first-order, scales"
+STYLES = {ZERO_SHOT: ":", BIASES: "--", PROBE: "-."}
 
 
 class Line(NamedTuple):
@@ -32,7 +33,7 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["task"], row["method"], row["rows"]), []).append(row)
-    order = [ZERO_SHOT, CONTROL, *METHODS]
+    order = [*UNTRAINED, *METHODS]
     made = [Line(*key, *_figures(found)) for key, found in groups.items()]
     return sorted(made, key=lambda line: (list(TASKS).index(line.task), order.index(line.method), line.rows))
 
@@ -75,29 +76,29 @@ def _rate(rate: Rate | None) -> str:
 def share(line: Line, made: list[Line]) -> float | None:
     """Of the gap in mean loss between label biases alone and gradients on the same scales; None without those two."""
     mean = {other.method: statistics.fmean(other.losses) for other in made if other.task == line.task}
-    if line.method in (ZERO_SHOT, CONTROL) or CONTROL not in mean or GRADIENTS not in mean:
+    if line.method in (ZERO_SHOT, BIASES) or BIASES not in mean or GRADIENTS not in mean:
         return None
-    return (mean[CONTROL] - statistics.fmean(line.losses)) / (mean[CONTROL] - mean[GRADIENTS])
+    return (mean[BIASES] - statistics.fmean(line.losses)) / (mean[BIASES] - mean[GRADIENTS])
 
 
 def plot(made: list[Line], path: Path) -> None:
-    """Held-out loss: a dot a seed, a panel a task, lines for the untouched model and label biases alone."""
+    """Held-out loss: a dot a seed, a panel a task, lines for the untouched model and its controls."""
     tasks = [task for task in TASKS if any(line.task == task for line in made)]
     figure = Figure(figsize=(4.2 * len(tasks), 3.6), layout="constrained")
     for number, task in enumerate(tasks):
         axes = figure.add_subplot(1, len(tasks), number + 1)
         shown = [line for line in made if line.task == task]
-        for name, style in ((ZERO_SHOT, ":"), (CONTROL, "--")):
+        for name, style in STYLES.items():
             for line in shown:
                 if line.method == name:
                     axes.axvline(line.losses[0], color="0.4", linestyle=style, linewidth=1, label=name)
-        runs = [line for line in shown if line.method not in (ZERO_SHOT, CONTROL)]
+        runs = [line for line in shown if line.method not in UNTRAINED]
         for at, line in enumerate(reversed(runs)):
             axes.plot(line.losses, [at] * len(line.losses), "o", color="C0", markersize=4, alpha=0.6)
             axes.plot(statistics.fmean(line.losses), at, "|", color="C3", markersize=14)
         axes.set_yticks(range(len(runs)), [f"{line.method}\n{line.rows:,} rows" for line in reversed(runs)], fontsize=7)
         axes.set(title=task, xlabel="loss on held-out rows")
-        if any(line.method in (ZERO_SHOT, CONTROL) for line in shown):
+        if len(runs) < len(shown):
             axes.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)
 

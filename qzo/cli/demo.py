@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from ..training.controls import NAMES
 from ..training.demo import run
 from .common import say, scores_as_text
 
@@ -18,7 +19,7 @@ def execute(options: argparse.Namespace) -> int:
         scores_as_text(
             [
                 ("zero-shot", results["zero_shot"]),
-                ("control: label biases only", results["control"]),
+                *((said, results[name]) for name, said in NAMES.items()),
                 ("tuned", results["tuned"]),
             ]
         )

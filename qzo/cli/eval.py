@@ -1,7 +1,8 @@
 """`qzo eval`: loss, accuracy and perplexity on each split of the data, of a model or of one before and after a run.
 
-Beside options stands the control: the untuned model with label biases fitted on training data (task.fit_label_bias). A
-run has learned something about the inputs only where it beats this.
+Beside options stand the controls (training/controls.py): the untuned model with label biases, and a linear probe of it,
+both fitted on training data. A run has learned something about the inputs only where it beats the first, and been worth
+its steps only where it beats the second.
 """
 
 import argparse
@@ -11,16 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoints.tokenizer import load_tokenizer
-from ..loss.label_bias import fit_label_bias
 from ..optim.replay import replay
 from ..system.as_json import finite
+from ..training.controls import NAMES, Controls, controls
 from ..training.loop import build_task
 from ..training.records import Line, read_data
 from ..training.settings import Settings
-from ..training.task import Task, measure
+from ..training.task import Look, Task, measure
 from .common import check_until, say, scores_as_text, tune, untuned
 from .options import model_of
 
@@ -43,19 +42,21 @@ def execute(options: argparse.Namespace) -> int:
     fitted = build_task(model, fitting, tokenizer, settings, None) if options.control_data else tasks.get("train")
     controlled = splits_with_control(records, tasks, fitting, fitted, options.control_data)
 
-    before = {split: measured(task) for split, task in tasks.items()}
-    control = {}
+    before, looks = {}, {}
+    for split, task in tasks.items():
+        before[split], looks[split] = measured(task, split in controlled or (bool(controlled) and task is fitted))
+    found: Controls = {}
     if fitted is not None and controlled:
-        bias = fit_label_bias(fitted.scores() if options.control_data else scores_of(before["train"]), fitted.labels())
-        control = {split: measure(scores_of(before[split]) + bias, tasks[split].labels()) for split in controlled}
+        look = fitted.look() if options.control_data else looks["train"]
+        found = controls(known(look), {split: known(looks[split]) for split in controlled})
     steps = tune(model, options.journal, options.until)
-    after = {split: measured(task) for split, task in tasks.items()} if options.journal else before
+    after = {split: measured(task, False)[0] for split, task in tasks.items()} if options.journal else before
     results = {
         "model": model_name,
         "steps": steps,
-        "splits": {split: scores for split, (scores, _) in after.items()},
-        "zero_shot": {split: scores for split, (scores, _) in before.items()} if options.journal else None,
-        "control": control or None,
+        "splits": after,
+        "zero_shot": before if options.journal else None,
+        **{name: found.get(name) for name in NAMES},
         "device": str(next(iter(tasks.values())).device),
     }
     print(json.dumps(finite(results)) if options.json else scores_as_text(list(rows(results))))
@@ -101,17 +102,17 @@ def option_count(task: Task) -> int:
     return len(task.examples[0].options or ())
 
 
-def scores_of(found: tuple[dict[str, float | None], torch.Tensor | None]) -> torch.Tensor:
-    """Of what `measured` gave for a task with options."""
-    assert found[1] is not None
-    return found[1]
+def known(look: Look | None) -> Look:
+    """What `measured` gave for a task with options."""
+    assert look is not None
+    return look
 
 
-def measured(task: Task) -> tuple[dict[str, float | None], torch.Tensor | None]:
-    """({"loss", "accuracy"}, scores of the options), or ({"loss", "accuracy", "perplexity"}, None) without options."""
+def measured(task: Task, with_states: bool) -> tuple[dict[str, float | None], Look | None]:
+    """({"loss", "accuracy"}, the Look they are of), or ({"loss", "accuracy", "perplexity"}, None) without options."""
     if option_count(task):
-        scores = task.scores()
-        return measure(scores, task.labels()), scores
+        look = task.look(with_states=with_states)
+        return measure(look.scores, look.label), look
     found = task.evaluate()
     assert found["loss"] is not None
     try:
@@ -121,11 +122,12 @@ def measured(task: Task) -> tuple[dict[str, float | None], torch.Tensor | None]:
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The lines of the table: of each split the untuned model, its control, the tuned model."""
-    tuned, control = results["zero_shot"] is not None, results["control"] or {}
+    """The lines of the table: of each split the untuned model, its controls, the tuned model."""
+    tuned = results["zero_shot"] is not None
     for split, scores in results["splits"].items():
         yield (f"{split}, zero-shot", results["zero_shot"][split]) if tuned else (split, scores)
-        if split in control:
-            yield f"{split}, control: label biases only", control[split]
+        for name, said in NAMES.items():
+            if split in (results[name] or {}):
+                yield f"{split}, {said}", results[name][split]
         if tuned:
             yield f"{split}, after {results['steps']} steps", scores

@@ -15,11 +15,11 @@ from typing import Any
 
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
-from ..loss.label_bias import fit_label_bias
 from ..nn.tensor_parallel import is_sharded, unshard_
 from ..optim.shares import TENSOR
 from ..reports.memory import Run, predict_loaded
 from ..system.ranks import FirstFailed, RankLost, Ranks, RanksDiffer, RanksDiverged, joined, launched
+from ..training.controls import EXAMPLES, NAMES, Controls, controls
 from ..training.data import IGNORED, Example
 from ..training.folder import write_results
 from ..training.loop import Trainable, build_task, check_batch_size, choose_layers, fit, fits_biases
@@ -33,8 +33,6 @@ from .common import load, say, scores_as_text, steps_of
 from .options import model_of
 from .outputs import JOURNAL
 from .parts import load_parts
-
-CONTROL_EXAMPLES = 512  # of the training data, that the control's biases are fitted on
 
 
 def merge_options(options: argparse.Namespace) -> tuple[Settings, dict[str, Any]]:
@@ -110,8 +108,7 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
         if split != "train"
     }
     show_plan(task, settings, model, bool(own["trust_remote_code"]))
-    before = {split: held.evaluate() for split, held in held_out.items()}
-    controls = controlled(task, held_out)
+    before, without_run = untrained(task, held_out)
     run = train(task, settings, own, held_out.get("valid"))
     if not run:
         return 0
@@ -125,10 +122,14 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
     split = "valid" if "valid" in after else "test"
     results = {
         "before": before.get(split),
-        "control": controls.get(split),
+        **{name: of_splits.get(split) for name, of_splits in without_run.items()},
         "tuned": after.get(split),
         "splits": {
-            name: {"before": before[name], **({"control": controls[name]} if controls else {}), "tuned": after[name]}
+            name: {
+                "before": before[name],
+                **{kind: of_splits[name] for kind, of_splits in without_run.items() if name in of_splits},
+                "tuned": after[name],
+            }
             for name in after
         },
         **run,
@@ -181,18 +182,22 @@ def train(
     return {"steps": steps, "resumed_from": already, "best": best_found, "model_step": kept}
 
 
-def controlled(task: Task, held_out: Mapping[str, Task]) -> dict[str, Measure]:
-    """What label biases alone do for each held-out split, fitted on training examples before the run; {} without
-    options."""
+def untrained(task: Task, held_out: Mapping[str, Task]) -> tuple[dict[str, Measure], Controls]:
+    """(each held-out split before the run, the controls there, fitted on training examples; {} without options)."""
     if task.examples[0].options is None or not held_out:
-        return {}
-    bias = fit_label_bias(task.scores(first=CONTROL_EXAMPLES), task.labels()[:CONTROL_EXAMPLES])
-    return {split: measure(held.scores() + bias, held.labels()) for split, held in held_out.items()}
+        return {split: held.evaluate() for split, held in held_out.items()}, {}
+    looks = {split: held.look() for split, held in held_out.items()}
+    before = {split: measure(look.scores, look.label) for split, look in looks.items()}
+    return before, controls(task.look(first=EXAMPLES), looks)
 
 
 def show_results(results: Mapping[str, Any], settings: Settings) -> None:
     """What the run has done, on standard output."""
-    rows = [(f"{name}, {when}", scores) for name, both in results["splits"].items() for when, scores in both.items()]
+    rows = [
+        (f"{split}, {NAMES.get(when, when)}", scores)
+        for split, of_split in results["splits"].items()
+        for when, scores in of_split.items()
+    ]
     if rows:
         print(scores_as_text(rows))
     if results["steps"] < settings.max_steps:

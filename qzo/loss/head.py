@@ -97,6 +97,17 @@ def head_input(model: "PreTrainedModel", inputs: Inputs) -> torch.Tensor:
     return logits if reading.states is None else reading.states
 
 
+@contextlib.contextmanager
+def inputs_seen(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Inside, the first input of each call of `module` is put into the list that this yields."""
+    seen: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def row_count(batch: Inputs) -> int:
     """How many rows of tokens a batch has; of one without them (a sound's), what its first tensor has. ValueError for a
     batch that holds none."""

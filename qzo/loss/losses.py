@@ -256,7 +256,7 @@ def option_scores(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> t
             "labels [rows, tokens] of the decoder"
         )
     if "option_ids" in batch:
-        row, column = _ends(batch)
+        row, column = read_places(batch)
         ids = batch["option_ids"].view(copies, -1, batch["option_ids"].shape[1])
         parts, start = [], 0
         for logits in logits_at(model, model_inputs(model, batch, copies), row, column, copies):
@@ -282,11 +282,11 @@ def option_scores(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> t
 
 def read_states(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> torch.Tensor:
     """Hidden states that the output head reads for this batch, [positions, H], in the order of the rows."""
-    row, column = _ends(batch) if "option_ids" in batch else _labelled(model, batch)[:2]
+    row, column = read_places(batch) if "option_ids" in batch else _labelled(model, batch)[:2]
     return head_input(model, model_inputs(model, batch, copies))[row, column]
 
 
-def _ends(batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def read_places(batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, column) of the position that each example's options of one token are read at."""
     if "sources" in batch:
         rows = torch.arange(len(batch["sources"]), device=batch["sources"].device)

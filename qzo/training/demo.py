@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoints.load import from_pretrained
 from ..checkpoints.save import save_pretrained
 from ..checkpoints.tokenizer import load_tokenizer
-from ..loss.label_bias import fit_label_bias
+from .controls import controls
 from .folder import write_results
 from .loop import build_task, choose_layers, fit, fits_biases, trained_count
 from .settings import Settings
@@ -90,9 +90,8 @@ def run(
     task = build_task(model, training, tokenizer, settings, prefix)
     test = build_task(model, held_out, tokenizer, settings, prefix)
     say(f"zero-shot: {len(held_out)} held-out and {len(training)} training headlines")
-    scores, label = test.scores(), test.labels()
-    bias = fit_label_bias(task.scores(), task.labels())
-    zero_shot, control = measure(scores, label), measure(scores + bias, label)
+    look = test.look()
+    without_run = {name: found["held out"] for name, found in controls(task.look(), {"held out": look}).items()}
     say(
         f"training the {trained_count(model):,} scales of the top {TRAIN_LAYERS} blocks: {STEPS} steps, "
         f"{settings.batch_size} headlines x {settings.evaluations} evaluations each"
@@ -102,8 +101,8 @@ def run(
     tuned = test.evaluate()
     save_pretrained(model, Path(out) / "model")
     results = {
-        "zero_shot": zero_shot,
-        "control": control,
+        "zero_shot": measure(look.scores, look.label),
+        **without_run,
         "tuned": tuned,
         "label_bias": biases,
         "steps": STEPS,

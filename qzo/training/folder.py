@@ -115,7 +115,7 @@ def draw_curve(path: Path, lines: list[dict[str, Any]], results: dict[str, Any])
     measured = [(line["step"] + 1, line["valid"]["loss"]) for line in lines if line.get("valid")]
     if measured:
         axes.plot(*zip(*measured, strict=True), "o-", color="C1", markersize=3, linewidth=1, label="validation")
-    for name, style in (("zero_shot", ":"), ("control", "--"), ("before", ":"), ("tuned", "-")):
+    for name, style in (("zero_shot", ":"), ("control", "--"), ("linear_probe", "-."), ("before", ":"), ("tuned", "-")):
         if results.get(name):
             axes.axhline(
                 results[name]["loss"],

@@ -5,13 +5,14 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..loss import own_loss
 from ..loss.head import has_encoder
 from ..loss.label_bias import Biases, add_biases_, biases_of, fit_label_bias
+from ..loss.linear_probe import scores_and_states
 from ..loss.losses import loss_sums, losses, model_inputs, option_scores, pair
 from ..system.progress import tracked
 from .buckets import Buckets, next_step
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 
 Measure = dict[str, float | None]
 FITTED = 1024  # examples that label biases are fitted on, at the most
+
+
+class Look(NamedTuple):
+    """What a model makes of n examples with options, on the CPU: scores float32 [n, O], labels int64 [n]; of a
+    classification its `Task.classes`, and the hidden states [n, H] behind the scores, in the dtype they have in the
+    model, where they were asked for and the head's input can be read."""
+
+    scores: torch.Tensor
+    label: torch.Tensor
+    classes: tuple[int, ...] | None
+    states: torch.Tensor | None
 
 
 class Task:
@@ -163,14 +175,24 @@ class Task:
     def _body(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.compiled is None else self.compiled.body()
 
-    @torch.no_grad()
     def scores(self, batch_size: int = 32, first: int | None = None) -> torch.Tensor:
         """float32 [examples, options] of a task with options, in the order of the examples; first: of so many."""
-        parts: dict[int, torch.Tensor] = {}
-        count = len(self.examples[:first])
-        for indices in tracked(self._by_length(batch_size, count), "evaluating", "batches"):
-            parts.update(zip(indices, self.scores_of(self.batch(indices, 1)), strict=True))
-        return torch.stack([parts[i] for i in range(count)])
+        return self.look(batch_size, first, with_states=False).scores.to(self.device)
+
+    @torch.no_grad()
+    def look(self, batch_size: int = 32, first: int | None = None, with_states: bool = True) -> Look:
+        """One pass over the examples of a task with options, or the first of them, in their order."""
+        batches, scores, states = self._by_length(batch_size, len(self.examples[:first])), [], []
+        reads = with_states and self.classes is not None
+        for indices in tracked(batches, "evaluating", "batches"):
+            batch = self.batch(indices, 1)
+            with self._starting(batch):
+                some, read = scores_and_states(self.model, batch) if reads else (option_scores(self.model, batch), None)
+            scores.append(some.cpu())
+            states += [] if read is None else [read.cpu()]
+        place = torch.tensor([i for indices in batches for i in indices]).argsort()
+        found = torch.cat(states)[place] if len(states) == len(scores) else None
+        return Look(torch.cat(scores)[place], self.labels()[:first].cpu(), self.classes, found)
 
     def scores_of(self, batch: Batch) -> torch.Tensor:
         """float32 [B, options] of a `batch` for one evaluation."""
@@ -182,7 +204,7 @@ class Task:
         So exp(loss) is then the perplexity, and no batch size changes what is meant. fitted: with label biases fitted
         on these very examples, for a run that fits the model's own when it ends."""
         if self.examples[0].options is not None:
-            scores, label = self.scores(batch_size), self.labels()
+            scores, label, _, _ = self.look(batch_size, with_states=False)
             return measure(scores + fit_label_bias(scores, label) if fitted else scores, label)
         total, count = 0.0, 0
         for indices in tracked(self._by_length(batch_size, len(self.examples)), "evaluating", "batches"):
@@ -202,7 +224,8 @@ class Task:
     def fit_biases_(self) -> Biases:
         """Fit a label bias per class on the first examples, and add it to the model's; returns all that it has then."""
         assert self.classes is not None, "asked for of a classification only"
-        bias = fit_label_bias(self.scores(first=FITTED), self.labels()[:FITTED])
+        scores, label, _, _ = self.look(first=FITTED, with_states=False)
+        bias = fit_label_bias(scores, label)
         return add_biases_(self.model, self.classes, bias.tolist())
 
     def labels(self) -> torch.Tensor:

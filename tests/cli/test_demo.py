@@ -10,6 +10,7 @@ from qzo.cli.main import main
 RESULTS = {
     "zero_shot": {"accuracy": 0.5, "loss": 1.5},
     "control": {"accuracy": 0.625, "loss": 1.25},
+    "linear_probe": {"accuracy": 0.875, "loss": 0.625},
     "tuned": {"accuracy": 0.75, "loss": 0.5},
     "steps": 96,
     "seconds": 12.4,
@@ -34,10 +35,11 @@ def test_json_is_what_the_demo_returns(ran, capsys):
     assert (seed, out, options["resume"], options["cuda_graph"]) == (3, "out", False, False)
 
 
-def test_text_names_all_three_and_where_things_are(ran, capsys):
+def test_text_names_all_four_and_where_things_are(ran, capsys):
     assert main(["demo", "--output-dir", "out"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0].strip() for line in table[1:]] == ["zero-shot", "control: label biases only", "tuned"]
+    names = [line.split("  ")[0].strip() for line in table[1:]]
+    assert names == ["zero-shot", "control: label biases only", "control: linear probe", "tuned"]
     assert last == "300 held-out headlines, 96 steps, seed 3, 12 s on cpu; everything is in out"
     assert ran[0][1]["cuda_graph"] is None
 

@@ -10,6 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import qzo
 from qzo.cli.main import main
 from qzo.loss.label_bias import fit_label_bias, set_biases_
+from qzo.loss.linear_probe import fit_linear_probe
 from qzo.training.data import tokenize
 from qzo.training.task import Task, measure
 from tests.support import tiny
@@ -80,6 +81,9 @@ def test_the_untuned_model_and_the_control_stand_beside_a_run(tuned, tmp_path, c
     found = told(capsys, "eval", base, "--group-size", 32, "--data", tmp_path, "--journal", journal)
     train, valid = task(base, tiny.RECORDS[:16]), task(base, tiny.RECORDS[16:])
     bias = fit_label_bias(train.scores(), train.labels())
+    probe = fit_linear_probe(train.scores(), train.look().states, train.labels())
+    probed = measure(probe(valid.scores(), valid.look().states), valid.labels())
+    assert found["linear_probe"] == {"valid": probed}
     assert found["zero_shot"] == {"train": train.evaluate(), "valid": valid.evaluate()}
     assert found["control"] == {"valid": measure(valid.scores() + bias, valid.labels())}
     assert found["control"]["valid"]["loss"] != found["zero_shot"]["valid"]["loss"] != found["splits"]["valid"]["loss"]
@@ -94,6 +98,7 @@ def test_the_untuned_model_and_the_control_stand_beside_a_run(tuned, tmp_path, c
         "train, after 4 steps",
         "valid, zero-shot",
         "valid, control: label biases only",
+        "valid, control: linear probe",
         "valid, after 4 steps",
     ]
 
@@ -107,6 +112,7 @@ def test_a_run_at_a_step(tuned, capsys):
         found = told(capsys, *ask, "--until", until)
         assert found["steps"] == until
         assert found["control"] is None
+        assert found["linear_probe"] is None
         losses[until] = found["splits"]["held-out"]["loss"]
     assert losses[0] == found["zero_shot"]["held-out"]["loss"]
     assert len(set(losses.values())) == 3
@@ -124,6 +130,8 @@ def test_biases_are_fitted_on_another_file(tuned, capsys):
     train, scored = task(base, tiny.RECORDS[:16]), task(base, tiny.RECORDS[16:])
     bias = fit_label_bias(train.scores(), train.labels())
     assert found["control"] == {"scored": measure(scored.scores() + bias, scored.labels())}
+    assert set(found["linear_probe"]) == {"scored"}
+    assert found["linear_probe"] != found["control"]
     assert found["zero_shot"] is None
     assert found["splits"] == {"scored": scored.evaluate()}
 

@@ -79,7 +79,7 @@ def test_a_run_in_parts_is_near_that_of_one_process(folder, two):
     for mine, theirs in zip(losses(folder / "two/journal.qzo"), losses(folder / "one/journal.qzo"), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
     assert two["best"]["step"] == two["model_step"] == one["model_step"] < STEPS == two["steps"]
-    for scores in ("before", "control", "tuned"):
+    for scores in ("before", "control", "linear_probe", "tuned"):
         assert two[scores] == pytest.approx(one[scores], rel=1e-4)
     assert dict(two["label_bias"]) == pytest.approx(dict(one["label_bias"]), rel=1e-3)
     lines = [json.loads(text) for text in (folder / "two/metrics.jsonl").read_text().splitlines()]

@@ -63,8 +63,8 @@ def test_the_readmes_learning_is_that_of_the_results():
         for line in report.lines(results_of("study-2026-11-30.jsonl"))
         if line.task == "headlines"
     }
-    zero_shot, control, half, tuned, recipe, gradients, *longer = rows_under("What it learns")
-    untrained = ((zero_shot, (report.ZERO_SHOT, 0)), (control, (report.CONTROL, 0)))
+    zero_shot, control, probe, half, tuned, recipe, gradients, *longer = rows_under("What it learns")
+    untrained = zip((zero_shot, control, probe), ((name, 0) for name in report.UNTRAINED), strict=True)
     for row, name in (*untrained, (half, ("default", 3072)), (tuned, ("default", 6144))):
         assert row[1] == percent(made[name])
         assert row[2] == " / ".join(f"{loss:.3f}" for loss in made[name].losses)

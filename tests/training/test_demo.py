@@ -92,8 +92,9 @@ def test_it_trains_on_the_one_side_and_measures_on_the_other(packages, monkeypat
     said: list[str] = []
     out = tmp_path / "out"
     results = demo.run(5, out, say=said.append)
-    assert list(results) == ["zero_shot", "control", "tuned", "label_bias", "steps", "seconds", "seed", "device"]
-    for name in ("zero_shot", "control", "tuned"):
+    measured = ["zero_shot", "control", "linear_probe", "tuned"]
+    assert list(results) == [*measured, "label_bias", "steps", "seconds", "seed", "device"]
+    for name in measured:
         assert set(results[name]) == {"loss", "accuracy"}
         assert 4 * results[name]["accuracy"] in range(5), "of the four that are held out"
     assert results["tuned"] != results["zero_shot"] != results["control"]

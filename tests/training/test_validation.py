@@ -116,12 +116,14 @@ def test_the_best_step_is_what_is_saved(data, kept_best):
         assert torch.equal(saved[name], wanted.to(torch.float16).float()), name
 
 
-def test_the_control_stands_beside_the_tuned_model(kept_best):
+def test_the_controls_stand_beside_the_tuned_model(kept_best):
     result = kept_best[1]
-    control = result["splits"]["valid"]["control"]
-    assert set(control) == {"loss", "accuracy"}
-    assert control["loss"] != result["before"]["loss"]
-    assert result["control"] == control
+    of_split = result["splits"]["valid"]
+    assert list(of_split) == ["before", "control", "linear_probe", "tuned"]
+    for name, scores in of_split.items():
+        assert set(scores) == {"loss", "accuracy"}
+        assert result[name] == scores
+    assert len({scores["loss"] for scores in of_split.values()}) == 4
 
 
 def test_a_base_is_rebuilt_bit_for_bit(data, kept_best):

@@ -59,9 +59,18 @@ def test_texts_without_options_are_measured_by_their_loss(study_of):
     assert plain.measured() == before
 
 
+def test_controls_leave_the_model_as_it_was(study):
+    before = study.measured()
+    found = study.untrained()
+    assert list(found) == ["zero-shot", "label biases only", "linear probe"] == list(methods.UNTRAINED)
+    assert found["zero-shot"] == before == study.measured()
+    losses = {name: scores["validation"]["loss"] for name, scores in found.items()}
+    assert losses["linear probe"] < losses["label biases only"], "the fixture's validation rows are training rows"
+
+
 def test_gradients_lower_the_loss_they_are_of(study):
     """The fixture's validation rows are training rows."""
-    bias = study.untrained()["label biases only"]
+    bias = study.untrained()[methods.BIASES]
     tuned = study.first_order(8 * 3 * 20, 0, 1e-2, methods.LowRank)
     assert tuned["validation"]["loss"] < bias["validation"]["loss"]
 

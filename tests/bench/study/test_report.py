@@ -24,6 +24,7 @@ ROWS = [
     row("default", 1, 0.2, 0.9, 0.6, accuracy=0.8),
     row("zero-shot", None, None, 1.1, 1.2, rows=0),
     row("label biases only", None, None, 1.0, 1.0, rows=0),
+    row("linear probe", None, None, 0.6, 0.7, rows=0),
     row("first-order, scales", 0, 0.001, 0.4, 0.4),
     row("default", 0, 0.2, 0.7, 0.3, task="movie"),
     row("default", 0, 0.32, 5.1, 5.2, task="plain texts", accuracy=None),
@@ -35,16 +36,18 @@ def test_lines_are_of_the_rate_with_the_least_mean_validation_loss():
     assert [(line.task, line.method) for line in made] == [
         ("headlines", "zero-shot"),
         ("headlines", "label biases only"),
+        ("headlines", "linear probe"),
         ("headlines", "default"),
         ("headlines", "first-order, scales"),
         ("movie", "default"),
         ("plain texts", "default"),
     ]
-    default = made[2]
+    default = made[3]
     assert (default.rate, default.losses, default.accuracies) == (0.2, [0.8, 0.6], [0.7, 0.8])
     assert report.share(default, made) == pytest.approx((1.0 - 0.7) / (1.0 - 0.4))
     assert report.share(made[1], made) is None
-    assert report.share(made[4], made) is None, "of movie neither end is known"
+    assert report.share(made[5], made) is None, "of movie neither end is known"
+    assert report.share(made[2], made) == pytest.approx(0.3 / 0.6)
     text = report.as_markdown(made)
     assert "| headlines | default | 6,144 | 0.2 | 2 | 75.0 %, 70.0 % | 0.700, 0.800 | 50 % |" in text
     assert "| plain texts | default | 6,144 | 0.32 | 1 |  | 5.200, 5.200 |  |" in text
@@ -54,7 +57,7 @@ def test_from_files_to_a_table_and_a_picture(tmp_path, capsys):
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in ROWS))
     report.main([str(path), "--plot", str(tmp_path / "r.png")])
-    assert capsys.readouterr().out.count("\n") == 2 + 6
+    assert capsys.readouterr().out.count("\n") == 2 + 7
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -67,3 +70,19 @@ def test_the_default_needs_at_most_half_of_the_rows_of_the_papers_recipe(task):
     [papers] = [line for line in made if (line.task, line.method, line.rows) == (task, "paper's recipe", 6144)]
     assert len(ours.losses) == len(papers.losses) == 5
     assert statistics.fmean(ours.losses) <= statistics.fmean(papers.losses)
+
+
+def test_a_linear_probe_beats_every_zeroth_order_run():
+    """As the README says."""
+    rows = []
+    for name in ("study-2026-11-30", "study-long-2026-12-01"):
+        file = ROOT / f"bench/results/{name}.jsonl"
+        rows += [json.loads(line) for line in file.read_text().splitlines()]
+    made = report.lines(rows)
+    probes = {line.task: line for line in made if line.method == "linear probe"}
+    assert set(probes) == {"headlines", "movie", "spam", "headlines, four topics"}
+    runs = [line for line in made if not line.method.startswith("first-order") and line.rows]
+    assert len(runs) >= 14
+    for line in runs:
+        assert probes[line.task].losses[0] < min(line.losses), line
+        assert max(filter(None, line.accuracies)) < (probes[line.task].accuracies[0] or 0), line
