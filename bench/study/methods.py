@@ -16,20 +16,24 @@ from torch.nn import functional
 
 from ...checkpoints.load import from_pretrained
 from ...checkpoints.tokenizer import load_tokenizer
+from ...loss.head import logits_at
 from ...loss.label_bias import fit_label_bias
+from ...loss.losses import label_places, model_inputs
 from ...nn.layers import layers
 from ...training import auto_rate, demo, loop
 from ...training.controls import controls
+from ...training.data import Batch
 from ...training.settings import PAPER, Settings
 from ...training.task import Measure, measure
 from ...training.validation import Base
+from . import readout
 from .tasks import Rows
 
 BATCH = 32  # of gradients
 FORWARD_AND_BACKWARD = 3
 RANK = 8
 ZERO_SHOT, BIASES, PROBE = "zero-shot", "label biases only", "linear probe"
-UNTRAINED = (ZERO_SHOT, BIASES, PROBE)
+UNTRAINED = (ZERO_SHOT, BIASES, PROBE, *readout.NAMES)
 Scores = dict[str, Measure]
 Rate = float | Literal["auto"]
 
@@ -47,6 +51,7 @@ class Study:
         )
         self.has_options = self.training.examples[0].options is not None
         self.base = Base(self.model)
+        self.controls = (ZERO_SHOT, BIASES, PROBE) if self.has_options else (ZERO_SHOT, *readout.NAMES)
         self.learning_rate: float | None = None  # of the last run
 
     def measured(self, bias: torch.Tensor | float = 0.0) -> Scores:
@@ -57,9 +62,9 @@ class Study:
         return {name: measure(task.scores() + bias, task.labels()) for name, task in splits.items()}
 
     def untrained(self) -> dict[str, Scores]:
-        """Of the untouched model, and what its controls give where there are options."""
+        """Of the untouched model, and what its controls give: of texts readout.py's."""
         if not self.has_options:
-            return {ZERO_SHOT: self.measured()}
+            return {ZERO_SHOT: self.measured(), **readout.controls(self.training, self.validation, self.held_out)}
         looks = {"validation": self.validation.look(), "held_out": self.held_out.look()}
         found = controls(self.training.look(), looks)
         names = {"control": BIASES, "linear_probe": PROBE}
@@ -85,18 +90,28 @@ class Study:
 
     def first_order(self, rows: int, seed: int, rate: float, adapt: "Adapter") -> Scores:
         """Adam over so many rows, the learning rate falling linearly to a tenth; label biases are fitted at the end, as
-        of a zeroth-order run."""
+        of a zeroth-order run, where there are options."""
         self.learning_rate, steps = rate, rows // (BATCH * FORWARD_AND_BACKWARD)
         with adapted(self.model, adapt, seed) as parameters:
             optimizer = torch.optim.Adam(parameters, lr=rate)
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = rate * (1 - 0.9 * step / steps)
                 batch = self.training.batch(self.training.indices(step, BATCH, seed), 1)
-                loss = functional.cross_entropy(self.training.scores_of(batch), batch["label"])
                 optimizer.zero_grad()
-                loss.backward()
+                self._loss(batch).backward()
                 optimizer.step()
+            if not self.has_options:
+                return self.measured()
             return self.measured(fit_label_bias(self.training.scores(), self.training.labels()))
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """What a training batch gives to be minimized, with its graph."""
+        if self.has_options:
+            return functional.cross_entropy(self.training.scores_of(batch), batch["label"])
+        row, column, target, _ = label_places(self.model, batch)
+        with self.training.starting(batch):
+            logits = [*logits_at(self.model, model_inputs(self.model, batch), row, column)]
+        return functional.cross_entropy(torch.cat(logits, 1)[0], target)
 
 
 class Differentiable(nn.Module):

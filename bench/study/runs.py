@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .methods import METHODS, UNTRAINED, Method, Rate, Study
+from .methods import METHODS, Method, Rate, Study
 from .tasks import HOW, TASKS
 
 ROWS = 6144
@@ -31,8 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     runs = Runs(options.task, options.out)
     study = Study(TASKS[options.task](options.packages), TRAIN_LAYERS)
-    wanted = UNTRAINED if study.has_options else UNTRAINED[:1]
-    if any(not runs.find(method=name) for name in wanted):
+    if any(not runs.find(method=name) for name in study.controls):
         for name, scores in study.untrained().items():
             if not runs.find(method=name):
                 runs.add(method=name, rows=0, seed=None, rate=None, scores=scores, seconds=0.0)

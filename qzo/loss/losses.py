@@ -282,7 +282,7 @@ def option_scores(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> t
 
 def read_states(model: "PreTrainedModel", batch: Inputs, copies: int = 1) -> torch.Tensor:
     """Hidden states that the output head reads for this batch, [positions, H], in the order of the rows."""
-    row, column = read_places(batch) if "option_ids" in batch else _labelled(model, batch)[:2]
+    row, column = read_places(batch) if "option_ids" in batch else label_places(model, batch)[:2]
     return head_input(model, model_inputs(model, batch, copies))[row, column]
 
 
@@ -342,7 +342,9 @@ def _rows(batch: Inputs) -> int:
     return batch["targets" if "targets" in batch else "labels"].shape[0]
 
 
-def _labelled(model: "PreTrainedModel", batch: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def label_places(
+    model: "PreTrainedModel", batch: Inputs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> (row, place read, token to predict there, option of the row) of each labelled position, row by row."""
     if "targets" in batch:
         if has_encoder(model):
@@ -359,7 +361,7 @@ def _token_losses(
     model: "PreTrainedModel", batch: Inputs, copies: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> (row of each labelled position, its option, its cross entropy in float32), rows in order."""
-    row, column, target, slot = _labelled(model, batch)
+    row, column, target, slot = label_places(model, batch)
     counts = [] if row.is_meta else torch.bincount(row // (_rows(batch) // copies), minlength=copies).tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"the evaluations' rows hold {counts} labels: each takes the same examples; use qzo.pair")

@@ -159,7 +159,7 @@ class Task:
 
     def losses(self, batch: Batch, count: int) -> torch.Tensor:
         """The loss of each of `count` evaluations over a `batch`, float32 [count]."""
-        with self._starting(batch):
+        with self.starting(batch):
             return losses(self.model, batch, count)
 
     def compiled_losses(self, batch: Batch, count: int) -> torch.Tensor:
@@ -169,7 +169,7 @@ class Task:
 
     def compiled_sums(self, batch: Batch, count: int, centred: bool = False) -> torch.Tensor:
         """What those are the means of, as `loss_sums` gives it, through the compiled body too."""
-        with self._body(), self._starting(batch):
+        with self._body(), self.starting(batch):
             return loss_sums(self.model, batch, count, centred)
 
     def _body(self) -> contextlib.AbstractContextManager[None]:
@@ -186,7 +186,7 @@ class Task:
         reads = with_states and self.classes is not None
         for indices in tracked(batches, "evaluating", "batches"):
             batch = self.batch(indices, 1)
-            with self._starting(batch):
+            with self.starting(batch):
                 some, read = scores_and_states(self.model, batch) if reads else (option_scores(self.model, batch), None)
             scores.append(some.cpu())
             states += [] if read is None else [read.cpu()]
@@ -196,7 +196,7 @@ class Task:
 
     def scores_of(self, batch: Batch) -> torch.Tensor:
         """float32 [B, options] of a `batch` for one evaluation."""
-        with self._starting(batch):
+        with self.starting(batch):
             return option_scores(self.model, batch)
 
     def evaluate(self, batch_size: int = 32, fitted: bool = False) -> Measure:
@@ -271,7 +271,7 @@ class Task:
             batch["states"] = (cache.joined if join else cache.batch)(numbers, lengths, width)
         return pair(batch, count)
 
-    def _starting(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    def starting(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
         """What the model runs a batch in."""
         return contextlib.nullcontext() if self.prefix is None else self.prefix.skipped(batch["states"])
 

@@ -51,18 +51,23 @@ def test_texts_without_options_are_measured_by_their_loss(study_of):
     texts = [{"text": record["prompt"]} for record in tiny.RECORDS]
     plain = study_of(texts)
     before = plain.measured()
-    assert plain.untrained() == {"zero-shot": before}
+    found = plain.untrained()
+    assert list(found) == list(plain.controls) == ["zero-shot", "token biases", "final norm"]
+    assert found["zero-shot"] == before
     assert before["validation"]["accuracy"] is None
     assert before["validation"]["loss"] == plain.validation.evaluate()["loss"]
     scores = plain.zeroth_order(8 * 4 * 4, 0, {**CHEAP, "learning_rate": 0.08})
     assert scores["validation"]["loss"] != before["validation"]["loss"]
+    assert plain.measured() == before
+    scores = plain.first_order(8 * 3 * 20, 0, 1e-2, methods.LowRank)
+    assert scores["validation"]["loss"] < before["validation"]["loss"] - 0.1
     assert plain.measured() == before
 
 
 def test_controls_leave_the_model_as_it_was(study):
     before = study.measured()
     found = study.untrained()
-    assert list(found) == ["zero-shot", "label biases only", "linear probe"] == list(methods.UNTRAINED)
+    assert list(found) == ["zero-shot", "label biases only", "linear probe"] == list(study.controls)
     assert found["zero-shot"] == before == study.measured()
     losses = {name: scores["validation"]["loss"] for name, scores in found.items()}
     assert losses["linear probe"] < losses["label biases only"], "the fixture's validation rows are training rows"
