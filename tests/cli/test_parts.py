@@ -12,6 +12,7 @@ import qzo.cli.train  # noqa: F401  # once, not on each rank
 from qzo.cli import parts
 from qzo.cli.main import main
 from qzo.optim.optimizer import QZO
+from qzo.training.compiled import Compiled
 from qzo.training.task import Task
 from tests.support import ranks, tiny
 from tests.support.checkpoints import VOCAB, write_gguf
@@ -140,6 +141,26 @@ def test_outputs_alone_in_parts_have_the_bits_of_one_process(folder, tmp_path):
     assert "6 of 14 layers in 2 parts" in said
     for name in ("journal.qzo", "model/model.safetensors", "model/generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / "one" / name).read_bytes()
+
+
+def test_what_is_traced_between_parts_has_the_bits_of_plain_code(folder, two, tmp_path):
+    """--compile, with what dynamo has traced run as it is; the layers, which wait for each other, stay calls."""
+    traced = tmp_path / "traced"
+
+    def as_traced(rank):
+        def run(module, _):
+            (tmp_path / f"traced-{rank}").touch()
+            return module.forward
+
+        Compiled.__init__.__defaults__ = (run,)
+
+    said = in_parts(folder, traced, "--compile", "--check-every", "1", before=as_traced)
+    assert [status for status, _, _ in said] == [0, 0], said
+    assert "uncompiled" not in said[0][2]
+    assert (tmp_path / "traced-0").exists()
+    assert (tmp_path / "traced-1").exists()
+    assert losses(traced / "journal.qzo") == losses(folder / "two/journal.qzo")
+    assert (traced / "model/model.safetensors").read_bytes() == (folder / "two/model/model.safetensors").read_bytes()
 
 
 def test_texts_above_a_frozen_prefix_until_patience_ends(tmp_path):

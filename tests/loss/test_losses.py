@@ -7,11 +7,13 @@ from torch.nn import functional
 import qzo
 from qzo.loss.losses import Stacked, option_scores
 from tests.support import tiny
+from tests.support.attention import key_heads
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return qzo.from_pretrained(tiny.save_checkpoint(tmp_path_factory.mktemp("m")), group_size=64, device="cpu")
+    base = tiny.save_checkpoint(tmp_path_factory.mktemp("m"), key_heads=key_heads())
+    return qzo.from_pretrained(base, group_size=64, device="cpu")
 
 
 def batch_of(labels=True):

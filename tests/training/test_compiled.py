@@ -19,12 +19,14 @@ from qzo.training.compiled import Compiled
 from qzo.training.settings import Settings
 from qzo.training.task import Task
 from tests.support import tiny
+from tests.support.attention import key_heads
 from tests.support.journals import read_whole
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    folder = tiny.save_checkpoint(tmp_path_factory.mktemp("base"))
+    # a trace has masks where the plain model has none
+    folder = tiny.save_checkpoint(tmp_path_factory.mktemp("base"), key_heads=key_heads())
     model = qzo.from_pretrained(folder, group_size=32, device="cpu")
     return model, data.tokenize(tiny.RECORDS, qzo.load_tokenizer(folder))
 
