@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoints.empty import build_empty
 from ..checkpoints.source import open_checkpoint
+from ..checkpoints.tokenizer import load_tokenizer, tokenizer_digest
 from ..nn.layers import check_sharing_of, layers
 from ..nn.tensor_parallel import shard_
 from ..optim.shares import TENSOR
@@ -33,7 +34,8 @@ def load_parts(own: Mapping[str, Any], settings: Settings, records: Mapping[str,
         No plan, which is seen before a weight is read; one that cannot be followed, as `shard_` has it; noise shared
         by rows that are cut.
     RanksDiffer
-        Other settings, data, device, layers or versions on some rank: seen before a forward, which waits for all ranks.
+        Other settings, data, tokenizer, device, layers or versions on some rank: seen before a forward, which waits for
+        all ranks.
     """
     ranks, (device, dtype) = Ranks(), device_of(own)
     checkpoint = open_checkpoint(own["model"], bool(own["trust_remote_code"]), bool(own["weight_only"]))
@@ -46,6 +48,7 @@ def load_parts(own: Mapping[str, Any], settings: Settings, records: Mapping[str,
         {
             "settings": finite(dataclasses.asdict(settings)),
             "data": f"sha256:{hashlib.sha256(repr(records).encode()).hexdigest()}",
+            "tokenizer": tokenizer_digest(load_tokenizer(own["model"], bool(own["trust_remote_code"]))),
             "dtype": str(dtype),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "layers": {name: repr(layer) for name, layer in found.items()},

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qzo.checkpoints.tokenizer import load_tokenizer
+from qzo.checkpoints.tokenizer import load_tokenizer, tokenizer_digest
 from tests.support import tiny
 from tests.support.checkpoints import write_gguf
 from tests.support.paths import FIXTURES
@@ -46,3 +46,23 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path, name, content):
     with pytest.raises(ValueError, match=rf"^{folder}: its tokenizer cannot be read: ") as error:
         load_tokenizer(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_digest_differs_where_tokens_do(tmp_path):
+    base = tiny.save_checkpoint(tmp_path / "in")
+    plain = tokenizer_digest(load_tokenizer(base))
+    assert plain.startswith("sha256:")
+    assert tokenizer_digest(load_tokenizer(base)) == plain
+    words = (base / "tokenizer.json").read_text()
+    other = load_tokenizer(base)
+    other.chat_template = "{{ messages }}"
+    found = [tokenizer_digest(other)]
+    for old, new in (('"one": 20', '"one": 21'), ('"Whitespace"', '"WhitespaceSplit"')):
+        assert words.count(old) == 1
+        (base / "tokenizer.json").write_text(words.replace(old, new))
+        found.append(tokenizer_digest(load_tokenizer(base)))
+    (base / "tokenizer.json").write_text(words)
+    config = (base / "tokenizer_config.json").read_text()
+    (base / "tokenizer_config.json").write_text(config.replace('"eos_token": "<eos>"', '"eos_token": "<pad>"'))
+    found.append(tokenizer_digest(load_tokenizer(base)))
+    assert len({plain, *found}) == 5

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -289,6 +290,27 @@ def test_ranks_that_differ_are_refused_before_a_forward_waits(folder, tmp_path):
     [(status, _, said), (silent, *_)] = ranks.commands(tmp_path / "said", 2, command, in_its_own)
     assert (status, silent) == (2, 1)
     assert 'rank 1: its data is "sha256:' in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_with_other_tokenizers_are_refused_before_a_forward_waits(folder, tmp_path):
+    """Of as many tokens: two words have each other's."""
+    shutil.copytree(folder / "llama", tmp_path / "other/llama")
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same/llama").symlink_to(folder / "llama")
+    file = tmp_path / "other/llama/tokenizer.json"
+    words = json.loads(file.read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["one"], vocabulary["two"] = vocabulary["two"], vocabulary["one"]
+    file.write_text(json.dumps(words))
+
+    def in_its_own(rank):
+        os.chdir(tmp_path / ("other" if rank else "same"))
+
+    command = [*line(folder, tmp_path / "out", "--model", "llama"), "--parallel", "tensor"]
+    [(status, _, said), (silent, *_)] = ranks.commands(tmp_path / "said", 2, command, in_its_own)
+    assert (status, silent) == (2, 1)
+    assert 'rank 1: its tokenizer is "sha256:' in said
     assert not (tmp_path / "out").exists()
 
 
