@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..loss.head import has_encoder
 from ..loss.losses import losses, static_batch
-from ..training.buckets import next_step
+from ..training.buckets import next_step, padding_bounds
 
 PADDING = "sixteenths/1, as on a CUDA device"  # what a journal says of batches padded so
 FILL = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
@@ -61,8 +61,7 @@ def padded(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if has_encoder(model) or not alike or "input_ids" not in inputs or not inputs.keys() <= FILL.keys():
         return dict(inputs)
     tokens = labels.shape[1]
-    width = next_step(tokens + 1, 16)
-    width = min(width, getattr(model.config.get_text_config(), "max_position_embeddings", None) or width)
+    width = min([next_step(tokens + 1, 16), *(bound for bound in padding_bounds(model.config) if tokens <= bound)])
     if width <= tokens:
         return dict(inputs)
     batch = {

@@ -8,6 +8,10 @@ r^(1/8) - 1 for lengths from L to r L (as eight widths in equal ratios would; UN
 
 import collections
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 COUNT = 8  # as many as there are graphs (graph.LIMIT)
 UNIT = 8  # masks of attention are read in eights
@@ -18,26 +22,45 @@ class Buckets:
     """The shapes of batches of these rows.
 
     sizes : (tokens, targets) of each row of the data: its length and how many places of it are read
-    limit : most tokens that the model takes, or None
+    bounds : lengths that no row is padded across, as `padding_bounds` has them
 
-    A batch is one token wider than its longest row, the limit allowing: models go another way where no row is padded,
+    A batch is one token wider than its longest row, the bounds allowing: models go another way where no row is padded,
     which they look for on the host, and cannot look for while a graph is captured.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], limit: int | None = None):
-        self.limit, longest = limit, max(tokens for tokens, _ in sizes)
+    def __init__(self, sizes: Sequence[tuple[int, int]], bounds: Sequence[int] = ()):
+        self.bounds, lengths = bounds, [tokens for tokens, _ in sizes]
+        longest = max(lengths)
+        cut = sum(min(lengths) <= bound < longest for bound in bounds)  # a width that lies across one makes two shapes
         self.unit = UNIT
         while longest > UNITS * self.unit:
             self.unit *= 2
-        self.widths = best_widths([_up(tokens + 1, self.unit) for tokens, _ in sizes], COUNT)
-        self.targets = {
-            width: max((count for tokens, count in sizes if tokens < width), default=0) for width in self.widths
-        }
+        self.widths = best_widths([_up(tokens + 1, self.unit) for tokens in lengths], COUNT - cut)
+        self.targets: dict[int, int] = {}  # most places that are read of rows of a width, or shorter ones
+        most = 0
+        for tokens, count in sorted(sizes):
+            most = self.targets[self.width(tokens)] = max(most, count)
+
+    def width(self, tokens: int) -> int:
+        """How wide a batch is whose longest row has so many tokens."""
+        width = next(width for width in self.widths if tokens < width)
+        return min([width, *(bound for bound in self.bounds if tokens <= bound)])
 
     def shape(self, tokens: int) -> tuple[int, int]:
-        """(tokens, targets) of each row of a batch whose longest row has so many tokens."""
-        width = next(width for width in self.widths if tokens < width)
-        return max(tokens, min(width, self.limit or width)), self.targets[width]
+        """(tokens, targets) of each row of a batch whose longest row, one of the data's, has so many tokens."""
+        width = self.width(tokens)
+        return width, self.targets[width]
+
+
+def padding_bounds(config: "PreTrainedConfig") -> tuple[int, ...]:
+    """Lengths that padding may not carry a row of a model across: the most tokens that it takes, and those up to which
+    its rotary embeddings have the factors of short texts (longrope, arXiv 2402.13753: the widest row decides for all
+    rows of a batch, its padding included)."""
+    config = config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    of_layers = [one for one in ropes.values() if isinstance(one, dict)] or [ropes]
+    found = [one["original_max_position_embeddings"] for one in of_layers if one.get("rope_type") == "longrope"]
+    return tuple(bound for bound in (*found, getattr(config, "max_position_embeddings", None)) if bound)
 
 
 def best_widths(lengths: Sequence[int], count: int) -> tuple[int, ...]:

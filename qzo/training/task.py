@@ -15,7 +15,7 @@ from ..loss.label_bias import Biases, add_biases_, biases_of, fit_label_bias
 from ..loss.linear_probe import scores_and_states
 from ..loss.losses import loss_sums, losses, model_inputs, option_scores, pair
 from ..system.progress import tracked
-from .buckets import Buckets, next_step
+from .buckets import Buckets, next_step, padding_bounds
 from .compiled import Compiled
 from .data import IGNORED, Batch, Example, batch_indices, check_one_kind, collate, padded
 from .packing import PACKINGS, joining_pays, one_token_each, packed_batch, row_of, rows_batch, sharing_pays, why_not
@@ -85,7 +85,7 @@ class Task:
         for example in self.examples:
             width = max(map(len, self._rows(example, several)))
             sizes.append((width, self._targets(example, several)))
-        return Buckets(sizes, getattr(self.model.config.get_text_config(), "max_position_embeddings", None))
+        return Buckets(sizes, padding_bounds(self.model.config))
 
     @functools.cached_property
     def shares(self) -> bool:

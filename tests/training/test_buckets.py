@@ -5,13 +5,14 @@ import random
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import qzo
 from qzo.loss.losses import option_scores, static_batch
 from qzo.optim.graph import LIMIT
 from qzo.training import data
 from qzo.training import loop as train
-from qzo.training.buckets import COUNT, Buckets, best_widths, next_step
+from qzo.training.buckets import COUNT, Buckets, best_widths, next_step, padding_bounds
 from qzo.training.data import Example
 from qzo.training.packing import packed_batch
 from qzo.training.task import Task
@@ -44,13 +45,25 @@ def test_the_widths_pad_least():
 def test_a_batch_is_wider_than_its_longest_row_but_not_than_the_model_takes():
     sizes = [(length, length // 2) for length in range(1, 1025)]
     for limit in (None, 1024):
-        buckets = Buckets(sizes, limit)
+        buckets = Buckets(sizes, () if limit is None else (limit,))
         assert len(buckets.widths) == 8
         shapes = {length: buckets.shape(length) for length, _ in sizes}
         assert all(width > length for length, (width, _) in shapes.items() if length < 1024)
         assert all(count >= length // 2 for length, (_, count) in shapes.items())
         assert shapes[1024] == ((1032, 512) if limit is None else (1024, 512))
         assert len(set(shapes.values())) == 8
+
+
+def test_no_row_is_padded_across_a_bound_and_there_are_no_more_shapes():
+    sizes = [(length, length // 2) for length in range(1, 1025)]
+    buckets = Buckets(sizes, (200, 1024))
+    shapes = {length: buckets.shape(length) for length, _ in sizes}
+    assert all(length < width <= 200 for length, (width, _) in shapes.items() if length < 200)
+    assert shapes[200][0] == 200
+    assert all(length < width for length, (width, _) in shapes.items() if 200 < length < 1024)
+    assert len(set(shapes.values())) == 8
+    assert len(buckets.widths) == 7, "one of which lies across"
+    assert len(Buckets(sizes, (2048,)).widths) == 8
 
 
 @pytest.mark.parametrize(
@@ -115,6 +128,31 @@ def test_buckets_leave_the_losses_and_look_at_no_value(model, kind, layers, pack
     if kind not in ("text", "completion"):
         assert torch.allclose(padded.scores(2), exact.scores(2), atol=1e-5)
     assert padded.evaluate(2)["loss"] == pytest.approx(exact.evaluate(2)["loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def longrope():
+    """A Phi-3 whose rotary embeddings have other factors from 17 tokens on."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [8.0] * 16}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 30, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    places = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    config = Phi3Config(**shape, **tokens, **places, rope_parameters=rope)
+    return qzo.quantize_(Phi3ForCausalLM(config), group_size=32)
+
+
+def test_padding_leaves_a_model_the_factors_of_short_texts(longrope):
+    assert padding_bounds(longrope.config) == (16, 64)
+    examples = [Example(tuple(range(3, 3 + n)), labels=tuple(range(3, 3 + n))) for n in (12, 15, 16, 18)]
+    exact, padded = (Task(longrope, examples, 0, bucketed=bucketed) for bucketed in (False, True))
+    for number in range(4):
+        batch = padded.batch([number], 2)
+        assert batch["input_ids"].shape[1] in ((16, 24) if number == 3 else (16,))
+        with qzo.evaluating(longrope, qzo.Evaluations([1, 1], [0.3, -0.3])):
+            want, got = exact.losses(exact.batch([number], 2), 2), padded.losses(batch, 2)
+        assert torch.allclose(got, want, rtol=1e-5), number
 
 
 def test_the_options_of_a_static_batch_are_scored_as_those_of_another(model):
