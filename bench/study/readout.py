@@ -58,10 +58,8 @@ def tokens_of(task: Task) -> Tokens:
 def fitted(readout: Readout, name: str, training: Tokens, splits: Mapping[str, Tokens]) -> dict[str, Measure]:
     """The scores of each split after the best epoch of fitting one part of a readout."""
     optimizer = torch.optim.Adam([readout.parts[name]], lr=RATES[name])
-    order, best = (
-        torch.Generator().manual_seed(0),
-        {split: measured(readout, tokens) for split, tokens in splits.items()},
-    )
+    order = torch.Generator().manual_seed(0)
+    best = {split: measured(readout, tokens) for split, tokens in splits.items()}
     for _ in range(EPOCHS):
         for some in torch.randperm(len(training[1]), generator=order).split(TOKENS):
             optimizer.zero_grad()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FOLDS = 4  # of cross-validation, which chooses the penalty
 LEAST = 2 * FOLDS  # examples
+CONSTANT = 1e-6  # of its largest value: a feature that spreads by no more is left out
 PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # on the sum of the squares of weights of standardized features
 
 
@@ -58,11 +59,15 @@ def fit_linear_probe(scores: torch.Tensor, states: torch.Tensor, label: torch.Te
     if len(label) < LEAST:
         raise ValueError(f"a linear probe needs at least {LEAST} examples, {len(label)} were given")
     scores, states = scores.double(), states.double()
-    mean, spread = states.mean(0), states.std(0, correction=0).clamp_min(torch.finfo(torch.float32).tiny)
-    features = (states - mean) / spread
+    mean, spread = states.mean(0), states.std(0, correction=0)
+    spread = torch.where(spread > CONSTANT * states.abs().amax(0), spread, torch.inf)
+    basis, features = torch.linalg.qr(
+        ((states - mean) / spread).T
+    )  # weights lie in the span of the states: [H, n] -> n
+    features = features.T
     penalty = _chosen(scores, features, label)
     fitted = _fit(scores, features, label, penalty)
-    weight = fitted[:, :-1] / spread
+    weight = fitted[:, :-1] @ basis.T / spread
     return LinearProbe(weight.float(), (fitted[:, -1] - weight @ mean).float(), penalty)
 
 
@@ -87,9 +92,11 @@ def _validated(scores: torch.Tensor, features: torch.Tensor, label: torch.Tensor
 
 
 def _fit(scores: torch.Tensor, features: torch.Tensor, label: torch.Tensor, penalty: float) -> torch.Tensor:
-    """float64 [O, H + 1]: weights and biases of the least penalized cross entropy, which is convex."""
+    """features [n, F] -> float64 [O, F + 1]: weights and biases of the least penalized loss, which is convex."""
     fitted = torch.zeros(scores.shape[1], features.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([fitted], max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [fitted], max_iter=200, tolerance_grad=1e-7, history_size=20, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> torch.Tensor:
         solver.zero_grad()

@@ -35,9 +35,10 @@ def test_a_probe_finds_what_the_states_tell():
     assert (probe(others[0], others[1]).argmax(1) == others[2]).double().mean() > 0.85
 
 
-def test_it_is_the_least_of_the_penalized_loss():
-    """Written again in numpy, from the definition: no weight or bias moves it lower."""
-    scores, states, label = examples(60)
+@pytest.mark.parametrize("count", [60, 9])
+def test_it_is_the_least_of_the_penalized_loss(count):
+    """With more examples than features, and with fewer; written again in numpy: no weight or bias moves it lower."""
+    scores, states, label = examples(count)
     probe = fit_linear_probe(scores, states, label)
     s, h, y = scores.double().numpy(), states.double().numpy(), label.numpy()
     spread = h.std(0)
@@ -84,7 +85,7 @@ def test_a_large_penalty_leaves_the_label_biases(monkeypatch):
 
 def test_a_state_that_never_changes_does_no_harm():
     scores, states, label = examples(60)
-    states[:, 3] = 7.0
+    states[:, 3] = 0.1
     probe = fit_linear_probe(scores, states, label)
     assert probe.weight.isfinite().all()
     assert (probe.weight[:, 3] == 0).all()

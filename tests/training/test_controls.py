@@ -67,6 +67,14 @@ def test_both_controls_are_fitted_on_the_ones_and_measured_on_the_others(task_of
     assert list(NAMES) == ["control", "linear_probe"]
 
 
+def test_a_probe_is_fitted_on_a_bounded_number_of_examples(task_of, monkeypatch):
+    fitted, held_out = task_of(tiny.RECORDS[:16]).look(), task_of(tiny.RECORDS[16:]).look()
+    monkeypatch.setattr("qzo.training.controls.PROBED", 10)
+    probe = fit_linear_probe(fitted.scores[:10], fitted.states[:10], fitted.label[:10])
+    wanted = measure(probe(held_out.scores, held_out.states), held_out.label)
+    assert controls(fitted, {"valid": held_out})["linear_probe"] == {"valid": wanted}
+
+
 def test_where_there_is_no_probe(task_of):
     records = tiny.RECORDS
     fitted, held_out = task_of(records[:16]).look(), task_of(records[16:]).look()
@@ -79,6 +87,8 @@ def test_where_there_is_no_probe(task_of):
     assert list(controls(fitted, {"other": other})) == ["control"], "its classes are others"
     few = task_of(records[4:11]).look()
     assert list(controls(few, {"valid": held_out})) == ["control"], "seven examples"
+    broken = fitted._replace(states=fitted.states.clone().index_fill_(0, torch.tensor(3), torch.inf))
+    assert list(controls(broken, {"valid": held_out})) == ["control"], "a state overflowed"
     several = task_of([{**one, "options": ["warm", "very cold"]} for one in records]).look()
     assert (several.classes, several.states) == (None, None)
     assert list(controls(several, {"valid": several})) == ["control"], "an option of two tokens"
