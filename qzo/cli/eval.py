@@ -64,7 +64,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def read_all(options: argparse.Namespace) -> tuple[dict[str, list[Line]], list[Line]]:
-    """(split -> records to score, the records to fit label biases on: those of --control-data or of training)."""
+    """(split -> records to score, the records to fit the controls on: those of --control-data or of training)."""
     records = read_data(options.data)
     fitting = read_data(options.control_data)["train"] if options.control_data else records["train"]
     if Path(options.data).is_file():

@@ -104,8 +104,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control-data",
         metavar="FILE",
-        help="lines with options to fit the control's label biases on, other than those that are scored (default: "
-        "train.jsonl of the folder --data)",
+        help="lines with options to fit the controls on (label biases, a linear probe), other than those that are "
+        "scored (default: train.jsonl of the folder --data)",
     )
     parser.add_argument("--max-length", type=int, help=f"longest example in tokens (default {MAX_LENGTH})")
     add_loading(parser)
