@@ -19,7 +19,7 @@ def execute(options: argparse.Namespace) -> int:
         scores_as_text(
             [
                 ("zero-shot", results["zero_shot"]),
-                *((said, results[name]) for name, said in NAMES.items()),
+                *((said, results[name]) for name, said in NAMES.items() if name in results),
                 ("tuned", results["tuned"]),
             ]
         )

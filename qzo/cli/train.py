@@ -122,7 +122,7 @@ def execute_on(ranks: Ranks, settings: Settings, own: Mapping[str, Any]) -> int:
     split = "valid" if "valid" in after else "test"
     results = {
         "before": before.get(split),
-        **{name: of_splits.get(split) for name, of_splits in without_run.items()},
+        **{name: without_run.get(name, {}).get(split) for name in NAMES},
         "tuned": after.get(split),
         "splits": {
             name: {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -16,6 +17,11 @@ from tests.support.gptq_checkpoints import load as load_gptq
 from tests.support.gptq_checkpoints import write_gptq
 
 ANGLES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+NO_NAME = (  # of an architecture that is a number: refused by huggingface_hub's first version, or later by the loading
+    "Invalid item at index 0 in list 'architectures'"
+    if metadata.version("huggingface_hub").startswith("1.")
+    else "its config makes no model: TypeError"
+)
 
 
 @pytest.fixture
@@ -124,7 +130,7 @@ def test_computed_tensors_of_older_files_need_no_place(tmp_path):
         ({"hidden_act": "x"}, "its config makes no model: KeyError: 'x'"),
         ({"vocab_size": -3}, "its config makes no model: RuntimeError"),
         ({"pad_token_id": 999}, "its config makes no model: AssertionError: Padding_idx must be within num_embeddings"),
-        ({"architectures": [5]}, "its config"),  # who refuses it, and how, changes with huggingface_hub
+        ({"architectures": [5]}, NO_NAME),
         ({"model_type": "x"}, "model type `x` but"),
     ],
 )

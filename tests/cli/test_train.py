@@ -88,6 +88,18 @@ def test_train_writes_the_whole_folder_and_replay_rebuilds_it(base, corpus, tmp_
     assert files(tmp_path / "again") == files(out / "model")
 
 
+def test_controls_that_a_run_of_texts_has_not_are_null(base, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid"):
+        tiny.write_jsonl(tmp_path / f"data/{split}.jsonl", [{"text": record["prompt"]} for record in tiny.RECORDS])
+    options = ["--data", tmp_path / "data", "--output-dir", tmp_path / "out", "--group-size", 32, "--max-steps", 1]
+    capsys.readouterr()
+    assert main([*map(str, ["train", base, *options, "--json"])]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["control"], found["linear_probe"]) == (None, None)
+    assert list(found["splits"]["valid"]) == ["before", "tuned"]
+
+
 def test_replay_rebuilds_the_same_bytes(base, corpus, tmp_path, capsys):
     """From a 4-bit base, which a run's own output is."""
     four_bit = tmp_path / "four-bit"

@@ -64,7 +64,8 @@ def test_the_readmes_learning_is_that_of_the_results():
         if line.task == "headlines"
     }
     zero_shot, control, probe, half, tuned, recipe, gradients, *longer = rows_under("What it learns")
-    untrained = zip((zero_shot, control, probe), ((name, 0) for name in report.UNTRAINED), strict=False)
+    names = (report.ZERO_SHOT, report.BIASES, report.PROBE)
+    untrained = zip((zero_shot, control, probe), ((name, 0) for name in names), strict=True)
     for row, name in (*untrained, (half, ("default", 3072)), (tuned, ("default", 6144))):
         assert row[1] == percent(made[name])
         assert row[2] == " / ".join(f"{loss:.3f}" for loss in made[name].losses)

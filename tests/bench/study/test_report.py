@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from qzo.bench.study import report
+from qzo.bench.study import readout, report
 from tests.support.paths import ROOT
 
 
@@ -29,6 +29,12 @@ ROWS = [
     row("default", 0, 0.2, 0.7, 0.3, task="movie"),
     row("default", 0, 0.32, 5.1, 5.2, task="plain texts", accuracy=None),
 ]
+
+
+def rows_of(*names):
+    """The rows of committed results files."""
+    texts = ((ROOT / f"bench/results/{name}.jsonl").read_text() for name in names)
+    return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 def test_lines_are_of_the_rate_with_the_least_mean_validation_loss():
@@ -64,8 +70,7 @@ def test_from_files_to_a_table_and_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize("task", ["headlines", "movie", "spam"])
 def test_the_default_needs_at_most_half_of_the_rows_of_the_papers_recipe(task):
     """The committed runs: as low a loss on held-out rows, mean of five seeds, the paper's recipe at its best rate."""
-    file = ROOT / "bench/results/study-2026-11-30.jsonl"
-    made = report.lines(map(json.loads, file.read_text().splitlines()))
+    made = report.lines(rows_of("study-2026-11-30"))
     [ours] = [line for line in made if (line.task, line.method, line.rows) == (task, "default", 3072)]
     [papers] = [line for line in made if (line.task, line.method, line.rows) == (task, "paper's recipe", 6144)]
     assert len(ours.losses) == len(papers.losses) == 5
@@ -73,16 +78,24 @@ def test_the_default_needs_at_most_half_of_the_rows_of_the_papers_recipe(task):
 
 
 def test_a_linear_probe_beats_every_zeroth_order_run():
-    """As the README says."""
-    rows = []
-    for name in ("study-2026-11-30", "study-long-2026-12-01"):
-        file = ROOT / f"bench/results/{name}.jsonl"
-        rows += [json.loads(line) for line in file.read_text().splitlines()]
-    made = report.lines(rows)
-    probes = {line.task: line for line in made if line.method == "linear probe"}
+    """As the README says: at every learning rate and seed."""
+    rows = rows_of("study-2026-11-30", "study-long-2026-12-01", "staleness-2026-12-01")
+    probes = {row["task"]: row["scores"]["held_out"] for row in rows if row["method"] == report.PROBE}
     assert set(probes) == {"headlines", "movie", "spam", "headlines, four topics"}
-    runs = [line for line in made if not line.method.startswith("first-order") and line.rows]
-    assert len(runs) >= 14
-    for line in runs:
-        assert probes[line.task].losses[0] < min(line.losses), line
-        assert max(filter(None, line.accuracies)) < (probes[line.task].accuracies[0] or 0), line
+    runs = [row for row in rows if row["rows"] and not row["method"].startswith("first-order")]
+    assert len(runs) > 90
+    for row in runs:
+        probe, run = probes[row["task"]], row["scores"]["held_out"]
+        assert probe["loss"] < run["loss"], row
+        assert probe["accuracy"] > run["accuracy"], row
+
+
+def test_readouts_of_texts_beat_the_default():
+    """As the README says."""
+    rows = [row for row in rows_of("texts-2026-12-01") if row["method"] in ("default", *readout.NAMES)]
+    losses = {
+        name: [row["scores"]["held_out"]["loss"] for row in rows if row["method"] == name]
+        for name in ("default", *readout.NAMES)
+    }
+    assert {row["rows"] for row in rows if row["method"] == "default"} == {1536, 6144}
+    assert losses["final norm"][0] < losses["token biases"][0] < min(losses["default"])
